@@ -1,0 +1,42 @@
+"""How a command ends: its exit status, and what the person who started it gets to read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from distil_tl.errors import EXIT_FAULT, EXIT_PREEMPTED, EXIT_USER_ERROR, NonFiniteError, PreemptedError, UserError
+from distil_tl.log import logger
+
+
+def run_command(name: str, body: Callable[[], None]) -> int:
+    """Run `body` and turn what it raises into an exit status and, on rank 0, one readable message.
+
+    0 done; 2 the user's input is wrong; 3 asked to stop, and saved; 1 a fault (with its traceback, unless it is
+    one that explains itself).
+    """
+    try:
+        body()
+    except UserError as error:
+        _say(f"{name}: {error}")
+        return EXIT_USER_ERROR
+    except PreemptedError as error:
+        _say(f"{name}: {error}")
+        return EXIT_PREEMPTED
+    except NonFiniteError as error:
+        _say(f"{name}: {error}")
+        return EXIT_FAULT
+    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+        return 0
+    except Exception:
+        logger.exception("%s: a fault", name)
+        raise
+    return 0
+
+
+def _say(message: str) -> None:
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        sys.stderr.write(message + "\n")
+        sys.stderr.flush()

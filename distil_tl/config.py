@@ -1,0 +1,337 @@
+"""The whole configuration: dataclasses of the rooms composed, read from YAML and the command line, checked, saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from distil_tl.checkpoint import CheckpointConfig
+from distil_tl.data.loader import DataConfig, fitting_world_sizes
+from distil_tl.distributed import DistributedConfig
+from distil_tl.engine import PRECISIONS
+from distil_tl.errors import UserError, did_you_mean
+from distil_tl.models import ModelConfig, resolve_weights
+from distil_tl.optim import OptimConfig
+from distil_tl.stages import StageConfig, default_stages
+from distil_tl.tracking import TrackingConfig
+
+
+@dataclass
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stages: dict[str, StageConfig] = field(default_factory=default_stages)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: bf16 where a GPU has it, fp32 on CPU
+    seed: int = 0
+    run_dir: str | None = None  # none: runs/DATA-MODEL-HASH, so that the same command finds its run again
+    resume: str = "auto"  # auto: go on where run_dir is | never | the path of a run or checkpoint to go on from
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+
+# What the embedded demo sets when no data is named: 8x8 digits, which a mirror image or a close crop would spoil.
+DEMO: dict[str, Any] = {"data": {"image_size": 64, "augment": "none", "hflip": False}}
+
+# Keys that change how a run proceeds but not what it computes: free to differ when a run is resumed.
+FREE_ON_RESUME = (
+    "run_dir",
+    "resume",
+    "data.root",  # a moved folder is the same data; the index's fingerprint says whether it is
+    "data.workers",
+    "data.max_local_batch_size",
+    "checkpoint.",
+    "distributed.",
+    "tracking.",
+)
+
+
+def load(args: Sequence[str]) -> tuple[Config, DictConfig]:
+    """The configuration that `[CONFIG.yaml] [key=value ...]` means.
+
+    Dataclass defaults, then the YAML file (after its `base:`), then `key=value`. The second result is the same
+    as OmegaConf has it, with interpolations such as `${oc.env:USER}` unresolved: what may be written to disk.
+
+    Raises:
+        UserError: unknown keys (with suggestions), values of the wrong type, files that can't be read: all of them.
+    """
+    files = [arg for arg in args if "=" not in arg]
+    if len(files) > 1 or any(file.startswith("-") for file in files):
+        odd = next((file for file in files if file.startswith("-")), files[-1])
+        raise UserError(f"can't read the argument {odd!r}; usage: [CONFIG.yaml] [key=value ...]")
+    problems: list[str] = []
+    tree = _read_yaml(Path(files[0]), ()) if files else {}
+    overrides = _parse_overrides([arg for arg in args if "=" in arg], problems)
+    schema = OmegaConf.structured(Config)
+    if "stages" in tree:
+        _define_stages(schema, tree.pop("stages"), problems)
+    if not files and "root" not in (overrides.get("data") or {}):
+        _apply(schema, DEMO, "", problems)
+    _apply(schema, tree, "", problems)
+    _apply(schema, overrides, "", problems)
+    _refuse(problems)
+    try:
+        config: Any = OmegaConf.to_object(schema)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    _settle(config, schema)
+    return config, schema
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in above:
+        raise UserError(f"{path} is its own `base:`, by way of {', '.join(p.name for p in above)}")
+    try:
+        node = OmegaConf.load(path)
+    except FileNotFoundError:
+        where = f" (the `base:` of {above[-1]})" if above else "; give a YAML file, or only key=value arguments"
+        raise UserError(f"there is no configuration file {path}{where}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read the configuration {path}: {error}") from None
+    except Exception as error:  # the YAML parser's own errors share no public base
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{path} must hold keys and values, as in `seed: 1`")
+    tree: Any = OmegaConf.to_container(node, resolve=False)
+    base = tree.pop("base", None)
+    return tree if base is None else _overlay(_read_yaml(path.parent / str(base), (*above, path)), tree)
+
+
+def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, key by key, except that `stages` is replaced as a whole."""
+    merged = dict(base)
+    for key, value in top.items():
+        if key != "stages" and isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _overlay(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _parse_overrides(pairs: list[str], problems: list[str]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for pair in pairs:
+        try:
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=False)
+            tree = _overlay_all(tree, parsed)
+        except Exception as error:  # YAML's and OmegaConf's parsers raise kinds of their own
+            problems.append(f"can't read {pair!r}: {str(error).splitlines()[0]}")
+    return tree
+
+
+def _overlay_all(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay_all(merged[key], value) if both else value
+    return merged
+
+
+def _define_stages(schema: DictConfig, stages: Any, problems: list[str]) -> None:
+    """A file's stages in place of the default ones, in the file's order."""
+    if not isinstance(stages, dict) or not stages:
+        problems.append("`stages` must hold at least one named stage, as in `stages: {head: {unfreeze: head}}`")
+        return
+    schema.stages = {}
+    for name, values in stages.items():
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
+            problems.append(f"the stage name {name!r} may have letters, digits, _ and -, and begins with a letter")
+            continue
+        schema.stages[name] = StageConfig()
+        if isinstance(values, dict):
+            _apply(schema, {"stages": {name: values}}, "", problems)
+        elif values is not None:
+            problems.append(f"stages.{name} must hold keys such as `unfreeze` and `epochs`, not {values!r}")
+
+
+def _apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[str]) -> None:
+    """Set each leaf of `tree` on its own, so that one wrong value does not hide the next."""
+    node = OmegaConf.select(schema, prefix.rstrip(".")) if prefix else schema
+    known = [str(key) for key in node]
+    for key, value in tree.items():
+        full = f"{prefix}{key}"
+        if str(key) not in known:
+            problems.append(f"unknown {'stage' if prefix == 'stages.' else 'key'} `{full}`{_suggest(schema, full)}")
+        elif isinstance(OmegaConf.select(schema, full), DictConfig):
+            if isinstance(value, dict):
+                _apply(schema, value, f"{full}.", problems)
+            else:
+                problems.append(f"`{full}` holds keys of its own, as in `{full}.KEY=VALUE`, not {value!r}")
+        else:
+            try:
+                OmegaConf.update(schema, full, value)
+            except OmegaConfBaseException as error:
+                problems.append(f"`{full}`: {str(error).splitlines()[0]}")
+
+
+def _suggest(schema: DictConfig, full: str) -> str:
+    parent, _, name = full.rpartition(".")
+    siblings = OmegaConf.select(schema, parent) if parent else schema
+    hint = did_you_mean(name, [str(key) for key in siblings])
+    if hint:
+        return hint
+    leaves = list(flatten(OmegaConf.to_container(schema, resolve=False)))
+    same = [leaf for leaf in leaves if name in (leaf.rpartition(".")[2], leaf.rpartition(".")[2].rpartition("_")[2])]
+    if same:
+        return ", did you mean " + " or ".join(f"`{leaf}`" for leaf in same[:3]) + "?"
+    return did_you_mean(full, leaves) or f"; known here: {', '.join(str(key) for key in siblings)}"
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by their dotted key."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def _settle(config: Config, schema: DictConfig) -> None:
+    """Fill in what follows from other values, so that the saved file says what was used."""
+    if not config.model.problems():
+        config.model.weights = schema.model.weights = resolve_weights(config.model)
+    if config.run_dir is None:
+        config.run_dir = schema.run_dir = f"runs/{run_name(config)}"
+
+
+def run_name(config: Config) -> str:
+    """A name that is the same for the same training: data, model, and a hash of all that affects the result."""
+    matter = {k: v for k, v in flatten(dataclasses.asdict(config)).items() if not _is_free(k)}
+    matter["data.root"] = str(Path(config.data.root).resolve()) if config.data.root else None
+    digest = hashlib.sha256(json.dumps(matter, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    data = Path(config.data.root).resolve().name if config.data.root else "digits"
+    return f"{data}-{config.model.name.rpartition('/')[2]}-{digest}"
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_ON_RESUME)
+
+
+def unsafe_changes(saved: dict[str, Any], now: dict[str, Any], started: Sequence[str]) -> list[str]:
+    """What differs between two configurations (nested dicts) and can't, in a run that has begun the stages `started`.
+
+    A stage that has not begun may still change.
+    """
+    before, after = flatten(saved), flatten(now)
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        parts = key.split(".")
+        to_come = parts[0] == "stages" and len(parts) > 1 and parts[1] not in started
+        if before.get(key) != after.get(key) and not _is_free(key) and not to_come:
+            changes.append(f"{key}: was {before.get(key)!r}, now {after.get(key)!r}")
+    return changes
+
+
+def check(config: Config, world_size: int) -> None:
+    """Refuse what can't work, all of it together, before any process group, download or GPU work.
+
+    Raises:
+        UserError: listing every problem.
+    """
+    _refuse(list(_problems(config, world_size)))
+
+
+def _problems(config: Config, world_size: int) -> Iterator[str]:
+    yield from config.data.problems()
+    yield from config.model.problems()
+    for name, stage in config.stages.items():
+        yield from stage.problems(name)
+    yield from config.optim.problems()
+    yield from config.checkpoint.problems()
+    yield from config.distributed.problems()
+    yield from config.tracking.problems()
+    if all(stage.epochs == 0 for stage in config.stages.values()):
+        yield "every stage has 0 epochs, so there is nothing to train; set stages.NAME.epochs"
+    if config.precision not in PRECISIONS:
+        yield f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}"
+    batch = config.data.global_batch_size
+    if batch >= 1 and batch % world_size:
+        fit = [str(n) for n in fitting_world_sizes(batch) if n <= 4 * world_size]
+        larger = -(-batch // world_size) * world_size
+        yield (
+            f"data.global_batch_size={batch} can't be dealt out evenly to {world_size} processes; world sizes that "
+            f"fit are {', '.join(fit)}, or use data.global_batch_size={larger}"
+        )
+    if config.data.root is not None:
+        yield from _root_problems(Path(config.data.root))
+    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
+        yield f"resume={config.resume} does not exist; give auto, never, or the path of a run or checkpoint"
+
+
+def _root_problems(root: Path) -> Iterator[str]:
+    if not root.is_dir():
+        near = did_you_mean(root.name, [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else [])
+        yield f"data.root={root} is not a folder{near}"
+        return
+    missing = [split for split in ("train", "val") if not (root / split).is_dir()]
+    if missing:
+        have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:5]) or "none"
+        yield (
+            f"data.root={root} has no {' and no '.join(missing)} folder; it must hold train/CLASS/*.jpg and "
+            f"val/CLASS/*.jpg (its folders: {have})"
+        )
+
+
+def _refuse(problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def to_yaml(source: DictConfig) -> str:
+    """The configuration as it may be written down: defaults filled in, interpolations left as they are."""
+    return OmegaConf.to_yaml(source, resolve=False)
+
+
+def plain(source: DictConfig) -> dict[str, Any]:
+    """The same as nested dictionaries, for comparing and for showing."""
+    tree: dict[str, Any] = yaml.safe_load(to_yaml(source))
+    return tree
+
+
+def usage(program: str) -> str:
+    """Every key with its default and the comment beside it in the code."""
+    lines = [f"usage: {program} [CONFIG.yaml] [key=value ...]", "", "Keys, their defaults and meanings:", ""]
+    lines += _explain(Config(), "")
+    return "\n".join(lines) + "\n"
+
+
+def _explain(section: Any, prefix: str) -> list[str]:
+    source = inspect.getsource(type(section))
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
+    lines = []
+    for item in dataclasses.fields(section):
+        value, key = getattr(section, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            lines += _explain(value, f"{key}.")
+        elif item.name == "stages":
+            lines += [line for name, stage in value.items() for line in _explain(stage, f"{key}.{name}.")]
+        else:
+            shown = "null" if value is None else value
+            lines.append(f"  {f'{key}={shown}':<46} {comments.get(item.name, '')}".rstrip())
+    return lines
+
+
+def load_saved(path: Path) -> Config:
+    """A `config.yaml` of a run directory.
+
+    Raises:
+        UserError: when it is missing or not of this version.
+    """
+    return load([str(path)])[0]

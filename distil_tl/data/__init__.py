@@ -1,0 +1,1 @@
+"""Images on disk to batches of tensors: index, decode, transform, order, load."""

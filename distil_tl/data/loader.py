@@ -1,0 +1,134 @@
+"""From sample keys to batches of uint8 images."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import v2
+
+from distil_tl.data.decode import decode
+from distil_tl.data.index import Index
+from distil_tl.data.sampler import SampleKey
+from distil_tl.data.transforms import AUGMENTATIONS
+from distil_tl.keyed import keyed_seed
+
+
+@dataclass
+class DataConfig:
+    root: str | None = (
+        None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: scikit-learn's digits
+    )
+    global_batch_size: int = 32  # what the optimizer sees, over all ranks
+    max_local_batch_size: int | None = None  # what fits one device; smaller than a rank's share: accumulate
+    image_size: int | None = None  # pixels; none: what the weights were made for
+    workers: int | None = None  # loader processes a rank; none: from the CPUs this process may use
+    augment: str = "light"  # none | light | strong
+    hflip: bool = True  # whether a mirror image is still of its class
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.global_batch_size < 1:
+            found.append("data.global_batch_size must be at least 1")
+        if self.max_local_batch_size is not None and self.max_local_batch_size < 1:
+            found.append("data.max_local_batch_size must be at least 1, or null for no limit")
+        if self.image_size is not None and self.image_size < 8:
+            found.append("data.image_size must be at least 8 pixels")
+        if self.workers is not None and self.workers < 0:
+            found.append("data.workers must be 0 or more, or null to choose by the CPUs at hand")
+        if self.augment not in AUGMENTATIONS:
+            found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
+        return found
+
+
+class BatchPlan(NamedTuple):
+    """How a global batch is dealt out: `world_size * accumulation * micro == global_batch_size`."""
+
+    micro: int
+    accumulation: int
+
+
+def plan_batches(global_batch_size: int, world_size: int, max_local_batch_size: int | None) -> BatchPlan:
+    """The largest micro-batch within the limit that divides a rank's share of the global batch evenly."""
+    share = global_batch_size // world_size
+    limit = max_local_batch_size or share
+    accumulation = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= limit)
+    return BatchPlan(share // accumulation, accumulation)
+
+
+def fitting_world_sizes(global_batch_size: int) -> list[int]:
+    return [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
+
+
+class Batch(NamedTuple):
+    """images uint8 [N, 3, S, S]; targets int64 [N]; indices int64 [N] into the index, to name an image again."""
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+
+
+class ImageDataset(Dataset[Batch]):
+    """Decoded, transformed images; what is random about one is drawn from its key."""
+
+    def __init__(self, index: Index, transform: v2.Transform, *, seed: int = 0, stage: str = "") -> None:
+        self.index = index
+        self.transform = transform
+        self.seed = seed
+        self.stage = stage
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, key: SampleKey) -> Batch:
+        image = decode(self.index.path(key.index))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(
+                keyed_seed(self.seed, "augment", self.stage, key.epoch, key.position)
+            )
+            image = self.transform(image)
+        return Batch(image, torch.tensor(int(self.index.targets[key.index])), torch.tensor(key.index))
+
+
+def default_workers(local_world_size: int) -> int:
+    """Loader processes a rank: its share of the CPUs this process may run on, less one for the rank itself."""
+    return max(0, min(16, len(os.sched_getaffinity(0)) // local_world_size - 1))
+
+
+def make_loader(
+    dataset: ImageDataset, sampler: Sampler[SampleKey], *, batch_size: int, workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """A loader over `sampler`. Workers live on from epoch to epoch; set the sampler's position before iterating."""
+    if workers:
+        atexit.unregister(_kill_workers)
+        atexit.register(_kill_workers)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def _ignore_signals(worker: int) -> None:
+    # Slurm and a terminal signal every process of a job; the rank decides when to stop, and ends its workers then.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _kill_workers() -> None:
+    # After an error the loader's iterator may still be alive at exit, where multiprocessing would send its workers a
+    # TERM, which they ignore, and wait for them forever.
+    for worker in multiprocessing.active_children():
+        worker.kill()

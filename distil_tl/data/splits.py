@@ -1,0 +1,132 @@
+"""The data of a run: one scan on rank 0, the same index everywhere, and loaders over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from distil_tl.data.demo import digits_folder
+from distil_tl.data.index import Index, scan
+from distil_tl.data.loader import Batch, DataConfig, ImageDataset, default_workers, make_loader, plan_batches
+from distil_tl.data.sampler import EvalSampler, TrainSampler
+from distil_tl.data.transforms import Preprocess, eval_transform, train_transform
+from distil_tl.distributed import DistInfo, broadcast_arrays, on_rank_zero
+from distil_tl.errors import UserError
+from distil_tl.log import logger
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: Index
+    val: Index
+    test: Index | None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.train.classes
+
+    def __getitem__(self, split: str) -> Index | None:
+        index: Index | None = getattr(self, split)
+        return index
+
+    def refuse_drift(self, fingerprints: dict[str, str]) -> None:
+        """Raises UserError when the images are not those that a checkpoint was made with."""
+        for split, fingerprint in fingerprints.items():
+            index = self[split]
+            if index is None or index.fingerprint != fingerprint:
+                where = index.root if index is not None else split
+                raise UserError(
+                    f"the images under {where} are not those that this run began with (files were added, removed or "
+                    f"changed), so going on would not be the same training; put them back, or choose another run_dir"
+                )
+
+
+def open_splits(info: DistInfo, config: DataConfig) -> Splits:
+    """Scan train/, val/ and test/ (if there) on rank 0 and give every rank the result.
+
+    Raises:
+        UserError: on all ranks: empty classes, classes that train lacks, fewer images than one global batch.
+    """
+    scanned: dict[str, Index] = {}
+
+    def work() -> list[str]:
+        root = Path(config.root) if config.root is not None else digits_folder()
+        scanned["train"] = scan(root / "train")
+        for split in SPLITS[1:]:
+            if split == "val" or (root / split).is_dir():
+                scanned[split] = scan(root / split, classes=scanned["train"].classes)
+        if len(scanned["train"]) < config.global_batch_size:
+            raise UserError(
+                f"{root / 'train'} has {len(scanned['train'])} images, fewer than one global batch; set "
+                f"data.global_batch_size to at most that"
+            )
+        return list(scanned)
+
+    names = on_rank_zero(info, "scanning the data", work)
+    received: dict[str, Index] = {}
+    for name in names:
+        arrays = scanned[name].to_arrays() if info.is_main else None
+        received[name] = Index.from_arrays(broadcast_arrays(info, arrays))
+    splits = Splits(received["train"], received["val"], received.get("test"))
+    for name, index in received.items():
+        notes = ""
+        if index.ignored:
+            notes += f", {index.ignored} other files ignored"
+        if index.missing:
+            notes += f", none of: {', '.join(index.missing)}"
+        if info.is_main:
+            logger.info("%s: %s images of %s classes%s", name, f"{len(index):,}", len(index.classes), notes)
+    return splits
+
+
+def train_batches(
+    info: DistInfo,
+    config: DataConfig,
+    index: Index,
+    preprocess: Preprocess,
+    *,
+    image_size: int,
+    augment: str,
+    seed: int,
+    stage: str,
+) -> tuple[TrainSampler, DataLoader[Batch]]:
+    """The sampler and loader of a stage; set the sampler's position before each epoch."""
+    sampler = TrainSampler(
+        len(index),
+        global_batch_size=config.global_batch_size,
+        world_size=info.world_size,
+        rank=info.rank,
+        seed=seed,
+        stage=stage,
+    )
+    transform = train_transform(preprocess, image_size, augment, config.hflip)
+    dataset = ImageDataset(index, transform, seed=seed, stage=stage)
+    plan = plan_batches(config.global_batch_size, info.world_size, config.max_local_batch_size)
+    return sampler, _loader(info, config, dataset, sampler, plan.micro)
+
+
+def eval_batches(
+    info: DistInfo, config: DataConfig, index: Index, preprocess: Preprocess, *, image_size: int
+) -> DataLoader[Batch]:
+    """Every image of `index` once over all ranks."""
+    dataset = ImageDataset(index, eval_transform(preprocess, image_size))
+    sampler = EvalSampler(len(index), world_size=info.world_size, rank=info.rank)
+    share = max(1, config.global_batch_size // info.world_size)
+    return _loader(info, config, dataset, sampler, plan_batches(share, 1, config.max_local_batch_size).micro)
+
+
+def _loader(
+    info: DistInfo,
+    config: DataConfig,
+    dataset: ImageDataset,
+    sampler: TrainSampler | EvalSampler,
+    batch_size: int,
+) -> DataLoader[Batch]:
+    workers = config.workers if config.workers is not None else default_workers(info.launch.local_world_size)
+    return make_loader(
+        dataset, sampler, batch_size=batch_size, workers=workers, pin_memory=info.device.type == "cuda"
+    )

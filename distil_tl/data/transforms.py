@@ -1,0 +1,89 @@
+"""Preprocessing that belongs to a set of weights, and the augmentations built around it.
+
+Everything up to the batch stays uint8; `Normalize` runs where the model runs, on a whole batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+AUGMENTATIONS = ("none", "light", "strong")
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What a set of weights expects of its input.
+
+    Attributes:
+        mean, std: per channel, of pixels scaled to 0..1.
+        interpolation: a name of `torchvision.transforms.InterpolationMode`, such as "bilinear".
+        crop_size: side of the square image in pixels that the weights were evaluated at.
+        resize_size: length of the shorter side in pixels before the centre crop.
+    """
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    interpolation: str = "bilinear"
+    crop_size: int = 224
+    resize_size: int = 256
+
+    def resize_for(self, image_size: int) -> int:
+        """Shorter side before a centre crop of `image_size`, in the weights' own proportion."""
+        return max(image_size, round(image_size * self.resize_size / self.crop_size))
+
+    @property
+    def mode(self) -> InterpolationMode:
+        return InterpolationMode(self.interpolation)
+
+
+class Normalize(nn.Module):
+    """uint8 images [N, 3, H, W] to float32, scaled to 0..1 and standardised per channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().sub(self.mean).div_(self.std)
+
+
+def eval_transform(preprocess: Preprocess, image_size: int) -> v2.Transform:
+    """uint8 [3, H, W] of any size to uint8 [3, image_size, image_size]: resize the shorter side, crop the centre."""
+    return v2.Compose(
+        [
+            v2.Resize(preprocess.resize_for(image_size), interpolation=preprocess.mode, antialias=True),
+            v2.CenterCrop(image_size),
+        ]
+    )
+
+
+def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip: bool) -> v2.Transform:
+    """The training view of an image, uint8 in and out; random draws come from torch's default CPU generator.
+
+    `none` is the evaluation view. `light` is a random resized crop (at least half the area) and a mirror image.
+    `strong` crops down to a fifth, adds TrivialAugment (Mueller and Hutter, 2021) and random erasing
+    (Zhong et al., 2017). `hflip=False` leaves out the mirror image, for letters, digits, left and right hands.
+    """
+    if augment == "none":
+        return eval_transform(preprocess, image_size)
+    smallest = {"light": 0.5, "strong": 0.2}[augment]
+    steps: list[nn.Module] = [
+        v2.RandomResizedCrop(image_size, scale=(smallest, 1.0), interpolation=preprocess.mode, antialias=True)
+    ]
+    if hflip:
+        steps.append(v2.RandomHorizontalFlip())
+    if augment == "strong":
+        fill = [round(255 * m) for m in preprocess.mean]
+        steps.append(v2.TrivialAugmentWide(interpolation=preprocess.mode, fill=fill))
+        steps.append(v2.RandomErasing(p=0.1, value=[float(level) for level in fill]))
+    return v2.Compose(steps)

@@ -1,0 +1,326 @@
+"""Who this process is among the ranks: found once, checked, and passed on as values."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from distil_tl.errors import UserError
+
+DEVICES = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "gloo", "nccl")
+
+
+@dataclass
+class DistributedConfig:
+    device: str = "auto"  # auto | cpu | cuda
+    backend: str = "auto"  # auto | gloo | nccl
+    timeout_seconds: float = 600.0  # of a collective, and of the rendezvous
+    prepare_timeout_seconds: float = 14400.0  # while one rank scans, downloads or writes the demo data
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.device not in DEVICES:
+            found.append(f"distributed.device is {self.device!r}; choose one of {', '.join(DEVICES)}")
+        if self.backend not in BACKENDS:
+            found.append(f"distributed.backend is {self.backend!r}; choose one of {', '.join(BACKENDS)}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            found.append("distributed.device is cuda, but torch sees no CUDA device; use distributed.device=cpu")
+        if self.device == "cpu" and self.backend == "nccl":
+            found.append("distributed.backend=nccl needs CUDA devices; use gloo, or distributed.device=cuda")
+        for name in ("timeout_seconds", "prepare_timeout_seconds"):
+            if getattr(self, name) <= 0:
+                found.append(f"distributed.{name} must be positive")
+        return found
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said about this process. `url` is where ranks meet; None means there is only one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node: int = 0
+    url: str | None = None
+    launcher: str = "none"
+
+
+def read_launch(env: Mapping[str, str]) -> Launch:
+    """The launch described by torchrun's variables, else by those of a Slurm step, else a world of one.
+
+    Raises:
+        UserError: an environment that is only half there, which would otherwise train alone, silently.
+    """
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
+        values = _numbers(env, torchrun[:3], torchrun, "torchrun")
+        local_world = int(env.get("LOCAL_WORLD_SIZE", values["WORLD_SIZE"]))
+        return _checked(
+            Launch(
+                rank=values["RANK"],
+                world_size=values["WORLD_SIZE"],
+                local_rank=values["LOCAL_RANK"],
+                local_world_size=local_world,
+                node=int(env.get("GROUP_RANK", values["RANK"] // local_world)),
+                url="env://",
+                launcher="torchrun",
+            )
+        )
+    # A batch script has most SLURM_ variables too; only a task that srun started has a step.
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
+        needed = (*names, "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+        values = _numbers(env, names, needed, "srun")
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "")
+        host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+        port = env.get("MASTER_PORT") or _slurm_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"])
+        return _checked(
+            Launch(
+                rank=values["SLURM_PROCID"],
+                world_size=values["SLURM_STEP_NUM_TASKS"],
+                local_rank=values["SLURM_LOCALID"],
+                local_world_size=_tasks_on_node(tasks, values["SLURM_NODEID"]),
+                node=values["SLURM_NODEID"],
+                url=f"tcp://{host}:{port}",
+                launcher="slurm",
+            )
+        )
+    return Launch()
+
+
+def _numbers(
+    env: Mapping[str, str], numbers: tuple[str, ...], needed: tuple[str, ...], launcher: str
+) -> dict[str, int]:
+    missing = [name for name in needed if name not in env]
+    if missing:
+        have = [name for name in needed if name in env]
+        raise UserError(
+            f"the environment looks like {launcher}'s ({', '.join(have)} set) but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; start with {launcher}, or unset "
+            f"{', '.join(have)} to run as a single process"
+        )
+    try:
+        return {name: int(env[name]) for name in numbers}
+    except ValueError as error:
+        raise UserError(f"an environment variable of {launcher} is not a number: {error}") from None
+
+
+def _checked(launch: Launch) -> Launch:
+    if not 0 <= launch.rank < launch.world_size or not 0 <= launch.local_rank < launch.local_world_size:
+        raise UserError(
+            f"the {launch.launcher} environment contradicts itself: rank {launch.rank} of {launch.world_size}, "
+            f"local rank {launch.local_rank} of {launch.local_world_size}"
+        )
+    return launch
+
+
+def first_host(nodelist: str) -> str:
+    """The first host name of a Slurm node list such as `gpu[007-010,12],login1`."""
+    head = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
+    if head is None:
+        raise UserError(f"SLURM_STEP_NODELIST {nodelist!r} names no host")
+    return head[1] + (head[2] or "") + (head[3] or "")
+
+
+def _slurm_port(job: str, step: str) -> int:
+    # Below the ephemeral range, and different for two jobs, or two steps, that share a node.
+    return 12000 + (int(job) * 31 + (int(step) if step.isdigit() else 0)) % 20000
+
+
+def _tasks_on_node(spec: str, node: int) -> int:
+    """`2(x3),1` lists tasks per node: 2, 2, 2, 1."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", spec):
+        counts += [int(count)] * int(times or 1)
+    return counts[node] if node < len(counts) else 1
+
+
+@dataclass(frozen=True)
+class DistInfo:
+    """This process among the ranks, set up: `device` is current, and collectives work when `world_size` > 1."""
+
+    launch: Launch
+    device: torch.device
+    prepare_timeout: float
+    store: dist.Store | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.launch.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.launch.rank == 0
+
+
+@contextmanager
+def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
+    """Set up the device and, for more than one rank, the process group; tear both down on a clean end.
+
+    On an error the group is left as it is: taking it down needs the other ranks, and they may be stuck waiting
+    for this one. Ending the process is what frees them.
+    """
+    cuda = config.device != "cpu" and torch.cuda.is_available()
+    if cuda and torch.cuda.device_count() <= launch.local_rank:
+        raise UserError(
+            f"local rank {launch.local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()}; "
+            f"start at most that many processes a node, or use distributed.device=cpu"
+        )
+    device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if launch.url is None:
+        yield DistInfo(launch, device, config.prepare_timeout_seconds)
+        return
+
+    timeout = datetime.timedelta(seconds=config.timeout_seconds)
+    store, _, _ = next(iter(rendezvous(launch.url, launch.rank, launch.world_size, timeout=timeout)))
+    backend = config.backend if config.backend != "auto" else ("nccl" if cuda else "gloo")
+    dist.init_process_group(
+        # CPU tensors (stop flags, the index, counts) always travel over gloo, so they never wait for a GPU.
+        "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+        device_id=device if backend == "nccl" else None,
+    )
+    yield DistInfo(launch, device, config.prepare_timeout_seconds, dist.PrefixStore("distil_tl", store))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_rank_zero(info: DistInfo, phase: str, work: Callable[[], Any]) -> Any:
+    """Run `work` on rank 0 alone while the others wait, and give its JSON-able result to all of them.
+
+    The wait is on the store, not in a collective, so work that takes longer than the collective timeout is fine.
+    Call it in the same order on all ranks, with a `phase` used once.
+
+    Raises:
+        UserError: on all ranks, when `work` raised one.
+        RuntimeError: on the waiting ranks, when `work` failed otherwise or took too long.
+    """
+    if info.store is None:
+        return work()
+    if info.is_main:
+        return _announce(info, phase, work)
+    return _await(info, phase)
+
+
+def once_per_node(info: DistInfo, phase: str, work: Callable[[], None]) -> None:
+    """Run `work` on rank 0, then on one rank of every other node, then let all go on.
+
+    For work that fills a cache: on a shared file system the other nodes find it done, on local disks they do it.
+    """
+    on_rank_zero(info, f"{phase} on rank 0", work)
+    if info.store is None or info.launch.node == 0:
+        return
+    if info.launch.local_rank == 0:
+        _announce(info, f"{phase} on node {info.launch.node}", work)
+    else:
+        _await(info, f"{phase} on node {info.launch.node}")
+
+
+def _announce(info: DistInfo, phase: str, work: Callable[[], Any]) -> Any:
+    assert info.store is not None
+    try:
+        result = work()
+    except BaseException as error:
+        kind = "user_error" if isinstance(error, UserError) else "fault"
+        info.store.set(phase, json.dumps({kind: str(error) or repr(error)}))
+        raise
+    info.store.set(phase, json.dumps({"result": result}))
+    return result
+
+
+def _await(info: DistInfo, phase: str) -> Any:
+    assert info.store is not None
+    deadline = time.monotonic() + info.prepare_timeout
+    while not info.store.check([phase]):
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"rank {info.rank} waited {info.prepare_timeout:.0f} s for another rank: {phase}; "
+                f"raise distributed.prepare_timeout_seconds if the work is that long"
+            )
+        time.sleep(0.05)
+    answer = json.loads(info.store.get(phase))
+    if "user_error" in answer:
+        raise UserError(answer["user_error"])
+    if "fault" in answer:
+        raise RuntimeError(f"another rank failed: {phase}: {answer['fault']}")
+    return answer["result"]
+
+
+def broadcast_arrays(info: DistInfo, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    """Rank 0's arrays on every rank, without pickling and with one copy on the way."""
+    if info.store is None:
+        assert arrays is not None
+        return arrays
+    if arrays is not None:
+        layout: Any = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
+    else:
+        layout = None
+    header = [json.dumps(layout)]
+    dist.broadcast_object_list(header, src=0, device=torch.device("cpu"))
+    received: dict[str, np.ndarray] = {}
+    for name, dtype, shape in json.loads(header[0]):
+        array = np.ascontiguousarray(arrays[name]) if arrays is not None else np.empty(shape, dtype)
+        if array.size:
+            dist.broadcast(torch.from_numpy(array.reshape(-1).view(np.uint8)), src=0)
+        received[name] = array
+    return received
+
+
+def sum_over_ranks(info: DistInfo, tensor: Tensor) -> Tensor:
+    """The element-wise sum of `tensor` over all ranks, in place."""
+    if info.store is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def max_over_ranks(info: DistInfo, value: float) -> float:
+    if info.store is None:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def gather_rows(info: DistInfo, rows: Tensor, at_most: int) -> Tensor:
+    """All ranks' rows one after the other: CPU float tensors [n, k] with n up to `at_most` and different by rank."""
+    if info.store is None:
+        return rows
+    padded = rows.new_full((at_most, rows.shape[1]), float("nan"))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(info.world_size)]
+    dist.all_gather(parts, padded)
+    everything = torch.cat(parts)
+    return everything[~everything.isnan().all(dim=1)]
+
+
+def average_buffers(info: DistInfo, module: torch.nn.Module) -> None:
+    """Average floating-point buffers (BatchNorm statistics that moved per rank) over the ranks, in place."""
+    if info.store is None:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            dist.all_reduce(buffer, op=dist.ReduceOp.SUM)
+            buffer.div_(info.world_size)

@@ -1,0 +1,33 @@
+"""The ways a command ends other than well, and what each means to whoever started it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_FAULT = 1
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 3
+
+
+class UserError(Exception):
+    """The user's input is wrong: shown as one message without a traceback, exit status 2.
+
+    The message names the thing that is wrong and the way out.
+    """
+
+
+class PreemptedError(Exception):
+    """A signal asked the run to stop; everything is saved and the same command goes on: exit status 3."""
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or a gradient is no longer finite: a fault of the run, exit status 1, weights as they were before it."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`", did you mean `x`?"` when something in `known` is close to `word`, else an empty string."""
+    near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
+    if not near:
+        return ""
+    return ", did you mean " + " or ".join(f"`{name}`" for name in near) + "?"

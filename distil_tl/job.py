@@ -1,0 +1,219 @@
+"""What lives as long as a run: its state, its records, and how they are saved."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from distil_tl import checkpoint as ckpt
+from distil_tl.checkpoint import Checkpoints, Position
+from distil_tl.config import Config, plain
+from distil_tl.data.splits import Splits
+from distil_tl.distributed import DistInfo
+from distil_tl.engine import Network, StageRun, amp_dtype
+from distil_tl.errors import PreemptedError
+from distil_tl.log import add_rank_file, logger
+from distil_tl.metrics import ClassificationMetrics
+from distil_tl.models import TransferModel
+from distil_tl.optim import current_lr
+from distil_tl.rundir import RunDirectory, RunState, Start
+from distil_tl.stages import StageConfig, trainable_groups
+from distil_tl.stopping import AgreedStop, StopRequest
+from distil_tl.tracking import Tracker
+
+
+@dataclass
+class Job:
+    """One run in this process. Ranks hold equal ones, except that only rank 0 has a tracker and writes."""
+
+    info: DistInfo
+    config: Config
+    splits: Splits
+    model: TransferModel
+    network: Network
+    state: RunState
+    directory: RunDirectory
+    checkpoints: Checkpoints
+    tracker: Tracker | None
+    stop: AgreedStop
+    train_state: dict[str, Any] | None  # of the checkpoint the run goes on from, until its stage takes it
+    clock: float
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.splits.classes)
+
+    def image_size(self, stage: StageConfig) -> int:
+        return stage.image_size or self.config.data.image_size or self.model.preprocess.crop_size
+
+    def position(self, name: str) -> Position:
+        """Where stage `name` begins or goes on."""
+        at = self.state.position
+        return at if at is not None and at.stage == name else Position(name, 0, 0, self.state.step)
+
+    def has_finished(self, name: str) -> bool:
+        epochs = self.config.stages[name].epochs
+        begun = name in self.state.stages and self.state.position is not None
+        if epochs == 0 or not begun:
+            return epochs == 0
+        return self.position(name).epoch >= epochs or self.state.position.stage != name  # type: ignore[union-attr]
+
+    def _log(self, run: StageRun, epoch: int, split: str, window: str, counted: ClassificationMetrics,
+             seconds: float) -> dict[str, Any]:  # fmt: skip
+        line = {
+            "step": self.state.step,
+            "epoch": epoch + 1,
+            "stage": run.name,
+            "split": split,
+            "window": window,
+            **counted.compute(),
+            "lr": current_lr(run.optimizer),
+            "images_per_second": counted.count / seconds if seconds else None,
+            "seconds": seconds,
+            "samples_seen": self.state.step * self.config.data.global_batch_size,
+        }
+        if self.tracker is not None:
+            self.tracker.log(line)
+        return line
+
+    def note_training(
+        self, run: StageRun, epoch: int, counted: ClassificationMetrics, seconds: float
+    ) -> dict[str, Any]:
+        """Record a log interval of training; the line written."""
+        record = self.state.stages[run.name]
+        record.train_images += counted.count
+        record.train_seconds += seconds
+        record.epoch_seconds += seconds
+        record.seconds += seconds
+        return self._log(run, epoch, "train", "interval", counted, seconds)
+
+    def note_epoch(self, run: StageRun, epoch: int, counted: ClassificationMetrics) -> None:
+        """Record an epoch of training, from however many attempts it took."""
+        record = self.state.stages[run.name]
+        record.train_top1 = counted.compute()["top1"]
+        self._log(run, epoch, "train", "epoch", counted, record.epoch_seconds)
+        record.epoch_seconds = 0.0
+
+    def note_evaluation(
+        self, run: StageRun, epoch: int, counted: ClassificationMetrics, seconds: float
+    ) -> bool:
+        """Record the evaluation after an epoch; whether it is the best so far."""
+        record = self.state.stages[run.name]
+        line = self._log(run, epoch, "val", "epoch", counted, seconds)
+        kept = ("split", "loss", "top1", "top5", "macro_f1", "stage", "epoch", "step")
+        final = self.state.final = {key: line[key] for key in kept}
+        record.epochs, record.top1 = epoch + 1, final["top1"]
+        record.seconds += seconds
+        best = self.state.best
+        if best is None or (final["top1"], -final["loss"]) > (best["top1"], -best["loss"]):
+            self.state.best = final
+            return True
+        return False
+
+    def save(self, run: StageRun, metrics: ClassificationMetrics, *, is_best: bool = False) -> None:
+        """Write a checkpoint of this moment. A collective: all ranks call it."""
+        sums = metrics.reduce(self.info).state()
+        self.tick()
+        if not self.info.is_main:
+            return
+        self.checkpoints.save(
+            self.state.step,
+            weights=self.model.module.state_dict(),
+            train_state={"stage": run.name, "metrics": sums, **run.state()},
+            state={
+                "format": 1,
+                "run": self.state.to_json(),
+                "world_size": self.info.world_size,
+                "global_batch_size": self.config.data.global_batch_size,
+                "data": {"train": self.splits.train.fingerprint, "val": self.splits.val.fingerprint},
+                "weights": asdict(self.model.weights),
+                "preprocess": asdict(self.model.preprocess),
+                "classes": list(self.splits.classes),
+            },
+            is_best=is_best,
+        )
+
+    def preempt(self) -> None:
+        raise PreemptedError(
+            f"stopped by a signal; everything up to step {self.state.step} is in {self.directory.path}, and the same "
+            f"command goes on from there"
+        )
+
+    def tick(self) -> None:
+        """Add the time since the last call to the run's total."""
+        now = time.monotonic()
+        self.state.seconds += now - self.clock
+        self.clock = now
+
+    def close(self, status: str, **more: Any) -> dict[str, Any]:
+        """Write summary.json and end the tracking."""
+        self.tick()
+        if self.tracker is None:
+            return {}
+        summary = self.directory.write_summary(status, self.state, self.info, **more)
+        self.tracker.close(summary, exit_code=0 if status == "completed" else 1)
+        return summary
+
+
+def open_job(
+    info: DistInfo,
+    config: Config,
+    source: DictConfig,
+    start: Start,
+    splits: Splits,
+    model: TransferModel,
+    stop: StopRequest,
+) -> Job:
+    """Open the run directory, and put model and state where `start` says.
+
+    Raises:
+        UserError: for stages that the model or the checkpoint can't take.
+    """
+    clock = time.monotonic()
+    names = [group.name for group in model.groups]
+    for name, stage in config.stages.items():
+        trainable_groups(stage.unfreeze, names, f"stages.{name}.unfreeze")
+    state, train_state = RunState(), None
+    if start.checkpoint is not None:
+        path = Path(start.checkpoint)
+        saved = ckpt.load_state(path)
+        state = RunState.from_json(saved["run"])
+        splits.refuse_drift(saved["data"])
+        ckpt.load_weights(path, model.module)
+        train_state = ckpt.load_train_state(path)
+    run_dir = Path(start.run_dir)
+    directory = RunDirectory(run_dir)
+    tracker = None
+    if info.is_main:
+        directory.begin(source, splits.classes, info)
+        directory.write_summary("running", state, info)
+        tracker = Tracker(run_dir, config.tracking, plain(source), after_step=state.step)
+    add_rank_file(run_dir, info.rank)
+    _say_start(start, state)
+    return Job(
+        info=info,
+        config=config,
+        splits=splits,
+        model=model,
+        network=Network(model, amp_dtype(config.precision, info.device), info.device),
+        state=state,
+        directory=directory,
+        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep),
+        tracker=tracker,
+        stop=AgreedStop(info, lambda: bool(stop)),
+        train_state=train_state,
+        clock=clock,
+    )
+
+
+def _say_start(start: Start, state: RunState) -> None:
+    if state.position is None:
+        logger.info("run directory %s", start.run_dir)
+        return
+    at = state.position
+    where = f"stage {at.stage}, epoch {at.epoch + 1}, {at.consumed:,} samples in"
+    logger.info("run directory %s, going on from step %d (%s)", start.run_dir, at.step, where)

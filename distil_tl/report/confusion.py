@@ -1,0 +1,136 @@
+"""The confusion matrix: a heat map while it can be read, and the most confused pairs at any size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distil_tl.report import text
+from distil_tl.report.load import Run
+from distil_tl.report.markup import Child, Markup, h
+from distil_tl.report.tables import bar, class_name, table
+from distil_tl.report.text import number
+
+MAX_DRAWN = 60
+NUMBERED = 20  # classes; with more the cells are too small for their counts
+MAX_LABEL = 18
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Counts by true class (row) and predicted class (column)."""
+
+    names: list[str]
+    rows: list[list[float]]
+
+    def pairs(self) -> list[tuple[float, int, int]]:
+        """Every (count, true, predicted) off the diagonal, most first."""
+        found = [(n, i, j) for i, row in enumerate(self.rows) for j, n in enumerate(row) if n > 0 and i != j]
+        return sorted(found, key=lambda pair: (-pair[0], pair[1], pair[2]))
+
+    def taken_for(self) -> dict[str, str]:
+        """What every class with mistakes is most often taken for."""
+        result = {}
+        for i, row in enumerate(self.rows):
+            n, j = max(((n, -j) for j, n in enumerate(row) if j != i), default=(0.0, 0))
+            if n > 0:
+                result[self.names[i]] = f"{self.names[-j]} ({text.count(n)})"
+        return result
+
+
+def read_confusion(run: Run) -> Confusion | None:
+    """The matrix of evaluation.json with its class names; None when there is none or it is not square."""
+    found = run.evaluation.get("confusion_matrix")
+    if not isinstance(found, list) or not found:
+        return None
+    if any(not isinstance(row, list) or len(row) != len(found) for row in found):
+        run.notes.append("The confusion matrix of evaluation.json is not square and is left out.")
+        return None
+    rows = [[number(n) or 0.0 for n in row] for row in found]
+    per_class = run.evaluation.get("per_class")
+    if len(run.classes) == len(rows):
+        names = run.classes
+    elif isinstance(per_class, list) and len(per_class) == len(rows):
+        names = [
+            class_name(run, e.get("class") if isinstance(e, dict) else i) for i, e in enumerate(per_class)
+        ]
+    else:
+        names = [str(i) for i in range(len(rows))]
+    return Confusion(names, rows)
+
+
+def pair_table(confusion: Confusion) -> Markup | None:
+    """The most confused pairs: ten beside a heat map, thirty in its place."""
+    rows: list[list[Child]] = []
+    for n, i, j in confusion.pairs()[: 10 if len(confusion.rows) <= MAX_DRAWN else 30]:
+        share = n / sum(confusion.rows[i])
+        rows.append(
+            [confusion.names[i], confusion.names[j], text.count(n), bar(share, text.percent(share), "weak")]
+        )
+    if not rows:
+        return None
+    return table(["True class", "Taken for", "Images", "Of the class"], rows, texts=2, label="Most confused")
+
+
+def _label(name: str) -> str:
+    return name if len(name) <= MAX_LABEL else name[: MAX_LABEL - 1] + "\u2026"
+
+
+def heat_map(confusion: Confusion) -> Markup | None:
+    """The matrix as squares: right answers in one colour, mistakes in another, by share of the true class."""
+    size = len(confusion.rows)
+    if size > MAX_DRAWN:
+        return None
+    cell = 34 if size <= 10 else 28 if size <= NUMBERED else 14
+    labels = [_label(name) for name in confusion.names]
+    edge = 14 + round(6.6 * max(len(label) for label in labels))
+    # The slanted last column label runs past the right edge of the matrix.
+    width, height = edge + size * cell + round(edge * 0.6), edge + size * cell + 22
+    parts: list[Markup] = []
+    for i, row in enumerate(confusion.rows):
+        middle = edge + (i + 0.5) * cell
+        parts.append(h("text", labels[i], x=edge - 8, y=middle + 4, class_="tick y"))
+        turn = f"translate({middle:.6g} {edge - 8}) rotate({-50 if cell > 20 else -65})"
+        parts.append(h("text", labels[i], transform=turn, class_="tick"))
+        total = sum(row)
+        for j, n in enumerate(row):
+            if n <= 0:
+                continue
+            share = n / total
+            title = (
+                f"{confusion.names[i]} \u2192 {confusion.names[j]}: {text.count(n)} ({text.percent(share)})"
+            )
+            # The root makes one mistake in a hundred visible.
+            place: dict[str, str | float] = {"x": edge + j * cell + 1, "y": edge + i * cell + 1}
+            square = h(
+                "rect",
+                h("title", title),
+                class_="right" if i == j else "wrong",
+                width=cell - 2,
+                height=cell - 2,
+                rx="2",
+                fill_opacity=round(0.12 + 0.88 * share**0.5, 3),
+                **place,
+            )
+            parts.append(square)
+            if size <= NUMBERED:
+                shown = text.short(n).replace(text.SPACE, "")
+                style = "count strong" if share > 0.3 else "count"
+                parts.append(h("text", shown, x=edge + (j + 0.5) * cell, y=middle + 4, class_=style))
+    frame = h("rect", class_="frame", x=edge, y=edge, width=size * cell, height=size * cell)
+    below = h("text", "predicted class", x=edge + size * cell / 2, y=edge + size * cell + 17, class_="tick x")
+    right = sum(row[i] for i, row in enumerate(confusion.rows))
+    total = sum(map(sum, confusion.rows))
+    picture = h(
+        "svg",
+        h("title", "Confusion matrix"),
+        h("desc", f"Rows are true classes, columns predicted ones; {right:,.0f} of {total:,.0f} are right."),
+        frame,
+        parts,
+        below,
+        role="img",
+        class_="heat" if cell > 20 else "heat small",
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+    )
+    return h("div", picture, class_="scroll", tabindex="0", role="region", aria_label="Confusion matrix")

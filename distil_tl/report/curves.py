@@ -1,0 +1,154 @@
+"""Which curves are drawn from the metrics, and on which axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+
+from distil_tl.report import text
+from distil_tl.report.load import Metric, Run
+from distil_tl.report.markup import Markup
+from distil_tl.report.svg import (
+    Chart,
+    Mark,
+    Point,
+    Scale,
+    Series,
+    bucket_means,
+    downsample,
+    fit_scale,
+    line_chart,
+)
+
+DENSE = 300  # intervals; above this a mean is drawn over the raw curve
+MEANS = 120
+
+
+def _points(lines: Sequence[Metric], key: str) -> tuple[list[Point], int]:
+    """The finite values of `key` over steps, and how many lines of these have none."""
+    value = attrgetter(key)
+    found = [(float(m.step), value(m)) for m in lines if value(m) is not None]
+    return found, len(lines) - len(found)
+
+
+def _missing(count: int) -> str:
+    return f"{count:,} value{'s' if count > 1 else ''} not finite, not drawn" if count else ""
+
+
+def _train(points: list[Point], style: str, name: str) -> list[Series]:
+    """The raw curve, and over a dense one its mean: a hundred thousand noisy intervals hide their trend."""
+    if len(points) <= DENSE:
+        return [Series(name, points, style)]
+    means = bucket_means(points, MEANS)
+    each = round(len(points) / MEANS)
+    return [
+        Series(name, downsample(points), style, faint=True),
+        Series(f"{name}, mean of {each:,} intervals", means, style),
+    ]
+
+
+def _values(series: Sequence[Series]) -> list[float]:
+    return [y for s in series for _, y in s.points]
+
+
+def _span(name: str, points: Sequence[Point], show: text.Show) -> str:
+    """A sentence for those who do not see the curve."""
+    if not points:
+        return f"No {name} values."
+    ys = [y for _, y in points]
+    return (
+        f"{name[:1].upper()}{name[1:]} from {show(ys[0])} to {show(ys[-1])} over {len(ys):,} values "
+        f"(lowest {show(min(ys))}, highest {show(max(ys))})."
+    )
+
+
+def loss_chart(run: Run) -> Markup:
+    """Training loss of every interval, validation loss of every evaluation."""
+    train, bad_train = _points(run.lines("train", "interval") or run.lines("train", "epoch"), "loss")
+    val, bad_val = _points(run.lines("val"), "loss")
+    series = [*_train(train, "c-train", "train"), Series("val", downsample(val), "c-val", dots=True)]
+    scale = fit_scale(_values(series), from_zero=True)
+    notes = ["log scale" if scale.log else "", _missing(bad_train + bad_val)]
+    return line_chart(
+        Chart(
+            title="Loss",
+            describe=f"{_span('train loss', train, text.decimal)} {_span('val loss', val, text.decimal)}",
+            series=series,
+            bands=run.bands,
+            scale=scale,
+            note=" \u00b7 ".join(n for n in notes if n),
+        )
+    )
+
+
+def accuracy_chart(run: Run) -> Markup:
+    """Top-1 of training epochs and of evaluations, the best one ringed."""
+    train, bad_train = _points(run.lines("train", "epoch") or run.lines("train", "interval"), "top1")
+    val, bad_val = _points(run.lines("val"), "top1")
+    series = [
+        Series("train", downsample(train), "c-train", dots=len(train) < 60),
+        Series("val", downsample(val), "c-val", dots=True),
+    ]
+    values = _values(series) or [0.0]
+    room = max(max(values) - min(values), 0.02) * 0.08
+    best = run.best
+    mark = None
+    if best and best.top1 is not None and best.step is not None:
+        mark = Mark(best.step, best.top1, f"best {text.percent(best.top1)}")
+    return line_chart(
+        Chart(
+            title="Top-1 accuracy",
+            describe=f"{_span('train top-1', train, text.percent)} {_span('val top-1', val, text.percent)}",
+            series=series,
+            bands=run.bands,
+            scale=Scale(max(0.0, min(values) - room), max(values) + room),
+            label=lambda v: f"{v * 100:.4g}{text.SPACE}%",
+            percent=True,
+            mark=mark if val else None,
+            note=_missing(bad_train + bad_val),
+        )
+    )
+
+
+def lr_chart(run: Run) -> Markup:
+    """The learning rate; a new stage starts a new curve."""
+    lines = run.lines("train", "interval") or run.lines("train", "epoch")
+    points, _ = _points(lines, "lr")
+    peaks: dict[str, float] = {}
+    for m in lines:
+        peaks[m.stage] = max(peaks.get(m.stage, 0.0), m.lr or 0.0)
+    tops = [peak for peak in peaks.values() if peak > 0]
+    if tops and max(tops) / min(tops) >= 20:
+        # Stages that differ this much share no linear axis. A decay to zero is cut at a hundredth.
+        scale = Scale(min(tops) / 100, max(tops) * 1.3, log=True)
+    else:
+        scale = Scale(0.0, max(tops, default=0.9) * 1.1)
+    return line_chart(
+        Chart(
+            title="Learning rate",
+            describe=_span("learning rate", points, text.tick),
+            series=[Series("learning rate", downsample(points), "c-plain", broken=True)],
+            bands=run.bands,
+            scale=scale,
+            note="log scale" if scale.log else "",
+            low=True,
+        )
+    )
+
+
+def throughput_chart(run: Run) -> Markup:
+    """Training images a second, over all ranks."""
+    points, _ = _points(run.lines("train", "interval") or run.lines("train", "epoch"), "images_per_second")
+    series = _train(points, "c-plain", "train images/s")
+    scale = fit_scale(_values(series), from_zero=True)
+    return line_chart(
+        Chart(
+            title="Training images per second",
+            describe=_span("throughput", points, text.rate),
+            series=series,
+            bands=run.bands,
+            scale=scale,
+            note="log scale" if scale.log else "",
+            low=True,
+        )
+    )

@@ -1,0 +1,197 @@
+"""Read a run directory into one value. Only metrics.jsonl has to be there; nothing has to be complete."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distil_tl.errors import UserError
+from distil_tl.report.text import number
+
+
+class Metric(NamedTuple):
+    """A line of metrics.jsonl; `window` is empty for val lines."""
+
+    step: int
+    epoch: int
+    stage: str
+    split: str
+    window: str
+    loss: float | None
+    top1: float | None
+    macro_f1: float | None
+    lr: float | None
+    images_per_second: float | None
+    samples_seen: float | None
+    time: float | None
+
+
+class Band(NamedTuple):
+    """The steps of one stage."""
+
+    name: str
+    start: int
+    end: int
+
+
+class Best(NamedTuple):
+    """The best validation, as summary.json or else metrics.jsonl has it."""
+
+    top1: float | None
+    macro_f1: float | None
+    stage: str
+    epoch: int | None
+    step: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run say."""
+
+    name: str
+    directory: Path
+    metrics: list[Metric]
+    summary: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    config: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self, split: str, window: str = "") -> list[Metric]:
+        """The lines of one split (and window), by step."""
+        return [m for m in self.metrics if m.split == split and (not window or m.window == window)]
+
+    @cached_property
+    def bands(self) -> list[Band]:
+        """The stages as adjoining ranges of steps, in order."""
+        ends: dict[str, tuple[int, int]] = {}
+        for m in self.metrics:
+            first, last = ends.get(m.stage, (m.step, m.step))
+            ends[m.stage] = min(first, m.step), max(last, m.step)
+        bands: list[Band] = []
+        for name, (_, last) in sorted(ends.items(), key=lambda item: item[1]):
+            start = bands[-1].end if bands else 0
+            bands.append(Band(name, start, max(start, last)))
+        return bands
+
+    @property
+    def best(self) -> Best | None:
+        """summary.json decides which validation was best; a run without one has its highest top-1."""
+        told = section(self.summary, "best")
+        if number(told.get("top1")) is not None:
+            return Best(
+                number(told.get("top1")),
+                number(told.get("macro_f1")),
+                str(told.get("stage") or ""),
+                whole(told.get("epoch")),
+                whole(told.get("step")),
+            )
+        scored = [(m.top1, m) for m in self.lines("val") if m.top1 is not None]
+        if not scored:
+            return None
+        _, m = max(scored, key=lambda pair: pair[0])
+        return Best(m.top1, m.macro_f1, m.stage, m.epoch, m.step)
+
+
+def section(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """`values[key]` where it is a mapping, else an empty one."""
+    part = values.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def whole(value: object) -> int | None:
+    """A finite number as an int."""
+    found = number(value)
+    return None if found is None else int(found)
+
+
+def load_run(run_dir: Path) -> Run:
+    """Read everything the report shows. Raises `UserError` when `run_dir` is not a run directory."""
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is not a directory; give the directory of a run (it holds metrics.jsonl)")
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(
+            f"{run_dir} has no metrics.jsonl, so there is nothing to report; "
+            "give the directory of a run that has begun to train"
+        )
+    notes: list[str] = []
+    metrics = _metrics(path, notes)
+    classes = _json(run_dir / "classes.json", list, notes)
+    config = run_dir / "config.yaml"
+    return Run(
+        name=run_dir.resolve().name,
+        directory=run_dir,
+        metrics=metrics,
+        summary=_json(run_dir / "summary.json", dict, notes),
+        env=_json(run_dir / "env.json", dict, notes),
+        evaluation=_json(run_dir / "evaluation.json", dict, notes),
+        classes=[str(name) for name in classes],
+        config=config.read_text("utf-8", errors="replace") if config.is_file() else None,
+        notes=notes,
+    )
+
+
+def _json(path: Path, kind: type[Any], notes: list[str]) -> Any:
+    """The JSON of `path`; an empty `kind` without the file, and with a note when it holds something else."""
+    if not path.is_file():
+        return kind()
+    try:
+        value = json.loads(path.read_text("utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, kind):
+        notes.append(f"{path.name} could not be read and is left out.")
+        return kind()
+    return value
+
+
+def _metrics(path: Path, notes: list[str]) -> list[Metric]:
+    """The lines by step. Where a resumed run repeated steps, the later line stands."""
+    kept: dict[tuple[str, str], list[tuple[int, Metric]]] = {}
+    bad = 0
+    lines = path.read_text("utf-8", errors="replace").split("\n")
+    for i, line in enumerate(lines):
+        if not line.strip():
+            continue
+        metric = _metric(line)
+        if metric is None:
+            bad += i < len(lines) - 1  # the last one may still be in the middle of being written
+            continue
+        series = kept.setdefault((metric.split, metric.window), [])
+        while series and series[-1][1].step >= metric.step:
+            series.pop()
+        series.append((i, metric))
+    if bad:
+        notes.append(f"{bad:,} line{'s' if bad > 1 else ''} of metrics.jsonl could not be read.")
+    ordered = sorted((pair for series in kept.values() for pair in series), key=lambda p: (p[1].step, p[0]))
+    return [metric for _, metric in ordered]
+
+
+def _metric(line: str) -> Metric | None:
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = whole(raw.get("step")) if isinstance(raw, dict) else None
+    if step is None or step < 0:
+        return None
+    split = str(raw.get("split", ""))
+    return Metric(
+        step,
+        whole(raw.get("epoch")) or 0,
+        str(raw.get("stage", "")),
+        split,
+        str(raw.get("window", "interval")) if split == "train" else "",
+        number(raw.get("loss")),
+        number(raw.get("top1")),
+        number(raw.get("macro_f1")),
+        number(raw.get("lr")),
+        number(raw.get("images_per_second")),
+        number(raw.get("samples_seen")),
+        number(raw.get("time")),
+    )

@@ -1,0 +1,216 @@
+"""The run directory: what a run leaves behind, and whether there is one to go on with."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from omegaconf import DictConfig, OmegaConf
+
+from distil_tl.checkpoint import Checkpoints, Position, load_state
+from distil_tl.config import Config, plain, to_yaml, unsafe_changes
+from distil_tl.distributed import DistInfo
+from distil_tl.errors import UserError
+from distil_tl.files import write_atomic, write_json
+from distil_tl.version import __version__
+
+
+@dataclass
+class StageRecord:
+    """What a stage did so far. `seconds` includes its evaluations, `train_seconds` does not."""
+
+    epochs: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    epoch_seconds: float = 0.0  # of training in the epoch under way
+    train_images: int = 0
+    cached: bool = False
+    trainable_parameters: int = 0
+    train_top1: float | None = None  # over the last epoch, as it went
+    top1: float | None = None  # on val, after the last epoch
+
+    def summary(self) -> dict[str, Any]:
+        fields = asdict(self)
+        del fields["epoch_seconds"]
+        speed = self.train_images / self.train_seconds if self.train_seconds else 0.0
+        return {**fields, "images_per_second": speed}
+
+
+@dataclass
+class RunState:
+    """All that a run knows about itself besides tensors: where it is, and its history."""
+
+    position: Position | None = None
+    best: dict[str, Any] | None = None
+    final: dict[str, Any] | None = None
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def step(self) -> int:
+        return self.position.step if self.position else 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> RunState:
+        return cls(
+            position=Position(**tree["position"]),
+            best=tree["best"],
+            final=tree["final"],
+            stages={name: StageRecord(**record) for name, record in tree["stages"].items()},
+            seconds=tree["seconds"],
+        )
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins: `checkpoint` to go on from, or none; `completed` when there is nothing left to do."""
+
+    run_dir: str
+    checkpoint: str | None = None
+    completed: bool = False
+
+
+def find_start(config: Config, source: DictConfig) -> Start:
+    """Decide whether to begin, go on, or leave a finished run alone. Looks, and writes nothing.
+
+    Raises:
+        UserError: for a change of configuration that the run in `run_dir` can't take, or a directory in use.
+    """
+    assert config.run_dir is not None
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"run_dir={run_dir} is a file; choose another run_dir")
+    here = Checkpoints(run_dir / "checkpoints").newest_sound()
+    if config.resume == "never":
+        if here is not None or (run_dir / "metrics.jsonl").exists():
+            raise UserError(
+                f"resume=never, but {run_dir} already holds a run; choose another run_dir, delete it, or leave out "
+                f"resume=never to go on with it"
+            )
+        return Start(str(run_dir))
+    if here is not None:
+        _refuse_changes(config, source, here, run_dir)
+        return Start(str(run_dir), str(here), _status(run_dir) == "completed")
+    if config.resume != "auto":
+        there = _checkpoint_at(Path(config.resume))
+        _refuse_changes(config, source, there, there.parent.parent)
+        return Start(str(run_dir), str(there))
+    return Start(str(run_dir))
+
+
+def _checkpoint_at(path: Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest of the run directory there."""
+    if (path / "state.json").exists():
+        return path.resolve()
+    found = Checkpoints(path / "checkpoints").newest_sound()
+    if found is None:
+        raise UserError(f"resume={path} holds no sound checkpoint")
+    return found
+
+
+def _refuse_changes(config: Config, source: DictConfig, checkpoint: Path, run_dir: Path) -> None:
+    saved = run_dir / "config.yaml"
+    if not saved.exists():
+        return
+    started = list(load_state(checkpoint)["stages"])
+    before: Any = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
+    changes = unsafe_changes(before, plain(source), started)
+    if changes:
+        listing = "\n".join(f"  - {change}" for change in changes)
+        raise UserError(
+            f"{run_dir} holds a run of another configuration, and going on with this one would not be the same "
+            f"training:\n{listing}\nGo back to its values, or choose another run_dir."
+        )
+
+
+def _status(run_dir: Path) -> str | None:
+    try:
+        status: str = json.loads((run_dir / "summary.json").read_text())["status"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return status
+
+
+class RunDirectory:
+    """Rank 0's writer of the files that describe a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def begin(self, source: DictConfig, classes: Sequence[str], info: DistInfo) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / "config.yaml", to_yaml(source))
+        write_json(self.path / "env.json", environment(info))
+        write_json(self.path / "classes.json", list(classes))
+
+    def write_summary(
+        self, status: str, state: RunState, info: DistInfo, **more: Any
+    ) -> dict[str, Any]:
+        summary = {
+            "status": status,
+            "world_size": info.world_size,
+            "best": state.best,
+            "final": state.final,
+            **more,
+            "stages": {name: record.summary() for name, record in state.stages.items()},
+            "total_seconds": state.seconds,
+            "peak_memory_mb": peak_memory_mb(info),
+        }
+        write_json(self.path / "summary.json", summary)
+        return summary
+
+
+def peak_memory_mb(info: DistInfo) -> float:
+    """Of this rank: of the GPU where there is one, else of the process. MiB."""
+    if info.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(info.device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def environment(info: DistInfo) -> dict[str, Any]:
+    """What ran where; nothing of the process's environment variables."""
+    device = torch.cuda.get_device_name(info.device) if info.device.type == "cuda" else platform.processor()
+    return {
+        "versions": {
+            "distil_tl": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "git": _git(),
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "launcher": info.launch.launcher,
+        "world_size": info.world_size,
+        "device": f"{info.device.type} {device}".strip(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "start_time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and state of the checkout this package runs from, if it is one."""
+
+    def ask(*args: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,127 @@
+"""What is written while a run goes on: metrics.jsonl always, Weights & Biases when asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distil_tl.files import json_safe, write_atomic
+from distil_tl.log import logger
+
+WANDB_MODES = ("disabled", "offline", "online")
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "disabled"  # disabled | offline | online
+    project: str = "distil_tl"
+    entity: str | None = None
+    name: str | None = None  # none: the run directory's
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrackingConfig:
+    log_every: int = 20  # optimizer steps between lines of training metrics
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.log_every < 1:
+            found.append("tracking.log_every must be at least 1")
+        if self.wandb.mode not in WANDB_MODES:
+            found.append(
+                f"tracking.wandb.mode is {self.wandb.mode!r}; choose one of {', '.join(WANDB_MODES)}"
+            )
+        return found
+
+
+class Tracker:
+    """Rank 0's record of a run.
+
+    Args:
+        run_dir: holds metrics.jsonl.
+        after_step: the step that the run goes on from; lines of later steps, which a killed attempt wrote, go.
+        config: as it may be shown, without secrets.
+    """
+
+    def __init__(
+        self, run_dir: Path, settings: TrackingConfig, config: dict[str, Any], *, after_step: int = 0
+    ) -> None:
+        path = run_dir / "metrics.jsonl"
+        if path.exists():
+            write_atomic(path, "".join(_lines_up_to(path, after_step)))
+        self._file = path.open("a", buffering=1)
+        self._wandb = _start_wandb(run_dir, settings.wandb, config)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write one line; `step`, `stage` and `split` are in it."""
+        line = {**line, "time": time.time()}
+        self._file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
+        if self._wandb is not None:
+            self._to_wandb(line)
+
+    def _to_wandb(self, line: dict[str, Any]) -> None:
+        numbers = {
+            f"{line['split']}/{key}": value
+            for key, value in line.items()
+            if isinstance(value, (int, float)) and key not in ("step", "epoch", "time")
+        }
+        try:
+            self._wandb.log({**numbers, "epoch": line["epoch"], "stage": line["stage"]}, step=line["step"])
+        except Exception as error:  # whatever W&B does, training goes on
+            logger.warning("Weights & Biases stopped (%s); metrics.jsonl has everything", error)
+            self._wandb = None
+
+    def close(self, summary: dict[str, Any], exit_code: int = 0) -> None:
+        self._file.close()
+        if self._wandb is None:
+            return
+        try:
+            for split in ("best", "final", "test"):
+                for key, value in (summary.get(split) or {}).items():
+                    self._wandb.summary[f"{split}/{key}"] = value
+            self._wandb.finish(exit_code=exit_code)
+        except Exception as error:
+            logger.warning("Weights & Biases did not finish (%s); metrics.jsonl has everything", error)
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):  # a line that a kill cut off
+            continue
+    return kept
+
+
+def _start_wandb(run_dir: Path, settings: WandbConfig, config: dict[str, Any]) -> Any:
+    if settings.mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        id_file = run_dir / "wandb-id"
+        if not id_file.exists():
+            write_atomic(id_file, wandb.util.generate_id())
+        return wandb.init(
+            id=id_file.read_text(),
+            resume="allow" if settings.mode == "online" else None,
+            mode=settings.mode,
+            dir=run_dir,
+            project=settings.project,
+            entity=settings.entity,
+            name=settings.name or run_dir.resolve().name,
+            group=settings.group,
+            tags=settings.tags,
+            config=config,
+        )
+    except Exception as error:  # not installed, no key, no network: a run is worth more than its dashboard
+        logger.warning("Weights & Biases is off for this run: %s", error)
+        return None

@@ -1,0 +1,476 @@
+"""The report of synthetic run directories: what it says, that it is harmless, small and self-contained."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distil_tl.errors import UserError
+from distil_tl.report import main, write_report
+from distil_tl.report.load import load_run
+from distil_tl.report.markup import Markup, h
+from distil_tl.report.svg import MAX_POINTS, Scale, downsample, fit_scale, linear_ticks
+from distil_tl.report.text import duration, moment, number, percent, short
+from distil_tl.report.text import points as points_text
+
+EVIL = "<script>alert(1)</script>"
+STAGES = (("head", 4, 3e-3, 18_000.0), ("layer4", 6, 6e-4, 3100.0), ("full", 10, 8e-5, 2150.0))
+NAMES = ["daisy", "dandelion", "rose", "sunflower", "tulip", "iris", "lily", "orchid", "poppy", "peony"]
+
+
+def build_metrics(intervals: int = 12) -> list[dict[str, Any]]:
+    """A staged run: each stage brings the loss down further, with its own learning rate."""
+    noise = random.Random(7)
+    lines: list[dict[str, Any]] = []
+    step, clock, seen, level = 0, 1_760_000_000.0, 0, 2.2
+    for stage, epochs, peak, speed in STAGES:
+        floor = level * 0.42
+        for epoch in range(1, epochs + 1):
+            for i in range(intervals):
+                step, seen = step + 10, seen + 5120
+                clock += 5120 / speed
+                done = ((epoch - 1) * intervals + i) / (epochs * intervals)
+                loss = floor + (level - floor) * math.exp(-3.5 * done)
+                lr = peak * (min(1.0, done * 10 + 0.05) * (0.5 + 0.5 * math.cos(math.pi * done)))
+                common = {"step": step, "epoch": epoch, "stage": stage, "lr": lr, "samples_seen": seen}
+                lines.append(
+                    common
+                    | {"split": "train", "window": "interval", "loss": loss * noise.uniform(0.85, 1.2)}
+                    | {
+                        "top1": max(0.0, 1 - loss * 0.33),
+                        "top5": 0.99,
+                        "macro_f1": None,
+                        "seconds": 5120 / speed,
+                    }
+                    | {"images_per_second": speed * noise.uniform(0.92, 1.05), "time": clock}
+                )
+            top1 = 1 - loss * 0.33 + noise.uniform(-0.01, 0.01)
+            scores = {"loss": loss, "top1": top1, "top5": 0.99, "macro_f1": top1 - 0.01}
+            train = {
+                "split": "train",
+                "window": "epoch",
+                "images_per_second": speed,
+                "seconds": 3.0,
+                "time": clock,
+            }
+            lines.append(common | scores | train)
+            val = {"split": "val", "loss": loss * 1.07 + 0.03, "top1": top1 - 0.02, "time": clock + 1}
+            lines.append(common | scores | val)
+        level = floor
+    return lines
+
+
+def build_evaluation(names: list[str], per: int = 80, directory: Path | None = None) -> dict[str, Any]:
+    """An evaluation in which neighbouring classes are taken for each other."""
+    noise = random.Random(3)
+    size = len(names)
+    matrix = [[0] * size for _ in names]
+    for i in range(size):
+        right = round(per * noise.uniform(0.55, 0.99))
+        matrix[i][i] = right
+        for _ in range(per - right):
+            matrix[i][(i + noise.choice([1, 1, 1, size - 1, 2])) % size] += 1
+    classes = []
+    for i, name in enumerate(names):
+        predicted = sum(row[i] for row in matrix)
+        recall, precision = matrix[i][i] / per, matrix[i][i] / predicted if predicted else 0.0
+        f1 = 2 * recall * precision / (recall + precision) if recall + precision else 0.0
+        classes.append(
+            {
+                "class": name,
+                "n": per,
+                "correct": matrix[i][i],
+                "recall": recall,
+                "precision": precision,
+                "f1": f1,
+            }
+        )
+    top1 = sum(matrix[i][i] for i in range(size)) / (per * size)
+    mistakes = [
+        {
+            "path": str((directory or Path("/data/flowers")) / names[k % size] / f"img_{k:04d}.png"),
+            "target": names[k % size],
+            "prediction": names[(k + 1) % size],
+            "probability": 0.99 - 0.012 * k,
+        }
+        for k in range(40)
+    ]
+    return {
+        "split": "val",
+        "n": per * size,
+        "top1": top1,
+        "top5": 0.991,
+        "macro_f1": top1 - 0.004,
+        "loss": 0.41,
+        "per_class": classes,
+        "confusion_matrix": matrix,
+        "mistakes": mistakes,
+    }
+
+
+def write_lines(run: Path, lines: list[dict[str, Any]]) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def build_run(run: Path, names: list[str] | None = None, intervals: int = 12) -> Path:
+    """A completed run with every file the report reads."""
+    names = names or NAMES
+    lines = build_metrics(intervals)
+    write_lines(run, lines)
+    best = max((line for line in lines if line["split"] == "val"), key=lambda line: line["top1"])
+    keys = ("split", "loss", "top1", "top5", "macro_f1", "stage", "epoch", "step")
+    stages = {
+        stage: {
+            "epochs": epochs,
+            "seconds": epochs * 41.0 * 3000 / speed,
+            "train_images": 61_440 * epochs,
+            "images_per_second": speed,
+            "cached": stage == "head",
+            "trainable_parameters": 10 ** (i + 4) * 2,
+            "top1": 0.9,
+        }
+        for i, (stage, epochs, _, speed) in enumerate(STAGES)
+    }
+    summary = {
+        "status": "completed",
+        "world_size": 8,
+        "best": {k: best[k] for k in keys},
+        "final": {k: lines[-1][k] for k in keys},
+        "stages": stages,
+        "total_seconds": 812.4,
+        "peak_memory_mb": 9312.0,
+        "test": {"top1": 0.9012, "macro_f1": 0.894},
+    }
+    env = {
+        "versions": {"python": "3.11.9", "torch": "2.8.0", "torchvision": "0.23.0", "distil_tl": "0.1.0"},
+        "git": {"commit": "4f1c2a9be77d03aa10cd9f2b8f0e4d1122aa33bb", "dirty": True},
+        "command": "torchrun --nproc_per_node=8 -m distil_tl.train configs/flowers.yaml",
+        "host": "node-17",
+        "world_size": 8,
+        "device": "NVIDIA H100",
+        "start_time": 1_760_000_000.0,
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "env.json").write_text(json.dumps(env))
+    (run / "classes.json").write_text(json.dumps(names))
+    (run / "config.yaml").write_text("model:\n  name: resnet50\ndata:\n  root: ${oc.env:DATA}/flowers\n")
+    (run / "evaluation.json").write_text(json.dumps(build_evaluation(names, directory=run / "images")))
+    return run
+
+
+class Checker(HTMLParser):
+    """Balanced tags, and nothing that the page would load or run from data."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        assert len({name for name, _ in attrs}) == len(attrs)
+        for name, value in attrs:
+            assert not name.startswith("on")
+            assert name not in ("href", "xlink:href", "srcset", "data", "action")
+            if name == "src":
+                assert value is not None
+                assert value.startswith("data:image/")
+
+    def handle_endtag(self, tag):
+        assert self.open, f"closing {tag} with nothing open"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).replace("\u202f", " ").split())
+
+
+def report(run: Path) -> tuple[str, str]:
+    """The page's source and its words, checked."""
+    path = write_report(run)
+    assert path == run / "report.html"
+    page = path.read_text("utf-8")
+    checker = Checker(page)
+    assert checker.tags.count("script") == 1
+    assert not re.search(r"@import|url\(|https?://", page)
+    assert "default-src 'none'" in page or "default-src &#x27;none&#x27;" in page
+    return page, checker.text
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return build_run(tmp_path / "flowers-r50")
+
+
+def test_it_shows_the_run(run):
+    page, words = report(run)
+    best = json.loads((run / "summary.json").read_text())["best"]
+    assert f"{best['top1'] * 100:.1f} %" in words
+    assert f"val, full epoch {best['epoch']}" in words
+    for expected in (
+        "flowers-r50",
+        "completed",
+        "13 min 32 s",
+        "2,150",
+        "90.1 %",
+        "9.1 GiB peak",
+        "head",
+        "layer4",
+    ):
+        assert expected in words
+    for expected in (
+        "node-17",
+        "4f1c2a9be77d",
+        "${oc.env:DATA}/flowers",
+        "head cached",
+        "2025-10-09 08:53 UTC",
+    ):
+        assert expected in words
+    order = [page.index(f">{part}</h") for part in ("Loss", "Top-1 accuracy", "Learning rate", "Stages")]
+    order += [page.index(f">{part}</h2>") for part in ("Classes", "Confusion", "Mistakes", "Throughput")]
+    assert order == sorted(order)
+    assert not list(run.glob("*.tmp*"))
+    assert (
+        "nan" not in re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.S).lower().split()
+    )
+
+
+def test_classes_come_worst_first_with_what_they_are_taken_for(run):
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    _, words = report(run)
+    table = words[words.index("Most often taken for") : words.index("Confusion Share")]
+    ranked = [e["class"] for e in sorted(evaluation["per_class"], key=lambda e: e["f1"])]
+    assert re.findall("|".join(NAMES), table)[::2] == ranked
+
+
+def test_everything_from_data_is_escaped(tmp_path):
+    run = build_run(tmp_path / "evil", [EVIL, '"><img src=x onerror=alert(1)>', "a&b", "\ud800lone"])
+    lines = [line | {"stage": EVIL if line["stage"] == "head" else line["stage"]} for line in build_metrics()]
+    write_lines(run, lines)
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"status": EVIL, "error": EVIL, "stages": {EVIL: {"seconds": EVIL, "epochs": EVIL}}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "env.json").write_text(
+        json.dumps({EVIL: EVIL, "host": EVIL, "command": [EVIL], "start_time": EVIL})
+    )
+    (run / "config.yaml").write_text(f"</pre>{EVIL}<!--")
+    evaluation = build_evaluation([EVIL, '"><img src=x onerror=alert(1)>'])
+    evaluation["split"] = EVIL
+    evaluation["mistakes"] += [{"path": "http://example.com/\udcff.png", "target": 1, "prediction": None}]
+    (run / "evaluation.json").write_text(json.dumps(evaluation).replace("http:", "ftp:"))
+    page, words = report(run)
+    assert EVIL not in page
+    assert words.count(EVIL) > 10
+    assert "onerror=alert(1)>" not in page
+
+
+@pytest.mark.parametrize("kept", [1, 2, 13, 40])
+def test_a_run_in_progress(tmp_path, kept):
+    run = tmp_path / "young"
+    write_lines(run, build_metrics()[:kept])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 990, "epo')
+    _, words = report(run)
+    assert "in progress" in words
+    assert "No summary.json" in words
+    assert "could not be read" not in words
+    assert len(load_run(run).metrics) == kept
+
+
+def test_an_empty_metrics_file(tmp_path):
+    write_lines(tmp_path, [])
+    _, words = report(tmp_path)
+    assert "No metrics yet" in words
+    assert "Nothing recorded yet" in words
+
+
+def test_values_that_are_not_numbers(tmp_path):
+    lines = build_metrics()
+    for i, line in enumerate(lines):
+        if i % 3 == 0:
+            line |= {
+                "loss": math.nan,
+                "top1": None,
+                "lr": math.inf,
+                "images_per_second": "fast",
+                "epoch": None,
+            }
+    write_lines(tmp_path, lines)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('not json\n[1]\n{"step": null}\n{"step": NaN}\n' + "[" * 100_000 + "\n")
+    (tmp_path / "summary.json").write_text(
+        '{"status": "failed", "best": null, "stages": [1], "total_seconds": NaN, "world_size": true}'
+    )
+    broken = {"per_class": [1, {"class": 0, "f1": math.nan}, {}], "confusion_matrix": [[1, 2], [3]]}
+    (tmp_path / "evaluation.json").write_text(
+        json.dumps(broken | {"mistakes": [{}, None], "top1": "x", "n": None})
+    )
+    (tmp_path / "classes.json").write_text("{}")
+    (tmp_path / "env.json").write_text("{")
+    page, words = report(tmp_path)
+    assert "failed" in words
+    assert "values not finite, not drawn" in words
+    assert "5 lines of metrics.jsonl could not be read" in words
+    assert "env.json could not be read" in words
+    assert "classes.json could not be read" in words
+    assert "not square" in words
+    assert not re.search(r"\b(NaN|nan|inf|Infinity|None)\b", page.split("<main>")[1].split("<script>")[0])
+
+
+def test_a_run_whose_every_loss_is_nan(tmp_path):
+    write_lines(tmp_path, [line | {"loss": math.nan, "top1": None} for line in build_metrics()])
+    _, words = report(tmp_path)
+    assert "Nothing recorded yet" in words
+
+
+def test_a_single_class_and_constant_values(tmp_path):
+    run = build_run(tmp_path / "one", ["only"])
+    flat = {"loss": 0.0, "top1": 1.0, "macro_f1": 1.0, "lr": 0.0, "images_per_second": 0.0}
+    write_lines(run, [line | flat for line in build_metrics()])
+    evaluation = build_evaluation(["only"]) | {"confusion_matrix": [[80]]}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    _, words = report(run)
+    assert "1 class" in words
+    assert "1 classes" not in words
+    assert "Most confused" not in words
+
+
+def test_many_classes_are_listed_rather_than_drawn(tmp_path):
+    names = [f"class-{i}" for i in range(1500)]
+    page, words = report(build_run(tmp_path / "many", names))
+    assert 'class="heat' not in page
+    assert "The other 975 classes (500 better ones left out)" in words
+    pairs = words[words.index("Most confused") : words.index("Mistakes The")]
+    assert pairs.count("class-") == 60
+    assert len(page) < 800_000
+
+
+def test_sixty_classes_are_drawn(tmp_path):
+    page, _ = report(build_run(tmp_path / "sixty", [f"class-{i}" for i in range(60)]))
+    assert 'class="heat small"' in page
+    assert "<title>class-0 \u2192 class-1: " in page
+
+
+def test_thumbnails_of_images_that_are_still_there(run):
+    image_module = pytest.importorskip("PIL.Image")
+    mistakes = json.loads((run / "evaluation.json").read_text())["mistakes"]
+    for i, mistake in enumerate(mistakes):
+        path = Path(mistake["path"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if i == 0:
+            path.write_bytes(b"not an image")
+        else:
+            image_module.new(("RGB", "RGBA", "L", "P", "I;16")[i % 5], (300, 200), 90).save(path)
+    page, _ = report(run)
+    assert page.count('src="data:image/jpeg;base64,') == 23
+    assert len(page) < 300_000
+
+
+def test_large_runs_stay_small_and_quick(tmp_path):
+    run = build_run(tmp_path / "large", intervals=5000)
+    assert len(load_run(run).metrics) > 100_000
+    began = time.perf_counter()
+    page, words = report(run)
+    assert time.perf_counter() - began < 20  # some two seconds on a machine that is not busy
+    assert len(page) < 250_000
+    assert "mean of 833 intervals" in words
+
+
+def test_a_resumed_run_shows_the_later_lines(tmp_path):
+    lines = build_metrics()
+    again = [line | {"loss": 7.5} for line in lines[5:9]]
+    write_lines(tmp_path, lines[:10] + again)
+    metrics = load_run(tmp_path).metrics
+    assert [m.step for m in metrics] == [line["step"] for line in lines[:9]]
+    assert [m.loss for m in metrics[5:]] == [7.5] * 4
+
+
+def test_stage_bands_adjoin(run):
+    bands = load_run(run).bands
+    assert [b.name for b in bands] == ["head", "layer4", "full"]
+    assert bands[0].start == 0
+    assert [b.start for b in bands[1:]] == [b.end for b in bands[:-1]]
+
+
+def test_not_a_run_directory(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        main([str(tmp_path)])
+    with pytest.raises(UserError, match="not a directory"):
+        main([str(tmp_path / "nowhere")])
+
+
+def test_the_command_says_where_the_report_is(run, capsys):
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert main([str(run)]) == 0
+
+
+def test_downsampling_keeps_ends_and_extremes():
+    noise = random.Random(1)
+    points = [(float(i), noise.random()) for i in range(100_000)]
+    points[31_234] = (31_234.0, 50.0)
+    points[77_777] = (77_777.0, -50.0)
+    few = downsample(points)
+    assert len(few) <= MAX_POINTS
+    assert few == sorted(few)
+    assert {points[0], points[-1], points[31_234], points[77_777]} <= set(few)
+    assert downsample(points[:600]) == points[:600]
+    assert len(downsample(points[:601])) <= MAX_POINTS
+
+
+@pytest.mark.parametrize(
+    "values", [[], [0.0], [1.0], [1.0, 1.0], [-3.0, 5.0], [1e-9, 3.0], [1e-99, 1e99], [5e8]]
+)
+def test_scales_hold_their_values_and_have_ticks(values):
+    for from_zero in (True, False):
+        scale = fit_scale(values, from_zero=from_zero)
+        assert all(0 <= scale(v) <= 1 for v in values)
+        assert 1 <= len(scale.ticks(5)) <= 14
+
+
+def test_ticks_are_round():
+    assert linear_ticks(0.0, 1.0, 5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert Scale(1e-6, 1e-2, log=True).ticks(5) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+
+
+def test_markup_escapes_text_but_not_markup():
+    assert h("p", "<b>", Markup("<i></i>"), ["a", None], title='"x"', hidden=True, id=None) == (
+        '<p title="&quot;x&quot;" hidden>&lt;b&gt;<i></i>a</p>'
+    )
+
+
+def test_numbers_as_people_read_them():
+    assert percent(0.93456) == "93.5\u202f%"
+    assert percent(0.99999) == "99.9\u202f%"
+    assert percent(1.0) == "100.0\u202f%"
+    assert [duration(s) for s in (0.04, 59.9, 200, 7500, 100_000)] == [
+        "0.0\u202fs",
+        "1\u202fmin",
+        "3\u202fmin 20\u202fs",
+        "2\u202fh 5\u202fmin",
+        "1\u202fd 3\u202fh",
+    ]
+    assert short(25_557_032) == "25.6\u202fM"
+    assert points_text(-0.012) == "\u22121.2"
+    assert moment(0) == "1970-01-01 00:00 UTC"
+    assert moment(1e300) == moment(None) == "\u2014"
+    assert [number(v) for v in (True, "1", None, math.nan, math.inf, 10**400, 3)] == [None] * 6 + [3.0]
