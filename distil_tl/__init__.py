@@ -1,5 +1,34 @@
-"""Staged transfer learning of image classifiers on many GPUs."""
+"""Staged transfer learning of image classifiers on many GPUs.
+
+`distil_tl.load(RUN_DIR)` gives a trained model, its transform and its class names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from distil_tl.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from distil_tl.inference import Trained
+
+__all__ = ["__version__", "load"]
+
+
+def load(run_dir: str | Path, checkpoint: str = "best") -> Trained:
+    """A trained model, ready to use: `model, transform, classes = distil_tl.load(RUN_DIR)`.
+
+    The model is on the CPU in evaluation mode and gives logits [N, C] for `transform(image)[None]`, where `image`
+    is a path, a PIL image or a uint8 tensor [3, H, W].
+
+    Args:
+        run_dir: what `distil_tl.train` wrote.
+        checkpoint: `best`, `last`, or the name of a folder in RUN_DIR/checkpoints.
+
+    Raises:
+        distil_tl.errors.UserError: there is no such run or checkpoint, or it is damaged.
+    """
+    from distil_tl.inference import load_trained  # torch takes seconds to import, and the version needs none of it
+
+    return load_trained(run_dir, checkpoint)

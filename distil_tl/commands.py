@@ -6,7 +6,14 @@ import os
 import sys
 from collections.abc import Callable
 
-from distil_tl.errors import EXIT_FAULT, EXIT_PREEMPTED, EXIT_USER_ERROR, NonFiniteError, PreemptedError, UserError
+from distil_tl.errors import (
+    EXIT_FAULT,
+    EXIT_PREEMPTED,
+    EXIT_USER_ERROR,
+    NonFiniteError,
+    PreemptedError,
+    UserError,
+)
 from distil_tl.log import logger
 
 
@@ -19,7 +26,7 @@ def run_command(name: str, body: Callable[[], None]) -> int:
     try:
         body()
     except UserError as error:
-        _say(f"{name}: {error}")
+        _say(f"{name}: {error}", always=error.one_rank)
         return EXIT_USER_ERROR
     except PreemptedError as error:
         _say(f"{name}: {error}")
@@ -36,7 +43,7 @@ def run_command(name: str, body: Callable[[], None]) -> int:
     return 0
 
 
-def _say(message: str) -> None:
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+def _say(message: str, *, always: bool = False) -> None:
+    if always or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         sys.stderr.write(message + "\n")
         sys.stderr.flush()

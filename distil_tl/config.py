@@ -246,6 +246,16 @@ def check(config: Config, world_size: int) -> None:
     _refuse(list(_problems(config, world_size)))
 
 
+def check_evaluation(config: Config) -> None:
+    """As `check`, of what an evaluation uses."""
+    found = [*config.data.problems(), *config.distributed.problems()]
+    if config.precision not in PRECISIONS:
+        found.append(f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if config.data.root is not None and not Path(config.data.root).is_dir():
+        found.append(f"data.root={config.data.root} is not a folder")
+    _refuse(found)
+
+
 def _problems(config: Config, world_size: int) -> Iterator[str]:
     yield from config.data.problems()
     yield from config.model.problems()
@@ -326,12 +336,3 @@ def _explain(section: Any, prefix: str) -> list[str]:
             shown = "null" if value is None else value
             lines.append(f"  {f'{key}={shown}':<46} {comments.get(item.name, '')}".rstrip())
     return lines
-
-
-def load_saved(path: Path) -> Config:
-    """A `config.yaml` of a run directory.
-
-    Raises:
-        UserError: when it is missing or not of this version.
-    """
-    return load([str(path)])[0]

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from distil_tl.errors import UserError
@@ -156,7 +157,7 @@ class DistInfo:
     launch: Launch
     device: torch.device
     prepare_timeout: float
-    store: dist.Store | None = None
+    store: Any = None  # a torch.distributed store, where there are several ranks
 
     @property
     def rank(self) -> int:
@@ -203,7 +204,7 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
         timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
-    yield DistInfo(launch, device, config.prepare_timeout_seconds, dist.PrefixStore("distil_tl", store))
+    yield DistInfo(launch, device, config.prepare_timeout_seconds, PrefixStore("distil_tl", store))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-from distil_tl.data.loader import Batch
+from distil_tl.data.loader import Loader, read_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.transforms import Normalize
 from distil_tl.distributed import DistInfo, gather_rows, sum_over_ranks
 from distil_tl.errors import NonFiniteError
 from distil_tl.keyed import keyed_seed
+from distil_tl.log import Progress
 from distil_tl.metrics import ClassificationMetrics
 from distil_tl.models import TransferModel
 from distil_tl.optim import OptimConfig, build_optimizer, clip_gradients, lr_factor, set_lr
@@ -46,7 +46,7 @@ class Network(nn.Module):
         self.dtype = dtype
         convolutional = any(isinstance(m, nn.Conv2d) for m in model.module.modules())
         self.memory_format = torch.channels_last if convolutional else torch.contiguous_format
-        self.to(device=device, memory_format=self.memory_format)
+        self.to(device).to(memory_format=self.memory_format)
 
     def forward(self, images: Tensor) -> Tensor:
         images = self.normalize(images).contiguous(memory_format=self.memory_format)
@@ -113,7 +113,7 @@ def begin_stage(
 def train_epoch(
     info: DistInfo,
     run: StageRun,
-    loader: DataLoader[Batch],
+    loader: Loader,
     sampler: TrainSampler,
     metrics: ClassificationMetrics,
     *,
@@ -123,9 +123,10 @@ def train_epoch(
 ) -> Iterator[int]:
     """Take the optimizer steps of an epoch from the sampler's position on, giving control back after each one.
 
-    Yields the samples of the epoch consumed so far, over all ranks. The gradient is that of the mean loss over the global batch, whatever the number of ranks and micro-batches.
+    Yields the samples of the epoch consumed so far, over all ranks. The gradient is that of the mean loss over the
+    global batch, whatever the number of ranks and micro-batches.
     """
-    batches = iter(loader)
+    batches = read_batches(loader)
     share = sampler.global_batch_size // info.world_size
     first = sampler.epoch * sampler.steps_per_epoch
     for step in range(sampler.consumed // sampler.global_batch_size, sampler.steps_per_epoch):
@@ -139,10 +140,8 @@ def train_epoch(
             targets = batch.targets.to(info.device, non_blocking=True)
             with _reduce_after(run.network, last=micro == accumulation - 1):
                 logits = run.network(images)
-                loss = F.cross_entropy(
-                    logits, targets, label_smoothing=optim.label_smoothing, reduction="sum"
-                )
-                run.scaler.scale(loss / share).backward()
+                loss = F.cross_entropy(logits, targets, label_smoothing=optim.label_smoothing, reduction="sum")
+                run.scaler.scale(loss / share).backward()  # type: ignore[no-untyped-call]
             metrics.update(logits.detach(), targets, loss.detach())
         _optimizer_step(run, loss.detach(), optim.clip_norm)
         yield (step + 1) * sampler.global_batch_size
@@ -187,7 +186,10 @@ def check_finite(info: DistInfo, run: StageRun, step: int) -> None:
 
 @dataclass
 class Evaluation:
-    """Metrics over a whole split, on all ranks alike, and its surest mistakes (index, target, prediction, probability)."""
+    """Metrics over a whole split, on all ranks alike.
+
+    `mistakes` are the surest wrong predictions: (index, target, prediction, probability).
+    """
 
     metrics: ClassificationMetrics
     mistakes: list[tuple[int, int, int, float]]
@@ -197,23 +199,27 @@ class Evaluation:
 def evaluate(
     info: DistInfo,
     network: Network,
-    loader: DataLoader[Batch],
+    loader: Loader,
     num_classes: int,
     *,
     confusion: bool = False,
     keep_mistakes: int = 0,
+    show: bool = False,
 ) -> Evaluation:
     """Evaluate every sample once. Each rank runs its own share, of whatever length, and only counts are combined."""
     was_training = network.training
     network.eval()
     metrics = ClassificationMetrics(num_classes, info.device, confusion=confusion)
     mistakes = torch.empty(0, 4, dtype=torch.float64)
-    for batch in loader:
+    bar = Progress("evaluate", len(loader), show=show and info.is_main)
+    for batch in read_batches(loader):
         targets = batch.targets.to(info.device, non_blocking=True)
         logits = network(batch.images.to(info.device, non_blocking=True))
         metrics.update(logits, targets, F.cross_entropy(logits, targets, reduction="none").double().sum())
         if keep_mistakes:
             mistakes = _surest(torch.cat([mistakes, _wrong(logits, targets, batch.indices)]), keep_mistakes)
+        bar.advance()
+    bar.close()
     network.train(was_training)
     if keep_mistakes:
         mistakes = _surest(gather_rows(info, mistakes, keep_mistakes), keep_mistakes)
@@ -232,4 +238,3 @@ def _surest(rows: Tensor, count: int) -> Tensor:
     # By probability, then by index, so that ties come in one order on any number of ranks.
     order = sorted(range(len(rows)), key=lambda i: (-rows[i, 3].item(), rows[i, 0].item()))
     return rows[order[:count]]
-

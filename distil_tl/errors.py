@@ -13,8 +13,12 @@ EXIT_PREEMPTED = 3
 class UserError(Exception):
     """The user's input is wrong: shown as one message without a traceback, exit status 2.
 
-    The message names the thing that is wrong and the way out.
+    The message names the thing that is wrong and the way out. `one_rank` says that other ranks may not have met it.
     """
+
+    def __init__(self, message: str, *, one_rank: bool = False) -> None:
+        super().__init__(message)
+        self.one_rank = one_rank
 
 
 class PreemptedError(Exception):

@@ -98,9 +98,7 @@ class Job:
         self._log(run, epoch, "train", "epoch", counted, record.epoch_seconds)
         record.epoch_seconds = 0.0
 
-    def note_evaluation(
-        self, run: StageRun, epoch: int, counted: ClassificationMetrics, seconds: float
-    ) -> bool:
+    def note_evaluation(self, run: StageRun, epoch: int, counted: ClassificationMetrics, seconds: float) -> bool:
         """Record the evaluation after an epoch; whether it is the best so far."""
         record = self.state.stages[run.name]
         line = self._log(run, epoch, "val", "epoch", counted, seconds)

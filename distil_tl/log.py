@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ class Progress:
     """Progress of a long piece of work on rank 0: a bar on a terminal, plain lines of text in a log."""
 
     def __init__(self, label: str, total: int, *, done: int = 0, show: bool) -> None:
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self._label = label
         self._show = show
         if show and sys.stderr.isatty():

@@ -54,9 +54,7 @@ class ClassificationMetrics:
         total = ClassificationMetrics.__new__(ClassificationMetrics)
         total.num_classes = self.num_classes
         total._sums = sum_over_ranks(info, self._sums.clone()).cpu()
-        total._confusion = (
-            None if self._confusion is None else sum_over_ranks(info, self._confusion.clone()).cpu()
-        )
+        total._confusion = None if self._confusion is None else sum_over_ranks(info, self._confusion.clone()).cpu()
         return total
 
     def since(self, earlier: ClassificationMetrics) -> ClassificationMetrics:
@@ -83,7 +81,8 @@ class ClassificationMetrics:
         return int(self._sums[1].item())
 
     def _per_class(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._sums[4:].view(3, self.num_classes).unbind()
+        hits, predictions, targets = self._sums[4:].view(3, self.num_classes)
+        return hits, predictions, targets
 
     def _macro_f1(self) -> float:
         hits, predictions, targets = self._per_class()

@@ -51,7 +51,7 @@ def parameter_groups(model: TransferModel, stage: StageConfig, weight_decay: flo
     A group `d` steps below the head has `stage.lr * stage.layer_decay ** d` as `peak_lr` (layer-wise decay: Clark
     et al., ELECTRA, 2020). Vectors and scalars (norms, biases), class tokens and position embeddings do not decay.
     """
-    spared = getattr(model.module, "no_weight_decay", set)()
+    spared: set[str] = getattr(model.module, "no_weight_decay", set)()
     top = len(model.groups) - 1
     members: dict[tuple[int, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.module.named_parameters():
@@ -80,9 +80,7 @@ def build_optimizer(model: TransferModel, stage: StageConfig, config: OptimConfi
     """
     groups = parameter_groups(model, stage, config.weight_decay)
     if config.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=stage.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True
-        )
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
     return torch.optim.AdamW(groups, lr=stage.lr, fused=True)
 
 

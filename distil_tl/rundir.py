@@ -158,9 +158,7 @@ class RunDirectory:
         write_json(self.path / "env.json", environment(info))
         write_json(self.path / "classes.json", list(classes))
 
-    def write_summary(
-        self, status: str, state: RunState, info: DistInfo, **more: Any
-    ) -> dict[str, Any]:
+    def write_summary(self, status: str, state: RunState, info: DistInfo, **more: Any) -> dict[str, Any]:
         summary = {
             "status": status,
             "world_size": info.world_size,

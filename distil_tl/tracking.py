@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from distil_tl.files import json_safe, write_atomic
 from distil_tl.log import logger
@@ -34,9 +35,7 @@ class TrackingConfig:
         if self.log_every < 1:
             found.append("tracking.log_every must be at least 1")
         if self.wandb.mode not in WANDB_MODES:
-            found.append(
-                f"tracking.wandb.mode is {self.wandb.mode!r}; choose one of {', '.join(WANDB_MODES)}"
-            )
+            found.append(f"tracking.wandb.mode is {self.wandb.mode!r}; choose one of {', '.join(WANDB_MODES)}")
         return found
 
 
@@ -49,9 +48,7 @@ class Tracker:
         config: as it may be shown, without secrets.
     """
 
-    def __init__(
-        self, run_dir: Path, settings: TrackingConfig, config: dict[str, Any], *, after_step: int = 0
-    ) -> None:
+    def __init__(self, run_dir: Path, settings: TrackingConfig, config: dict[str, Any], *, after_step: int = 0) -> None:
         path = run_dir / "metrics.jsonl"
         if path.exists():
             write_atomic(path, "".join(_lines_up_to(path, after_step)))
@@ -109,11 +106,11 @@ def _start_wandb(run_dir: Path, settings: WandbConfig, config: dict[str, Any]) -
 
         id_file = run_dir / "wandb-id"
         if not id_file.exists():
-            write_atomic(id_file, wandb.util.generate_id())
+            write_atomic(id_file, secrets.token_hex(4))
         return wandb.init(
             id=id_file.read_text(),
             resume="allow" if settings.mode == "online" else None,
-            mode=settings.mode,
+            mode=cast(Any, settings.mode),
             dir=run_dir,
             project=settings.project,
             entity=settings.entity,

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
 
 from distil_tl import checkpoint, summary
 from distil_tl import config as configuration
 from distil_tl.checkpoint import Position
 from distil_tl.commands import run_command
 from distil_tl.config import Config
-from distil_tl.data.loader import Batch, plan_batches
+from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import eval_batches, open_splits, train_batches
 from distil_tl.distributed import average_buffers, on_rank_zero, once_per_node, read_launch, session
@@ -33,7 +32,7 @@ from distil_tl.log import Progress, setup_console
 from distil_tl.metrics import ClassificationMetrics
 from distil_tl.models import build, prepare_weights
 from distil_tl.report import write_report
-from distil_tl.rundir import Start, StageRecord, find_start
+from distil_tl.rundir import StageRecord, Start, find_start
 from distil_tl.stages import StageConfig, count_trainable
 from distil_tl.stopping import StopRequest
 
@@ -118,7 +117,7 @@ def train_one_epoch(
     job: Job,
     run: StageRun,
     sampler: TrainSampler,
-    loader: DataLoader[Batch],
+    loader: Loader,
     metrics: ClassificationMetrics,
     position: Position,
 ) -> None:

@@ -53,13 +53,7 @@ def chunk(kind: bytes, body: bytes) -> bytes:
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes, *extra: bytes) -> bytes:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0))
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + header
-        + b"".join(extra)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -77,9 +71,8 @@ def test_rgb_keeps_its_pixels_and_shape(tmp_path: Path):
 
 @pytest.mark.filterwarnings("error")
 def test_the_pixels_may_be_changed():
-    torch.set_warn_always(
-        True
-    )  # torch says once per process that it was given memory that must not be written
+    # Else torch says only once per process that it was given memory that must not be written.
+    torch.set_warn_always(True)
     try:
         decode_bytes(saved(Image.new("RGB", (2, 2)))).add_(1)
     finally:
@@ -143,9 +136,7 @@ def test_sixteen_bit_grey_big_endian():
 
 def test_sixteen_bit_grey_with_a_transparent_value():
     body = b"\0" + struct.pack(">HH", 1000, 2570)
-    assert pixels(decode_bytes(png(2, 1, 16, 0, body, chunk(b"tRNS", struct.pack(">H", 1000))))) == grey(
-        255, 10
-    )
+    assert pixels(decode_bytes(png(2, 1, 16, 0, body, chunk(b"tRNS", struct.pack(">H", 1000))))) == grey(255, 10)
 
 
 def test_sixteen_bit_colour_keeps_the_high_byte():
@@ -239,9 +230,7 @@ def test_cmyk():
 def test_lab():
     colours = [(130, 90, 60), (60, 120, 150), WHITE]
     image = row("RGB", *colours)
-    to_lab = ImageCms.buildTransform(
-        ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB"
-    )
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     lab = ImageCms.applyTransform(image, to_lab)
     assert lab is not None
     result = decode_bytes(saved(lab, "TIFF"))

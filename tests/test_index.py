@@ -77,9 +77,7 @@ def test_names_of_any_bytes(tmp_path: Path):
 _name = st.text(st.sampled_from("ab.-_ 0Z\n\u00e9\u732b\U0001f600\udcff"), min_size=1, max_size=5).filter(
     lambda name: name not in (".", "..")
 )
-_file = st.tuples(
-    st.lists(_name, min_size=1, max_size=3), _name, st.sampled_from([".jpg", ".PNG", "", ".txt"])
-)
+_file = st.tuples(st.lists(_name, min_size=1, max_size=3), _name, st.sampled_from([".jpg", ".PNG", "", ".txt"]))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -133,9 +131,7 @@ def test_links_to_folders_and_files_are_followed(tmp_path: Path):
     assert index.sizes[index.class_to_idx["a"]] == len("a/0.jpg")
 
 
-@pytest.mark.parametrize(
-    ("target", "found"), [("a", "loop"), (".", "loop"), ("a/deep", "loop"), ("..", "loop/split")]
-)
+@pytest.mark.parametrize(("target", "found"), [("a", "loop"), (".", "loop"), ("a/deep", "loop"), ("..", "loop/split")])
 def test_a_circle_of_links_is_refused_by_name(tmp_path: Path, target, found):
     split = plant(tmp_path / "split", "a/deep/1.jpg")
     (split / "a" / "deep" / "loop").symlink_to((split / target).resolve())
@@ -162,6 +158,12 @@ def test_a_broken_link_that_is_no_image_is_only_counted(tmp_path: Path):
     plant(tmp_path, "a/1.jpg")
     (tmp_path / "a" / ".#notes.txt").symlink_to("ada@host.1234")
     assert assert_as_torchvision(tmp_path).ignored == 1
+
+
+def test_a_whole_link_that_is_no_image_is_only_counted(tmp_path: Path):
+    plant(tmp_path, "a/1.jpg", "a/notes.txt")
+    (tmp_path / "a" / "README").symlink_to("notes.txt")
+    assert assert_as_torchvision(tmp_path).ignored == 2
 
 
 def test_a_pipe_named_as_an_image_is_refused(tmp_path: Path):

@@ -249,9 +249,7 @@ def test_it_shows_the_run(run):
     order += [page.index(f">{part}</h2>") for part in ("Classes", "Confusion", "Mistakes", "Throughput")]
     assert order == sorted(order)
     assert not list(run.glob("*.tmp*"))
-    assert (
-        "nan" not in re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.S).lower().split()
-    )
+    assert "nan" not in re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.S).lower().split()
 
 
 def test_classes_come_worst_first_with_what_they_are_taken_for(run):
@@ -269,9 +267,7 @@ def test_everything_from_data_is_escaped(tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     summary |= {"status": EVIL, "error": EVIL, "stages": {EVIL: {"seconds": EVIL, "epochs": EVIL}}}
     (run / "summary.json").write_text(json.dumps(summary))
-    (run / "env.json").write_text(
-        json.dumps({EVIL: EVIL, "host": EVIL, "command": [EVIL], "start_time": EVIL})
-    )
+    (run / "env.json").write_text(json.dumps({EVIL: EVIL, "host": EVIL, "command": [EVIL], "start_time": EVIL}))
     (run / "config.yaml").write_text(f"</pre>{EVIL}<!--")
     evaluation = build_evaluation([EVIL, '"><img src=x onerror=alert(1)>'])
     evaluation["split"] = EVIL
@@ -321,9 +317,7 @@ def test_values_that_are_not_numbers(tmp_path):
         '{"status": "failed", "best": null, "stages": [1], "total_seconds": NaN, "world_size": true}'
     )
     broken = {"per_class": [1, {"class": 0, "f1": math.nan}, {}], "confusion_matrix": [[1, 2], [3]]}
-    (tmp_path / "evaluation.json").write_text(
-        json.dumps(broken | {"mistakes": [{}, None], "top1": "x", "n": None})
-    )
+    (tmp_path / "evaluation.json").write_text(json.dumps(broken | {"mistakes": [{}, None], "top1": "x", "n": None}))
     (tmp_path / "classes.json").write_text("{}")
     (tmp_path / "env.json").write_text("{")
     page, words = report(tmp_path)
@@ -437,9 +431,7 @@ def test_downsampling_keeps_ends_and_extremes():
     assert len(downsample(points[:601])) <= MAX_POINTS
 
 
-@pytest.mark.parametrize(
-    "values", [[], [0.0], [1.0], [1.0, 1.0], [-3.0, 5.0], [1e-9, 3.0], [1e-99, 1e99], [5e8]]
-)
+@pytest.mark.parametrize("values", [[], [0.0], [1.0], [1.0, 1.0], [-3.0, 5.0], [1e-9, 3.0], [1e-99, 1e99], [5e8]])
 def test_scales_hold_their_values_and_have_ticks(values):
     for from_zero in (True, False):
         scale = fit_scale(values, from_zero=from_zero)

@@ -194,9 +194,7 @@ def test_the_pointer_reads_the_curves(page, report):
         if line["split"] == "val" and line["step"] == 1200
     )
     assert f"{val['top1'] * 100:.1f} %" in " ".join(values)
-    spot = page.evaluate(
-        "(r => [r.left, r.top])(document.querySelectorAll('.spot.c-val')[1].getBoundingClientRect())"
-    )
+    spot = page.evaluate("(r => [r.left, r.top])(document.querySelectorAll('.spot.c-val')[1].getBoundingClientRect())")
     assert abs(spot[0] + 4.5 - x) < 3
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
     assert page.evaluate("document.querySelectorAll('.over').length") == 0

@@ -76,13 +76,17 @@ def decode_bytes(data: bytes, path: str | Path = "<bytes>", max_pixels: int = MA
             raise ImageError(
                 path, f"{width} x {height} pixels are more than the {max_pixels:,} allowed; make it smaller"
             )
-        image.load()
-        pixels = np.array(_upright(_rgb(image), image))
+        return to_tensor(image)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow's plugins fail on damaged files with whatever their parsing ran into
         raise ImageError(path, f"damaged image: {error or type(error).__name__}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An opened Pillow image as `decode` gives it; raises what Pillow does for damaged ones."""
+    image.load()
+    return torch.from_numpy(np.array(_upright(_rgb(image), image))).permute(2, 0, 1)
 
 
 def _open(file: io.BytesIO) -> Image.Image | None:

@@ -224,9 +224,7 @@ def _class_folders(split: Path) -> tuple[list[str], int]:
     if not folders:
         images = sum(map(_is_image, files))
         found = f"{images} images lie straight in it" if images else "it has none"
-        raise UserError(
-            f"{_shown(split)} must hold one sub-folder per class with that class's images, but {found}"
-        )
+        raise UserError(f"{_shown(split)} must hold one sub-folder per class with that class's images, but {found}")
     return sorted(folders), len(files)
 
 
@@ -269,9 +267,7 @@ def _entries(folder: str) -> Iterator[os.DirEntry[str]]:
             yield from entries
     except PermissionError as error:
         # os.walk would pass over it in silence, and train without its images.
-        raise UserError(
-            f"may not read the folder {_shown(folder)}: change its permissions or move it away"
-        ) from error
+        raise UserError(f"may not read the folder {_shown(folder)}: change its permissions or move it away") from error
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -294,9 +290,7 @@ def _image_size(entry: os.DirEntry[str]) -> int:
     try:
         status = entry.stat()
     except OSError as error:
-        raise UserError(
-            _about_link(entry) if entry.is_symlink() else f"cannot look at an image: {error}"
-        ) from error
+        raise UserError(_about_link(entry) if entry.is_symlink() else f"cannot look at an image: {error}") from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{_shown(entry.path)} has the name of an image but is no regular file: remove it")
     return status.st_size
@@ -307,11 +301,7 @@ def _refuse_lost_link(entry: os.DirEntry[str]) -> None:
 
     One with another extension is let be: editors leave such links as lock files.
     """
-    if (
-        entry.is_symlink()
-        and (_is_image(entry.name) or not Path(entry.name).suffix)
-        and not Path(entry.path).exists()
-    ):
+    if entry.is_symlink() and (_is_image(entry.name) or not Path(entry.name).suffix) and not Path(entry.path).exists():
         raise UserError(_about_link(entry))
 
 

@@ -6,26 +6,27 @@ import atexit
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
-from distil_tl.data.decode import decode
+from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import AUGMENTATIONS
+from distil_tl.errors import UserError
 from distil_tl.keyed import keyed_seed
 
 
 @dataclass
 class DataConfig:
-    root: str | None = (
-        None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: scikit-learn's digits
-    )
+    root: str | None = None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: scikit-learn's digits
     global_batch_size: int = 32  # what the optimizer sees, over all ranks
     max_local_batch_size: int | None = None  # what fits one device; smaller than a rank's share: accumulate
     image_size: int | None = None  # pixels; none: what the weights were made for
@@ -75,7 +76,10 @@ class Batch(NamedTuple):
     indices: Tensor
 
 
-class ImageDataset(Dataset[Batch]):
+Loader: TypeAlias = "DataLoader[Batch | ImageError]"
+
+
+class ImageDataset(Dataset[Batch | ImageError]):
     """Decoded, transformed images; what is random about one is drawn from its key."""
 
     def __init__(self, index: Index, transform: v2.Transform, *, seed: int = 0, stage: str = "") -> None:
@@ -87,14 +91,40 @@ class ImageDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: SampleKey) -> Batch:
-        image = decode(self.index.path(key.index))
+    def __getitem__(self, key: SampleKey) -> Batch | ImageError:
+        try:
+            image = decode(self.index.path(key.image))
+        except ImageError as error:  # as a value: raised in a worker it would arrive as a wall of text
+            return error
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(
-                keyed_seed(self.seed, "augment", self.stage, key.epoch, key.position)
-            )
+            torch.default_generator.manual_seed(keyed_seed(self.seed, "augment", self.stage, key.epoch, key.position))
             image = self.transform(image)
-        return Batch(image, torch.tensor(int(self.index.targets[key.index])), torch.tensor(key.index))
+        return Batch(image, torch.tensor(int(self.index.targets[key.image])), torch.tensor(key.image))
+
+
+def _collate(items: list[Batch | ImageError]) -> Batch | ImageError:
+    """One batch of all items, or the first image that can't be used."""
+    for item in items:
+        if isinstance(item, ImageError):
+            return item
+    batch: Batch = default_collate(items)
+    return batch
+
+
+def read_batches(loader: Loader) -> Iterator[Batch]:
+    """The loader's batches.
+
+    Raises:
+        UserError: an image can't be used; named by path and class.
+    """
+    for batch in loader:
+        if isinstance(batch, ImageError):
+            raise UserError(
+                f"can't use the image {batch.path} of class {Path(batch.path).parent.name}: {batch.reason}; "
+                f"repair or remove it",
+                one_rank=True,
+            )
+        yield batch
 
 
 def default_workers(local_world_size: int) -> int:
@@ -104,7 +134,7 @@ def default_workers(local_world_size: int) -> int:
 
 def make_loader(
     dataset: ImageDataset, sampler: Sampler[SampleKey], *, batch_size: int, workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
+) -> Loader:
     """A loader over `sampler`. Workers live on from epoch to epoch; set the sampler's position before iterating."""
     if workers:
         atexit.unregister(_kill_workers)
@@ -117,6 +147,7 @@ def make_loader(
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
+        collate_fn=_collate,
         prefetch_factor=4 if workers else None,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ class SampleKey(NamedTuple):
     It travels to the loader's workers in place of a bare index, so that they need to know nothing of epochs.
     """
 
-    index: int
+    image: int
     epoch: int
     position: int
 
@@ -47,7 +47,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
     ) -> None:
         if global_batch_size % world_size or global_batch_size > length:
             raise ValueError(f"global batch {global_batch_size}, world {world_size}, {length} images")
-        super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        super().__init__(cast(Any, range(length)), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         self.length = length
         self.stage = stage
         self.global_batch_size = global_batch_size
@@ -79,7 +79,7 @@ class EvalSampler(DistributedSampler[SampleKey]):
     """Every sample once over all ranks: no padding, no dropping, so that shares may differ by one."""
 
     def __init__(self, length: int, *, world_size: int, rank: int) -> None:
-        super().__init__(range(length), num_replicas=world_size, rank=rank, shuffle=False)
+        super().__init__(cast(Any, range(length)), num_replicas=world_size, rank=rank, shuffle=False)
         self.length = length
 
     def __len__(self) -> int:

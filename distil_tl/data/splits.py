@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.data import DataLoader
-
 from distil_tl.data.demo import digits_folder
 from distil_tl.data.index import Index, scan
-from distil_tl.data.loader import Batch, DataConfig, ImageDataset, default_workers, make_loader, plan_batches
+from distil_tl.data.loader import DataConfig, ImageDataset, Loader, default_workers, make_loader, plan_batches
 from distil_tl.data.sampler import EvalSampler, TrainSampler
 from distil_tl.data.transforms import Preprocess, eval_transform, train_transform
 from distil_tl.distributed import DistInfo, broadcast_arrays, on_rank_zero
@@ -51,11 +50,10 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
     Raises:
         UserError: on all ranks: empty classes, classes that train lacks, fewer images than one global batch.
     """
-    scanned: dict[str, Index] = {}
 
-    def work() -> list[str]:
-        root = Path(config.root) if config.root is not None else digits_folder()
-        scanned["train"] = scan(root / "train")
+    def work() -> dict[str, Index]:
+        root = data_root(config)
+        scanned = {"train": scan(root / "train")}
         for split in SPLITS[1:]:
             if split == "val" or (root / split).is_dir():
                 scanned[split] = scan(root / split, classes=scanned["train"].classes)
@@ -64,23 +62,27 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
                 f"{root / 'train'} has {len(scanned['train'])} images, fewer than one global batch; set "
                 f"data.global_batch_size to at most that"
             )
-        return list(scanned)
+        return scanned
 
-    names = on_rank_zero(info, "scanning the data", work)
-    received: dict[str, Index] = {}
-    for name in names:
-        arrays = scanned[name].to_arrays() if info.is_main else None
-        received[name] = Index.from_arrays(broadcast_arrays(info, arrays))
-    splits = Splits(received["train"], received["val"], received.get("test"))
-    for name, index in received.items():
-        notes = ""
-        if index.ignored:
-            notes += f", {index.ignored} other files ignored"
-        if index.missing:
-            notes += f", none of: {', '.join(index.missing)}"
-        if info.is_main:
-            logger.info("%s: %s images of %s classes%s", name, f"{len(index):,}", len(index.classes), notes)
-    return splits
+    indexes = share_indexes(info, work)
+    for name, index in indexes.items():
+        notes = f", {index.ignored} other files ignored" if index.ignored else ""
+        notes += f", none of: {', '.join(index.missing)}" if index.missing else ""
+        logger.info("%s: %s images of %d classes%s", name, f"{len(index):,}", len(index.classes), notes)
+    return Splits(indexes["train"], indexes["val"], indexes.get("test"))
+
+
+def data_root(config: DataConfig) -> Path:
+    """The folder of the splits; the embedded digits, written when they are not there, if none is configured."""
+    return Path(config.root) if config.root is not None else digits_folder()
+
+
+def share_indexes(info: DistInfo, work: Callable[[], dict[str, Index]]) -> dict[str, Index]:
+    """What `work`, run on rank 0 alone, scanned: on every rank."""
+    scanned: dict[str, Index] = {}
+    names = on_rank_zero(info, "scanning the data", lambda: scanned.update(work()) or list(scanned))
+    arrays = ((name, scanned[name].to_arrays() if info.is_main else None) for name in names)
+    return {name: Index.from_arrays(broadcast_arrays(info, packed)) for name, packed in arrays}
 
 
 def train_batches(
@@ -93,7 +95,7 @@ def train_batches(
     augment: str,
     seed: int,
     stage: str,
-) -> tuple[TrainSampler, DataLoader[Batch]]:
+) -> tuple[TrainSampler, Loader]:
     """The sampler and loader of a stage; set the sampler's position before each epoch."""
     sampler = TrainSampler(
         len(index),
@@ -111,7 +113,7 @@ def train_batches(
 
 def eval_batches(
     info: DistInfo, config: DataConfig, index: Index, preprocess: Preprocess, *, image_size: int
-) -> DataLoader[Batch]:
+) -> Loader:
     """Every image of `index` once over all ranks."""
     dataset = ImageDataset(index, eval_transform(preprocess, image_size))
     sampler = EvalSampler(len(index), world_size=info.world_size, rank=info.rank)
@@ -125,8 +127,6 @@ def _loader(
     dataset: ImageDataset,
     sampler: TrainSampler | EvalSampler,
     batch_size: int,
-) -> DataLoader[Batch]:
+) -> Loader:
     workers = config.workers if config.workers is not None else default_workers(info.launch.local_world_size)
-    return make_loader(
-        dataset, sampler, batch_size=batch_size, workers=workers, pin_memory=info.device.type == "cuda"
-    )
+    return make_loader(dataset, sampler, batch_size=batch_size, workers=workers, pin_memory=info.device.type == "cuda")

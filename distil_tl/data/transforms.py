@@ -6,6 +6,7 @@ Everything up to the batch stays uint8; `Normalize` runs where the model runs, o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,11 @@ class Preprocess:
     interpolation: str = "bilinear"
     crop_size: int = 224
     resize_size: int = 256
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Preprocess:
+        """The way back from `dataclasses.asdict` by way of JSON, which has no tuples."""
+        return cls(**{**tree, "mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
 
     def resize_for(self, image_size: int) -> int:
         """Shorter side before a centre crop of `image_size`, in the weights' own proportion."""

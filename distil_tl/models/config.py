@@ -15,17 +15,11 @@ KEYWORDS = ("auto", "default", "none", "package")
 
 @dataclass
 class ModelConfig:
-    """The backbone.
+    """The backbone."""
 
-    Attributes:
-        name: a torchvision classifier such as `resnet50`, or `timm/NAME` for one of timm's.
-        weights: `auto` (an installed package's if there is one, else `default`), `default` (the library's
-            best), `none` (random), `package`, a torchvision weights name such as `IMAGENET1K_V2`, or a path
-            to a .safetensors, .pth, .pt or .bin file.
-    """
-
-    name: str = "timm/tf_efficientnet_lite0"
-    weights: str = "auto"
+    name: str = "timm/tf_efficientnet_lite0"  # a torchvision classifier such as resnet50, or timm/NAME
+    # A path ends in .safetensors, .pth, .pt or .bin. `auto` is `package` where that is installed, else `default`.
+    weights: str = "auto"  # auto | default (the library's) | package | none (random) | IMAGENET1K_V2 or the like | PATH
 
     @property
     def library_name(self) -> str:
@@ -53,12 +47,15 @@ class ModelConfig:
             of_weights = None if of_name else self._weights_problem()
         return [problem for problem in (of_name, of_weights) if problem]
 
+    def name_problems(self) -> list[str]:
+        """What is wrong with the name alone, for a model whose weights come from a checkpoint."""
+        problem = self._name_problem()
+        return [problem] if problem else []
+
     def _name_problem(self) -> str | None:
         if self.from_timm:
             if not timm_models.installed():
-                return (
-                    f"model.name={self.name} needs timm: {timm_models.INSTALL}, or choose a torchvision model"
-                )
+                return f"model.name={self.name} needs timm: {timm_models.INSTALL}, or choose a torchvision model"
             problem = timm_models.name_problem(self.library_name)
             return problem and f"model.name: {problem}"
         known = torchvision_models.names()
@@ -113,9 +110,7 @@ class ModelConfig:
                 f"{self.name.partition('.')[0]}.TAG)"
             )
         if not timm_models.has_weights(self.library_name):
-            return (
-                f"model.weights: timm publishes no weights of {self.name}; set model.weights=none or a path"
-            )
+            return f"model.weights: timm publishes no weights of {self.name}; set model.weights=none or a path"
         return None
 
 

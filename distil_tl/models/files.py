@@ -21,6 +21,8 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 _SHOWN = 5
+# A zip archive; a pickle, as before torch 1.6. Whatever else, say an error page, is no case for converting.
+_MAGIC = (b"PK\x03\x04", b"\x80")
 _CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; "
     "c = torch.load(sys.argv[1], 'cpu', weights_only=False); c = c.get('state_dict', c.get('model', c)); "
@@ -49,6 +51,9 @@ def read_state(path: Path) -> State:
     try:
         if path.suffix == ".safetensors":
             return dict(safetensors.torch.load_file(path, device="cpu"))
+        with path.open("rb") as file:
+            if not file.read(4).startswith(_MAGIC):
+                raise ValueError("not written by torch.save")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

@@ -43,9 +43,7 @@ def index_parameters(module: nn.Module, groups: Sequence[LayerGroup]) -> dict[st
     for name, _ in module.named_parameters():
         owners = [index for index, group in enumerate(groups) if under(name, group.prefixes)]
         if len(owners) != 1:
-            raise ValueError(
-                f"parameter {name} belongs to the groups {[names[i] for i in owners]}, not to one"
-            )
+            raise ValueError(f"parameter {name} belongs to the groups {[names[i] for i in owners]}, not to one")
         owner[name] = owners[0]
     empty = sorted(set(range(len(groups))) - set(owner.values()))
     if empty:

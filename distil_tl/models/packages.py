@@ -58,7 +58,5 @@ def match_by_position(state: State, module: nn.Module, *, skip_shape: tuple[str,
         for theirs, ours in zip(state, expected, strict=True)
     )
     if not fits:
-        raise UserError(
-            f"model.weights: {source} does not hold this model; set model.weights=default or a path"
-        )
+        raise UserError(f"model.weights: {source} does not hold this model; set model.weights=default or a path")
     return dict(zip(expected, state.values(), strict=True))

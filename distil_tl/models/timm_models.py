@@ -32,9 +32,7 @@ def _timm() -> ModuleType:
     try:
         import timm
     except ImportError as error:
-        raise UserError(
-            f"model.name starts with {PREFIX}, but timm cannot be imported ({error}): {INSTALL}"
-        ) from error
+        raise UserError(f"model.name starts with {PREFIX}, but timm cannot be imported ({error}): {INSTALL}") from error
     return timm  # type: ignore[no-any-return]
 
 
@@ -138,8 +136,7 @@ def _check_size(name: str, module: nn.Module, size: int) -> None:
         below = size // step * step
         sizes = " or ".join(str(near) for near in (below, below + step) if near)
         raise UserError(
-            f"data.image_size={size} does not suit {PREFIX}{name}, "
-            f"which needs a multiple of {step}: try {sizes}"
+            f"data.image_size={size} does not suit {PREFIX}{name}, which needs a multiple of {step}: try {sizes}"
         )
 
 
@@ -152,9 +149,7 @@ def _heads(name: str, module: nn.Module, num_classes: int) -> tuple[str, ...]:
     layers = [known.get(path) for path in paths]
     fits = [isinstance(part, (nn.Linear, nn.Conv2d)) and len(part.weight) == num_classes for part in layers]
     if not fits or not all(fits):
-        raise UserError(
-            f"model.name: {PREFIX}{name} has no classifier to replace; choose an image classifier of timm"
-        )
+        raise UserError(f"model.name: {PREFIX}{name} has no classifier to replace; choose an image classifier of timm")
     return paths
 
 

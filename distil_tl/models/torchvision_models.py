@@ -89,9 +89,7 @@ def _check_size(name: str, size: int) -> None:
     if size < step or size % step:
         below = size // step * step
         sizes = " or ".join(str(near) for near in (below, below + step) if near)
-        raise UserError(
-            f"data.image_size={size} does not suit {name}, which needs a multiple of {step}: try {sizes}"
-        )
+        raise UserError(f"data.image_size={size} does not suit {name}, which needs a multiple of {step}: try {sizes}")
     smallest = tv.get_model_weights(name).DEFAULT.meta["min_size"][0]
     # Swin pads to its windows, so what its weights give as the least size is only what they were trained at.
     if size < smallest and not fixed_size(name) and not name.startswith("swin"):

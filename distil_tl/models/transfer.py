@@ -83,7 +83,9 @@ class TransferModel:
         raise KeyError(name)
 
 
-def build(config: ModelConfig, num_classes: int, *, image_size: int | None, seed: int) -> TransferModel:
+def build(
+    config: ModelConfig, num_classes: int, *, image_size: int | None, seed: int, pretrained: bool = True
+) -> TransferModel:
     """Builds the model on the CPU; every rank gets the same bytes, and the global generators are left alone.
 
     Args:
@@ -91,11 +93,13 @@ def build(config: ModelConfig, num_classes: int, *, image_size: int | None, seed
         num_classes: outputs of the new head.
         image_size: side of the images, None for the one the weights were evaluated at.
         seed: the random part of the weights is a function of it, the head's whichever the weights are.
+        pretrained: False leaves the weights unread: the same architecture, to be filled from a checkpoint, on a
+            machine that need not have them.
 
     Raises:
         UserError: the configuration, the weights or the image size do not fit.
     """
-    problems = config.problems()
+    problems = config.problems() if pretrained else config.name_problems()
     if problems:
         raise UserError("\n".join(problems))
     weights = resolve_weights(config)
@@ -103,7 +107,7 @@ def build(config: ModelConfig, num_classes: int, *, image_size: int | None, seed
     size = image_size if image_size is not None else preprocess.crop_size
 
     if config.from_timm:
-        from_library = weights == "default"
+        from_library = pretrained and weights == "default"
         name = config.library_name
         module, head, fixed = timm_models.build(name, num_classes, size, pretrained=from_library, seed=seed)
         skip = head
@@ -115,7 +119,10 @@ def build(config: ModelConfig, num_classes: int, *, image_size: int | None, seed
         skip = (*head, *torchvision_models.auxiliary(name))
         groups = torchvision_groups(module, head)
 
-    state, info = _read_weights(config, weights, module, head)
+    if pretrained:
+        state, info = _read_weights(config, weights, module, head)
+    else:
+        state, info = None, WeightsInfo("unread", None)
     if state is not None:
         state = torchvision_models.adapt_state(strip_prefixes(state, module.state_dict()), module)
         # MNASNet rebuilds its stem for weights of its first version, which draws random numbers.

@@ -30,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="distil-tl report",
         description="Write RUN_DIR/report.html: one file, nothing loaded from elsewhere.",
     )
-    parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="a run directory (it holds metrics.jsonl)"
-    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory (it holds metrics.jsonl)")
     path = write_report(parser.parse_args(argv).run_dir)
     sys.stdout.write(f"{path}\n")
     return 0

@@ -50,9 +50,7 @@ def read_confusion(run: Run) -> Confusion | None:
     if len(run.classes) == len(rows):
         names = run.classes
     elif isinstance(per_class, list) and len(per_class) == len(rows):
-        names = [
-            class_name(run, e.get("class") if isinstance(e, dict) else i) for i, e in enumerate(per_class)
-        ]
+        names = [class_name(run, e.get("class") if isinstance(e, dict) else i) for i, e in enumerate(per_class)]
     else:
         names = [str(i) for i in range(len(rows))]
     return Confusion(names, rows)
@@ -63,9 +61,7 @@ def pair_table(confusion: Confusion) -> Markup | None:
     rows: list[list[Child]] = []
     for n, i, j in confusion.pairs()[: 10 if len(confusion.rows) <= MAX_DRAWN else 30]:
         share = n / sum(confusion.rows[i])
-        rows.append(
-            [confusion.names[i], confusion.names[j], text.count(n), bar(share, text.percent(share), "weak")]
-        )
+        rows.append([confusion.names[i], confusion.names[j], text.count(n), bar(share, text.percent(share), "weak")])
     if not rows:
         return None
     return table(["True class", "Taken for", "Images", "Of the class"], rows, texts=2, label="Most confused")
@@ -96,9 +92,7 @@ def heat_map(confusion: Confusion) -> Markup | None:
             if n <= 0:
                 continue
             share = n / total
-            title = (
-                f"{confusion.names[i]} \u2192 {confusion.names[j]}: {text.count(n)} ({text.percent(share)})"
-            )
+            title = f"{confusion.names[i]} \u2192 {confusion.names[j]}: {text.count(n)} ({text.percent(share)})"
             # The root makes one mistake in a hundred visible.
             place: dict[str, str | float] = {"x": edge + j * cell + 1, "y": edge + i * cell + 1}
             square = h(

@@ -158,9 +158,7 @@ def _cards(run: Run) -> Markup:
     cards.append(("Macro F1", text.percent(best.macro_f1 if best else None), at))
     if test_top1 is not None:
         f1 = number(test.get("macro_f1"))
-        cards.append(
-            ("Test top-1", text.percent(test_top1), f"macro F1 {text.percent(f1)}" if f1 else "test")
-        )
+        cards.append(("Test top-1", text.percent(test_top1), f"macro F1 {text.percent(f1)}" if f1 else "test"))
     cards += [
         ("Total time", text.duration(seconds), how),
         ("Images/s", text.rate(speed), where),

@@ -230,9 +230,7 @@ def line_chart(chart: Chart) -> Markup:
     x = Scale(0.0, float(max([b.end for b in chart.bands] + [round(s.points[-1][0]) for s in series])) or 1.0)
     edges = [b.end for b in chart.bands[:-1]]
     curves = [part for s in series for part in _curve(s, x, chart.scale, edges)]
-    inner = h(
-        "svg", curves, viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none", width="100%", height="100%"
-    )
+    inner = h("svg", curves, viewBox=f"0 0 {UNITS} {UNITS}", preserveAspectRatio="none", width="100%", height="100%")
     mark = _mark(chart.mark, x, chart.scale) if chart.mark else []
     picture = h(
         "svg",

@@ -72,9 +72,7 @@ def stage_table(run: Run) -> Markup:
             epochs = max((m.epoch for m in lines), default=None)
         took, speed = seconds[name], number(told.get("images_per_second"))
         if speed is None:
-            speeds = [
-                m.images_per_second for m in lines if m.split == "train" and m.images_per_second is not None
-            ]
+            speeds = [m.images_per_second for m in lines if m.split == "train" and m.images_per_second is not None]
             speed = median(speeds) if speeds else None
         gain = None if top1 is None or before is None else top1 - before
         band = steps.get(name)
@@ -86,9 +84,7 @@ def stage_table(run: Run) -> Markup:
                 text.short(number(told.get("trainable_parameters"))),
                 text.count(number(told.get("train_images"))),
                 text.rate(speed),
-                bar(took / total, text.duration(took), "wide")
-                if took is not None and total
-                else text.duration(took),
+                bar(took / total, text.duration(took), "wide") if took is not None and total else text.duration(took),
                 text.percent(top1),
                 text.points(gain),
             ]
