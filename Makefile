@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint format clean
 
 demo: $(INSTALLED)
-	$(BIN)/torchrun --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m distil_tl.train run_dir=runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m distil_tl.train run_dir=runs/demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -17,7 +17,7 @@ from distil_tl.errors import (
 from distil_tl.log import logger
 
 
-def run_command(name: str, body: Callable[[], None]) -> int:
+def run_command(name: str, body: Callable[[], object]) -> int:
     """Run `body` and turn what it raises into an exit status and, on rank 0, one readable message.
 
     0 done; 2 the user's input is wrong; 3 asked to stop, and saved; 1 a fault (with its traceback, unless it is
@@ -38,8 +38,10 @@ def run_command(name: str, body: Callable[[], None]) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
         return 0
     except Exception:
+        if not logger.handlers:
+            raise
         logger.exception("%s: a fault", name)
-        raise
+        return EXIT_FAULT
     return 0
 
 

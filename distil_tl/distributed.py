@@ -222,7 +222,7 @@ def on_rank_zero(info: DistInfo, phase: str, work: Callable[[], Any]) -> Any:
     if info.store is None:
         return work()
     if info.is_main:
-        return _announce(info, phase, work)
+        return _announce(info, phase, work, readers=info.world_size - 1)
     return _await(info, phase)
 
 
@@ -235,18 +235,22 @@ def once_per_node(info: DistInfo, phase: str, work: Callable[[], None]) -> None:
     if info.store is None or info.launch.node == 0:
         return
     if info.launch.local_rank == 0:
-        _announce(info, f"{phase} on node {info.launch.node}", work)
+        _announce(info, f"{phase} on node {info.launch.node}", work, readers=info.launch.local_world_size - 1)
     else:
         _await(info, f"{phase} on node {info.launch.node}")
 
 
-def _announce(info: DistInfo, phase: str, work: Callable[[], Any]) -> Any:
+def _announce(info: DistInfo, phase: str, work: Callable[[], Any], readers: int) -> Any:
     assert info.store is not None
     try:
         result = work()
     except BaseException as error:
         kind = "user_error" if isinstance(error, UserError) else "fault"
         info.store.set(phase, json.dumps({kind: str(error) or repr(error)}))
+        # The store may live in this process: let the others read the reason before it ends.
+        deadline = time.monotonic() + 10
+        while info.store.add(f"{phase}: read", 0) < readers and time.monotonic() < deadline:
+            time.sleep(0.05)
         raise
     info.store.set(phase, json.dumps({"result": result}))
     return result
@@ -263,6 +267,8 @@ def _await(info: DistInfo, phase: str) -> Any:
             )
         time.sleep(0.05)
     answer = json.loads(info.store.get(phase))
+    if "result" not in answer:
+        info.store.add(f"{phase}: read", 1)
     if "user_error" in answer:
         raise UserError(answer["user_error"])
     if "fault" in answer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,12 @@ from distil_tl.metrics import ClassificationMetrics
 from distil_tl.models import TransferModel
 from distil_tl.optim import OptimConfig, build_optimizer, clip_gradients, lr_factor, set_lr
 from distil_tl.stages import StageConfig, apply_stage
+
+# Frozen statistics don't move, and moving ones are averaged at each epoch's end. Newer torch renamed the option.
+_OPTIONS = inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False
+}
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -97,7 +104,7 @@ def begin_stage(
         wrapped = DistributedDataParallel(
             network,
             device_ids=[info.device] if info.device.type == "cuda" else None,
-            broadcast_buffers=False,  # frozen statistics don't move; moving ones are averaged at each epoch's end
+            **_NO_BUFFER_SYNC,
             gradient_as_bucket_view=True,
         )
     return StageRun(

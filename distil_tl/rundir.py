@@ -95,7 +95,8 @@ def find_start(config: Config, source: DictConfig) -> Start:
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir={run_dir} is a file; choose another run_dir")
-    here = Checkpoints(run_dir / "checkpoints").newest_sound()
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    here = checkpoints.newest_sound()
     if config.resume == "never":
         if here is not None or (run_dir / "metrics.jsonl").exists():
             raise UserError(
@@ -105,7 +106,8 @@ def find_start(config: Config, source: DictConfig) -> Start:
         return Start(str(run_dir))
     if here is not None:
         _refuse_changes(config, source, here, run_dir)
-        return Start(str(run_dir), str(here), _status(run_dir) == "completed")
+        is_last = here == checkpoints.named("last")
+        return Start(str(run_dir), str(here), is_last and _status(run_dir) == "completed")
     if config.resume != "auto":
         there = _checkpoint_at(Path(config.resume))
         _refuse_changes(config, source, there, there.parent.parent)
@@ -127,7 +129,7 @@ def _refuse_changes(config: Config, source: DictConfig, checkpoint: Path, run_di
     saved = run_dir / "config.yaml"
     if not saved.exists():
         return
-    started = list(load_state(checkpoint)["stages"])
+    started = list(load_state(checkpoint)["run"]["stages"])
     before: Any = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
     changes = unsafe_changes(before, plain(source), started)
     if changes:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distil_tl.commands import run_command
 from distil_tl.files import write_atomic
 from distil_tl.report.load import load_run
 from distil_tl.report.page import render
@@ -31,6 +32,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write RUN_DIR/report.html: one file, nothing loaded from elsewhere.",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory (it holds metrics.jsonl)")
-    path = write_report(parser.parse_args(argv).run_dir)
-    sys.stdout.write(f"{path}\n")
-    return 0
+    run_dir = parser.parse_args(argv).run_dir
+    return run_command("distil-tl report", lambda: sys.stdout.write(f"{write_report(run_dir)}\n"))
