@@ -26,10 +26,8 @@ from distil_tl.optim import OptimConfig, build_optimizer, clip_gradients, lr_fac
 from distil_tl.stages import StageConfig, apply_stage
 
 # Frozen statistics don't move, and moving ones are averaged at each epoch's end. Newer torch renamed the option.
-_OPTIONS = inspect.signature(DistributedDataParallel).parameters
-_NO_BUFFER_SYNC: dict[str, Any] = {
-    "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers": False
-}
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 

@@ -21,7 +21,7 @@ from distil_tl.metrics import ClassificationMetrics
 from distil_tl.models import TransferModel
 from distil_tl.optim import current_lr
 from distil_tl.rundir import RunDirectory, RunState, Start
-from distil_tl.stages import StageConfig, trainable_groups
+from distil_tl.stages import StageConfig, check_stages
 from distil_tl.stopping import AgreedStop, StopRequest
 from distil_tl.tracking import Tracker
 
@@ -172,9 +172,7 @@ def open_job(
         UserError: for stages that the model or the checkpoint can't take.
     """
     clock = time.monotonic()
-    names = [group.name for group in model.groups]
-    for name, stage in config.stages.items():
-        trainable_groups(stage.unfreeze, names, f"stages.{name}.unfreeze")
+    check_stages(model, config.stages)
     state, train_state = RunState(), None
     if start.checkpoint is not None:
         path = Path(start.checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,21 @@ def trainable_groups(unfreeze: Any, names: list[str], key: str = "unfreeze") -> 
     return frozenset(names.index(name) for name in unfreeze)
 
 
+def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> None:
+    """What only the built model can tell.
+
+    Raises:
+        UserError: a stage unfreezes groups that the model has not, or changes an image size that is built in.
+    """
+    for name, stage in stages.items():
+        trainable_groups(stage.unfreeze, list(model.group_names), f"stages.{name}.unfreeze")
+        if model.fixed_image_size and stage.image_size not in (None, model.image_size):
+            raise UserError(
+                f"stages.{name}.image_size={stage.image_size}, but this model is built for {model.image_size} px; "
+                f"leave it out there and set data.image_size"
+            )
+
+
 def apply_stage(model: TransferModel, stage: StageConfig) -> None:
     """Make `model` what `stage` trains: `requires_grad` by group, and the mode of every module.
 
@@ -99,7 +115,7 @@ def apply_stage(model: TransferModel, stage: StageConfig) -> None:
 
     Idempotent, and independent of the stage that was applied before.
     """
-    trainable = trainable_groups(stage.unfreeze, [group.name for group in model.groups])
+    trainable = trainable_groups(stage.unfreeze, list(model.group_names))
     for name, parameter in model.module.named_parameters():
         parameter.requires_grad_(model.group_of(name) in trainable)
         parameter.grad = None

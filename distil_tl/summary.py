@@ -19,7 +19,7 @@ def say_stage(job: Job, name: str, stage: StageConfig, sampler: TrainSampler) ->
     """What a stage trains, and with what."""
     if not job.info.is_main:
         return
-    data, names = job.config.data, [group.name for group in job.model.groups]
+    data, names = job.config.data, list(job.model.group_names)
     trained = [names[i] for i in sorted(trainable_groups(stage.unfreeze, names))]
     what = trained[0] if len(trained) == 1 else f"{trained[0]} .. {trained[-1]}"
     total = sum(p.numel() for p in job.model.module.parameters())

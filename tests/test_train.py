@@ -197,8 +197,12 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     weights = run_dir / "checkpoints" / "last" / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert main([*small, f"run_dir={run_dir}"]) == 0
-    assert "step-00000018 is damaged" in capsys.readouterr().out
-    same_result(run_dir, finished)
+    said = capsys.readouterr().out
+    assert "step-00000018 is damaged" in said
+    assert "going on from step 12" in said
+    one, two = (load_file(path / "checkpoints" / "last" / "weights.safetensors") for path in (run_dir, finished))
+    for key, value in one.items():  # one rank now, two before: equal to rounding
+        torch.testing.assert_close(value, two[key], rtol=1e-3, atol=1e-4)
 
 
 def test_another_run_can_be_gone_on_from(finished: Path, small: list[str], tmp_path: Path) -> None:
