@@ -7,15 +7,17 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from distil_tl.errors import UserError
+from distil_tl.errors import CheckpointError, UserError
 from distil_tl.files import fsync_directory, sha256_file, write_atomic, write_json
 from distil_tl.log import logger
 
@@ -24,10 +26,19 @@ WEIGHTS, TRAIN_STATE, STATE, CHECKSUMS = "weights.safetensors", "train_state.pt"
 
 @dataclass
 class CheckpointConfig:
+    every_steps: int | None = None  # also within an epoch; none: only by the clock
+    every_minutes: float | None = 10.0  # also within an epoch; none: only by steps
     keep: int = 2  # how many to keep besides the best
 
     def problems(self) -> list[str]:
-        return [] if self.keep >= 1 else ["checkpoint.keep must be at least 1"]
+        found = []
+        if self.keep < 1:
+            found.append("checkpoint.keep must be at least 1")
+        if self.every_steps is not None and self.every_steps < 1:
+            found.append("checkpoint.every_steps must be at least 1, or null")
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            found.append("checkpoint.every_minutes must be positive, or null")
+        return found
 
 
 @dataclass
@@ -41,11 +52,17 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of one run: `step-XXXXXXXX` folders, and the links `last` and `best`. One process writes."""
+    """The checkpoints of one run: `step-XXXXXXXX` folders, and the links `last` and `best`.
+
+    One process writes, in one background thread: `save` copies to host memory and returns, and what went wrong is
+    raised by the next `save` or `wait`.
+    """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder = folder
         self.keep = keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -58,19 +75,59 @@ class Checkpoints:
         train_state: dict[str, Any],
         state: dict[str, Any],
         is_best: bool,
-    ) -> Path:
+    ) -> None:
         """Write a checkpoint, then let `last` (and `best`) name it, then remove those that are too many.
 
         Args:
             weights: the model's state dict, on any device.
             train_state: tensors, numbers and strings only; must load with `weights_only=True`.
             state: JSON-able.
+
+        Raises:
+            CheckpointError: the save before this one failed.
         """
-        target = self.path(step)
+        self.wait()
+        snapshot = copied_to_host((dict(weights), train_state, state))
+        self._pending = self._writer.submit(self._write, self.path(step), snapshot, is_best)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk.
+
+        Raises:
+            CheckpointError: it could not be written; the checkpoints before it are as they were.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, target: Path, snapshot: tuple[dict[str, Tensor], Any, dict[str, Any]], is_best: bool) -> None:
         partial = target.with_name(f".{target.name}.partial")
+        try:
+            self._fill(partial, *snapshot)
+            # A checkpoint of the same step gives way without a moment in which there is neither.
+            replaced = target.with_name(f"{target.name}.replaced")
+            if target.exists():
+                target.rename(replaced)
+            partial.rename(target)
+            fsync_directory(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self._point("last", target)
+            if is_best:
+                self._point("best", target)
+            self._prune()
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            left = self.named("last")
+            stays = f"the last good one, {left.name}, stays" if left else "there is none before it"
+            raise CheckpointError(f"can't write the checkpoint {target}: {error.strerror or error}; {stays}") from error
+
+    def _fill(self, partial: Path, weights: dict[str, Tensor], train_state: Any, state: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, partial / WEIGHTS)
+        try:
+            save_file(weights, partial / WEIGHTS)
+        except SafetensorError as error:  # how safetensors says that the disk is full
+            raise OSError(f"{WEIGHTS}: {error}") from error
         torch.save(train_state, partial / TRAIN_STATE)
         write_json(partial / STATE, state)
         sums = [f"{sha256_file(partial / name)}  {name}\n" for name in (WEIGHTS, TRAIN_STATE, STATE)]
@@ -78,15 +135,6 @@ class Checkpoints:
         for name in (WEIGHTS, TRAIN_STATE):
             with (partial / name).open("rb") as file:
                 os.fsync(file.fileno())
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-        fsync_directory(self.folder)
-        self._point("last", target)
-        if is_best:
-            self._point("best", target)
-        self._prune()
-        return target
 
     def _point(self, name: str, target: Path) -> None:
         link = self.folder / f".{name}.partial"
@@ -99,7 +147,9 @@ class Checkpoints:
         kept = {self.named(name) for name in ("last", "best")}
         for path in self.all()[: -self.keep]:
             if path not in kept:
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(".step-*.partial"):  # of attempts that were killed while saving
+            shutil.rmtree(path, ignore_errors=True)
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -118,6 +168,17 @@ class Checkpoints:
                 return path
             logger.warning("checkpoint %s is damaged (%s); going back to the one before", path.name, fault)
         return None
+
+
+def copied_to_host(tree: Any) -> Any:
+    """Nested containers with every tensor copied to host memory, so that training may go on changing the originals."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True).contiguous()
+    if isinstance(tree, dict):
+        return {key: copied_to_host(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(copied_to_host(value) for value in tree)
+    return tree
 
 
 def find_fault(path: Path) -> str | None:

@@ -10,6 +10,8 @@ from distil_tl.errors import (
     EXIT_FAULT,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
+    CheckpointError,
+    LostRanksError,
     NonFiniteError,
     PreemptedError,
     UserError,
@@ -33,6 +35,9 @@ def run_command(name: str, body: Callable[[], object]) -> int:
         return EXIT_PREEMPTED
     except NonFiniteError as error:
         _say(f"{name}: {error}")
+        return EXIT_FAULT
+    except (LostRanksError, CheckpointError) as error:
+        _say(f"{name}: {error}", always=True)
         return EXIT_FAULT
     except BrokenPipeError:  # the reader of our output, `head` say, has gone
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123

@@ -77,7 +77,7 @@ def load(args: Sequence[str]) -> tuple[Config, DictConfig]:
     schema = OmegaConf.structured(Config)
     if "stages" in tree:
         _define_stages(schema, tree.pop("stages"), problems)
-    if not files and "root" not in (overrides.get("data") or {}):
+    if not files and "root" not in flatten(overrides.get("data")):
         _apply(schema, DEMO, "", problems)
     _apply(schema, tree, "", problems)
     _apply(schema, overrides, "", problems)
@@ -148,7 +148,7 @@ def _define_stages(schema: DictConfig, stages: Any, problems: list[str]) -> None
         return
     schema.stages = {}
     for name, values in stages.items():
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", str(name)):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name):
             problems.append(f"the stage name {name!r} may have letters, digits, _ and -, and begins with a letter")
             continue
         schema.stages[name] = StageConfig()
@@ -166,7 +166,7 @@ def _apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list
         full = f"{prefix}{key}"
         if str(key) not in known:
             problems.append(f"unknown {'stage' if prefix == 'stages.' else 'key'} `{full}`{_suggest(schema, full)}")
-        elif isinstance(OmegaConf.select(schema, full), DictConfig):
+        elif isinstance(OmegaConf.select(schema, full, throw_on_resolution_failure=False), DictConfig):
             if isinstance(value, dict):
                 _apply(schema, value, f"{full}.", problems)
             else:
@@ -180,15 +180,16 @@ def _apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list
 
 def _suggest(schema: DictConfig, full: str) -> str:
     parent, _, name = full.rpartition(".")
-    siblings = OmegaConf.select(schema, parent) if parent else schema
+    siblings = (OmegaConf.select(schema, parent) if parent else None) or schema
     hint = did_you_mean(name, [str(key) for key in siblings])
-    if hint:
-        return hint
+    known_here = f"; known here: {', '.join(str(key) for key in siblings)}"
+    if hint or parent == "stages":
+        return hint or known_here
     leaves = list(flatten(OmegaConf.to_container(schema, resolve=False)))
     same = [leaf for leaf in leaves if name in (leaf.rpartition(".")[2], leaf.rpartition(".")[2].rpartition("_")[2])]
     if same:
         return ", did you mean " + " or ".join(f"`{leaf}`" for leaf in same[:3]) + "?"
-    return did_you_mean(full, leaves) or f"; known here: {', '.join(str(key) for key in siblings)}"
+    return did_you_mean(full, leaves) or known_here
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -203,7 +204,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _settle(config: Config, schema: DictConfig) -> None:
     """Fill in what follows from other values, so that the saved file says what was used."""
-    if not config.model.problems():
+    if config.model.weights == "auto" and not config.model.problems():
         config.model.weights = schema.model.weights = resolve_weights(config.model)
     if config.run_dir is None:
         config.run_dir = schema.run_dir = f"runs/{run_name(config)}"

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from distil_tl.errors import UserError
+from distil_tl.errors import LostRanksError, UserError
 
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
@@ -82,7 +82,7 @@ def read_launch(env: Mapping[str, str]) -> Launch:
             )
         )
     # A batch script has most SLURM_ variables too; only a task that srun started has a step.
-    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS") != "1":
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
         needed = (*names, "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
         values = _numbers(env, names, needed, "srun")
@@ -150,14 +150,18 @@ def _tasks_on_node(spec: str, node: int) -> int:
     return counts[node] if node < len(counts) else 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class DistInfo:
-    """This process among the ranks, set up: `device` is current, and collectives work when `world_size` > 1."""
+    """This process among the ranks, set up: `device` is current, and collectives work when `world_size` > 1.
+
+    `phase` says what the ranks are doing, for whoever reads that they lost each other.
+    """
 
     launch: Launch
     device: torch.device
     prepare_timeout: float
     store: Any = None  # a torch.distributed store, where there are several ranks
+    phase: str = "start-up"
 
     @property
     def rank(self) -> int:
@@ -204,9 +208,23 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
         timeout=timeout,
         device_id=device if backend == "nccl" else None,
     )
-    yield DistInfo(launch, device, config.prepare_timeout_seconds, PrefixStore("distil_tl", store))
+    info = DistInfo(launch, device, config.prepare_timeout_seconds, PrefixStore("distil_tl", store))
+    try:
+        yield info
+    except RuntimeError as error:
+        if not _is_lost_contact(error):
+            raise
+        raise LostRanksError(
+            f"rank {info.rank} lost the other ranks during {info.phase}: {str(error).splitlines()[0]}. A rank ended or "
+            f"did not answer within distributed.timeout_seconds={config.timeout_seconds:g}; see the others' logs"
+        ) from error
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    # Gloo's own errors have no type of their own.
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def on_rank_zero(info: DistInfo, phase: str, work: Callable[[], Any]) -> Any:
@@ -311,6 +329,15 @@ def max_over_ranks(info: DistInfo, value: float) -> float:
     return float(tensor)
 
 
+def gather_objects(info: DistInfo, value: Any) -> list[Any]:
+    """JSON-able values of all ranks, by rank."""
+    if info.store is None:
+        return [value]
+    texts: list[Any] = [None] * info.world_size
+    dist.all_gather_object(texts, json.dumps(value))
+    return [json.loads(text) for text in texts]
+
+
 def gather_rows(info: DistInfo, rows: Tensor, at_most: int) -> Tensor:
     """All ranks' rows one after the other: CPU float tensors [n, k] with n up to `at_most` and different by rank."""
     if info.store is None:
@@ -327,7 +354,9 @@ def average_buffers(info: DistInfo, module: torch.nn.Module) -> None:
     """Average floating-point buffers (BatchNorm statistics that moved per rank) over the ranks, in place."""
     if info.store is None:
         return
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer, op=dist.ReduceOp.SUM)
-            buffer.div_(info.world_size)
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.reshape(-1) for buffer in buffers]) / info.world_size
+    dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+    averages = torch.split(flat, [buffer.numel() for buffer in buffers])
+    for buffer, average in zip(buffers, averages, strict=True):
+        buffer.copy_(average.view_as(buffer))

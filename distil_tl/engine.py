@@ -1,7 +1,8 @@
-"""One optimizer step after another, and exact evaluation."""
+"""A stage's network and optimizer, and one optimizer step after another."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import inspect
 from collections.abc import Iterator
@@ -13,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distil_tl.data.loader import Loader, read_batches
+from distil_tl.data.index import Index
+from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.transforms import Normalize
-from distil_tl.distributed import DistInfo, gather_rows, sum_over_ranks
+from distil_tl.distributed import DistInfo, average_buffers, gather_objects, max_over_ranks
 from distil_tl.errors import NonFiniteError
 from distil_tl.keyed import keyed_seed
-from distil_tl.log import Progress
-from distil_tl.metrics import ClassificationMetrics
+from distil_tl.metrics import Meter
 from distil_tl.models import TransferModel
 from distil_tl.optim import OptimConfig, build_optimizer, clip_gradients, lr_factor, set_lr
 from distil_tl.stages import StageConfig, apply_stage
@@ -68,8 +69,10 @@ class StageRun:
     network: nn.Module  # the Network, under DDP when there are several ranks
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    not_finite: Tensor  # 1 from the first bad step on; the optimizer then changes nothing
     total_steps: int
+    moving_statistics: bool  # BatchNorm statistics move and are averaged over the ranks after each step
+    first_bad_step: Tensor  # of the stage; infinite while all is well. From it on the optimizer changes nothing
+    recent: collections.deque[tuple[int, Tensor]]  # (stage step, images) of the last steps, to name the bad ones
 
     def state(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
@@ -91,10 +94,12 @@ def begin_stage(
     stage: StageConfig,
     optim: OptimConfig,
     total_steps: int,
+    remember: int,
 ) -> StageRun:
     """Apply a stage's freezing, then wrap and build the optimizer for what is left trainable.
 
     DDP notes which parameters to reduce when it wraps, so it must wrap after the freezing, at every boundary.
+    `remember` is for how many steps to know the images of a batch, at least those between two `check_finite`.
     """
     apply_stage(model, stage)
     wrapped: nn.Module = network
@@ -110,17 +115,19 @@ def begin_stage(
         network=wrapped,
         optimizer=build_optimizer(model, stage, optim),
         scaler=torch.amp.GradScaler(info.device.type, enabled=network.dtype == torch.float16),
-        not_finite=torch.zeros((), device=info.device),
         total_steps=total_steps,
+        moving_statistics=stage.batch_norm == "train" and info.world_size > 1,
+        first_bad_step=torch.full((), torch.inf, device=info.device),
+        recent=collections.deque(maxlen=remember),
     )
 
 
 def train_epoch(
     info: DistInfo,
     run: StageRun,
-    loader: Loader,
+    batches: Iterator[Batch],
     sampler: TrainSampler,
-    metrics: ClassificationMetrics,
+    meter: Meter,
     *,
     accumulation: int,
     optim: OptimConfig,
@@ -128,10 +135,10 @@ def train_epoch(
 ) -> Iterator[int]:
     """Take the optimizer steps of an epoch from the sampler's position on, giving control back after each one.
 
-    Yields the samples of the epoch consumed so far, over all ranks. The gradient is that of the mean loss over the
-    global batch, whatever the number of ranks and micro-batches.
+    Yields the samples of the epoch consumed so far, over all ranks. The gradient is that of the sum of losses over
+    the global batch divided by its size, whatever the number of ranks and micro-batches; an image that was left out
+    adds nothing to the sum.
     """
-    batches = read_batches(loader)
     share = sampler.global_batch_size // info.world_size
     first = sampler.epoch * sampler.steps_per_epoch
     for step in range(sampler.consumed // sampler.global_batch_size, sampler.steps_per_epoch):
@@ -139,16 +146,22 @@ def train_epoch(
         set_lr(run.optimizer, lr_factor(stage_step, run.total_steps, optim.warmup, optim.schedule))
         # Dropout and stochastic depth draw from here; keyed, so that a resumed run draws the same.
         torch.manual_seed(keyed_seed(seed, "step", run.name, stage_step, info.rank))
+        loss = torch.zeros((), device=info.device)
         for micro in range(accumulation):
             batch = next(batches)
-            images = batch.images.to(info.device, non_blocking=True)
+            run.recent.append((stage_step, batch.indices))
             targets = batch.targets.to(info.device, non_blocking=True)
+            valid = batch.valid.to(info.device, non_blocking=True)
             with _reduce_after(run.network, last=micro == accumulation - 1):
-                logits = run.network(images)
-                loss = F.cross_entropy(logits, targets, label_smoothing=optim.label_smoothing, reduction="sum")
-                run.scaler.scale(loss / share).backward()  # type: ignore[no-untyped-call]
-            metrics.update(logits.detach(), targets, loss.detach())
-        _optimizer_step(run, loss.detach(), optim.clip_norm)
+                logits = run.network(batch.images.to(info.device, non_blocking=True))
+                losses = F.cross_entropy(logits, targets, label_smoothing=optim.label_smoothing, reduction="none")
+                micro_loss = (losses * valid).sum() / share
+                run.scaler.scale(micro_loss).backward()  # type: ignore[no-untyped-call]
+            loss += micro_loss.detach()
+            meter.update(logits.detach(), targets, losses.detach(), valid)
+        _optimizer_step(run, loss, optim.clip_norm, stage_step)
+        if run.moving_statistics:
+            average_buffers(info, run.network)
         yield (step + 1) * sampler.global_batch_size
 
 
@@ -159,87 +172,37 @@ def _reduce_after(network: nn.Module, *, last: bool) -> contextlib.AbstractConte
     return contextlib.nullcontext()
 
 
-def _optimizer_step(run: StageRun, loss: Tensor, clip_norm: float | None) -> None:
-    """Step, unless the gradient is not finite; decided on the device, without waiting for it."""
+def _optimizer_step(run: StageRun, loss: Tensor, clip_norm: float | None, stage_step: int) -> None:
+    """Step, unless this or an earlier gradient was not finite; decided on the device, without waiting for it."""
     run.scaler.unscale_(run.optimizer)
     norm = clip_gradients(run.optimizer, clip_norm)
+    # In fp16 gradients overflow now and then by design, and the scaler skips the step; the loss must not.
+    healthy = (loss if run.scaler.is_enabled() else norm).isfinite()
+    run.first_bad_step.copy_(torch.where(healthy, run.first_bad_step, run.first_bad_step.clamp(max=stage_step)))
     if run.scaler.is_enabled():
-        # fp16 overflows now and then by design: the scaler skips that step and lowers its scale.
-        run.not_finite.copy_(torch.maximum(run.not_finite, (~loss.isfinite()).float()))
         run.scaler.step(run.optimizer)
         run.scaler.update()
     else:
-        run.not_finite.copy_(torch.maximum(run.not_finite, (~norm.isfinite()).float()))
-        run.optimizer.found_inf = run.not_finite  # type: ignore[attr-defined]
+        run.optimizer.found_inf = run.first_bad_step.isfinite().float()  # type: ignore[attr-defined]
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def check_finite(info: DistInfo, run: StageRun, step: int) -> None:
+def check_finite(info: DistInfo, run: StageRun, index: Index) -> None:
     """Look at what the device noted since the last call.
 
     Raises:
-        NonFiniteError: on all ranks alike. The weights are those before the first bad step.
+        NonFiniteError: on all ranks alike, with the first bad step of any, and its images. The weights are those
+            before it.
     """
-    if sum_over_ranks(info, run.not_finite.clone()).item():
-        raise NonFiniteError(
-            f"stage {run.name}: the loss or its gradient is not finite any more, noticed at step {step}; the weights "
-            f"are as before it and the last checkpoint stays. Try a lower stages.{run.name}.lr, a longer "
-            f"optim.warmup, or precision=fp32"
-        )
-
-
-@dataclass
-class Evaluation:
-    """Metrics over a whole split, on all ranks alike.
-
-    `mistakes` are the surest wrong predictions: (index, target, prediction, probability).
-    """
-
-    metrics: ClassificationMetrics
-    mistakes: list[tuple[int, int, int, float]]
-
-
-@torch.no_grad()
-def evaluate(
-    info: DistInfo,
-    network: Network,
-    loader: Loader,
-    num_classes: int,
-    *,
-    confusion: bool = False,
-    keep_mistakes: int = 0,
-    show: bool = False,
-) -> Evaluation:
-    """Evaluate every sample once. Each rank runs its own share, of whatever length, and only counts are combined."""
-    was_training = network.training
-    network.eval()
-    metrics = ClassificationMetrics(num_classes, info.device, confusion=confusion)
-    mistakes = torch.empty(0, 4, dtype=torch.float64)
-    bar = Progress("evaluate", len(loader), show=show and info.is_main)
-    for batch in read_batches(loader):
-        targets = batch.targets.to(info.device, non_blocking=True)
-        logits = network(batch.images.to(info.device, non_blocking=True))
-        metrics.update(logits, targets, F.cross_entropy(logits, targets, reduction="none").double().sum())
-        if keep_mistakes:
-            mistakes = _surest(torch.cat([mistakes, _wrong(logits, targets, batch.indices)]), keep_mistakes)
-        bar.advance()
-    bar.close()
-    network.train(was_training)
-    if keep_mistakes:
-        mistakes = _surest(gather_rows(info, mistakes, keep_mistakes), keep_mistakes)
-    rows = [(int(i), int(t), int(p), probability) for i, t, p, probability in mistakes.tolist()]
-    return Evaluation(metrics.reduce(info), rows)
-
-
-def _wrong(logits: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
-    """Rows (index, target, prediction, probability) of the wrong predictions, float64 [M, 4] on the CPU."""
-    probability, predicted = logits.softmax(dim=1).max(dim=1)
-    rows = torch.stack([indices.to(targets.device), targets, predicted, probability], dim=1).double()
-    return rows[predicted != targets].cpu()
-
-
-def _surest(rows: Tensor, count: int) -> Tensor:
-    # By probability, then by index, so that ties come in one order on any number of ranks.
-    order = sorted(range(len(rows)), key=lambda i: (-rows[i, 3].item(), rows[i, 0].item()))
-    return rows[order[:count]]
+    bad = -max_over_ranks(info, -float(run.first_bad_step))
+    if bad == float("inf"):
+        return
+    mine = [index.relative(i) for step, images in run.recent if step == bad for i in images.tolist()]
+    names = [name for part in gather_objects(info, mine) for name in part]
+    shown = ", ".join(names[:64]) + (f" and {len(names) - 64} more" if len(names) > 64 else "")
+    raise NonFiniteError(
+        f"the loss or its gradient is not finite in step {int(bad) + 1} of stage {run.name}; the weights are as before "
+        f"it, and the last checkpoint stays. Try a lower stages.{run.name}.lr, a longer optim.warmup, or "
+        f"precision=fp32. The images of that batch, below {index.root}: {shown}"
+    )

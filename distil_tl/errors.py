@@ -25,6 +25,14 @@ class PreemptedError(Exception):
     """A signal asked the run to stop; everything is saved and the same command goes on: exit status 3."""
 
 
+class LostRanksError(RuntimeError):
+    """A collective failed because another rank ended or hangs: exit status 1."""
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; those before it are as they were: exit status 1."""
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or a gradient is no longer finite: a fault of the run, exit status 1, weights as they were before it."""
 

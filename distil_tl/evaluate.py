@@ -10,10 +10,12 @@ from pathlib import Path
 
 from distil_tl import config as configuration
 from distil_tl.commands import run_command
+from distil_tl.data.faults import BadImages
 from distil_tl.data.index import Index, scan
 from distil_tl.data.splits import SPLITS, data_root, eval_batches, share_indexes
 from distil_tl.distributed import read_launch, session
-from distil_tl.engine import Network, amp_dtype, evaluate
+from distil_tl.engine import Network, amp_dtype
+from distil_tl.evaluation import evaluate
 from distil_tl.files import write_json
 from distil_tl.inference import restore
 from distil_tl.log import logger, setup_console, table
@@ -53,10 +55,18 @@ def run(options: argparse.Namespace) -> None:
 
         index = share_indexes(info, work)[options.split]
         network = Network(restored.model, amp_dtype(config.precision, info.device), info.device)
-        batches = eval_batches(info, config.data, index, restored.model.preprocess, image_size=restored.image_size)
+        loader = eval_batches(info, config.data, index, restored.model.preprocess, image_size=restored.image_size)
+        batches = BadImages(config.data.on_bad_image).read(loader, options.split, index)
         result = evaluate(
-            info, network, batches, len(restored.classes), confusion=True, keep_mistakes=options.mistakes, show=True
-        )
+            info,
+            network,
+            loader,
+            batches,
+            len(restored.classes),
+            confusion=True,
+            keep_mistakes=options.mistakes,
+            show=True,
+        )  # fmt: skip
         if not info.is_main:
             return
         figures = evaluation(options.split, index, result)

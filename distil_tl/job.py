@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,19 @@ from omegaconf import DictConfig
 from distil_tl import checkpoint as ckpt
 from distil_tl.checkpoint import Checkpoints, Position
 from distil_tl.config import Config, plain
+from distil_tl.data.faults import BadImages
+from distil_tl.data.loader import plan_batches
 from distil_tl.data.splits import Splits
 from distil_tl.distributed import DistInfo
 from distil_tl.engine import Network, StageRun, amp_dtype
 from distil_tl.errors import PreemptedError
 from distil_tl.log import add_rank_file, logger
-from distil_tl.metrics import ClassificationMetrics
+from distil_tl.metrics import ClassificationMetrics, Meter
 from distil_tl.models import TransferModel
 from distil_tl.optim import current_lr
 from distil_tl.rundir import RunDirectory, RunState, Start
 from distil_tl.stages import StageConfig, check_stages
-from distil_tl.stopping import AgreedStop, StopRequest
+from distil_tl.stopping import Agreement, Request, StopRequest
 from distil_tl.tracking import Tracker
 
 
@@ -39,13 +41,26 @@ class Job:
     directory: RunDirectory
     checkpoints: Checkpoints
     tracker: Tracker | None
-    stop: AgreedStop
+    stop: StopRequest
+    bad_images: BadImages
     train_state: dict[str, Any] | None  # of the checkpoint the run goes on from, until its stage takes it
     clock: float
+    saved_at: float
+    agreement: Agreement = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.agreement = Agreement(self.info, self.due)
 
     @property
     def num_classes(self) -> int:
         return len(self.splits.classes)
+
+    @property
+    def remembered_batches(self) -> int:
+        """How many micro-batches can pass between two looks at whether all is finite."""
+        data = self.config.data
+        plan = plan_batches(data.global_batch_size, self.info.world_size, data.max_local_batch_size)
+        return self.config.tracking.log_every * plan.accumulation
 
     def image_size(self, stage: StageConfig) -> int:
         return stage.image_size or self.config.data.image_size or self.model.preprocess.crop_size
@@ -112,16 +127,23 @@ class Job:
             return True
         return False
 
-    def save(self, run: StageRun, metrics: ClassificationMetrics, *, is_best: bool = False) -> None:
-        """Write a checkpoint of this moment. A collective: all ranks call it."""
-        sums = metrics.reduce(self.info).state()
+    def save(self, run: StageRun, meter: Meter, *, is_best: bool = False) -> None:
+        """Write a checkpoint of this moment in the background. A collective: all ranks call it.
+
+        Raises:
+            CheckpointError: on rank 0, when the one before could not be written.
+        """
+        counted = meter.state()
+        self.bad_images.share(self.info)
+        self.state.bad_images = self.bad_images.found
         self.tick()
+        self.saved_at = time.monotonic()
         if not self.info.is_main:
             return
         self.checkpoints.save(
             self.state.step,
             weights=self.model.module.state_dict(),
-            train_state={"stage": run.name, "metrics": sums, **run.state()},
+            train_state={"stage": run.name, "meter": counted, **run.state()},
             state={
                 "format": 1,
                 "run": self.state.to_json(),
@@ -135,7 +157,18 @@ class Job:
             is_best=is_best,
         )
 
+    def due(self) -> Request:
+        """What this rank asks for: to stop when a signal said so, to save when rank 0's clock does."""
+        if self.stop:
+            return Request.STOP
+        minutes = self.config.checkpoint.every_minutes
+        if self.info.is_main and minutes is not None and time.monotonic() - self.saved_at > 60 * minutes:
+            return Request.SAVE
+        return Request.GO_ON
+
     def preempt(self) -> None:
+        """End here, with everything saved."""
+        self.checkpoints.wait()
         raise PreemptedError(
             f"stopped by a signal; everything up to step {self.state.step} is in {self.directory.path}, and the same "
             f"command goes on from there"
@@ -156,6 +189,13 @@ class Job:
         self.tracker.close(summary, exit_code=0 if status == "completed" else 1)
         return summary
 
+    def abandon(self, status: str) -> None:
+        """`close` for a run that does not get to its end; what fails here must not hide why."""
+        try:
+            self.close(status)
+        except OSError as error:
+            logger.error("can't write summary.json: %s", error)
+
 
 def open_job(
     info: DistInfo,
@@ -173,19 +213,20 @@ def open_job(
     """
     clock = time.monotonic()
     check_stages(model, config.stages)
+    run_dir = Path(start.run_dir)
     state, train_state = RunState(), None
     if start.checkpoint is not None:
         path = Path(start.checkpoint)
         saved = ckpt.load_state(path)
         state = RunState.from_json(saved["run"])
-        splits.refuse_drift(saved["data"])
+        splits.refuse_drift(saved["data"], run_dir)
         ckpt.load_weights(path, model.module)
         train_state = ckpt.load_train_state(path)
-    run_dir = Path(start.run_dir)
     directory = RunDirectory(run_dir)
     tracker = None
     if info.is_main:
         directory.begin(source, splits.classes, info)
+        splits.remember(run_dir)
         directory.write_summary("running", state, info)
         tracker = Tracker(run_dir, config.tracking, plain(source), after_step=state.step)
     add_rank_file(run_dir, info.rank)
@@ -200,9 +241,11 @@ def open_job(
         directory=directory,
         checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep),
         tracker=tracker,
-        stop=AgreedStop(info, lambda: bool(stop)),
+        stop=stop,
+        bad_images=BadImages(config.data.on_bad_image, state.bad_images),
         train_state=train_state,
         clock=clock,
+        saved_at=clock,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -31,23 +32,23 @@ class ClassificationMetrics:
             self._confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, targets: Tensor, loss_sum: Tensor) -> None:
-        """Add a batch: logits [N, C], targets int64 [N], the sum of its losses (a scalar)."""
+    def update(self, logits: Tensor, targets: Tensor, losses: Tensor, valid: Tensor) -> None:
+        """Add the samples that are `valid` (bool [N]) of a batch: logits [N, C], targets int64 [N], losses [N]."""
         c = self.num_classes
         top = logits.topk(min(5, c), dim=1).indices
         predicted = top[:, 0]
-        hits = predicted == targets
-        in_top = (top == targets[:, None]).any(dim=1)
-        self._sums[0] += loss_sum
-        self._sums[1] += len(targets)
+        counted = valid.double()
+        hits = (predicted == targets) * counted
+        in_top = (top == targets[:, None]).any(dim=1) * counted
+        self._sums[0] += (losses.double() * counted).sum()
+        self._sums[1] += counted.sum()
         self._sums[2] += hits.sum()
         self._sums[3] += in_top.sum()
-        ones = torch.ones(len(targets), dtype=torch.float64, device=self._sums.device)
-        self._sums[4 : 4 + c].index_add_(0, targets, hits.double())
-        self._sums[4 + c : 4 + 2 * c].index_add_(0, predicted, ones)
-        self._sums[4 + 2 * c :].index_add_(0, targets, ones)
+        self._sums[4 : 4 + c].index_add_(0, targets, hits)
+        self._sums[4 + c : 4 + 2 * c].index_add_(0, predicted, counted)
+        self._sums[4 + 2 * c :].index_add_(0, targets, counted)
         if self._confusion is not None:
-            self._confusion.index_add_(0, targets * c + predicted, ones.long())
+            self._confusion.index_add_(0, targets * c + predicted, valid.long())
 
     def reduce(self, info: DistInfo) -> ClassificationMetrics:
         """These metrics over all ranks, as a new object; this one goes on counting its own."""
@@ -57,11 +58,11 @@ class ClassificationMetrics:
         total._confusion = None if self._confusion is None else sum_over_ranks(info, self._confusion.clone()).cpu()
         return total
 
-    def since(self, earlier: ClassificationMetrics) -> ClassificationMetrics:
-        """What was counted after `earlier`, both already reduced."""
+    def since(self, earlier: Tensor) -> ClassificationMetrics:
+        """What was counted after these sums, which like this object are over all ranks."""
         window = ClassificationMetrics.__new__(ClassificationMetrics)
         window.num_classes = self.num_classes
-        window._sums = self._sums - earlier._sums
+        window._sums = self._sums - earlier
         window._confusion = None
         return window
 
@@ -116,9 +117,44 @@ class ClassificationMetrics:
         matrix: list[list[int]] = self._confusion.view(self.num_classes, self.num_classes).tolist()
         return matrix
 
-    def state(self) -> Tensor:
-        """This rank's sums, to go on counting after a restart."""
-        return self._sums.clone()
 
-    def load_state(self, sums: Tensor) -> None:
-        self._sums.copy_(sums)
+class Meter:
+    """Training metrics of an epoch, and of the log interval under way; both survive a restart.
+
+    Its methods but `update` are collectives.
+    """
+
+    def __init__(self, info: DistInfo, num_classes: int) -> None:
+        self._info = info
+        self._metrics = ClassificationMetrics(num_classes, info.device)
+        self._interval_start = self._metrics._sums.cpu().clone()
+        self._since = time.monotonic()
+        self._carried = 0.0
+        self.update = self._metrics.update
+
+    def start(self) -> None:
+        """Begin to measure time here, on top of what the interval took before a restart."""
+        self._since = time.monotonic() - self._carried
+        self._carried = 0.0
+
+    def total(self) -> ClassificationMetrics:
+        """What was counted since the epoch began, over all ranks."""
+        return self._metrics.reduce(self._info)
+
+    def interval(self) -> tuple[ClassificationMetrics, float]:
+        """What was counted, and the seconds, since the last call; a new interval begins."""
+        total, now = self.total(), time.monotonic()
+        counted, seconds = total.since(self._interval_start), now - self._since
+        self._interval_start, self._since = total._sums, now
+        return counted, seconds
+
+    def state(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self._since
+        return {"total": self.total()._sums, "interval_start": self._interval_start.clone(), "seconds": seconds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on counting. The sums are over all ranks, of whatever number: one of them takes them over."""
+        if self._info.is_main:
+            self._metrics._sums.copy_(state["total"])
+        self._interval_start = state["interval_start"].clone()
+        self._carried = state["seconds"]

@@ -26,6 +26,8 @@ from distil_tl.errors import UserError
 from distil_tl.files import write_atomic, write_json
 from distil_tl.version import __version__
 
+MAX_LISTED = 1000  # bad images named in summary.json; the checkpoint and the logs have all
+
 
 @dataclass
 class StageRecord:
@@ -57,6 +59,7 @@ class RunState:
     final: dict[str, Any] | None = None
     stages: dict[str, StageRecord] = field(default_factory=dict)
     seconds: float = 0.0
+    bad_images: dict[str, dict[str, str]] = field(default_factory=dict)  # by split, path below it: reason
 
     @property
     def step(self) -> int:
@@ -73,6 +76,7 @@ class RunState:
             final=tree["final"],
             stages={name: StageRecord(**record) for name, record in tree["stages"].items()},
             seconds=tree["seconds"],
+            bad_images=tree["bad_images"],
         )
 
 
@@ -168,6 +172,10 @@ class RunDirectory:
             "final": state.final,
             **more,
             "stages": {name: record.summary() for name, record in state.stages.items()},
+            "bad_images": {
+                split: {"count": len(images), "images": dict(list(images.items())[:MAX_LISTED])}
+                for split, images in state.bad_images.items()
+            },
             "total_seconds": state.seconds,
             "peak_memory_mb": peak_memory_mb(info),
         }

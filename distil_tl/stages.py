@@ -54,7 +54,7 @@ def default_stages() -> dict[str, StageConfig]:
     """A new head on the frozen backbone, then everything."""
     return {
         "head": StageConfig(unfreeze="head", epochs=3, lr=1e-2),
-        "full": StageConfig(unfreeze="all", epochs=5, lr=1e-3, layer_decay=0.9),
+        "full": StageConfig(unfreeze="all", epochs=5, lr=3e-4, layer_decay=0.9),
     }
 
 

@@ -1,7 +1,8 @@
-"""Being asked to stop, and stopping together."""
+"""Being asked to stop or to save, and doing it together."""
 
 from __future__ import annotations
 
+import enum
 import signal
 import types
 from collections.abc import Callable
@@ -14,8 +15,20 @@ from distil_tl.distributed import DistInfo
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
+class Request(enum.IntEnum):
+    """What a rank wants all of them to do; the highest wins."""
+
+    GO_ON = 0
+    SAVE = 1
+    STOP = 2
+
+
+class StopAgreedError(Exception):
+    """All ranks have agreed to stop, in the middle of something that they can do again."""
+
+
 class StopRequest:
-    """Notes that a signal asked this process to stop; the handler does nothing else.
+    """Notes that a signal asked this process to stop; the handler does nothing else, however often it is called.
 
     A context manager that puts the former handlers back. Signals: INT (Ctrl-C), TERM (preemption, scancel), USR2
     (submitit's warning before a time limit).
@@ -41,38 +54,47 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-class AgreedStop:
-    """Turns "some rank was asked to stop" into "all ranks stop after the same step".
+class Agreement:
+    """Turns "some rank asks for it" into "all ranks do it after the same step".
 
-    `poll` is called once a step by every rank. The flags of one step are combined while the next step computes, so
-    agreeing costs no waiting; the stop is one step late, and the same step everywhere.
+    `poll` is called once a step by every rank. The requests of one step are combined while the next step computes,
+    so agreeing costs no waiting; the answer is one step late, and the same step everywhere.
     """
 
-    def __init__(self, info: DistInfo, requested: Callable[[], bool]) -> None:
+    def __init__(self, info: DistInfo, request: Callable[[], Request]) -> None:
         self._alone = info.world_size == 1
-        self._requested = requested
-        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._request = request
+        self._highest = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
 
-    def poll(self) -> bool:
-        """Whether all ranks stop here."""
+    def poll(self) -> Request:
+        """What all ranks do here."""
         if self._alone:
-            return self._requested()
+            return self._request()
         agreed = self._settle()
-        self._flag.fill_(int(self._requested()))
-        self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
+        self._highest.fill_(self._request())
+        self._pending = dist.all_reduce(self._highest, op=dist.ReduceOp.MAX, async_op=True)
         return agreed
 
-    def ask(self) -> bool:
+    def ask(self) -> Request:
         """Like `poll`, but about this very moment: for places that may wait, such as the end of an epoch."""
         earlier = self.poll()
-        return self._settle() or earlier
+        return max(self._settle(), earlier)
 
-    def _settle(self) -> bool:
+    def check(self) -> None:
+        """`poll`, for work that can be done again from its beginning.
+
+        Raises:
+            StopAgreedError: on all ranks alike.
+        """
+        if self.poll() is Request.STOP:
+            raise StopAgreedError
+
+    def _settle(self) -> Request:
         if self._alone:
-            return self._requested()
+            return self._request()
         if self._pending is None:
-            return False
+            return Request.GO_ON
         self._pending.wait()
         self._pending = None
-        return bool(self._flag.item())
+        return Request(int(self._highest.item()))

@@ -9,7 +9,7 @@ from typing import Any
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.distributed import DistInfo
-from distil_tl.engine import Evaluation
+from distil_tl.evaluation import Evaluation
 from distil_tl.job import Job
 from distil_tl.log import logger, table
 from distil_tl.stages import StageConfig, trainable_groups

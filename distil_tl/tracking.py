@@ -89,10 +89,10 @@ class Tracker:
 
 def _lines_up_to(path: Path, step: int) -> list[str]:
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line + "\n")
         except (ValueError, KeyError):  # a line that a kill cut off
             continue
     return kept

@@ -23,18 +23,19 @@ from distil_tl.config import Config
 from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import eval_batches, open_splits, train_batches
-from distil_tl.distributed import average_buffers, on_rank_zero, once_per_node, read_launch, session
-from distil_tl.engine import StageRun, begin_stage, check_finite, evaluate, train_epoch
+from distil_tl.distributed import DistInfo, max_over_ranks, on_rank_zero, once_per_node, read_launch, session
+from distil_tl.engine import StageRun, begin_stage, check_finite, train_epoch
 from distil_tl.errors import PreemptedError
+from distil_tl.evaluation import evaluate
 from distil_tl.files import write_json
 from distil_tl.job import Job, open_job
 from distil_tl.log import Progress, setup_console
-from distil_tl.metrics import ClassificationMetrics
+from distil_tl.metrics import Meter
 from distil_tl.models import build, prepare_weights
 from distil_tl.report import write_report
 from distil_tl.rundir import StageRecord, Start, find_start
 from distil_tl.stages import StageConfig, count_trainable
-from distil_tl.stopping import StopRequest
+from distil_tl.stopping import Request, StopAgreedError, StopRequest
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -62,8 +63,10 @@ def train(config: Config, source: DictConfig) -> None:
             summary.say_completed(info, Path(start.run_dir))
             return
         splits = open_splits(info, config.data)
+        refuse_to_start(info, stop)
         once_per_node(info, "weights", lambda: prepare_weights(config.model))
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
+        refuse_to_start(info, stop)
         job = open_job(info, config, source, start, splits, model, stop)
         try:
             for name, stage in config.stages.items():
@@ -71,8 +74,14 @@ def train(config: Config, source: DictConfig) -> None:
                     run_stage(job, name, stage)
             finish(job)
         except BaseException as error:
-            job.close("preempted" if isinstance(error, PreemptedError) else "failed")
+            job.abandon("preempted" if isinstance(error, PreemptedError) else "failed")
             raise
+
+
+def refuse_to_start(info: DistInfo, stop: StopRequest) -> None:
+    """Raises PreemptedError on all ranks when one of them was asked to stop before there is anything to save."""
+    if max_over_ranks(info, float(bool(stop))):
+        raise PreemptedError("stopped by a signal before training began; the same command starts again")
 
 
 def run_stage(job: Job, name: str, stage: StageConfig) -> None:
@@ -85,41 +94,42 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
     )  # fmt: skip
     val_loader = eval_batches(info, data, job.splits.val, model.preprocess, image_size=image_size)
     total_steps = stage.epochs * sampler.steps_per_epoch
-    run = begin_stage(info, model, job.network, name, stage, job.config.optim, total_steps)
+    run = begin_stage(
+        info, model, job.network, name, stage, job.config.optim, total_steps, remember=job.remembered_batches
+    )
     record = job.state.stages.setdefault(name, StageRecord())
     record.trainable_parameters = count_trainable(job.network)
     summary.say_stage(job, name, stage, sampler)
 
-    position = job.position(name)
-    metrics = ClassificationMetrics(job.num_classes, info.device)
+    position, meter = job.position(name), Meter(info, job.num_classes)
     if job.train_state is not None and job.train_state["stage"] == name:
         run.load_state(job.train_state)
-        if info.is_main:  # the sums are over all ranks, of whatever number
-            metrics.load_state(job.train_state["metrics"])
+        meter.load_state(job.train_state["meter"])
     job.train_state = None
 
     while position.epoch < stage.epochs:
-        train_one_epoch(job, run, sampler, loader, metrics, position)
-        if stage.batch_norm == "train":
-            average_buffers(info, model.module)
+        info.phase = f"stage {name}, epoch {position.epoch + 1}"
+        train_one_epoch(job, run, sampler, loader, meter, position)
+        info.phase = f"the evaluation after epoch {position.epoch + 1} of stage {name}"
         began = time.monotonic()
-        result = evaluate(info, job.network, val_loader, job.num_classes).metrics
+        try:
+            batches = job.bad_images.read(val_loader, "val", job.splits.val)
+            result = evaluate(info, job.network, val_loader, batches, job.num_classes, agreement=job.agreement).metrics
+        except StopAgreedError:  # the epoch is trained, and its evaluation can be done again
+            job.save(run, meter)
+            job.preempt()
+        job.note_epoch(run, position.epoch, meter.total())
         is_best = job.note_evaluation(run, position.epoch, result, time.monotonic() - began)
         summary.say_epoch(job, name)
         position = job.state.position = Position(name, position.epoch + 1, 0, position.step)
-        metrics = ClassificationMetrics(job.num_classes, info.device)
-        job.save(run, metrics, is_best=is_best)
-        if job.stop.ask():
+        meter = Meter(info, job.num_classes)
+        job.save(run, meter, is_best=is_best)
+        if job.agreement.ask() is Request.STOP:
             job.preempt()
 
 
 def train_one_epoch(
-    job: Job,
-    run: StageRun,
-    sampler: TrainSampler,
-    loader: Loader,
-    metrics: ClassificationMetrics,
-    position: Position,
+    job: Job, run: StageRun, sampler: TrainSampler, loader: Loader, meter: Meter, position: Position
 ) -> None:
     """Take the rest of an epoch's steps. `position` moves along with them, as the run's state."""
     info, config = job.info, job.config
@@ -133,32 +143,35 @@ def train_one_epoch(
         show=info.is_main,
     )
     steps = train_epoch(
-        info, run, loader, sampler, metrics,
+        info, run, job.bad_images.read(loader, "train", job.splits.train), sampler, meter,
         accumulation=plan.accumulation, optim=config.optim, seed=config.seed,
     )  # fmt: skip
-    before, since = metrics.reduce(info), time.monotonic()
+    meter.start()
     for consumed in steps:
         position.step, position.consumed = position.step + 1, consumed
         bar.advance()
-        stopping = job.stop.poll()
-        if position.step % config.tracking.log_every == 0 or stopping or consumed == sampler.end:
-            check_finite(info, run, position.step)
-            total, now = metrics.reduce(info), time.monotonic()
-            line = job.note_training(run, position.epoch, total.since(before), now - since)
+        at_end, asked = consumed == sampler.end, job.agreement.poll()
+        if at_end or position.step % config.tracking.log_every == 0:
+            check_finite(info, run, job.splits.train)
+            line = job.note_training(run, position.epoch, *meter.interval())
             bar.say(summary.interval(line, consumed // sampler.global_batch_size, sampler.steps_per_epoch))
-            before, since = total, now
-        if stopping:
-            bar.close()
-            job.save(run, metrics)
-            job.preempt()
+        every = config.checkpoint.every_steps
+        due = asked is not Request.GO_ON or (every is not None and position.step % every == 0)
+        if due and not at_end:  # at the end the evaluation comes first, and what it finds is saved with the rest
+            check_finite(info, run, job.splits.train)
+            job.save(run, meter)
+            if asked is Request.STOP:
+                bar.close()
+                job.preempt()
     bar.close()
-    job.note_epoch(run, position.epoch, before)
 
 
 def finish(job: Job) -> None:
     """Evaluate the best checkpoint once more, in full, and leave the run directory complete."""
     info, data, state = job.info, job.config.data, job.state
     assert state.best is not None
+    job.checkpoints.wait()
+    job.agreement.ask()  # the others wait here until rank 0 has written
     checkpoint.load_weights(job.checkpoints.path(state.best["step"]), job.model.module)
     image_size = job.image_size(job.config.stages[state.best["stage"]])
     test: dict[str, float] | None = None
@@ -166,12 +179,22 @@ def finish(job: Job) -> None:
         index = job.splits[split]
         if index is None:
             continue
-        batches = eval_batches(info, data, index, job.model.preprocess, image_size=image_size)
-        result = evaluate(info, job.network, batches, job.num_classes, confusion=True, keep_mistakes=50)
+        info.phase = f"the final evaluation on {split}"
+        loader = eval_batches(info, data, index, job.model.preprocess, image_size=image_size)
+        batches = job.bad_images.read(loader, split, index)
+        try:
+            result = evaluate(
+                info, job.network, loader, batches, job.num_classes,
+                agreement=job.agreement, confusion=True, keep_mistakes=50,
+            )  # fmt: skip
+        except StopAgreedError:
+            job.preempt()
         if split == "test":
             test = result.metrics.compute()
         elif info.is_main:
             write_json(job.directory.path / "evaluation.json", summary.evaluation(split, index, result))
+    job.bad_images.share(info)
+    state.bad_images = job.bad_images.found
     written = job.close("completed", **({"test": test} if test else {}))
     if info.is_main:
         write_report(job.directory.path)

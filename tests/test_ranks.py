@@ -19,18 +19,18 @@ from tests.ranks import lines, rank, run_ranks, train
 
 def traced_train(args: list[str]) -> tuple[int, list[list[tuple[int, str]]]]:
     """The exit status, and for each training batch of this rank its (image, hash of the tensor) pairs."""
-    engine: Any = importlib.import_module("distil_tl.engine")
+    faults: Any = importlib.import_module("distil_tl.data.faults").BadImages
     seen: list[list[tuple[int, str]]] = []
-    original = engine.read_batches
+    original = faults.read
 
-    def read_batches(loader: Any) -> Any:
-        for batch in original(loader):
-            if torch.is_grad_enabled():
+    def read(self: Any, loader: Any, split: str, index: Any) -> Any:
+        for batch in original(self, loader, split, index):
+            if split == "train":
                 hashes = [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in batch.images]
                 seen.append(list(zip(batch.indices.tolist(), hashes, strict=True)))
             yield batch
 
-    engine.read_batches = read_batches
+    faults.read = read
     return train(args), seen
 
 
@@ -42,8 +42,8 @@ def hashed_train(args: list[str], sabotage: str | None = None) -> dict[str, Any]
     begin, steps = train_module.begin_stage, train_module.train_epoch
     first: list[Any] = []
 
-    def begin_stage(info: Any, model: Any, network: Any, name: str, *rest: Any) -> Any:
-        run = begin(info, model, network, name, *rest)
+    def begin_stage(info: Any, model: Any, network: Any, name: str, *rest: Any, **more: Any) -> Any:
+        run = begin(info, model, network, name, *rest, **more)
         if sabotage == "keep the first DDP":
             first.append(run.network)
             run.network = first[0]

@@ -6,22 +6,21 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import AUGMENTATIONS
-from distil_tl.errors import UserError
 from distil_tl.keyed import keyed_seed
+
+ON_BAD_IMAGE = ("error", "skip")
 
 
 @dataclass
@@ -33,6 +32,7 @@ class DataConfig:
     workers: int | None = None  # loader processes a rank; none: from the CPUs this process may use
     augment: str = "light"  # none | light | strong
     hflip: bool = True  # whether a mirror image is still of its class
+    on_bad_image: str = "error"  # error: name it and stop | skip: leave it out, count it and list it in summary.json
 
     def problems(self) -> list[str]:
         found = []
@@ -46,6 +46,8 @@ class DataConfig:
             found.append("data.workers must be 0 or more, or null to choose by the CPUs at hand")
         if self.augment not in AUGMENTATIONS:
             found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
+        if self.on_bad_image not in ON_BAD_IMAGE:
+            found.append(f"data.on_bad_image is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}")
         return found
 
 
@@ -69,21 +71,44 @@ def fitting_world_sizes(global_batch_size: int) -> list[int]:
 
 
 class Batch(NamedTuple):
-    """images uint8 [N, 3, S, S]; targets int64 [N]; indices int64 [N] into the index, to name an image again."""
+    """A batch, and what could not be used of it.
+
+    Attributes:
+        images: uint8 [N, 3, S, S]; black in the place of a bad one.
+        targets: int64 [N].
+        indices: int64 [N] into the index, to name an image again.
+        valid: bool [N], False in the place of a bad image.
+        faults: (index, reason) of each bad image.
+    """
 
     images: Tensor
     targets: Tensor
     indices: Tensor
+    valid: Tensor
+    faults: list[tuple[int, str]]
 
 
-Loader: TypeAlias = "DataLoader[Batch | ImageError]"
+@dataclass(frozen=True)
+class Item:
+    """One image [3, S, S] of a batch to be, or the reason why there is none."""
+
+    image: Tensor | None
+    target: int
+    index: int
+    fault: str | None
 
 
-class ImageDataset(Dataset[Batch | ImageError]):
+Loader: TypeAlias = "DataLoader[Batch]"
+
+
+class ImageDataset(Dataset[Item]):
     """Decoded, transformed images; what is random about one is drawn from its key."""
 
-    def __init__(self, index: Index, transform: v2.Transform, *, seed: int = 0, stage: str = "") -> None:
+    def __init__(
+        self, index: Index, transform: v2.Transform, image_size: int, *, seed: int = 0, stage: str = ""
+    ) -> None:
         self.index = index
+        self.image_size = image_size
         self.transform = transform
         self.seed = seed
         self.stage = stage
@@ -91,40 +116,27 @@ class ImageDataset(Dataset[Batch | ImageError]):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, key: SampleKey) -> Batch | ImageError:
+    def __getitem__(self, key: SampleKey) -> Item:
+        target = int(self.index.targets[key.image])
         try:
             image = decode(self.index.path(key.image))
         except ImageError as error:  # as a value: raised in a worker it would arrive as a wall of text
-            return error
+            return Item(None, target, key.image, error.reason)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(keyed_seed(self.seed, "augment", self.stage, key.epoch, key.position))
             image = self.transform(image)
-        return Batch(image, torch.tensor(int(self.index.targets[key.image])), torch.tensor(key.image))
+        return Item(image, target, key.image, None)
 
-
-def _collate(items: list[Batch | ImageError]) -> Batch | ImageError:
-    """One batch of all items, or the first image that can't be used."""
-    for item in items:
-        if isinstance(item, ImageError):
-            return item
-    batch: Batch = default_collate(items)
-    return batch
-
-
-def read_batches(loader: Loader) -> Iterator[Batch]:
-    """The loader's batches.
-
-    Raises:
-        UserError: an image can't be used; named by path and class.
-    """
-    for batch in loader:
-        if isinstance(batch, ImageError):
-            raise UserError(
-                f"can't use the image {batch.path} of class {Path(batch.path).parent.name}: {batch.reason}; "
-                f"repair or remove it",
-                one_rank=True,
-            )
-        yield batch
+    def collate(self, items: list[Item]) -> Batch:
+        """A bad image keeps its place, so that every global batch is the same for any number of ranks."""
+        blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
+        return Batch(
+            torch.stack([blank if item.image is None else item.image for item in items]),
+            torch.tensor([item.target for item in items]),
+            torch.tensor([item.index for item in items]),
+            torch.tensor([item.image is not None for item in items]),
+            [(item.index, item.fault) for item in items if item.fault is not None],
+        )
 
 
 def default_workers(local_world_size: int) -> int:
@@ -139,17 +151,18 @@ def make_loader(
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)
-    return DataLoader(
-        dataset,
+    loader: Loader = DataLoader(
+        dataset,  # type: ignore[arg-type]  # typed by what its items are collated to
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
-        collate_fn=_collate,
+        collate_fn=dataset.collate,
         prefetch_factor=4 if workers else None,
     )
+    return loader
 
 
 def _ignore_signals(worker: int) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from distil_tl.data.demo import digits_folder
-from distil_tl.data.index import Index, scan
+from distil_tl.data.index import Index, differences, scan
 from distil_tl.data.loader import DataConfig, ImageDataset, Loader, default_workers, make_loader, plan_batches
 from distil_tl.data.sampler import EvalSampler, TrainSampler
 from distil_tl.data.transforms import Preprocess, eval_transform, train_transform
 from distil_tl.distributed import DistInfo, broadcast_arrays, on_rank_zero
 from distil_tl.errors import UserError
+from distil_tl.files import write_atomic
 from distil_tl.log import logger
 
 SPLITS = ("train", "val", "test")
@@ -32,16 +36,32 @@ class Splits:
         index: Index | None = getattr(self, split)
         return index
 
-    def refuse_drift(self, fingerprints: dict[str, str]) -> None:
-        """Raises UserError when the images are not those that a checkpoint was made with."""
+    def remember(self, run_dir: Path) -> None:
+        """Write down which images there are, for `refuse_drift` to compare with."""
+        (run_dir / "index").mkdir(exist_ok=True)
+        for split in SPLITS:
+            index, path = self[split], run_dir / "index" / f"{split}.npz"
+            if index is not None and not path.exists():
+                packed = io.BytesIO()
+                np.savez(packed, **index.to_arrays())  # type: ignore[arg-type]
+                write_atomic(path, packed.getvalue())
+
+    def refuse_drift(self, fingerprints: dict[str, str], run_dir: Path) -> None:
+        """Raises UserError, with the differences, when the images are not those that a checkpoint was made with."""
         for split, fingerprint in fingerprints.items():
-            index = self[split]
-            if index is None or index.fingerprint != fingerprint:
-                where = index.root if index is not None else split
-                raise UserError(
-                    f"the images under {where} are not those that this run began with (files were added, removed or "
-                    f"changed), so going on would not be the same training; put them back, or choose another run_dir"
-                )
+            index, path = self[split], run_dir / "index" / f"{split}.npz"
+            if index is not None and index.fingerprint == fingerprint:
+                continue
+            where, what = split, "files were added, removed or changed"
+            if index is not None:
+                where = str(index.root)
+                if path.exists():
+                    with np.load(path, allow_pickle=False) as arrays:
+                        what = str(differences(Index.from_arrays(dict(arrays)), index))
+            raise UserError(
+                f"the images under {where} are not those that this run began with ({what}), so going on would not be "
+                f"the same training; put them back, or choose another run_dir"
+            )
 
 
 def open_splits(info: DistInfo, config: DataConfig) -> Splits:
@@ -106,7 +126,7 @@ def train_batches(
         stage=stage,
     )
     transform = train_transform(preprocess, image_size, augment, config.hflip)
-    dataset = ImageDataset(index, transform, seed=seed, stage=stage)
+    dataset = ImageDataset(index, transform, image_size, seed=seed, stage=stage)
     plan = plan_batches(config.global_batch_size, info.world_size, config.max_local_batch_size)
     return sampler, _loader(info, config, dataset, sampler, plan.micro)
 
@@ -115,7 +135,7 @@ def eval_batches(
     info: DistInfo, config: DataConfig, index: Index, preprocess: Preprocess, *, image_size: int
 ) -> Loader:
     """Every image of `index` once over all ranks."""
-    dataset = ImageDataset(index, eval_transform(preprocess, image_size))
+    dataset = ImageDataset(index, eval_transform(preprocess, image_size), image_size)
     sampler = EvalSampler(len(index), world_size=info.world_size, rank=info.rank)
     share = max(1, config.global_batch_size // info.world_size)
     return _loader(info, config, dataset, sampler, plan_batches(share, 1, config.max_local_batch_size).micro)

@@ -1,0 +1,52 @@
+"""Images that can't be used: refused by name, or left out, counted and listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from distil_tl.data.index import Index
+from distil_tl.data.loader import Batch, Loader
+from distil_tl.distributed import DistInfo, gather_objects
+from distil_tl.errors import UserError
+from distil_tl.log import logger
+
+
+class BadImages:
+    """The bad images met so far, by split and path below it, with the reason.
+
+    Args:
+        policy: `data.on_bad_image`.
+        known: what an earlier attempt of the run met.
+    """
+
+    def __init__(self, policy: str, known: dict[str, dict[str, str]] | None = None) -> None:
+        self.policy = policy
+        self.found: dict[str, dict[str, str]] = {split: dict(images) for split, images in (known or {}).items()}
+
+    def read(self, loader: Loader, split: str, index: Index) -> Iterator[Batch]:
+        """The loader's batches, with the policy applied to what is bad in them.
+
+        Raises:
+            UserError: an image can't be used, and the policy is `error`; named by path and class.
+        """
+        for batch in loader:
+            for i, reason in batch.faults:
+                name = index.classes[int(index.targets[i])]
+                if self.policy == "error":
+                    raise UserError(
+                        f"can't use the image {index.path(i)} of class {name}: {reason}. Repair or remove it, or "
+                        f"leave such images out with data.on_bad_image=skip",
+                        one_rank=True,
+                    )
+                met = self.found.setdefault(split, {})
+                if index.relative(i) not in met:
+                    logger.warning("left out the image %s of class %s: %s", index.path(i), name, reason)
+                    met[index.relative(i)] = reason
+            yield batch
+
+    def share(self, info: DistInfo) -> None:
+        """Let every rank know what all have met. A collective."""
+        for found in gather_objects(info, self.found):
+            for split, images in found.items():
+                self.found.setdefault(split, {}).update(images)
+        self.found = {split: dict(sorted(images.items())) for split, images in sorted(self.found.items())}
