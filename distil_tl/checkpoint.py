@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +27,8 @@ WEIGHTS, TRAIN_STATE, STATE, CHECKSUMS = "weights.safetensors", "train_state.pt"
 
 @dataclass
 class CheckpointConfig:
-    every_steps: int | None = None  # also within an epoch; none: only by the clock
-    every_minutes: float | None = 10.0  # also within an epoch; none: only by steps
+    every_steps: int | None = None  # also within an epoch; null: only by the clock
+    every_minutes: float | None = 10.0  # also within an epoch; null: only by steps
     keep: int = 2  # how many to keep besides the best
 
     def problems(self) -> list[str]:
@@ -107,6 +108,7 @@ class Checkpoints:
             # A checkpoint of the same step gives way without a moment in which there is neither.
             replaced = target.with_name(f"{target.name}.replaced")
             if target.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
                 target.rename(replaced)
             partial.rename(target)
             fsync_directory(self.folder)
@@ -126,10 +128,11 @@ class Checkpoints:
         partial.mkdir(parents=True)
         try:
             save_file(weights, partial / WEIGHTS)
-        except SafetensorError as error:  # how safetensors says that the disk is full
-            raise OSError(f"{WEIGHTS}: {error}") from error
-        torch.save(train_state, partial / TRAIN_STATE)
+            torch.save(train_state, partial / TRAIN_STATE)
+        except (SafetensorError, RuntimeError) as error:  # how safetensors and torch say that the disk is full
+            raise OSError(str(error).partition("\n")[0]) from error
         write_json(partial / STATE, state)
+        shutil.copymode(partial / TRAIN_STATE, partial / WEIGHTS)  # safetensors makes it private, colleagues read it
         sums = [f"{sha256_file(partial / name)}  {name}\n" for name in (WEIGHTS, TRAIN_STATE, STATE)]
         write_atomic(partial / CHECKSUMS, "".join(sums))
         for name in (WEIGHTS, TRAIN_STATE):
@@ -150,6 +153,17 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(".step-*.partial"):  # of attempts that were killed while saving
             shutil.rmtree(path, ignore_errors=True)
+
+    def take_up(self, newest: Path, best: Path) -> None:
+        """Let `last` and `best` name what a run goes on with, wherever a kill or damage left them, and tidy up."""
+        for name, path in (("last", newest), ("best", best)):
+            if path.is_dir() and self.named(name) != path:
+                self._point(name, path)
+        for path in self.folder.glob(".*.partial"):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -191,24 +205,36 @@ def find_fault(path: Path) -> str | None:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError) as error:
         return str(error)
-    return None if lines else "no checksums"
+    return None if len(lines) == len((WEIGHTS, TRAIN_STATE, STATE)) else "checksums are missing"
 
 
 def load_weights(path: Path, module: nn.Module) -> None:
     """Fill `module` from a checkpoint folder, in place, keeping devices and memory formats.
 
     Raises:
-        UserError: when the weights are of another model.
+        UserError: when the weights are of another model, or no weights.
     """
     try:
         module.load_state_dict(load_file(path / WEIGHTS))
     except RuntimeError as error:
         raise UserError(f"{path / WEIGHTS} does not fit the model: {str(error).splitlines()[0]}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path / WEIGHTS} can't be read: {error}") from None
 
 
 def load_train_state(path: Path) -> dict[str, Any]:
-    """Optimizer state and counters, on the CPU; no pickled code runs."""
-    state: dict[str, Any] = torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True)
+    """Optimizer state and counters, on the CPU; no pickled code runs.
+
+    Raises:
+        UserError: the file holds more than tensors, numbers and strings, so this package did not write it.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose own message says how to run the code
+        raise UserError(
+            f"{path / TRAIN_STATE} can't be read: it holds Python objects other than tensors. No checkpoint of this "
+            f"package does; someone changed it, and loading it could run what they hid there"
+        ) from None
     return state
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from distil_tl.checkpoint import CheckpointConfig
@@ -34,8 +34,8 @@ class Config:
     stages: dict[str, StageConfig] = field(default_factory=default_stages)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: bf16 where a GPU has it, fp32 on CPU
-    seed: int = 0
-    run_dir: str | None = None  # none: runs/DATA-MODEL-HASH, so that the same command finds its run again
+    seed: int = 0  # of the new head, the order and the augmentations
+    run_dir: str | None = None  # null: runs/DATA-MODEL-HASH, so that the same command finds its run again
     resume: str = "auto"  # auto: go on where run_dir is | never | the path of a run or checkpoint to go on from
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -51,6 +51,7 @@ FREE_ON_RESUME = (
     "resume",
     "data.root",  # a moved folder is the same data; the index's fingerprint says whether it is
     "data.workers",
+    "data.on_bad_image",  # where nothing was bad it changed nothing, and where something was, `error` ended the run
     "data.max_local_batch_size",
     "checkpoint.",
     "distributed.",
@@ -73,11 +74,14 @@ def load(args: Sequence[str]) -> tuple[Config, DictConfig]:
         raise UserError(f"can't read the argument {odd!r}; usage: [CONFIG.yaml] [key=value ...]")
     problems: list[str] = []
     tree = _read_yaml(Path(files[0]), ()) if files else {}
-    overrides = _parse_overrides([arg for arg in args if "=" in arg], problems)
     schema = OmegaConf.structured(Config)
+    overrides = _parse_overrides(schema, [arg for arg in args if "=" in arg], problems)
     if "stages" in tree:
         _define_stages(schema, tree.pop("stages"), problems)
-    if not files and "root" not in flatten(overrides.get("data")):
+    named = flatten(tree.get("data")) | flatten(overrides.get("data"))
+    if files and "root" not in named:
+        problems.append(f"{files[0]} names no images: add data.root=FOLDER (data.root=null is the embedded digits)")
+    if not files and named.get("root") is None:
         _apply(schema, DEMO, "", problems)
     _apply(schema, tree, "", problems)
     _apply(schema, overrides, "", problems)
@@ -122,15 +126,30 @@ def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _parse_overrides(pairs: list[str], problems: list[str]) -> dict[str, Any]:
+def _parse_overrides(schema: DictConfig, pairs: list[str], problems: list[str]) -> dict[str, Any]:
+    """`key=value` pairs as a tree. Values are read as YAML, but text stays as it was typed: `2024_01` is no number."""
     tree: dict[str, Any] = {}
     for pair in pairs:
         try:
             parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=False)
+            key, _, text = pair.partition("=")
+            if text not in ("", "null") and isinstance(_node_at(schema, key), StringNode):
+                parsed = text
+                for part in reversed(key.split(".")):
+                    parsed = {part: parsed}
             tree = _overlay_all(tree, parsed)
         except Exception as error:  # YAML's and OmegaConf's parsers raise kinds of their own
             problems.append(f"can't read {pair!r}: {str(error).splitlines()[0]}")
     return tree
+
+
+def _node_at(schema: DictConfig, key: str) -> Node | None:
+    """What the schema has under a dotted key; None where it has nothing."""
+    node: Any = schema
+    for part in key.split("."):
+        node = node._get_node(part) if isinstance(node, DictConfig) and part in node.keys() else None  # noqa: SIM118
+    found: Node | None = node
+    return found
 
 
 def _overlay_all(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -152,10 +171,10 @@ def _define_stages(schema: DictConfig, stages: Any, problems: list[str]) -> None
             problems.append(f"the stage name {name!r} may have letters, digits, _ and -, and begins with a letter")
             continue
         schema.stages[name] = StageConfig()
+        if not isinstance(values, dict) or "unfreeze" not in values:
+            problems.append(f"stages.{name} must say what it trains, as in `unfreeze: head` or `unfreeze: all`")
         if isinstance(values, dict):
             _apply(schema, {"stages": {name: values}}, "", problems)
-        elif values is not None:
-            problems.append(f"stages.{name} must hold keys such as `unfreeze` and `epochs`, not {values!r}")
 
 
 def _apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[str]) -> None:
@@ -235,6 +254,11 @@ def unsafe_changes(saved: dict[str, Any], now: dict[str, Any], started: Sequence
         to_come = parts[0] == "stages" and len(parts) > 1 and parts[1] not in started
         if before.get(key) != after.get(key) and not _is_free(key) and not to_come:
             changes.append(f"{key}: was {before.get(key)!r}, now {after.get(key)!r}")
+    stages = now.get("stages") or {}
+    left = [name for name in started if name in stages]
+    ahead = [name for name, stage in stages.items() if name in left or stage.get("epochs") != 0]
+    if ahead[: len(left)] != left:
+        changes.append(f"stages: {', '.join(started)} came first, now the order is {', '.join(ahead)}")
     return changes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -84,7 +85,7 @@ def read_launch(env: Mapping[str, str]) -> Launch:
     # A batch script has most SLURM_ variables too; only a task that srun started has a step.
     if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS") != "1":
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
-        needed = (*names, "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+        needed = (*names, "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID")
         values = _numbers(env, names, needed, "srun")
         tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "")
         host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
@@ -184,12 +185,7 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
     for this one. Ending the process is what frees them.
     """
     cuda = config.device != "cpu" and torch.cuda.is_available()
-    if cuda and torch.cuda.device_count() <= launch.local_rank:
-        raise UserError(
-            f"local rank {launch.local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()}; "
-            f"start at most that many processes a node, or use distributed.device=cpu"
-        )
-    device = torch.device("cuda", launch.local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", _gpu(launch, torch.cuda.device_count())) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if launch.url is None:
@@ -211,6 +207,7 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
     info = DistInfo(launch, device, config.prepare_timeout_seconds, PrefixStore("distil_tl", store))
     try:
         yield info
+        dist.barrier()
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
@@ -218,13 +215,25 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
             f"rank {info.rank} lost the other ranks during {info.phase}: {str(error).splitlines()[0]}. A rank ended or "
             f"did not answer within distributed.timeout_seconds={config.timeout_seconds:g}; see the others' logs"
         ) from error
-    dist.barrier()
     dist.destroy_process_group()
+
+
+def _gpu(launch: Launch, visible: int) -> int:
+    """Which of the visible GPUs is this process's."""
+    if launch.launcher == "slurm" and visible == 1:  # srun --gpus-per-task shows each task its own one only
+        return 0
+    if launch.local_rank >= visible:
+        raise UserError(
+            f"local rank {launch.local_rank} has no GPU of its own: torch sees {visible}; start at most that many "
+            f"processes a node, or use distributed.device=cpu"
+        )
+    return launch.local_rank
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
     # Gloo's own errors have no type of their own.
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    texts = ("gloo/transport", "caused pair closure")
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in texts)
 
 
 def on_rank_zero(info: DistInfo, phase: str, work: Callable[[], Any]) -> Any:
@@ -235,7 +244,7 @@ def on_rank_zero(info: DistInfo, phase: str, work: Callable[[], Any]) -> Any:
 
     Raises:
         UserError: on all ranks, when `work` raised one.
-        RuntimeError: on the waiting ranks, when `work` failed otherwise or took too long.
+        LostRanksError: on the waiting ranks, when `work` failed otherwise or took too long.
     """
     if info.store is None:
         return work()
@@ -276,21 +285,34 @@ def _announce(info: DistInfo, phase: str, work: Callable[[], Any], readers: int)
 
 def _await(info: DistInfo, phase: str) -> Any:
     assert info.store is not None
-    deadline = time.monotonic() + info.prepare_timeout
-    while not info.store.check([phase]):
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"rank {info.rank} waited {info.prepare_timeout:.0f} s for another rank: {phase}; "
-                f"raise distributed.prepare_timeout_seconds if the work is that long"
-            )
-        time.sleep(0.05)
-    answer = json.loads(info.store.get(phase))
+    store, answers, faults = info.store, list[Any](), list[Exception]()
+
+    def ask() -> None:
+        try:
+            while not store.check([phase]):
+                time.sleep(0.05)
+            answers.append(json.loads(store.get(phase)))
+        except Exception as error:
+            faults.append(error)
+
+    # In a thread, because asking a store whose process is frozen does not end.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(info.prepare_timeout)
+    if faults:
+        raise faults[0]
+    if not answers:
+        raise LostRanksError(
+            f"rank {info.rank} waited {info.prepare_timeout:g} s for another rank: {phase}; "
+            f"raise distributed.prepare_timeout_seconds if the work is that long"
+        )
+    (answer,) = answers
     if "result" not in answer:
-        info.store.add(f"{phase}: read", 1)
+        store.add(f"{phase}: read", 1)
     if "user_error" in answer:
         raise UserError(answer["user_error"])
     if "fault" in answer:
-        raise RuntimeError(f"another rank failed: {phase}: {answer['fault']}")
+        raise LostRanksError(f"another rank failed: {phase}: {answer['fault']}")
     return answer["result"]
 
 

@@ -21,6 +21,7 @@ from distil_tl.data.transforms import Normalize
 from distil_tl.distributed import DistInfo, average_buffers, gather_objects, max_over_ranks
 from distil_tl.errors import NonFiniteError
 from distil_tl.keyed import keyed_seed
+from distil_tl.log import printable
 from distil_tl.metrics import Meter
 from distil_tl.models import TransferModel
 from distil_tl.optim import OptimConfig, build_optimizer, clip_gradients, lr_factor, set_lr
@@ -83,6 +84,11 @@ class StageRun:
         if mine != theirs:
             raise RuntimeError(f"the checkpoint's optimizer trains other parameters than stage {self.name} does")
         self.optimizer.load_state_dict(state["optimizer"])
+        # Fused optimizers go through memory as it lies, so moments must lie as their parameters do: channels last.
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -144,11 +150,12 @@ def train_epoch(
     for step in range(sampler.consumed // sampler.global_batch_size, sampler.steps_per_epoch):
         stage_step = first + step
         set_lr(run.optimizer, lr_factor(stage_step, run.total_steps, optim.warmup, optim.schedule))
-        # Dropout and stochastic depth draw from here; keyed, so that a resumed run draws the same.
-        torch.manual_seed(keyed_seed(seed, "step", run.name, stage_step, info.rank))
         loss = torch.zeros((), device=info.device)
         for micro in range(accumulation):
             batch = next(batches)
+            # Dropout and stochastic depth draw from here; keyed, so that a resumed run draws the same. Not before the
+            # batch is there: a loader that begins draws too.
+            torch.manual_seed(keyed_seed(seed, "step", run.name, stage_step, micro, info.rank))
             run.recent.append((stage_step, batch.indices))
             targets = batch.targets.to(info.device, non_blocking=True)
             valid = batch.valid.to(info.device, non_blocking=True)
@@ -198,7 +205,7 @@ def check_finite(info: DistInfo, run: StageRun, index: Index) -> None:
     bad = -max_over_ranks(info, -float(run.first_bad_step))
     if bad == float("inf"):
         return
-    mine = [index.relative(i) for step, images in run.recent if step == bad for i in images.tolist()]
+    mine = [printable(index.relative(i)) for step, images in run.recent if step == bad for i in images.tolist()]
     names = [name for part in gather_objects(info, mine) for name in part]
     shown = ", ".join(names[:64]) + (f" and {len(names) - 64} more" if len(names) > 64 else "")
     raise NonFiniteError(

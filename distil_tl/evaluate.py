@@ -18,7 +18,7 @@ from distil_tl.engine import Network, amp_dtype
 from distil_tl.evaluation import evaluate
 from distil_tl.files import write_json
 from distil_tl.inference import restore
-from distil_tl.log import logger, setup_console, table
+from distil_tl.log import logger, printable, setup_console, table
 from distil_tl.summary import evaluation
 
 
@@ -56,7 +56,8 @@ def run(options: argparse.Namespace) -> None:
         index = share_indexes(info, work)[options.split]
         network = Network(restored.model, amp_dtype(config.precision, info.device), info.device)
         loader = eval_batches(info, config.data, index, restored.model.preprocess, image_size=restored.image_size)
-        batches = BadImages(config.data.on_bad_image).read(loader, options.split, index)
+        bad_images = BadImages(config.data.on_bad_image)
+        batches = bad_images.read(loader, options.split, index)
         result = evaluate(
             info,
             network,
@@ -67,13 +68,14 @@ def run(options: argparse.Namespace) -> None:
             keep_mistakes=options.mistakes,
             show=True,
         )  # fmt: skip
+        bad_images.refuse_none_left(result.metrics.count, options.split, index)
         if not info.is_main:
             return
         figures = evaluation(options.split, index, result)
         if options.json is not None:
             write_json(options.json, {"checkpoint": restored.checkpoint.name, **figures})
         rows = [
-            [row["class"], str(row["n"]), *("-" if row[k] is None else f"{row[k]:.4f}" for k in columns)]
+            [printable(row["class"]), str(row["n"]), *("-" if row[k] is None else f"{row[k]:.4f}" for k in columns)]
             for columns in [("recall", "precision", "f1")]
             for row in figures["per_class"]
         ]

@@ -219,16 +219,21 @@ def open_job(
         path = Path(start.checkpoint)
         saved = ckpt.load_state(path)
         state = RunState.from_json(saved["run"])
-        splits.refuse_drift(saved["data"], run_dir)
+        splits.refuse_drift(saved["data"], path.parent.parent)
         ckpt.load_weights(path, model.module)
         train_state = ckpt.load_train_state(path)
     directory = RunDirectory(run_dir)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep)
     tracker = None
     if info.is_main:
+        if start.checkpoint is not None and state.best is not None and path.parent == checkpoints.folder:
+            checkpoints.take_up(path, checkpoints.path(state.best["step"]))
         directory.begin(source, splits.classes, info)
         splits.remember(run_dir)
         directory.write_summary("running", state, info)
-        tracker = Tracker(run_dir, config.tracking, plain(source), after_step=state.step)
+        at = state.position
+        within_epoch = at is not None and at.consumed > 0
+        tracker = Tracker(run_dir, config.tracking, plain(source), after_step=state.step, within_epoch=within_epoch)
     add_rank_file(run_dir, info.rank)
     _say_start(start, state)
     return Job(
@@ -239,7 +244,7 @@ def open_job(
         network=Network(model, amp_dtype(config.precision, info.device), info.device),
         state=state,
         directory=directory,
-        checkpoints=Checkpoints(run_dir / "checkpoints", config.checkpoint.keep),
+        checkpoints=checkpoints,
         tracker=tracker,
         stop=stop,
         bad_images=BadImages(config.data.on_bad_image, state.bad_images),

@@ -12,6 +12,17 @@ from tqdm import tqdm
 logger = logging.getLogger("distil_tl")
 
 
+def printable(name: str | Path) -> str:
+    """A name from outside as it may stand in a line of text: line breaks and bytes that are not UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        # A file name that is not UTF-8 holds lone surrogates, at which a stream would fail.
+        return super().format(record).encode("utf-8", "backslashreplace").decode()
+
+
 def setup_console(is_main: bool) -> None:
     """Messages of rank 0 as plain lines on standard output; of other ranks, errors alone on standard error."""
     logger.handlers.clear()
@@ -19,7 +30,7 @@ def setup_console(is_main: bool) -> None:
     logger.propagate = False
     console = logging.StreamHandler(sys.stdout if is_main else sys.stderr)
     console.setLevel(logging.INFO if is_main else logging.ERROR)
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(_Formatter("%(message)s"))
     logger.addHandler(console)
 
 
@@ -27,8 +38,8 @@ def add_rank_file(run_dir: Path, rank: int) -> None:
     """Append everything this rank says to RUN_DIR/logs/rank-N.log."""
     path = run_dir / "logs" / f"rank-{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
 
 

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from distil_tl.models import TransferModel
 from distil_tl.stages import StageConfig
 
+# Parameters of torchvision's models that have more than one dimension and yet are no weights of a layer.
+_NOT_DECAYED = ("pos_embedding", "class_token", "layer_scale", "relative_position_bias_table")
+
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -23,8 +26,8 @@ class OptimConfig:
     momentum: float = 0.9  # sgd's (Nesterov)
     warmup: float = 0.1  # share of a stage's steps over which the learning rate rises
     schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
-    label_smoothing: float = 0.0
-    clip_norm: float | None = 1.0  # largest global norm of the gradient; none: no clipping
+    label_smoothing: float = 0.0  # share of each target that is spread over all classes
+    clip_norm: float | None = 1.0  # largest global norm of the gradient; null: no clipping
 
     def problems(self) -> list[str]:
         found = []
@@ -58,7 +61,7 @@ def parameter_groups(model: TransferModel, stage: StageConfig, weight_decay: flo
         if parameter.requires_grad:
             group = model.group_of(name)
             assert group is not None
-            is_token = name in spared or name.endswith(("pos_embedding", "class_token"))
+            is_token = name in spared or name.endswith(_NOT_DECAYED)
             members.setdefault((group, parameter.ndim > 1 and not is_token), []).append((name, parameter))
     return [
         {

@@ -24,8 +24,8 @@ class StageConfig:
     lr: float = 1e-3  # of the head, at its highest
     layer_decay: float = 1.0  # each group below the head learns this much slower than the one above it
     batch_norm: str = "frozen"  # frozen: running statistics stay as they are | train: they move in unfrozen groups
-    augment: str | None = None  # none: as data.augment
-    image_size: int | None = None  # none: as data.image_size
+    augment: str | None = None  # null: as data.augment
+    image_size: int | None = None  # null: as data.image_size
 
     def problems(self, name: str) -> list[str]:
         found = []

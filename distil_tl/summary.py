@@ -29,7 +29,7 @@ def say_stage(job: Job, name: str, stage: StageConfig, sampler: TrainSampler) ->
     )  # fmt: skip
     ranks = job.info.world_size
     logger.info(
-        "  %d epochs of %d steps, global batch %d (%d %s of %d), lr %g, layer decay %g, %d px, augment %s, "
+        "  %d x %d steps, global batch %d (%d %s of %d), lr %g, layer decay %g, %d px, augment %s, "
         "BatchNorm %s, %s", stage.epochs, sampler.steps_per_epoch, data.global_batch_size, ranks,
         "rank" if ranks == 1 else "ranks", data.global_batch_size // ranks, stage.lr, stage.layer_decay,
         job.image_size(stage), stage.augment or data.augment, stage.batch_norm,

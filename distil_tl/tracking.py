@@ -18,11 +18,11 @@ WANDB_MODES = ("disabled", "offline", "online")
 @dataclass
 class WandbConfig:
     mode: str = "disabled"  # disabled | offline | online
-    project: str = "distil_tl"
-    entity: str | None = None
-    name: str | None = None  # none: the run directory's
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    project: str = "distil_tl"  # where the runs are collected
+    entity: str | None = None  # the user or team; null: W&B's own default
+    name: str | None = None  # null: the run directory's
+    group: str | None = None  # runs to be shown together, such as a sweep's
+    tags: list[str] = field(default_factory=list)  # as in [baseline,224px]
 
 
 @dataclass
@@ -45,13 +45,15 @@ class Tracker:
     Args:
         run_dir: holds metrics.jsonl.
         after_step: the step that the run goes on from; lines of later steps, which a killed attempt wrote, go.
+        within_epoch: that step's epoch is not evaluated yet, so that what a killed attempt wrote of it goes too.
         config: as it may be shown, without secrets.
     """
 
-    def __init__(self, run_dir: Path, settings: TrackingConfig, config: dict[str, Any], *, after_step: int = 0) -> None:
+    def __init__(self, run_dir: Path, settings: TrackingConfig, config: dict[str, Any], *, after_step: int = 0,
+                 within_epoch: bool = False) -> None:  # fmt: skip
         path = run_dir / "metrics.jsonl"
         if path.exists():
-            write_atomic(path, "".join(_lines_up_to(path, after_step)))
+            write_atomic(path, "".join(_lines_up_to(path, after_step, within_epoch)))
         self._file = path.open("a", buffering=1)
         self._wandb = _start_wandb(run_dir, settings.wandb, config)
 
@@ -87,11 +89,13 @@ class Tracker:
             logger.warning("Weights & Biases did not finish (%s); metrics.jsonl has everything", error)
 
 
-def _lines_up_to(path: Path, step: int) -> list[str]:
+def _lines_up_to(path: Path, step: int, within_epoch: bool) -> list[str]:
     kept = []
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            found = json.loads(line)
+            too_late = within_epoch and found["step"] == step and found["window"] == "epoch"
+            if found["step"] <= step and not too_late:
                 kept.append(line + "\n")
         except (ValueError, KeyError):  # a line that a kill cut off
             continue

@@ -60,6 +60,8 @@ def train(config: Config, source: DictConfig) -> None:
     with StopRequest() as stop, session(launch, config.distributed) as info:
         start = Start(**on_rank_zero(info, "start", lambda: dataclasses.asdict(find_start(config, source))))
         if start.completed:
+            if info.is_main and not (Path(start.run_dir) / "report.html").exists():  # killed just before it
+                write_report(Path(start.run_dir))
             summary.say_completed(info, Path(start.run_dir))
             return
         splits = open_splits(info, config.data)
@@ -110,6 +112,8 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
     while position.epoch < stage.epochs:
         info.phase = f"stage {name}, epoch {position.epoch + 1}"
         train_one_epoch(job, run, sampler, loader, meter, position)
+        trained = meter.total()
+        job.bad_images.refuse_none_left(trained.count, "train", job.splits.train)
         info.phase = f"the evaluation after epoch {position.epoch + 1} of stage {name}"
         began = time.monotonic()
         try:
@@ -118,7 +122,8 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         except StopAgreedError:  # the epoch is trained, and its evaluation can be done again
             job.save(run, meter)
             job.preempt()
-        job.note_epoch(run, position.epoch, meter.total())
+        job.bad_images.refuse_none_left(result.count, "val", job.splits.val)
+        job.note_epoch(run, position.epoch, trained)
         is_best = job.note_evaluation(run, position.epoch, result, time.monotonic() - began)
         summary.say_epoch(job, name)
         position = job.state.position = Position(name, position.epoch + 1, 0, position.step)
@@ -189,6 +194,7 @@ def finish(job: Job) -> None:
             )  # fmt: skip
         except StopAgreedError:
             job.preempt()
+        job.bad_images.refuse_none_left(result.metrics.count, split, index)
         if split == "test":
             test = result.metrics.compute()
         elif info.is_main:

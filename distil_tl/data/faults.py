@@ -8,7 +8,7 @@ from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, Loader
 from distil_tl.distributed import DistInfo, gather_objects
 from distil_tl.errors import UserError
-from distil_tl.log import logger
+from distil_tl.log import logger, printable
 
 
 class BadImages:
@@ -31,18 +31,28 @@ class BadImages:
         """
         for batch in loader:
             for i, reason in batch.faults:
-                name = index.classes[int(index.targets[i])]
+                path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
                 if self.policy == "error":
                     raise UserError(
-                        f"can't use the image {index.path(i)} of class {name}: {reason}. Repair or remove it, or "
+                        f"can't use the image {path} of class {name}: {reason}. Repair or remove it, or "
                         f"leave such images out with data.on_bad_image=skip",
                         one_rank=True,
                     )
                 met = self.found.setdefault(split, {})
                 if index.relative(i) not in met:
-                    logger.warning("left out the image %s of class %s: %s", index.path(i), name, reason)
+                    logger.warning("left out the image %s of class %s: %s", path, name, reason)
                     met[index.relative(i)] = reason
             yield batch
+
+    def refuse_none_left(self, counted: int, split: str, index: Index) -> None:
+        """Raises UserError when nothing was counted, over all ranks: not one image read of a split could be used."""
+        met = self.found.get(split, {})
+        if counted == 0 and met:
+            name, reason = next(iter(met.items()))
+            raise UserError(
+                f"not one of the images read from {index.root} can be used; {printable(name)}, for one: {reason}. Repair them, or "
+                f"give another data.root"
+            )
 
     def share(self, info: DistInfo) -> None:
         """Let every rank know what all have met. A collective."""

@@ -25,11 +25,11 @@ ON_BAD_IMAGE = ("error", "skip")
 
 @dataclass
 class DataConfig:
-    root: str | None = None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; none: scikit-learn's digits
+    root: str | None = None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; null: scikit-learn's digits
     global_batch_size: int = 32  # what the optimizer sees, over all ranks
     max_local_batch_size: int | None = None  # what fits one device; smaller than a rank's share: accumulate
-    image_size: int | None = None  # pixels; none: what the weights were made for
-    workers: int | None = None  # loader processes a rank; none: from the CPUs this process may use
+    image_size: int | None = None  # pixels; null: what the weights were made for
+    workers: int | None = None  # loader processes a rank; null: from the CPUs this process may use
     augment: str = "light"  # none | light | strong
     hflip: bool = True  # whether a mirror image is still of its class
     on_bad_image: str = "error"  # error: name it and stop | skip: leave it out, count it and list it in summary.json

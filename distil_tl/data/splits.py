@@ -17,7 +17,7 @@ from distil_tl.data.transforms import Preprocess, eval_transform, train_transfor
 from distil_tl.distributed import DistInfo, broadcast_arrays, on_rank_zero
 from distil_tl.errors import UserError
 from distil_tl.files import write_atomic
-from distil_tl.log import logger
+from distil_tl.log import logger, printable
 
 SPLITS = ("train", "val", "test")
 
@@ -41,7 +41,7 @@ class Splits:
         (run_dir / "index").mkdir(exist_ok=True)
         for split in SPLITS:
             index, path = self[split], run_dir / "index" / f"{split}.npz"
-            if index is not None and not path.exists():
+            if index is not None and (not path.exists() or _remembered(path).fingerprint != index.fingerprint):
                 packed = io.BytesIO()
                 np.savez(packed, **index.to_arrays())  # type: ignore[arg-type]
                 write_atomic(path, packed.getvalue())
@@ -56,12 +56,16 @@ class Splits:
             if index is not None:
                 where = str(index.root)
                 if path.exists():
-                    with np.load(path, allow_pickle=False) as arrays:
-                        what = str(differences(Index.from_arrays(dict(arrays)), index))
+                    what = str(differences(_remembered(path), index))
             raise UserError(
                 f"the images under {where} are not those that this run began with ({what}), so going on would not be "
                 f"the same training; put them back, or choose another run_dir"
             )
+
+
+def _remembered(path: Path) -> Index:
+    with np.load(path, allow_pickle=False) as arrays:
+        return Index.from_arrays(dict(arrays))
 
 
 def open_splits(info: DistInfo, config: DataConfig) -> Splits:
@@ -87,7 +91,7 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
     indexes = share_indexes(info, work)
     for name, index in indexes.items():
         notes = f", {index.ignored} other files ignored" if index.ignored else ""
-        notes += f", none of: {', '.join(index.missing)}" if index.missing else ""
+        notes += f", none of: {', '.join(map(printable, index.missing))}" if index.missing else ""
         logger.info("%s: %s images of %d classes%s", name, f"{len(index):,}", len(index.classes), notes)
     return Splits(indexes["train"], indexes["val"], indexes.get("test"))
 
@@ -138,7 +142,7 @@ def eval_batches(
     dataset = ImageDataset(index, eval_transform(preprocess, image_size), image_size)
     sampler = EvalSampler(len(index), world_size=info.world_size, rank=info.rank)
     share = max(1, config.global_batch_size // info.world_size)
-    return _loader(info, config, dataset, sampler, plan_batches(share, 1, config.max_local_batch_size).micro)
+    return _loader(info, config, dataset, sampler, min(share, config.max_local_batch_size or share))
 
 
 def _loader(

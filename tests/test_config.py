@@ -1,0 +1,439 @@
+"""What `[CONFIG.yaml] [key=value ...]` means, and what is said about one that means nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from distil_tl.config import Config, check, flatten, load, plain, run_name, to_yaml, unsafe_changes, usage
+from distil_tl.errors import UserError
+from distil_tl.stages import default_stages
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def config_of(*args: str) -> Config:
+    return load(args)[0]
+
+
+def message_of(*args: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(args)
+    return str(caught.value)
+
+
+def yaml_file(text: str, name: str = "config.yaml") -> str:
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text(text)
+    return name
+
+
+def of_file(text: str, *args: str) -> Config:
+    """The configuration of a file, where its data are beside the point."""
+    return config_of(yaml_file(text), "data.root=images", *args)
+
+
+# Precedence
+
+
+def test_defaults_then_base_then_file_then_command_line():
+    yaml_file("{seed: 1, optim: {weight_decay: 0.1, warmup: 0.1, momentum: 0.1}}", "base.yaml")
+    config = of_file("{base: base.yaml, optim: {warmup: 0.2, momentum: 0.2}}", "optim.momentum=0.3")
+    assert config.optim.label_smoothing == 0.0
+    assert config.seed == 1
+    assert (config.optim.weight_decay, config.optim.warmup, config.optim.momentum) == (0.1, 0.2, 0.3)
+
+
+def test_the_last_of_two_values_counts():
+    assert config_of("seed=1", "seed=2").seed == 2
+
+
+def test_a_base_is_found_beside_the_file_that_names_it():
+    yaml_file("seed: 7", "shared/deep/root.yaml")
+    yaml_file("{base: deep/root.yaml, precision: fp32}", "shared/middle.yaml")
+    config = of_file("base: shared/middle.yaml")
+    assert (config.seed, config.precision) == (7, "fp32")
+
+
+def test_a_base_that_comes_back_to_itself():
+    yaml_file("base: two.yaml", "one.yaml")
+    yaml_file("base: one.yaml", "two.yaml")
+    assert "one.yaml is its own `base:`, by way of one.yaml, two.yaml" in message_of("one.yaml")
+    assert "is its own `base:`" in message_of(yaml_file("base: config.yaml"))
+
+
+def test_a_base_that_is_not_there_is_named_with_who_wants_it():
+    message = message_of(yaml_file("base: nowhere.yaml"))
+    assert "nowhere.yaml" in message
+    assert "config.yaml)" in message
+
+
+def test_a_files_stages_replace_the_default_ones_in_the_files_order():
+    config = of_file("stages: {warm: {unfreeze: head}, top: {unfreeze: 2, lr: 0.5}, all: {unfreeze: all}}")
+    assert list(config.stages) == ["warm", "top", "all"]
+    assert config.stages["top"].lr == 0.5
+    assert config.stages["warm"].epochs == 1  # a stage's own default, not the default head's 3
+
+
+def test_a_files_stages_replace_its_bases():
+    yaml_file("stages: {a: {unfreeze: head, epochs: 4}, b: {unfreeze: all, epochs: 5}}", "base.yaml")
+    config = of_file("{base: base.yaml, stages: {b: {unfreeze: 2, lr: 0.5}}}")
+    assert list(config.stages) == ["b"]
+    assert (config.stages["b"].epochs, config.stages["b"].lr) == (1, 0.5)
+
+
+def test_the_command_line_edits_stages():
+    config = config_of("stages.head.epochs=9")
+    assert list(config.stages) == ["head", "full"]
+    assert config.stages["head"] == dataclasses.replace(default_stages()["head"], epochs=9)
+
+    config = of_file("stages: {warm: {unfreeze: head, lr: 0.5}}", "stages.warm.epochs=9")
+    assert (config.stages["warm"].epochs, config.stages["warm"].lr) == (9, 0.5)
+
+
+@pytest.mark.parametrize("value", ["head", "all", 2, ["layer4", "head"]])
+def test_unfreeze_takes_a_word_a_number_or_a_list(value: Any):
+    assert config_of(f"stages.full.unfreeze={value}".replace("'", "")).stages["full"].unfreeze == value
+
+
+@pytest.mark.parametrize("args", [[], ["seed=1"], ["data.root=null"]])
+def test_the_demo_is_for_those_who_name_no_data(args: list[str]):
+    data = config_of(*args).data
+    assert (data.image_size, data.hflip, data.augment) == (64, False, "none")
+    assert config_of(*args, "data.hflip=true").data.hflip is True
+
+
+def test_the_demo_leaves_named_data_alone():
+    named = [["data.root=."], [yaml_file("data: {root: x}", "x.yaml")], [yaml_file("seed: 1", "y.yaml"), "data.root=x"]]
+    for args in (*named, ["y.yaml", "data.root=null"]):
+        data = config_of(*args).data
+        assert (data.image_size, data.hflip, data.augment) == (None, True, "light")
+
+
+def test_a_file_without_data_says_so():
+    assert "config.yaml names no images: add data.root=FOLDER" in message_of(yaml_file("seed: 1"))
+
+
+# Values
+
+
+def test_numbers_in_scientific_notation():
+    assert config_of("stages.head.lr=1e-4").stages["head"].lr == 1e-4
+    assert of_file("stages: {head: {unfreeze: head, lr: 1e-4}}").stages["head"].lr == 1e-4
+
+
+def test_values_of_the_wrong_type_name_their_keys():
+    message = message_of("seed=abc", "optim.warmup=x", "data.hflip=maybe", "data.workers=1.5")
+    assert message.startswith("4 problems:\n")
+    for key in ("seed", "optim.warmup", "data.hflip", "data.workers"):
+        assert f"  - `{key}`: " in message
+
+
+@pytest.mark.parametrize("args", [["data=5"], ["optim=adamw"], ["stages=head"], ["data="]])
+def test_a_value_where_keys_belong(args: list[str]):
+    assert "holds keys of its own" in message_of(*args)
+
+
+# Unknown keys
+
+
+@pytest.mark.parametrize(
+    ("arg", "unknown", "hint"),
+    [
+        ("stages.head.lrr=1", "key `stages.head.lrr`", "`lr`"),
+        ("data.batch_size=4", "key `data.batch_size`", "`global_batch_size`"),
+        ("batch_size=4", "key `batch_size`", "`data.global_batch_size`"),
+        ("lr=1", "key `lr`", "`stages.head.lr`"),
+        ("stages.ful.lr=1", "stage `stages.ful`", "`full`"),
+        ("stages.warm.lr=1", "stage `stages.warm`", "head, full"),
+        ("zzz=1", "key `zzz`", "known here: data, model,"),
+    ],
+)
+def test_unknown_keys_come_with_a_suggestion(arg: str, unknown: str, hint: str):
+    message = message_of(arg)
+    assert f"unknown {unknown}" in message
+    assert hint in message
+
+
+def test_all_problems_are_listed_together():
+    file = yaml_file("{sed: 1, stages: {head: {lrr: 1}, 2b: {}}, optim: {name: [1]}}")
+    message = message_of(file, "data.rot=x", "precision={a", "seed=abc")
+    assert message.startswith("9 problems:\n")
+    assert "stages.head must say what it trains" in message
+    for part in (
+        "names no images",
+        "`sed`",
+        "`stages.head.lrr`",
+        "'2b'",
+        "`optim.name`",
+        "`data.rot`",
+        "'precision={a'",
+        "`seed`",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("stages: {true: {unfreeze: head}}", "the stage name True"),
+        ("'foo.bar': 1", "unknown key `foo.bar`"),
+        ("data: {'a.b': 1}", "unknown key `data.a.b`"),
+        ("1: 2", "unknown key `1`"),
+        ("base: [1]", "there is no configuration file"),
+    ],
+)
+def test_odd_keys_in_a_file_are_the_users_error(text: str, part: str):
+    assert part in message_of(yaml_file(text), "data.root=images")
+
+
+@pytest.mark.parametrize("stage", ["", "{}", "{epochs: 3}", "head"])
+def test_a_files_stage_says_what_it_trains(stage: str):
+    assert message_of(yaml_file(f"stages: {{top: {stage}}}"), "data.root=images").startswith("stages.top must say what")
+
+
+@pytest.mark.parametrize("text", ["stages: [head]", "stages: {}", "stages: ", "stages: head"])
+def test_stages_that_are_none(text: str):
+    assert "`stages` must hold at least one named stage" in message_of(yaml_file(text))
+
+
+# Arguments and files
+
+
+@pytest.mark.parametrize("args", [["--foo"], ["-v", "seed=1"], ["a.yaml", "b.yaml"], ["a.yaml", "--lr", "seed=1"]])
+def test_odd_arguments(args: list[str]):
+    odd = next((arg for arg in args if arg.startswith("-")), args[-1])
+    assert message_of(*args) == f"can't read the argument {odd!r}; usage: [CONFIG.yaml] [key=value ...]"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"a: [1,\n b: {", "not valid YAML"),
+        (b"- 1\n- 2", "must hold keys and values"),
+        (b"\x89PNG\r\n\x1a\n\xff\x00", "can't read the configuration"),
+        (b"seed: 1\nseed: 2", "duplicate key seed"),
+    ],
+)
+def test_a_file_that_is_no_configuration(content: bytes, complaint: str):
+    Path("picture.png").write_bytes(content)
+    message = message_of("picture.png")
+    assert complaint in message
+    assert "picture.png" in message
+
+
+def test_a_file_that_is_not_there_or_a_folder():
+    assert "there is no configuration file" in message_of("nothing.yaml")
+    assert "can't read the configuration" in message_of(".")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.one_of(st.sampled_from([*flatten(plain(load(())[1])), "data", "stages"]), st.text("adt.[]{}$: ", max_size=8)),
+    st.text("ae1.0[]{}$:,'\"?*&!-\n ", max_size=8),
+)
+def test_whatever_is_typed_is_either_read_or_refused(key: str, value: str):
+    with contextlib.suppress(UserError):
+        load([f"{key}={value}"])
+
+
+# Interpolation
+
+
+def test_interpolations_are_resolved_for_the_run_and_not_on_paper(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TOKEN", "s3cret")
+    Path("s3cret.pt").touch()
+    file = yaml_file(
+        "{run_dir: '${oc.env:TOKEN}/run', data: {root: images}, model: {weights: '${oc.env:TOKEN}.pt'},"
+        " tracking: {wandb: {entity: '${oc.env:TOKEN}', name: '${precision}'}}}"
+    )
+    config, source = load([file])
+    assert config.run_dir == "s3cret/run"
+    assert config.model.weights == "s3cret.pt"
+    assert (config.tracking.wandb.entity, config.tracking.wandb.name) == ("s3cret", "auto")
+    assert "s3cret" not in to_yaml(source)
+    assert "entity: ${oc.env:TOKEN}" in to_yaml(source)
+    assert "s3cret" not in str(plain(source))
+
+    monkeypatch.setenv("TOKEN", "another")
+    Path("another.pt").touch()
+    assert config_of(yaml_file(to_yaml(source), "saved.yaml")).run_dir == "another/run"
+
+
+def test_a_missing_variable_is_named_with_its_key():
+    file = yaml_file("data: {root: '${oc.env:NOT_THERE}'}")
+    message = message_of(file)
+    assert "data.root" in message
+    assert "NOT_THERE" in message
+    assert config_of(file, "data.root=/here").data.root == "/here"
+
+
+def test_the_saved_file_means_the_same_again():
+    config, source = load(["stages.head.epochs=9", "seed=3"])
+    assert config_of(yaml_file(to_yaml(source))) == config
+    assert config.model.weights != "auto"
+
+
+# Names of runs, and going on with them
+
+
+def test_the_run_name_is_of_what_is_trained():
+    name = run_name(config_of("data.root=flowers", "model.name=resnet18"))
+    assert name == "flowers-resnet18-" + name[-8:]
+    assert config_of("data.root=flowers", "model.name=resnet18").run_dir == f"runs/{name}"
+    assert config_of().run_dir == config_of("data.image_size=64").run_dir
+    assert Path(str(config_of().run_dir)).name.startswith("digits-")
+
+
+def test_a_free_key_leaves_the_run_name_and_any_other_changes_it():
+    default = run_name(config_of())
+    free = ["data.workers=3", "data.max_local_batch_size=4", "checkpoint.keep=5", "distributed.backend=gloo"]
+    for arg in [*free, "tracking.wandb.project=x", "resume=never", "run_dir=elsewhere"]:
+        assert run_name(config_of(arg)) == default, arg
+    for arg in ["seed=1", "stages.head.lr=0.5", "data.global_batch_size=64", "optim.warmup=0.2", "data.root=digits"]:
+        assert run_name(config_of(arg)) != default, arg
+
+
+def changes(args: list[str], started: list[str]) -> list[str]:
+    return unsafe_changes(plain(load([])[1]), plain(load(["run_dir=x", *args])[1]), started)
+
+
+def test_what_may_change_when_a_run_goes_on():
+    assert changes([], ["head"]) == []
+    assert changes(["data.root=moved", "data.image_size=64", "data.hflip=false", "data.augment=none"], ["head"]) == []
+    assert changes(["data.workers=3", "tracking.log_every=1", "checkpoint.keep=5"], ["head", "full"]) == []
+
+
+def test_what_may_not_change_when_a_run_goes_on():
+    assert changes(["stages.full.epochs=9"], ["head"]) == []
+    assert changes(["stages.full.epochs=9"], ["head", "full"]) == ["stages.full.epochs: was 5, now 9"]
+    assert changes(["stages.head.augment=none", "seed=1"], ["head"]) == [
+        "seed: was 0, now 1",
+        "stages.head.augment: was None, now 'none'",
+    ]
+
+
+def test_a_stage_may_be_added_or_taken_away_while_it_is_to_come():
+    one = {"stages": {"head": {"lr": 1.0}}}
+    two = {"stages": {"head": {"lr": 1.0}, "full": {"lr": 2.0}}}
+    assert unsafe_changes(one, two, ["head"]) == unsafe_changes(two, one, ["head"]) == []
+    assert unsafe_changes(two, one, ["head", "full"]) == ["stages.full.lr: was 2.0, now None"]
+
+
+def test_stages_may_not_come_before_those_that_have_begun():
+    head, full, new = ({"epochs": epochs} for epochs in (1, 2, 3))
+    before = {"stages": {"head": head, "full": full}}
+    assert unsafe_changes(before, {"stages": {"head": head, "new": new, "full": full}}, ["head"]) == []
+    for now in ({"new": new, "head": head, "full": full}, {"full": full, "head": head}):
+        (change,) = unsafe_changes(before, {"stages": now}, ["head"])
+        assert change.startswith("stages: head came first, now the order is ")
+    skipped = {"skipped": {"epochs": 0}, "head": head, "full": full}
+    assert unsafe_changes(before, {"stages": skipped}, ["head"]) == []
+
+
+# Checks
+
+
+def complaint_of(*args: str, world_size: int = 1) -> str:
+    with pytest.raises(UserError) as caught:
+        check(config_of(*args), world_size)
+    return str(caught.value)
+
+
+def test_the_default_passes():
+    check(config_of(), 1)
+    check(config_of(), 8)
+
+
+def test_a_batch_that_can_not_be_dealt_out_lists_what_fits():
+    message = complaint_of("data.global_batch_size=30", world_size=4)
+    assert "30 can't be dealt out evenly to 4 processes" in message
+    assert "world sizes that fit are 1, 2, 3, 5, 6, 10, 15, or use data.global_batch_size=32" in message
+
+
+def test_a_root_that_is_not_there_or_lacks_a_split(tmp_path: Path):
+    (tmp_path / "flowers" / "train").mkdir(parents=True)
+    assert "flower is not a folder, did you mean `flowers`?" in complaint_of(f"data.root={tmp_path / 'flower'}")
+    assert "has no val folder" in complaint_of("data.root=flowers")
+    (tmp_path / "flowers" / "val").mkdir()
+    check(config_of("data.root=flowers"), 1)
+    assert "has no train and no val folder" in complaint_of(f"data.root={tmp_path}")
+    assert "(its folders: flowers)" in complaint_of(f"data.root={tmp_path}")
+
+
+def test_nothing_to_train():
+    assert "every stage has 0 epochs" in complaint_of("stages.head.epochs=0", "stages.full.epochs=0")
+    check(config_of("stages.head.epochs=0"), 1)
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "precision=fp8",
+        "resume=runs/gone",
+        "data.augment=wild",
+        "data.image_size=4",
+        "data.global_batch_size=0",
+        "model.name=resnet19",
+        "stages.head.unfreeze=tail",
+        "stages.head.epochs=-1",
+        "stages.head.lr=nan",
+        "stages.full.layer_decay=0",
+        "optim.name=adam",
+        "optim.warmup=1",
+        "checkpoint.keep=0",
+        "distributed.device=tpu",
+        "tracking.log_every=0",
+        "tracking.wandb.mode=on",
+    ],
+)
+def test_values_that_can_not_work_name_their_key(arg: str):
+    message = complaint_of(arg)
+    assert arg.partition("=")[0] in message
+    assert "problems" not in message  # this one alone
+
+
+def test_every_complaint_is_listed():
+    message = complaint_of("precision=fp8", "optim.name=adam", "data.augment=wild", world_size=5)
+    assert message.startswith("4 problems:\n  - ")
+
+
+# Help
+
+
+def test_usage_shows_every_key_with_its_default_and_comment():
+    text = usage("train")
+    lines = [line.strip() for line in text.splitlines()]
+    for key, value in flatten(plain(OmegaConf.structured(Config))).items():
+        shown = "null" if value is None else value
+        assert any(line.startswith(f"{key}={shown}") for line in lines), key
+    assert "what the optimizer sees, over all ranks" in next(s for s in lines if s.startswith("data.global_batch_size"))
+    assert "of the head, at its highest" in next(s for s in lines if s.startswith("stages.full.lr"))
+    assert "disabled | offline | online" in next(s for s in lines if s.startswith("tracking.wandb.mode"))
+
+
+def test_the_command_says_one_thing_and_ends_with_2():
+    command = [sys.executable, "-m", "distil_tl.train", "stages.head.lrr=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "distil_tl.train: unknown key `stages.head.lrr`, did you mean `lr`?\n"
+
+
+@pytest.mark.parametrize("text", ["2024_01", "007", "1e3", "on", "12:30", "none"])
+def test_text_on_the_command_line_stays_as_it_was_typed(text: str):
+    config = config_of(f"data.root={text}", f"run_dir={text}", f"tracking.wandb.name={text}")
+    assert (config.data.root, config.run_dir, config.tracking.wandb.name) == (text, text, text)
+    assert config_of("run_dir=x", "data.root=null").data.root is None

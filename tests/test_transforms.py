@@ -1,0 +1,173 @@
+"""From a decoded image to what the model sees."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from distil_tl.data.transforms import AUGMENTATIONS, Normalize, Preprocess, eval_transform, train_transform
+
+PREPROCESS = Preprocess()
+
+
+def noise(height: int, width: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def view(image: Tensor, augment: str, seed: int, *, hflip: bool = True, size: int = 32) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        result: Tensor = train_transform(PREPROCESS, size, augment, hflip)(image)
+    return result
+
+
+# Preprocess
+
+
+@pytest.mark.parametrize(
+    ("crop", "resize", "image_size", "expected"),
+    [
+        (224, 256, 224, 256),
+        (224, 256, 112, 128),
+        (224, 256, 64, 73),
+        (224, 224, 96, 96),
+        (224, 256, 1, 1),
+        (256, 224, 100, 100),  # never smaller than the crop
+        (384, 384, 8, 8),
+    ],
+)
+def test_resize_keeps_the_weights_proportion(crop: int, resize: int, image_size: int, expected: int):
+    assert Preprocess(crop_size=crop, resize_size=resize).resize_for(image_size) == expected
+
+
+def test_preprocess_travels_through_json():
+    preprocess = Preprocess(mean=(0.5, 0.4, 0.3), interpolation="bicubic", crop_size=299)
+    assert Preprocess.from_json(json.loads(json.dumps(asdict(preprocess)))) == preprocess
+    assert preprocess.mode == InterpolationMode.BICUBIC
+
+
+# Normalisation
+
+
+def test_normalisation_is_the_textbooks():
+    images = torch.stack([noise(5, 7), torch.zeros(3, 5, 7, dtype=torch.uint8), torch.full((3, 5, 7), 255).byte()])
+    before = images.clone()
+    normalize = Normalize(PREPROCESS)
+    result = normalize(images)
+    assert result.dtype == torch.float32
+    for channel, (mean, std) in enumerate(zip(PREPROCESS.mean, PREPROCESS.std, strict=True)):
+        expected = ((images[:, channel].double() / 255) - mean) / std
+        torch.testing.assert_close(result[:, channel].double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(images, before)
+
+
+def test_normalisation_is_not_among_the_weights():
+    assert Normalize(PREPROCESS).state_dict() == {}
+
+
+# The evaluation view
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([8, 17, 32, 64]))
+def test_the_evaluation_view_is_square_and_bytes_whatever_the_image(height: int, width: int, size: int):
+    result = eval_transform(PREPROCESS, size)(noise(height, width))
+    assert result.shape == (3, size, size)
+    assert result.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (3, 1000)])
+def test_the_evaluation_view_of_a_tiny_or_very_long_image_has_no_padding(height: int, width: int):
+    image = torch.full((3, height, width), 200, dtype=torch.uint8)
+    assert torch.equal(eval_transform(PREPROCESS, 16)(image), torch.full((3, 16, 16), 200, dtype=torch.uint8))
+
+
+def test_the_evaluation_view_is_of_the_centre():
+    image = torch.zeros(3, 100, 300, dtype=torch.uint8)
+    image[:, 40:60, 140:160] = 255
+    result = eval_transform(PREPROCESS, 56)(image)
+    assert result[:, 26:30, 26:30].min() == 255
+    assert result[:, :16].max() == 0
+    assert result[:, :, -16:].max() == 0
+
+
+def test_the_evaluation_view_of_an_image_of_its_size_is_the_image():
+    image = noise(24, 24)
+    assert torch.equal(eval_transform(Preprocess(crop_size=224, resize_size=224), 24)(image), image)
+
+
+def test_no_augmentation_is_the_evaluation_view():
+    image = noise(40, 50)
+    expected = eval_transform(PREPROCESS, 32)(image)
+    assert torch.equal(view(image, "none", 0), expected)
+    assert torch.equal(view(image, "none", 1), expected)
+
+
+# The training view
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize(("height", "width"), [(40, 50), (7, 90), (1, 1), (200, 20)])
+def test_the_training_view_is_square_and_bytes(augment: str, height: int, width: int):
+    image = noise(height, width)
+    before = image.clone()
+    for seed in range(20):
+        result = view(image, augment, seed)
+        assert result.shape == (3, 32, 32)
+        assert result.dtype == torch.uint8
+    assert torch.equal(image, before)
+
+
+@pytest.mark.parametrize("augment", ["light", "strong"])
+def test_the_training_view_is_a_function_of_the_seed(augment: str):
+    image = noise(40, 50)
+    views = [view(image, augment, seed) for seed in range(20)]
+    assert all(torch.equal(view(image, augment, seed), views[seed]) for seed in range(20))
+    assert len({one.numpy().tobytes() for one in views}) == 20
+
+
+def brightens_to_the_right(image: Tensor) -> bool:
+    return bool((image.float().mean(dim=(0, 1)).diff() >= 0).all())
+
+
+def test_a_mirror_image_only_where_it_is_allowed():
+    ramp = torch.arange(0, 256, 4, dtype=torch.uint8).expand(3, 48, 64)
+    assert all(brightens_to_the_right(view(ramp, "light", seed, hflip=False)) for seed in range(60))
+    mirrored = sum(not brightens_to_the_right(view(ramp, "light", seed)) for seed in range(60))
+    assert 15 < mirrored < 45
+
+
+@pytest.mark.parametrize("augment", ["light", "strong"])
+def test_hflip_is_one_step_and_changes_no_other(augment: str):
+    """TrivialAugment rotates far enough that a picture of a ramp would not tell a mirror image from it."""
+    plain = train_transform(PREPROCESS, 32, augment, hflip=False).transforms
+    mirroring = train_transform(PREPROCESS, 32, augment, hflip=True).transforms
+    assert not any(isinstance(step, v2.RandomHorizontalFlip) for step in plain)
+    assert [type(step) for step in mirroring if not isinstance(step, v2.RandomHorizontalFlip)] == list(map(type, plain))
+    assert len(mirroring) == len(plain) + 1
+
+
+@pytest.mark.parametrize(("augment", "least"), [("light", 0.5), ("strong", 0.2)])
+def test_how_much_of_the_image_is_left(augment: str, least: float):
+    """Each pixel of a 64x64 picture has a grey of its own row and column, so the crop's area can be read off."""
+    column = torch.arange(64, dtype=torch.uint8) * 4
+    image = torch.stack([column.expand(64, 64), column[:, None].expand(64, 64), torch.zeros(64, 64, dtype=torch.uint8)])
+    crop = train_transform(PREPROCESS, 64, augment, hflip=False).transforms[0]
+    shares = []
+    for seed in range(60):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            cropped = crop(image).float() / 4
+        width, height = (float(cropped[i].max() - cropped[i].min()) + 1 for i in (0, 1))
+        shares.append(width * height / 64**2)
+    assert min(shares) > least * 0.85  # resampling blurs the edges
+    assert min(shares) < least + 0.15
+    assert max(shares) > 0.9
