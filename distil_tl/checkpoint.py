@@ -232,8 +232,8 @@ def load_train_state(path: Path) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose own message says how to run the code
         raise UserError(
-            f"{path / TRAIN_STATE} can't be read: it holds Python objects other than tensors. No checkpoint of this "
-            f"package does; someone changed it, and loading it could run what they hid there"
+            f"{path / TRAIN_STATE} can't be read with weights_only=True: it holds Python objects other than tensors. "
+            f"No checkpoint of this package does; someone changed it, and loading it could run what they hid there"
         ) from None
     return state
 

@@ -68,14 +68,14 @@ def load(args: Sequence[str]) -> tuple[Config, DictConfig]:
     Raises:
         UserError: unknown keys (with suggestions), values of the wrong type, files that can't be read: all of them.
     """
-    files = [arg for arg in args if "=" not in arg]
+    files = [arg for arg in args if _is_file(arg)]
     if len(files) > 1 or any(file.startswith("-") for file in files):
         odd = next((file for file in files if file.startswith("-")), files[-1])
         raise UserError(f"can't read the argument {odd!r}; usage: [CONFIG.yaml] [key=value ...]")
     problems: list[str] = []
     tree = _read_yaml(Path(files[0]), ()) if files else {}
     schema = OmegaConf.structured(Config)
-    overrides = _parse_overrides(schema, [arg for arg in args if "=" in arg], problems)
+    overrides = _parse_overrides(schema, [arg for arg in args if not _is_file(arg)], problems)
     if "stages" in tree:
         _define_stages(schema, tree.pop("stages"), problems)
     named = flatten(tree.get("data")) | flatten(overrides.get("data"))
@@ -95,6 +95,11 @@ def load(args: Sequence[str]) -> tuple[Config, DictConfig]:
     return config, schema
 
 
+def _is_file(arg: str) -> bool:
+    # A folder of a sweep may well be called lr=0.1.
+    return "=" not in arg or (arg.endswith((".yaml", ".yml")) and Path(arg).is_file())
+
+
 def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     path = path.resolve()
     if path in above:
@@ -112,17 +117,17 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path} must hold keys and values, as in `seed: 1`")
     tree: Any = OmegaConf.to_container(node, resolve=False)
     base = tree.pop("base", None)
-    return tree if base is None else _overlay(_read_yaml(path.parent / str(base), (*above, path)), tree)
+    return (
+        tree if base is None else _overlay(_read_yaml(path.parent / str(base), (*above, path)), tree, whole=("stages",))
+    )
 
 
-def _overlay(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`top` over `base`, key by key, except that `stages` is replaced as a whole."""
+def _overlay(base: dict[str, Any], top: dict[str, Any], whole: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`top` over `base`, key by key, except that the keys in `whole` are replaced as they are."""
     merged = dict(base)
     for key, value in top.items():
-        if key != "stages" and isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _overlay(merged[key], value)
-        else:
-            merged[key] = value
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both and key not in whole else value
     return merged
 
 
@@ -137,7 +142,7 @@ def _parse_overrides(schema: DictConfig, pairs: list[str], problems: list[str]) 
                 parsed = text
                 for part in reversed(key.split(".")):
                     parsed = {part: parsed}
-            tree = _overlay_all(tree, parsed)
+            tree = _overlay(tree, parsed)
         except Exception as error:  # YAML's and OmegaConf's parsers raise kinds of their own
             problems.append(f"can't read {pair!r}: {str(error).splitlines()[0]}")
     return tree
@@ -150,14 +155,6 @@ def _node_at(schema: DictConfig, key: str) -> Node | None:
         node = node._get_node(part) if isinstance(node, DictConfig) and part in node.keys() else None  # noqa: SIM118
     found: Node | None = node
     return found
-
-
-def _overlay_all(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay_all(merged[key], value) if both else value
-    return merged
 
 
 def _define_stages(schema: DictConfig, stages: Any, problems: list[str]) -> None:
@@ -225,6 +222,10 @@ def _settle(config: Config, schema: DictConfig) -> None:
     """Fill in what follows from other values, so that the saved file says what was used."""
     if config.model.weights == "auto" and not config.model.problems():
         config.model.weights = schema.model.weights = resolve_weights(config.model)
+    for section, key in ((config.data, "root"), (config, "run_dir"), (config, "resume")):
+        path = getattr(section, key)
+        if path is not None and path.startswith("~"):
+            setattr(section, key, str(Path(path).expanduser()))
     if config.run_dir is None:
         config.run_dir = schema.run_dir = f"runs/{run_name(config)}"
 

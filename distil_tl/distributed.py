@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from distil_tl.errors import LostRanksError, UserError
+from distil_tl.errors import LostRanksError, PreemptedError, UserError
 
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
@@ -40,7 +41,7 @@ class DistributedConfig:
             found.append(f"distributed.backend is {self.backend!r}; choose one of {', '.join(BACKENDS)}")
         if self.device == "cuda" and not torch.cuda.is_available():
             found.append("distributed.device is cuda, but torch sees no CUDA device; use distributed.device=cpu")
-        if self.device == "cpu" and self.backend == "nccl":
+        if self.backend == "nccl" and self.device != "cuda" and (self.device == "cpu" or not torch.cuda.is_available()):
             found.append("distributed.backend=nccl needs CUDA devices; use gloo, or distributed.device=cuda")
         for name in ("timeout_seconds", "prepare_timeout_seconds"):
             if getattr(self, name) <= 0:
@@ -208,6 +209,10 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
     try:
         yield info
         dist.barrier()
+    except PreemptedError:
+        _count(info, "leaving", info.world_size, 10)  # the store may live here: let the others read what they wait for
+        dist.destroy_process_group()
+        raise
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
@@ -222,10 +227,10 @@ def _gpu(launch: Launch, visible: int) -> int:
     """Which of the visible GPUs is this process's."""
     if launch.launcher == "slurm" and visible == 1:  # srun --gpus-per-task shows each task its own one only
         return 0
-    if launch.local_rank >= visible:
+    if launch.local_world_size > visible:  # on all ranks alike, so that none waits for another
         raise UserError(
-            f"local rank {launch.local_rank} has no GPU of its own: torch sees {visible}; start at most that many "
-            f"processes a node, or use distributed.device=cpu"
+            f"{launch.local_world_size} processes on a node where torch sees {visible} GPUs; start at most that many, "
+            f"or use distributed.device=cpu"
         )
     return launch.local_rank
 
@@ -259,12 +264,37 @@ def once_per_node(info: DistInfo, phase: str, work: Callable[[], None]) -> None:
     For work that fills a cache: on a shared file system the other nodes find it done, on local disks they do it.
     """
     on_rank_zero(info, f"{phase} on rank 0", work)
-    if info.store is None or info.launch.node == 0:
+    if info.store is None:
         return
-    if info.launch.local_rank == 0:
-        _announce(info, f"{phase} on node {info.launch.node}", work, readers=info.launch.local_world_size - 1)
-    else:
-        _await(info, f"{phase} on node {info.launch.node}")
+    error: UserError | None = None
+    try:
+        if info.launch.node > 0 and info.launch.local_rank == 0:
+            _announce(info, f"{phase} on node {info.launch.node}", work, readers=info.launch.local_world_size - 1)
+        elif info.launch.node > 0:
+            _await(info, f"{phase} on node {info.launch.node}")
+    except UserError as caught:
+        error = caught
+    _raise_together(info, phase, error)
+
+
+def _raise_together(info: DistInfo, phase: str, error: UserError | None) -> None:
+    """Meet all ranks at the store, however long some of them need, and raise on all what any of them brings."""
+    if error is not None:
+        info.store.set(f"{phase}: error", str(error))
+    _count(info, f"{phase}: finished", info.world_size, info.prepare_timeout)
+    if info.store.check([f"{phase}: error"]):
+        message = info.store.get(f"{phase}: error").decode()
+        _count(info, f"{phase}: read", info.world_size, 10)
+        raise UserError(message)
+
+
+def _count(info: DistInfo, key: str, expected: int, timeout: float) -> None:
+    """Be counted under `key`, and wait until so many are or time is up."""
+    deadline = time.monotonic() + timeout
+    here = info.store.add(key, 1)
+    while here < expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+        here = info.store.add(key, 0)
 
 
 def _announce(info: DistInfo, phase: str, work: Callable[[], Any], readers: int) -> Any:
@@ -272,7 +302,8 @@ def _announce(info: DistInfo, phase: str, work: Callable[[], Any], readers: int)
     try:
         result = work()
     except BaseException as error:
-        kind = "user_error" if isinstance(error, UserError) else "fault"
+        kinds: dict[type[BaseException], str] = {UserError: "user_error", PreemptedError: "preempted"}
+        kind = kinds.get(type(error), "fault")
         info.store.set(phase, json.dumps({kind: str(error) or repr(error)}))
         # The store may live in this process: let the others read the reason before it ends.
         deadline = time.monotonic() + 10
@@ -311,6 +342,8 @@ def _await(info: DistInfo, phase: str) -> Any:
         store.add(f"{phase}: read", 1)
     if "user_error" in answer:
         raise UserError(answer["user_error"])
+    if "preempted" in answer:
+        raise PreemptedError(answer["preempted"])
     if "fault" in answer:
         raise LostRanksError(f"another rank failed: {phase}: {answer['fault']}")
     return answer["result"]
@@ -372,13 +405,17 @@ def gather_rows(info: DistInfo, rows: Tensor, at_most: int) -> Tensor:
     return everything[~everything.isnan().all(dim=1)]
 
 
-def average_buffers(info: DistInfo, module: torch.nn.Module) -> None:
-    """Average floating-point buffers (BatchNorm statistics that moved per rank) over the ranks, in place."""
-    if info.store is None:
+def average_over_ranks(info: DistInfo, buffers: Sequence[Tensor]) -> None:
+    """Average float tensors of one dtype over the ranks, in place, all in one reduction."""
+    if info.store is None or not buffers:
         return
-    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
     flat = torch.cat([buffer.reshape(-1) for buffer in buffers]) / info.world_size
     dist.all_reduce(flat, op=dist.ReduceOp.SUM)
     averages = torch.split(flat, [buffer.numel() for buffer in buffers])
     for buffer, average in zip(buffers, averages, strict=True):
         buffer.copy_(average.view_as(buffer))
+
+
+def available_cpus() -> int:
+    """How many CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.transforms import Normalize
-from distil_tl.distributed import DistInfo, average_buffers, gather_objects, max_over_ranks
+from distil_tl.distributed import DistInfo, average_over_ranks, gather_objects, max_over_ranks
 from distil_tl.errors import NonFiniteError
 from distil_tl.keyed import keyed_seed
 from distil_tl.log import printable
@@ -168,8 +169,14 @@ def train_epoch(
             meter.update(logits.detach(), targets, losses.detach(), valid)
         _optimizer_step(run, loss, optim.clip_norm, stage_step)
         if run.moving_statistics:
-            average_buffers(info, run.network)
+            average_over_ranks(info, moving_statistics(run.network))
         yield (step + 1) * sampler.global_batch_size
+
+
+def moving_statistics(network: nn.Module) -> list[Tensor]:
+    """Running means and variances of the normalisation layers that are in training mode."""
+    moving = [m for m in network.modules() if isinstance(m, _NormBase) and m.training and m.running_mean is not None]
+    return [buffer for m in moving for buffer in (m.running_mean, m.running_var) if buffer is not None]
 
 
 def _reduce_after(network: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -15,6 +15,7 @@ from distil_tl.data.index import Index, scan
 from distil_tl.data.splits import SPLITS, data_root, eval_batches, share_indexes
 from distil_tl.distributed import read_launch, session
 from distil_tl.engine import Network, amp_dtype
+from distil_tl.errors import UserError
 from distil_tl.evaluation import evaluate
 from distil_tl.files import write_json
 from distil_tl.inference import restore
@@ -33,8 +34,10 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", choices=SPLITS, default="val")
     parser.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, rank 0 alone")
-    parser.add_argument("--mistakes", type=int, default=50, metavar="N", help="how many of the surest to keep")
-    return run_command("distil_tl.evaluate", lambda: run(parser.parse_args(args)))
+    parser.add_argument(
+        "--mistakes", type=int, default=50, metavar="N", choices=range(100_000), help="how many of the surest to keep"
+    )
+    return run_command("distil_tl.evaluate", lambda: run(parser.parse_intermixed_args(args)))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -43,6 +46,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: no such run, checkpoint or split, or classes that the model does not know.
     """
+    if options.json is not None and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
     restored = restore(options.run_dir, options.checkpoint, options.overrides)
@@ -74,9 +79,9 @@ def run(options: argparse.Namespace) -> None:
         figures = evaluation(options.split, index, result)
         if options.json is not None:
             write_json(options.json, {"checkpoint": restored.checkpoint.name, **figures})
+        columns = ("recall", "precision", "f1")
         rows = [
             [printable(row["class"]), str(row["n"]), *("-" if row[k] is None else f"{row[k]:.4f}" for k in columns)]
-            for columns in [("recall", "precision", "f1")]
             for row in figures["per_class"]
         ]
         logger.info("\n%s\n", table(rows, ["class", "n", "recall", "precision", "F1"]))

@@ -80,7 +80,8 @@ def evaluate(
 def _wrong(logits: Tensor, targets: Tensor, batch: Batch) -> Tensor:
     """Rows (index, target, prediction, probability) of the wrong predictions, float64 [M, 4] on the CPU."""
     probability, predicted = logits.softmax(dim=1).max(dim=1)
-    rows = torch.stack([batch.indices.to(targets.device), targets, predicted, probability], dim=1).double()
+    columns = (batch.indices.to(targets.device), targets, predicted, probability)
+    rows = torch.stack([column.double() for column in columns], dim=1)
     return rows[(predicted != targets) & batch.valid.to(targets.device)].cpu()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
@@ -117,9 +116,3 @@ def _find(run_dir: Path, checkpoint: str) -> Path:
         have = ", ".join(p.name for p in checkpoints.all()) or "none"
         raise UserError(f"{run_dir} has no checkpoint {checkpoint!r} (it has: {have})")
     return path
-
-
-def probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    """Class probabilities float32 [N, C] of normalised images [N, 3, S, S]."""
-    with torch.inference_mode():
-        return model(images).float().softmax(dim=1)  # type: ignore[no-any-return]

@@ -10,12 +10,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distil_tl import checkpoint as ckpt
-from distil_tl.checkpoint import Checkpoints, Position
+from distil_tl.checkpoint import Checkpoints, Position, find_fault
 from distil_tl.config import Config, plain
 from distil_tl.data.faults import BadImages
 from distil_tl.data.loader import plan_batches
 from distil_tl.data.splits import Splits
-from distil_tl.distributed import DistInfo
+from distil_tl.distributed import DistInfo, on_rank_zero
 from distil_tl.engine import Network, StageRun, amp_dtype
 from distil_tl.errors import PreemptedError
 from distil_tl.log import add_rank_file, logger
@@ -71,11 +71,8 @@ class Job:
         return at if at is not None and at.stage == name else Position(name, 0, 0, self.state.step)
 
     def has_finished(self, name: str) -> bool:
-        epochs = self.config.stages[name].epochs
-        begun = name in self.state.stages and self.state.position is not None
-        if epochs == 0 or not begun:
-            return epochs == 0
-        return self.position(name).epoch >= epochs or self.state.position.stage != name  # type: ignore[union-attr]
+        epochs, record = self.config.stages[name].epochs, self.state.stages.get(name)
+        return epochs == 0 or (record is not None and record.epochs >= epochs)
 
     def _log(self, run: StageRun, epoch: int, split: str, window: str, counted: ClassificationMetrics,
              seconds: float) -> dict[str, Any]:  # fmt: skip
@@ -167,8 +164,9 @@ class Job:
         return Request.GO_ON
 
     def preempt(self) -> None:
-        """End here, with everything saved."""
-        self.checkpoints.wait()
+        """End on all ranks, when what was saved is on disk."""
+        # A rank that ended sooner would have its launcher end the one that writes.
+        on_rank_zero(self.info, f"writing the checkpoint of step {self.state.step}", self.checkpoints.wait)
         raise PreemptedError(
             f"stopped by a signal; everything up to step {self.state.step} is in {self.directory.path}, and the same "
             f"command goes on from there"
@@ -220,20 +218,23 @@ def open_job(
         saved = ckpt.load_state(path)
         state = RunState.from_json(saved["run"])
         splits.refuse_drift(saved["data"], path.parent.parent)
+        if state.best is not None and find_fault(Checkpoints(run_dir / "checkpoints").path(state.best["step"])):
+            state.best = None  # pruned, damaged, or in the directory of the run that this one goes on from
         ckpt.load_weights(path, model.module)
         train_state = ckpt.load_train_state(path)
     directory = RunDirectory(run_dir)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep)
-    tracker = None
-    if info.is_main:
+    trackers: list[Tracker] = []
+
+    def begin() -> None:
         if start.checkpoint is not None and state.best is not None and path.parent == checkpoints.folder:
             checkpoints.take_up(path, checkpoints.path(state.best["step"]))
         directory.begin(source, splits.classes, info)
         splits.remember(run_dir)
-        directory.write_summary("running", state, info)
-        at = state.position
-        within_epoch = at is not None and at.consumed > 0
-        tracker = Tracker(run_dir, config.tracking, plain(source), after_step=state.step, within_epoch=within_epoch)
+        within = state.position is not None and state.position.consumed > 0
+        trackers.append(Tracker(run_dir, config.tracking, plain(source), after_step=state.step, within_epoch=within))
+
+    on_rank_zero(info, "opening the run directory", begin)  # W&B may take minutes to answer
     add_rank_file(run_dir, info.rank)
     _say_start(start, state)
     return Job(
@@ -245,7 +246,7 @@ def open_job(
         state=state,
         directory=directory,
         checkpoints=checkpoints,
-        tracker=tracker,
+        tracker=trackers[0] if trackers else None,
         stop=stop,
         bad_images=BadImages(config.data.on_bad_image, state.bad_images),
         train_state=train_state,
@@ -259,5 +260,5 @@ def _say_start(start: Start, state: RunState) -> None:
         logger.info("run directory %s", start.run_dir)
         return
     at = state.position
-    where = f"stage {at.stage}, epoch {at.epoch + 1}, {at.consumed:,} samples in"
-    logger.info("run directory %s, going on from step %d (%s)", start.run_dir, at.step, where)
+    where = f"{at.consumed:,} samples into epoch {at.epoch + 1}" if at.consumed else f"after epoch {at.epoch}"
+    logger.info("run directory %s, going on from step %d (stage %s, %s)", start.run_dir, at.step, at.stage, where)

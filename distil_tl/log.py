@@ -61,6 +61,7 @@ class Progress:
         """The latest figures: beside the bar, or as a line of its own."""
         if self._bar is not None:
             self._bar.set_postfix_str(text)
+            logger.debug("%s  %s", self._label, text)
         elif self._show:
             logger.info("%s  %s", self._label, text)
 

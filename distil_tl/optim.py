@@ -83,8 +83,17 @@ def build_optimizer(model: TransferModel, stage: StageConfig, config: OptimConfi
     """
     groups = parameter_groups(model, stage, config.weight_decay)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=stage.lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+        return _sgd(groups, stage.lr, config.momentum)
     return torch.optim.AdamW(groups, lr=stage.lr, fused=True)
+
+
+def _sgd(groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.SGD:
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+    if momentum:
+        # The fused kernel would make these itself, uninitialised, and keep them so when fp16 skips the first step.
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def lr_factor(step: int, total_steps: int, warmup: float, schedule: str) -> float:

@@ -47,6 +47,12 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: no such run or path, no image among the paths, or none that can be read.
     """
+    if options.batch_size < 1 or options.workers < 0:
+        raise UserError("--batch-size must be at least 1, and --workers 0 or more")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device")
+    if options.output is not None and not options.output.parent.is_dir():
+        raise UserError(f"--output {options.output}: there is no folder {options.output.parent}")
     paths = find_images(options.paths)
     restored = restore(options.run_dir, options.checkpoint)
     cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
@@ -59,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     bar = Progress("predict", len(paths), show=options.output is not None)
     failed = 0
     with _open(options.output) as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         per_class = [f"p({name})" for name in restored.classes] if options.all else []
         writer.writerow(["path", "prediction", "probability", *per_class, "error"])
         done = 0

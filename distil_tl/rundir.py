@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 import resource
 import socket
@@ -19,11 +18,12 @@ import torch
 import torchvision
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.checkpoint import Checkpoints, Position, load_state
+from distil_tl.checkpoint import Checkpoints, Position, find_fault, load_state
 from distil_tl.config import Config, plain, to_yaml, unsafe_changes
-from distil_tl.distributed import DistInfo
+from distil_tl.distributed import DistInfo, available_cpus
 from distil_tl.errors import UserError
 from distil_tl.files import write_atomic, write_json
+from distil_tl.log import logger
 from distil_tl.version import __version__
 
 MAX_LISTED = 1000  # bad images named in summary.json; the checkpoint and the logs have all
@@ -110,8 +110,16 @@ def find_start(config: Config, source: DictConfig) -> Start:
         return Start(str(run_dir))
     if here is not None:
         _refuse_changes(config, source, here, run_dir)
-        is_last = here == checkpoints.named("last")
-        return Start(str(run_dir), str(here), is_last and _status(run_dir) == "completed")
+        if config.resume != "auto":
+            logger.info("%s has checkpoints of its own, so resume=%s is left aside", run_dir, config.resume)
+        records = RunState.from_json(load_state(here)["run"]).stages
+        finished = all(
+            stage.epochs == 0 or (name in records and records[name].epochs >= stage.epochs)
+            for name, stage in config.stages.items()
+        )
+        # A damaged newest checkpoint, fallen back from, is trained again.
+        done = finished and here == checkpoints.named("last") and _status(run_dir) == "completed"
+        return Start(str(run_dir), str(here), done)
     if config.resume != "auto":
         there = _checkpoint_at(Path(config.resume))
         _refuse_changes(config, source, there, there.parent.parent)
@@ -122,6 +130,9 @@ def find_start(config: Config, source: DictConfig) -> Start:
 def _checkpoint_at(path: Path) -> Path:
     """The checkpoint that `path` names: itself, or the newest of the run directory there."""
     if (path / "state.json").exists():
+        fault = find_fault(path)
+        if fault is not None:
+            raise UserError(f"resume={path} is damaged: {fault}")
         return path.resolve()
     found = Checkpoints(path / "checkpoints").newest_sound()
     if found is None:
@@ -163,6 +174,7 @@ class RunDirectory:
         write_atomic(self.path / "config.yaml", to_yaml(source))
         write_json(self.path / "env.json", environment(info))
         write_json(self.path / "classes.json", list(classes))
+        (self.path / "summary.json").unlink(missing_ok=True)  # of an attempt before; a run in progress has none
 
     def write_summary(self, status: str, state: RunState, info: DistInfo, **more: Any) -> dict[str, Any]:
         summary = {
@@ -187,7 +199,8 @@ def peak_memory_mb(info: DistInfo) -> float:
     """Of this rank: of the GPU where there is one, else of the process. MiB."""
     if info.device.type == "cuda":
         return torch.cuda.max_memory_allocated(info.device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def environment(info: DistInfo) -> dict[str, Any]:
@@ -206,7 +219,7 @@ def environment(info: DistInfo) -> dict[str, Any]:
         "launcher": info.launch.launcher,
         "world_size": info.world_size,
         "device": f"{info.device.type} {device}".strip(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": available_cpus(),
         "start_time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

@@ -104,6 +104,8 @@ def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> Non
                 f"stages.{name}.image_size={stage.image_size}, but this model is built for {model.image_size} px; "
                 f"leave it out there and set data.image_size"
             )
+        if stage.image_size is not None:
+            model.check_size(stage.image_size)
 
 
 def apply_stage(model: TransferModel, stage: StageConfig) -> None:

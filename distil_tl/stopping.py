@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distil_tl.distributed import DistInfo
+from distil_tl.errors import PreemptedError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
@@ -30,19 +31,27 @@ class StopAgreedError(Exception):
 class StopRequest:
     """Notes that a signal asked this process to stop; the handler does nothing else, however often it is called.
 
-    A context manager that puts the former handlers back. Signals: INT (Ctrl-C), TERM (preemption, scancel), USR2
-    (submitit's warning before a time limit).
+    Until `hold` there is nothing to save, and a signal ends the process at once, with a PreemptedError. A context
+    manager that puts the former handlers back. Signals: INT (Ctrl-C), TERM (preemption, scancel), USR2 (submitit's
+    warning before a time limit).
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._held = False
         self._former: dict[int, signal._HANDLER] = {}
 
     def __bool__(self) -> bool:
         return self.name is not None
 
+    def hold(self) -> None:
+        """From here on signals only leave a note, for the ranks to agree on."""
+        self._held = True
+
     def _note(self, number: int, frame: types.FrameType | None) -> None:
-        self.name = signal.Signals(number).name
+        again, self.name = self.name is not None, signal.Signals(number).name
+        if not self._held and not again:
+            raise PreemptedError(f"stopped by {self.name} before training began; the same command starts again")
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:

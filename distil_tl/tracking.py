@@ -65,8 +65,9 @@ class Tracker:
             self._to_wandb(line)
 
     def _to_wandb(self, line: dict[str, Any]) -> None:
+        series = "train_epoch" if line["split"] == "train" and line.get("window") == "epoch" else line["split"]
         numbers = {
-            f"{line['split']}/{key}": value
+            f"{series}/{key}": value
             for key, value in line.items()
             if isinstance(value, (int, float)) and key not in ("step", "epoch", "time")
         }

@@ -23,13 +23,13 @@ from distil_tl.config import Config
 from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import eval_batches, open_splits, train_batches
-from distil_tl.distributed import DistInfo, max_over_ranks, on_rank_zero, once_per_node, read_launch, session
+from distil_tl.distributed import on_rank_zero, once_per_node, read_launch, session
 from distil_tl.engine import StageRun, begin_stage, check_finite, train_epoch
 from distil_tl.errors import PreemptedError
 from distil_tl.evaluation import evaluate
 from distil_tl.files import write_json
 from distil_tl.job import Job, open_job
-from distil_tl.log import Progress, setup_console
+from distil_tl.log import Progress, logger, setup_console
 from distil_tl.metrics import Meter
 from distil_tl.models import build, prepare_weights
 from distil_tl.report import write_report
@@ -65,10 +65,9 @@ def train(config: Config, source: DictConfig) -> None:
             summary.say_completed(info, Path(start.run_dir))
             return
         splits = open_splits(info, config.data)
-        refuse_to_start(info, stop)
         once_per_node(info, "weights", lambda: prepare_weights(config.model))
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
-        refuse_to_start(info, stop)
+        stop.hold()
         job = open_job(info, config, source, start, splits, model, stop)
         try:
             for name, stage in config.stages.items():
@@ -78,12 +77,6 @@ def train(config: Config, source: DictConfig) -> None:
         except BaseException as error:
             job.abandon("preempted" if isinstance(error, PreemptedError) else "failed")
             raise
-
-
-def refuse_to_start(info: DistInfo, stop: StopRequest) -> None:
-    """Raises PreemptedError on all ranks when one of them was asked to stop before there is anything to save."""
-    if max_over_ranks(info, float(bool(stop))):
-        raise PreemptedError("stopped by a signal before training began; the same command starts again")
 
 
 def run_stage(job: Job, name: str, stage: StageConfig) -> None:
@@ -174,11 +167,12 @@ def train_one_epoch(
 def finish(job: Job) -> None:
     """Evaluate the best checkpoint once more, in full, and leave the run directory complete."""
     info, data, state = job.info, job.config.data, job.state
-    assert state.best is not None
-    job.checkpoints.wait()
-    job.agreement.ask()  # the others wait here until rank 0 has written
-    checkpoint.load_weights(job.checkpoints.path(state.best["step"]), job.model.module)
-    image_size = job.image_size(job.config.stages[state.best["stage"]])
+    on_rank_zero(info, "writing the last checkpoint", job.checkpoints.wait)
+    if state.best is not None:  # else the run went on from a checkpoint whose best is not here: take what there is
+        checkpoint.load_weights(job.checkpoints.path(state.best["step"]), job.model.module)
+    shown = state.best or state.final
+    assert shown is not None
+    image_size = job.image_size(job.config.stages[shown["stage"]])
     test: dict[str, float] | None = None
     for split in ("test", "val"):
         index = job.splits[split]
@@ -201,9 +195,13 @@ def finish(job: Job) -> None:
             write_json(job.directory.path / "evaluation.json", summary.evaluation(split, index, result))
     job.bad_images.share(info)
     state.bad_images = job.bad_images.found
+    state.best = shown
     written = job.close("completed", **({"test": test} if test else {}))
     if info.is_main:
-        write_report(job.directory.path)
+        try:
+            write_report(job.directory.path)
+        except Exception as error:  # the run is complete whatever becomes of its picture
+            logger.warning("can't write report.html: %s", error)
         summary.say_result(job.directory.path, written)
 
 

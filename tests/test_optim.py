@@ -234,3 +234,19 @@ def test_problems_name_the_key(config: OptimConfig, key: str):
 
 def test_the_defaults_are_no_problem():
     assert OptimConfig().problems() == OptimConfig(clip_norm=None, warmup=0, momentum=0).problems() == []
+
+
+def test_a_first_step_that_is_skipped_leaves_sgd_sound():
+    model = tiny()
+    stage = StageConfig(unfreeze="all")
+    apply_stage(model, stage)
+    optimizer = build_optimizer(model, stage, OptimConfig(name="sgd"))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    before = [p.detach().clone() for p in parameters]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]  # as GradScaler does when fp16 overflows
+    optimizer.step()
+    optimizer.found_inf = torch.zeros(())  # type: ignore[attr-defined]
+    optimizer.step()
+    assert all(torch.allclose(p, old, atol=1e-3) for p, old in zip(parameters, before, strict=True))

@@ -154,3 +154,13 @@ def test_evaluation_is_exact_on_any_number_of_ranks(small: list[str], tmp_path: 
         assert [m["path"] for m in other["mistakes"]] == [m["path"] for m in found[0]["mistakes"]]
     best = json.loads((run_dir / "summary.json").read_text())["best"]
     assert found[0]["top1"] == best["top1"]
+
+
+def test_statistics_that_train_are_averaged_and_frozen_ones_left_alone(small: list[str], tmp_path: Path) -> None:
+    # Three ranks: (x + x + x) / 3 is not always x, so that averaging what is frozen would show.
+    args = [*small, f"run_dir={tmp_path}/run", "data.global_batch_size=9", "stages.head.epochs=0"]
+    ranks = run_ranks(3, hashed_train, [*args, "stages.full.batch_norm=train", "stages.full.epochs=1"])
+    assert [each["hashes"] for each in ranks] == [ranks[0]["hashes"]] * 3
+    moved = ranks[0]["moved"]["full"]
+    assert moved
+    assert all(name.startswith("conv5.") for name in moved), moved

@@ -310,3 +310,48 @@ def test_changed_images_are_refused_on_resume(
     message = refused([*small, f"data.root={root}", f"run_dir={run_dir}"], capsys)
     assert str(root / "train") in message
     assert "not those" in message
+
+
+# What a review found, kept found.
+
+
+def test_a_stage_added_to_a_completed_run_is_trained(small: list[str], tmp_path: Path) -> None:
+    args = [*small, f"run_dir={tmp_path}/lr=0.1"]
+    assert main([*args, "stages.full.epochs=0"]) == 0
+    assert list(summary_of(tmp_path / "lr=0.1")["stages"]) == ["head"]
+    assert main([*args, "stages.full.epochs=1"]) == 0
+    assert summary_of(tmp_path / "lr=0.1")["stages"]["full"]["epochs"] == 1
+    assert distil_tl.load(tmp_path / "lr=0.1").classes == ["circles", "noise", "stripes"], "a path with = in it"
+
+
+def test_going_on_from_a_completed_run_of_another_directory(finished: Path, small: list[str], tmp_path: Path) -> None:
+    assert main([*small, f"run_dir={tmp_path}/run", f"resume={finished}"]) == 0
+    summary = summary_of(tmp_path / "run")
+    assert summary["status"] == "completed"
+    assert summary["best"]["top1"] == summary_of(finished)["final"]["top1"], "the only one there is"
+
+
+def test_a_size_that_a_later_stage_cannot_take_is_refused_at_once(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [*small, "model.name=timm/vit_tiny_patch16_224", "stages.full.image_size=40", f"run_dir={tmp_path}/run"]
+    assert "multiple of 16" in refused(args, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_that_cannot_be_read_is_never_skipped(
+    small: list[str], tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader: Any = importlib.import_module("distil_tl.data.loader")
+    original = loader.decode
+
+    def decode(path: Path) -> torch.Tensor:
+        if path.name == "0001.png" and "train" in str(path):
+            raise PermissionError(13, "Permission denied")
+        image: torch.Tensor = original(path)
+        return image
+
+    monkeypatch.setattr(loader, "decode", decode)
+    message = refused([*small, f"run_dir={tmp_path}/run", "data.on_bad_image=skip", "data.workers=1"], capsys)
+    assert "Permission denied" in message
+    assert "0001.png" in message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from distil_tl.data.index import Index
-from distil_tl.data.loader import Batch, Loader
+from distil_tl.data.loader import UNREADABLE, Batch, Loader
 from distil_tl.distributed import DistInfo, gather_objects
 from distil_tl.errors import UserError
 from distil_tl.log import logger, printable
@@ -32,7 +32,7 @@ class BadImages:
         for batch in loader:
             for i, reason in batch.faults:
                 path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
-                if self.policy == "error":
+                if self.policy == "error" or reason.startswith(UNREADABLE):
                     raise UserError(
                         f"can't use the image {path} of class {name}: {reason}. Repair or remove it, or "
                         f"leave such images out with data.on_bad_image=skip",
@@ -50,8 +50,8 @@ class BadImages:
         if counted == 0 and met:
             name, reason = next(iter(met.items()))
             raise UserError(
-                f"not one of the images read from {index.root} can be used; {printable(name)}, for one: {reason}. Repair them, or "
-                f"give another data.root"
+                f"not one of the images read from {index.root} can be used; {printable(name)}, for one: {reason}. "
+                f"Repair them, or give another data.root"
             )
 
     def share(self, info: DistInfo) -> None:

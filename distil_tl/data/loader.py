@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
-import os
 import signal
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
@@ -18,8 +17,10 @@ from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import AUGMENTATIONS
+from distil_tl.distributed import available_cpus
 from distil_tl.keyed import keyed_seed
 
+UNREADABLE = "the file can't be read"
 ON_BAD_IMAGE = ("error", "skip")
 
 
@@ -122,6 +123,8 @@ class ImageDataset(Dataset[Item]):
             image = decode(self.index.path(key.image))
         except ImageError as error:  # as a value: raised in a worker it would arrive as a wall of text
             return Item(None, target, key.image, error.reason)
+        except OSError as error:  # not the image's fault, so that leaving out bad images must not hide it
+            return Item(None, target, key.image, f"{UNREADABLE}: {error.strerror or error}")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(keyed_seed(self.seed, "augment", self.stage, key.epoch, key.position))
             image = self.transform(image)
@@ -141,7 +144,7 @@ class ImageDataset(Dataset[Item]):
 
 def default_workers(local_world_size: int) -> int:
     """Loader processes a rank: its share of the CPUs this process may run on, less one for the rank itself."""
-    return max(0, min(16, len(os.sched_getaffinity(0)) // local_world_size - 1))
+    return max(0, min(16, available_cpus() // local_world_size - 1))
 
 
 def make_loader(
@@ -174,5 +177,6 @@ def _ignore_signals(worker: int) -> None:
 def _kill_workers() -> None:
     # After an error the loader's iterator may still be alive at exit, where multiprocessing would send its workers a
     # TERM, which they ignore, and wait for them forever.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would make an error of their end
     for worker in multiprocessing.active_children():
         worker.kill()

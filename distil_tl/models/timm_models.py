@@ -95,7 +95,7 @@ def build(
         options["img_size"] = image_size
     with seeded(seed, "model"):
         module = _create(name, pretrained, num_classes=num_classes, **options)
-    _check_size(name, module, image_size)
+    check_size(name, module, image_size)
     return module, _heads(name, module, num_classes), "img_size" in options
 
 
@@ -129,7 +129,7 @@ def _create(name: str, pretrained: bool, **options: object) -> nn.Module:
         ) from error
 
 
-def _check_size(name: str, module: nn.Module, size: int) -> None:
+def check_size(name: str, module: nn.Module, size: int) -> None:
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
     step = patch[0] if isinstance(patch, (tuple, list)) else patch
     if isinstance(step, int) and size % step:

@@ -65,7 +65,7 @@ def build(
     Raises:
         UserError: the architecture cannot take images of `image_size`.
     """
-    _check_size(name, image_size)
+    check_size(name, image_size)
     options: dict[str, object] = {}
     if name.startswith("vit_"):
         options["image_size"] = image_size
@@ -80,7 +80,7 @@ def build(
     return module, (head,)
 
 
-def _check_size(name: str, size: int) -> None:
+def check_size(name: str, size: int) -> None:
     step = 1
     if name.startswith("vit_"):
         step = int(name.rpartition("_")[2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -41,6 +43,7 @@ class TransferModel:
         weights: where they come from.
         image_size: the side of the images it was built for.
         fixed_image_size: whether it takes images of that size only.
+        check_size: raises UserError for a size of images that it can't take.
     """
 
     module: nn.Module
@@ -49,6 +52,7 @@ class TransferModel:
     weights: WeightsInfo
     image_size: int
     fixed_image_size: bool
+    check_size: Callable[[int], None] = field(repr=False, default=lambda size: None)
     parameter_groups: dict[str, int] = field(init=False, repr=False)
     module_groups: dict[str, int | None] = field(init=False, repr=False)
 
@@ -112,12 +116,14 @@ def build(
         module, head, fixed = timm_models.build(name, num_classes, size, pretrained=from_library, seed=seed)
         skip = head
         groups = timm_models.groups(module, head)
+        check_size = functools.partial(timm_models.check_size, name, module)
     else:
         name = config.name
         module, head = torchvision_models.build(name, num_classes, size, random=weights == "none", seed=seed)
         fixed = torchvision_models.fixed_size(name)
         skip = (*head, *torchvision_models.auxiliary(name))
         groups = torchvision_groups(module, head)
+        check_size = functools.partial(torchvision_models.check_size, name)
 
     if pretrained:
         state, info = _read_weights(config, weights, module, head)
@@ -129,7 +135,7 @@ def build(
         with seeded(seed, "model"):
             load_backbone(module, state, skip=skip, source=info.source)
     init_head(module, head, seed)
-    return TransferModel(module.train(), groups, preprocess, info, size, fixed)
+    return TransferModel(module.train(), groups, preprocess, info, size, fixed, check_size)
 
 
 def _read_weights(
