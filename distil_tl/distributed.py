@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +197,8 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
 
     timeout = datetime.timedelta(seconds=config.timeout_seconds)
     store, _, _ = next(iter(rendezvous(launch.url, launch.rank, launch.world_size, timeout=timeout)))
+    if launch.launcher == "torchrun":
+        store = PrefixStore(_meet(PrefixStore("meeting", store), launch, config.timeout_seconds), store)
     backend = config.backend if config.backend != "auto" else ("nccl" if cuda else "gloo")
     dist.init_process_group(
         # CPU tensors (stop flags, the index, counts) always travel over gloo, so they never wait for a GPU.
@@ -210,7 +214,8 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
         yield info
         dist.barrier()
     except PreemptedError:
-        _count(info, "leaving", info.world_size, 10)  # the store may live here: let the others read what they wait for
+        with suppress(dist.DistError):  # where the store lives elsewhere, it may be gone as soon as all are counted
+            _count(info, "leaving", info.world_size, 10)  # it may live here: let the others read what they wait for
         dist.destroy_process_group()
         raise
     except RuntimeError as error:
@@ -221,6 +226,27 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
             f"did not answer within distributed.timeout_seconds={config.timeout_seconds:g}; see the others' logs"
         ) from error
     dist.destroy_process_group()
+
+
+def _meet(store: Any, launch: Launch, timeout: float) -> str:
+    """A name for this attempt that all its ranks agree on.
+
+    After a restart torchrun's store still holds what the ranks of the attempt before wrote, and its count of restarts
+    differs between nodes. The name is made from a word of each rank; what is left of earlier ranks can't agree on it.
+    """
+    here, agreed = ([f"{word} {rank}" for rank in range(launch.world_size)] for word in ("here", "agreed"))
+    store.set(here[launch.rank], secrets.token_hex(8))
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if store.check(here):
+            name = hashlib.sha256(b"".join(store.multi_get(here))).hexdigest()
+            store.set(agreed[launch.rank], name)
+            if store.check(agreed) and set(store.multi_get(agreed)) == {name.encode()}:
+                return name
+        time.sleep(0.05)
+    raise LostRanksError(
+        f"rank {launch.rank} did not meet the other ranks within distributed.timeout_seconds={timeout:g}; see their log"
+    )
 
 
 def _gpu(launch: Launch, visible: int) -> int:
