@@ -13,12 +13,13 @@ from distil_tl.commands import run_command
 from distil_tl.data.faults import BadImages
 from distil_tl.data.index import Index, scan
 from distil_tl.data.splits import SPLITS, data_root, eval_batches, share_indexes
-from distil_tl.distributed import read_launch, session
+from distil_tl.distributed import session
 from distil_tl.engine import Network, amp_dtype
 from distil_tl.errors import UserError
 from distil_tl.evaluation import evaluate
 from distil_tl.files import write_json
 from distil_tl.inference import restore
+from distil_tl.launched import read_launch
 from distil_tl.log import logger, printable, setup_console, table
 from distil_tl.summary import evaluation
 

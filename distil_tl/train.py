@@ -23,12 +23,13 @@ from distil_tl.config import Config
 from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import eval_batches, open_splits, train_batches
-from distil_tl.distributed import on_rank_zero, once_per_node, read_launch, session
+from distil_tl.distributed import on_rank_zero, once_per_node, session
 from distil_tl.engine import StageRun, begin_stage, check_finite, train_epoch
 from distil_tl.errors import PreemptedError
 from distil_tl.evaluation import evaluate
 from distil_tl.files import write_json
 from distil_tl.job import Job, open_job
+from distil_tl.launched import read_launch
 from distil_tl.log import Progress, logger, setup_console
 from distil_tl.metrics import Meter
 from distil_tl.models import build, prepare_weights

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from distil_tl.distributed import Launch, first_host, read_launch
 from distil_tl.errors import UserError
+from distil_tl.launched import Launch, first_host, read_launch
 
 TORCHRUN = {
     "RANK": "5",

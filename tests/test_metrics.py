@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distil_tl import metrics as metrics_module
-from distil_tl.distributed import DistInfo, Launch
+from distil_tl.distributed import DistInfo
+from distil_tl.launched import Launch
 from distil_tl.metrics import ClassificationMetrics, Meter
 
 sk = pytest.importorskip("sklearn.metrics")

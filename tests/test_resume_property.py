@@ -26,10 +26,11 @@ from distil_tl.data import loader as loading
 from distil_tl.data.faults import BadImages
 from distil_tl.data.loader import Batch, ImageDataset, fitting_world_sizes, make_loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
-from distil_tl.distributed import DistInfo, Launch
+from distil_tl.distributed import DistInfo
 from distil_tl.engine import StageRun
 from distil_tl.errors import PreemptedError
 from distil_tl.job import Job
+from distil_tl.launched import Launch
 from distil_tl.metrics import Meter
 from distil_tl.optim import current_lr
 from distil_tl.rundir import RunState, StageRecord
