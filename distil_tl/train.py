@@ -197,7 +197,9 @@ def finish(job: Job) -> None:
     job.bad_images.share(info)
     state.bad_images = job.bad_images.found
     state.best = shown
-    written = job.close("completed", **({"test": test} if test else {}))
+    # Others wait without a collective: W&B may take longer to finish than one may last.
+    more = {"test": test} if test else {}
+    written = on_rank_zero(info, "closing the run", lambda: job.close("completed", **more))
     if info.is_main:
         try:
             write_report(job.directory.path)
