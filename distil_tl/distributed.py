@@ -207,7 +207,8 @@ def _raise_together(info: DistInfo, phase: str, error: UserError | None) -> None
     _count(info, f"{phase}: finished", info.world_size, info.prepare_timeout)
     if info.store.check([f"{phase}: error"]):
         message = info.store.get(f"{phase}: error").decode()
-        _count(info, f"{phase}: read", info.world_size, 10)
+        with suppress(dist.DistError):  # as when leaving: the store may be gone as soon as all are counted
+            _count(info, f"{phase}: read", info.world_size, 10)
         raise UserError(message)
 
 

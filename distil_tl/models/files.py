@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -28,15 +27,6 @@ _CONVERT = (
     "c = torch.load(sys.argv[1], 'cpu', weights_only=False); c = c.get('state_dict', c.get('model', c)); "
     "save_file({k: v.contiguous().clone() for k, v in c.items()}, sys.argv[2])"
 )
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_state(path: Path) -> State:

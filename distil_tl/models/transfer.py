@@ -10,10 +10,11 @@ from torch import nn
 
 from distil_tl.data.transforms import Preprocess
 from distil_tl.errors import UserError
+from distil_tl.files import sha256_file
 from distil_tl.models import timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.families import torchvision_groups
-from distil_tl.models.files import State, load_backbone, read_state, sha256, strip_prefixes
+from distil_tl.models.files import State, load_backbone, read_state, strip_prefixes
 from distil_tl.models.groups import LayerGroup, index_modules, index_parameters
 from distil_tl.models.head import init_head, seeded
 from distil_tl.models.packages import PACKAGES, match_by_position
@@ -145,19 +146,19 @@ def _read_weights(
     if weights == "none":
         return None, WeightsInfo("none", None)
     if config.path is not None:
-        return read_state(config.path), WeightsInfo(f"file {config.path.name}", sha256(config.path))
+        return read_state(config.path), WeightsInfo(f"file {config.path.name}", sha256_file(config.path))
     if weights == "package":
         package = PACKAGES[config.name]
         file = package.file()
         assert file is not None, "config.problems() has looked"
-        info = WeightsInfo(f"package {package.distribution} {package.version}", sha256(file))
+        info = WeightsInfo(f"package {package.distribution} {package.version}", sha256_file(file))
         return match_by_position(read_state(file), module, skip_shape=head, source=info.source), info
     if config.from_timm:
         cached = timm_models.cached_file(config.library_name)
-        return None, WeightsInfo(timm_models.source(config.library_name), sha256(cached) if cached else None)
+        return None, WeightsInfo(timm_models.source(config.library_name), sha256_file(cached) if cached else None)
     file = torchvision_models.cached_file(config.name, weights)
     entry = torchvision_models.entry(config.name, weights)
-    return read_state(file), WeightsInfo(f"torchvision {entry.name}", sha256(file))
+    return read_state(file), WeightsInfo(f"torchvision {entry.name}", sha256_file(file))
 
 
 def prepare_weights(config: ModelConfig) -> None:
