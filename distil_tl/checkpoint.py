@@ -116,7 +116,7 @@ class Checkpoints:
             self._point("last", target)
             if is_best:
                 self._point("best", target)
-            self._prune()
+            self._prune(target)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             left = self.named("last")
@@ -146,9 +146,10 @@ class Checkpoints:
         link.replace(self.folder / name)
         fsync_directory(self.folder)
 
-    def _prune(self) -> None:
+    def _prune(self, newest: Path) -> None:
         kept = {self.named(name) for name in ("last", "best")}
-        for path in self.all()[: -self.keep]:
+        # Later ones are damaged, and were fallen back from: they must not crowd out the sound ones.
+        for path in [path for path in self.all() if path <= newest][: -self.keep]:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob(".step-*.partial"):  # of attempts that were killed while saving

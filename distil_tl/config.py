@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -243,24 +243,43 @@ def _is_free(key: str) -> bool:
     return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_ON_RESUME)
 
 
-def unsafe_changes(saved: dict[str, Any], now: dict[str, Any], started: Sequence[str]) -> list[str]:
+def unsafe_changes(
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    started: Sequence[str],
+    digests: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+) -> list[str]:
     """What differs between two configurations (nested dicts) and can't, in a run that has begun the stages `started`.
 
-    A stage that has not begun may still change.
+    A stage that has not begun may still change. `digests` are those of `interpolated`, of both.
     """
     before, after = flatten(saved), flatten(now)
     changes = []
     for key in sorted(before.keys() | after.keys()):
         parts = key.split(".")
         to_come = parts[0] == "stages" and len(parts) > 1 and parts[1] not in started
-        if before.get(key) != after.get(key) and not _is_free(key) and not to_come:
+        if _is_free(key) or to_come:
+            continue
+        if before.get(key) != after.get(key):
             changes.append(f"{key}: was {before.get(key)!r}, now {after.get(key)!r}")
+        elif key in digests[0] and digests[0][key] != digests[1].get(key):
+            changes.append(f"{key}: {after[key]} stands for another value than it did")
     stages = now.get("stages") or {}
     left = [name for name in started if name in stages]
     ahead = [name for name, stage in stages.items() if name in left or stage.get("epochs") != 0]
     if ahead[: len(left)] != left:
         changes.append(f"stages: {', '.join(started)} came first, now the order is {', '.join(ahead)}")
     return changes
+
+
+def interpolated(config: Config, source: DictConfig) -> dict[str, str]:
+    """Digests of the values behind interpolations, such as `${oc.env:SEED}`, by key: to compare, not to read."""
+    values = flatten(dataclasses.asdict(config))
+    found = {}
+    for key, text in flatten(plain(source)).items():
+        if isinstance(text, str) and "${" in text and not _is_free(key):
+            found[key] = hashlib.sha256(f"{key}={values[key]!r}".encode()).hexdigest()[:16]
+    return found
 
 
 def check(config: Config, world_size: int) -> None:

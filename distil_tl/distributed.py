@@ -110,19 +110,38 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
     try:
         yield info
         dist.barrier()
-    except PreemptedError:
-        with suppress(dist.DistError):  # where the store lives elsewhere, it may be gone as soon as all are counted
-            _count(info, "leaving", info.world_size, 10)  # it may live here: let the others read what they wait for
-        dist.destroy_process_group()
+    except PreemptedError as error:
+        _leave(info, error)
         raise
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
+        # A store that failed is not asked again. Later on all ranks leave together.
+        asks = info.phase == "start-up" and not isinstance(error, dist.DistError)
+        if asks and (left := _left_because(info)) is not None:
+            _leave(info, left)
+            raise left from error
         raise LostRanksError(
             f"rank {info.rank} lost the other ranks during {info.phase}: {str(error).splitlines()[0]}. A rank ended or "
             f"did not answer within distributed.timeout_seconds={config.timeout_seconds:g}; see the others' logs"
         ) from error
     dist.destroy_process_group()
+
+
+def _leave(info: DistInfo, why: PreemptedError) -> None:
+    """Take the group down before the others do, who may not know yet that this rank was asked to stop."""
+    with suppress(dist.DistError):  # where the store lives elsewhere, it may be gone as soon as all are counted
+        info.store.set("preempted", str(why))
+        dist.destroy_process_group()  # who waits for this rank in a collective finds that out now, and looks here
+        _count(info, "leaving", info.world_size, 10, leaving=True)  # the store may live here: let them
+
+
+def _left_because(info: DistInfo) -> PreemptedError | None:
+    """What another rank said when a signal made it leave, if one did."""
+    with suppress(dist.DistError):
+        if info.store.check(["preempted"]):
+            return PreemptedError(info.store.get("preempted").decode())
+    return None
 
 
 def _meet(store: Any, launch: Launch, timeout: float) -> str:
@@ -212,11 +231,13 @@ def _raise_together(info: DistInfo, phase: str, error: UserError | None) -> None
         raise UserError(message)
 
 
-def _count(info: DistInfo, key: str, expected: int, timeout: float) -> None:
-    """Be counted under `key`, and wait until so many are or time is up."""
+def _count(info: DistInfo, key: str, expected: int, timeout: float, *, leaving: bool = False) -> None:
+    """Be counted under `key`, and wait until so many are or time is up. Raises PreemptedError when a rank leaves."""
     deadline = time.monotonic() + timeout
     here = info.store.add(key, 1)
     while here < expected and time.monotonic() < deadline:
+        if not leaving and (left := _left_because(info)) is not None:
+            raise left
         time.sleep(0.05)
         here = info.store.add(key, 0)
 
@@ -245,6 +266,8 @@ def _await(info: DistInfo, phase: str) -> Any:
     def ask() -> None:
         try:
             while not store.check([phase]):
+                if (left := _left_because(info)) is not None:
+                    raise left
                 time.sleep(0.05)
             answers.append(json.loads(store.get(phase)))
         except Exception as error:

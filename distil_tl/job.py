@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from distil_tl import checkpoint as ckpt
 from distil_tl.checkpoint import Checkpoints, Position, find_fault
-from distil_tl.config import Config, plain
+from distil_tl.config import Config, interpolated, plain
 from distil_tl.data.faults import BadImages
 from distil_tl.data.loader import plan_batches
 from distil_tl.data.splits import Splits
@@ -46,6 +46,7 @@ class Job:
     train_state: dict[str, Any] | None  # of the checkpoint the run goes on from, until its stage takes it
     clock: float
     saved_at: float
+    interpolated: dict[str, str] = field(default_factory=dict)
     agreement: Agreement = field(init=False)
 
     def __post_init__(self) -> None:
@@ -146,6 +147,7 @@ class Job:
                 "run": self.state.to_json(),
                 "world_size": self.info.world_size,
                 "global_batch_size": self.config.data.global_batch_size,
+                "interpolated": self.interpolated,
                 "data": {"train": self.splits.train.fingerprint, "val": self.splits.val.fingerprint},
                 "weights": asdict(self.model.weights),
                 "preprocess": asdict(self.model.preprocess),
@@ -240,6 +242,7 @@ def open_job(
     return Job(
         info=info,
         config=config,
+        interpolated=interpolated(config, source),
         splits=splits,
         model=model,
         network=Network(model, amp_dtype(config.precision, info.device), info.device),

@@ -19,7 +19,7 @@ import torchvision
 from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.checkpoint import Checkpoints, Position, find_fault, load_state
-from distil_tl.config import Config, plain, to_yaml, unsafe_changes
+from distil_tl.config import Config, interpolated, plain, to_yaml, unsafe_changes
 from distil_tl.distributed import DistInfo, available_cpus
 from distil_tl.errors import UserError
 from distil_tl.files import write_atomic, write_json
@@ -144,9 +144,10 @@ def _refuse_changes(config: Config, source: DictConfig, checkpoint: Path, run_di
     saved = run_dir / "config.yaml"
     if not saved.exists():
         return
-    started = list(load_state(checkpoint)["run"]["stages"])
+    state = load_state(checkpoint)
     before: Any = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
-    changes = unsafe_changes(before, plain(source), started)
+    digests = state.get("interpolated", {}), interpolated(config, source)
+    changes = unsafe_changes(before, plain(source), list(state["run"]["stages"]), digests)
     if changes:
         listing = "\n".join(f"  - {change}" for change in changes)
         raise UserError(

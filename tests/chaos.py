@@ -380,8 +380,6 @@ def wrong_end(ended: Ended, fault: Fault | None) -> str | None:
         return None if statuses == {0} else f"statuses {ended.statuses} without a fault"
     if fault.kind in SIGNALS:  # too late to stop is fine, and so is dying of the second one when all is saved
         allowed = [{0}, {3}]
-        if fault.region == "start-up":  # there is nothing to save yet: who is signalled leaves, and the others miss it
-            allowed.append({1, 3})
         if fault.kind == "twice":
             allowed += [{0, -SIGNALS["twice"]}, {3, -SIGNALS["twice"]}]
     elif fault.kind == "disk full":

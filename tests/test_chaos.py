@@ -45,6 +45,7 @@ def references(folder: Path, tmp_path_factory: pytest.TempPathFactory):
 
 # Chosen so that each way of ending comes at another moment, and the whole takes seconds.
 SHORT = {
+    "signal to one rank in start-up": ((2, 2), [Fault("term", "start-up", 1, 0)], 0.01),
     "kill one rank in a step": ((2, 2), [Fault("kill one", "step", 1, 0)], 0.7),
     "signal in an evaluation, then a full disk": (
         (2, 2, 2),

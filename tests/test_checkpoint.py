@@ -228,6 +228,19 @@ def test_the_newest_are_kept_and_the_best(checkpoints: Checkpoints):
     assert steps(checkpoints) == [6, 7, 8]
 
 
+def test_damaged_ones_that_were_fallen_back_from_do_not_crowd_out_sound_ones(checkpoints: Checkpoints):
+    for step in (1, 2):
+        save(checkpoints, step)
+    for step in (8, 9):  # damaged, and trained again from step 2 at another pace
+        shutil.copytree(checkpoints.path(2), checkpoints.path(step))
+        truncate(checkpoints.path(step) / WEIGHTS)
+    for step in (3, 4):
+        save(checkpoints, step)
+    assert [path.name[-1] for path in checkpoints.all()] == ["3", "4", "8", "9"]
+    save(checkpoints, 10)
+    assert [path.name[-2:] for path in checkpoints.all()] == ["09", "10"]
+
+
 def test_keeping_one(tmp_path: Path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     save(checkpoints, 1, best=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +54,11 @@ def run_dir(stopped: Path, tmp_path: Path) -> Path:
 def data(folder: Path, tmp_path: Path) -> Path:
     shutil.copytree(folder, tmp_path / "data")
     return tmp_path / "data"
+
+
+def with_environment(body: Callable[..., int], variables: dict[str, str], *args: Any) -> int:
+    os.environ |= variables
+    return body(*args)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -120,6 +129,25 @@ def test_drift_is_told_from_the_images_that_training_began_with(
 
 
 # Settings that have changed.
+
+
+def test_another_value_from_the_environment_is_refused_and_none_is_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    variables = {"RATE": "0.0123456", "IMAGES": str(folder)}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    args = [*small_args(folder), f"run_dir={run_dir}", "optim.weight_decay=${oc.env:RATE}"]
+    args.append("data.root=${oc.env:IMAGES}")
+    assert run_ranks(1, with_environment, stopped_train, variables, args, 3, 0, signal.SIGTERM) == [3]
+    (state,) = (run_dir / "checkpoints").glob("step-*/state.json")
+    assert list(json.loads(state.read_text())["interpolated"]) == ["optim.weight_decay"], "where images lie may change"
+    assert not [path for path in run_dir.rglob("*") if path.is_file() and b"0.0123456" in path.read_bytes()]
+    find_start(*load(args))
+    monkeypatch.setenv("RATE", "0.02")
+    message = refused(args, capsys)
+    assert "optim.weight_decay: ${oc.env:RATE} stands for another value than it did" in message
 
 
 @pytest.mark.parametrize(
