@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +56,13 @@ class Checkpoints:
     """The checkpoints of one run: `step-XXXXXXXX` folders, and the links `last` and `best`.
 
     One process writes, in one background thread: `save` copies to host memory and returns, and what went wrong is
-    raised by the next `save` or `wait`.
+    raised by the next `save` or `wait`. Before anything changes in the folder, `check` may object by raising.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, check: Callable[[], None] = lambda: None) -> None:
         self.folder = folder
         self.keep = keep
+        self._check = check
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -103,8 +104,10 @@ class Checkpoints:
 
     def _write(self, target: Path, snapshot: tuple[dict[str, Tensor], Any, dict[str, Any]], is_best: bool) -> None:
         partial = target.with_name(f".{target.name}.partial")
+        self._check()
         try:
             self._fill(partial, *snapshot)
+            self._check()
             # A checkpoint of the same step gives way without a moment in which there is neither.
             replaced = target.with_name(f"{target.name}.replaced")
             if target.exists():

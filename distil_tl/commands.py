@@ -13,7 +13,9 @@ from distil_tl.errors import (
     CheckpointError,
     LostRanksError,
     NonFiniteError,
+    NoProgressError,
     PreemptedError,
+    SupersededError,
     UserError,
 )
 from distil_tl.log import logger
@@ -33,10 +35,10 @@ def run_command(name: str, body: Callable[[], object]) -> int:
     except PreemptedError as error:
         _say(f"{name}: {error}")
         return EXIT_PREEMPTED
-    except NonFiniteError as error:
+    except (NonFiniteError, NoProgressError) as error:
         _say(f"{name}: {error}")
         return EXIT_FAULT
-    except (LostRanksError, CheckpointError) as error:
+    except (LostRanksError, CheckpointError, SupersededError) as error:
         _say(f"{name}: {error}", always=True)
         return EXIT_FAULT
     except BrokenPipeError:  # the reader of our output, `head` say, has gone

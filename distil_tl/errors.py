@@ -29,6 +29,14 @@ class LostRanksError(RuntimeError):
     """A collective failed because another rank ended or hangs: exit status 1."""
 
 
+class SupersededError(RuntimeError):
+    """Another attempt has gone on with the run, so this one may not write any more: exit status 1."""
+
+
+class NoProgressError(RuntimeError):
+    """A job was restarted time and again and got nowhere: exit status 1."""
+
+
 class CheckpointError(OSError):
     """A checkpoint could not be written; those before it are as they were: exit status 1."""
 

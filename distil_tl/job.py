@@ -17,7 +17,7 @@ from distil_tl.data.loader import plan_batches
 from distil_tl.data.splits import Splits
 from distil_tl.distributed import DistInfo, on_rank_zero
 from distil_tl.engine import Network, StageRun, amp_dtype
-from distil_tl.errors import PreemptedError
+from distil_tl.errors import PreemptedError, SupersededError
 from distil_tl.log import add_rank_file, logger
 from distil_tl.metrics import ClassificationMetrics, Meter
 from distil_tl.models import TransferModel
@@ -193,6 +193,8 @@ class Job:
         """`close` for a run that does not get to its end; what fails here must not hide why."""
         try:
             self.close(status)
+        except SupersededError:
+            pass
         except OSError as error:
             logger.error("can't write summary.json: %s", error)
 
@@ -225,16 +227,21 @@ def open_job(
         ckpt.load_weights(path, model.module)
         train_state = ckpt.load_train_state(path)
     directory = RunDirectory(run_dir)
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, directory.attempt.check)
     trackers: list[Tracker] = []
 
     def begin() -> None:
+        directory.begin(source, splits.classes, info, state.step)
         if start.checkpoint is not None and state.best is not None and path.parent == checkpoints.folder:
             checkpoints.take_up(path, checkpoints.path(state.best["step"]))
-        directory.begin(source, splits.classes, info)
         splits.remember(run_dir)
         within = state.position is not None and state.position.consumed > 0
-        trackers.append(Tracker(run_dir, config.tracking, plain(source), after_step=state.step, within_epoch=within))
+        trackers.append(
+            Tracker(
+                run_dir, config.tracking, plain(source),
+                after_step=state.step, within_epoch=within, check=directory.attempt.check,
+            )
+        )  # fmt: skip
 
     on_rank_zero(info, "opening the run directory", begin)  # W&B may take minutes to answer
     add_rank_file(run_dir, info.rank)

@@ -18,6 +18,7 @@ import torch
 import torchvision
 from omegaconf import DictConfig, OmegaConf
 
+from distil_tl.attempt import Attempt
 from distil_tl.checkpoint import Checkpoints, Position, find_fault, load_state
 from distil_tl.config import Config, interpolated, plain, to_yaml, unsafe_changes
 from distil_tl.distributed import DistInfo, available_cpus
@@ -99,6 +100,7 @@ def find_start(config: Config, source: DictConfig) -> Start:
     run_dir = Path(config.run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"run_dir={run_dir} is a file; choose another run_dir")
+    Attempt(run_dir).refuse_if_in_use()
     checkpoints = Checkpoints(run_dir / "checkpoints")
     here = checkpoints.newest_sound()
     if config.resume == "never":
@@ -169,13 +171,20 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.attempt = Attempt(path)
 
-    def begin(self, source: DictConfig, classes: Sequence[str], info: DistInfo) -> None:
+    def begin(self, source: DictConfig, classes: Sequence[str], info: DistInfo, step: int) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        self.attempt.begin(step)
         write_atomic(self.path / "config.yaml", to_yaml(source))
         write_json(self.path / "env.json", environment(info))
         write_json(self.path / "classes.json", list(classes))
         (self.path / "summary.json").unlink(missing_ok=True)  # of an attempt before; a run in progress has none
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """A JSON file, unless another attempt has taken over."""
+        self.attempt.check()
+        write_json(self.path / name, content)
 
     def write_summary(self, status: str, state: RunState, info: DistInfo, **more: Any) -> dict[str, Any]:
         summary = {
@@ -192,7 +201,8 @@ class RunDirectory:
             "total_seconds": state.seconds,
             "peak_memory_mb": peak_memory_mb(info),
         }
-        write_json(self.path / "summary.json", summary)
+        self.write("summary.json", summary)
+        self.attempt.end()
         return summary
 
 

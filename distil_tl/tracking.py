@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -47,10 +48,20 @@ class Tracker:
         after_step: the step that the run goes on from; lines of later steps, which a killed attempt wrote, go.
         within_epoch: that step's epoch is not evaluated yet, so that what a killed attempt wrote of it goes too.
         config: as it may be shown, without secrets.
+        check: may object to a line by raising.
     """
 
-    def __init__(self, run_dir: Path, settings: TrackingConfig, config: dict[str, Any], *, after_step: int = 0,
-                 within_epoch: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        run_dir: Path,
+        settings: TrackingConfig,
+        config: dict[str, Any],
+        *,
+        after_step: int = 0,
+        within_epoch: bool = False,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._check = check
         path = run_dir / "metrics.jsonl"
         if path.exists():
             write_atomic(path, "".join(_lines_up_to(path, after_step, within_epoch)))
@@ -59,6 +70,7 @@ class Tracker:
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one line; `step`, `stage` and `split` are in it."""
+        self._check()
         line = {**line, "time": time.time()}
         self._file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
         if self._wandb is not None:

@@ -27,7 +27,6 @@ from distil_tl.distributed import on_rank_zero, once_per_node, session
 from distil_tl.engine import StageRun, begin_stage, check_finite, train_epoch
 from distil_tl.errors import PreemptedError
 from distil_tl.evaluation import evaluate
-from distil_tl.files import write_json
 from distil_tl.job import Job, open_job
 from distil_tl.launched import read_launch
 from distil_tl.log import Progress, logger, setup_console
@@ -193,7 +192,7 @@ def finish(job: Job) -> None:
         if split == "test":
             test = result.metrics.compute()
         elif info.is_main:
-            write_json(job.directory.path / "evaluation.json", summary.evaluation(split, index, result))
+            job.directory.write("evaluation.json", summary.evaluation(split, index, result))
     job.bad_images.share(info)
     state.bad_images = job.bad_images.found
     state.best = shown

@@ -263,6 +263,7 @@ def test_names_from_data_stay_names(tmp_path: Path, capfd: pytest.CaptureFixture
     assert [path.name for path in (inside / "only").iterdir()] == ["run"]
     names = {part for path in run_dir.rglob("*") for part in path.relative_to(run_dir).parts}
     assert names <= {
+        "attempt.json",
         "config.yaml", "env.json", "classes.json", "metrics.jsonl", "summary.json", "evaluation.json", "report.html",
         "checkpoints", "step-00000002", "best", "last", "weights.safetensors", "train_state.pt", "state.json",
         "checksums", "logs", "rank-0.log", "index", "train.npz", "val.npz",

@@ -1,0 +1,129 @@
+"""Who may write into a run directory: one attempt at a time, and the newest of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distil_tl.attempt import MAX_STUCK, Attempt, read_attempt
+from distil_tl.errors import NoProgressError, SupersededError, UserError
+from distil_tl.train import main
+from tests.ranks import lines
+
+JOB = {"SLURM_JOB_ID": "7"}
+
+
+def slow_training(args: list[str], *, world: int = 1) -> subprocess.Popen[str]:
+    """A run that takes a second for each step, in a process of its own."""
+    code = (
+        "import sys, time\n"
+        "from distil_tl import train\n"
+        "original = train.check_finite\n"
+        "train.check_finite = lambda *a: (time.sleep(1), original(*a))\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True, env=environ)
+
+
+def wait_for_lines(run_dir: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists() or len(lines(run_dir)) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "logs" not in p.parts
+    }
+
+
+def test_a_run_directory_in_use_is_refused_by_name(small: list[str], tmp_path: Path, capsys) -> None:
+    args = [*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=1"]
+    first = slow_training(args)
+    try:
+        wait_for_lines(tmp_path / "run", 1)
+        assert main(args) == 2
+        message = capsys.readouterr().err
+        assert (
+            f"{tmp_path}/run is in use: process {first.pid} of this machine has been training there since 20" in message
+        )
+        assert f"end it with `kill {first.pid}`, or choose another run_dir" in message
+    finally:
+        first.kill()
+        first.communicate()
+    assert main(args) == 0, "one that is dead is in nobody's way"
+
+
+def test_an_attempt_that_was_replaced_writes_nothing_more(small: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    stale = slow_training([*small, f"run_dir={run_dir}", "checkpoint.every_steps=1"])
+    try:
+        wait_for_lines(run_dir, 2)
+        Attempt(run_dir).begin(step=1)
+        time.sleep(1)  # what was being written is written
+        before = content(run_dir)
+        said = stale.communicate(timeout=60)[1]
+    finally:
+        stale.kill()
+    assert stale.returncode == 1
+    assert f"another attempt has gone on with {run_dir} since 20" in said
+    assert f"(process {os.getpid()} on " in said
+    assert "Traceback" not in said
+    assert content(run_dir) == before
+
+
+def test_the_check_notices_only_another_attempt(tmp_path: Path) -> None:
+    one, two = Attempt(tmp_path), Attempt(tmp_path)
+    one.check()
+    one.begin(0)
+    one.check()
+    two.begin(0)
+    two.check()
+    for act in (one.check, one.end):
+        with pytest.raises(SupersededError):
+            act()
+    two.end()
+    assert "ended_at" in json.loads((tmp_path / "attempt.json").read_text())
+    (tmp_path / "attempt.json").write_text("")
+    two.check()
+    assert read_attempt(tmp_path / "attempt.json") is None
+
+
+def test_what_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Attempt(tmp_path).begin(0, JOB)
+    monkeypatch.setattr("distil_tl.attempt.os.getpid", lambda: -1)
+    for environ in ({}, JOB, {"SLURM_JOB_ID": "8"}):
+        with pytest.raises(UserError, match="is in use"):
+            Attempt(tmp_path).refuse_if_in_use(environ)
+    Attempt(tmp_path).refuse_if_in_use({**JOB, "SLURM_RESTART_COUNT": "1"})
+
+    signed = json.loads((tmp_path / "attempt.json").read_text())
+    for change in ({"process": "another machine"}, {"process": None}, {"ended_at": "now"}):
+        (tmp_path / "attempt.json").write_text(json.dumps({**signed, **change}))
+        Attempt(tmp_path).refuse_if_in_use({})
+
+
+def test_restarts_without_progress_are_capped(tmp_path: Path) -> None:
+    def restarted(count: int, step: int) -> None:
+        Attempt(tmp_path).begin(step, {**JOB, "SLURM_RESTART_COUNT": str(count)})
+
+    for count in range(MAX_STUCK + 1):
+        restarted(count, 40)
+    with pytest.raises(NoProgressError, match="restarted 4 times at step 40 and never got further"):
+        restarted(MAX_STUCK + 1, 40)
+    restarted(MAX_STUCK + 1, 41)  # progress
+    for count in range(MAX_STUCK + 2, 2 * MAX_STUCK + 2):
+        restarted(count, 41)
+    with pytest.raises(NoProgressError):
+        restarted(2 * MAX_STUCK + 2, 41)
+    restarted(0, 41)  # submitted again
+    for _ in range(10):
+        Attempt(tmp_path).begin(41, {})  # by hand
