@@ -1,4 +1,4 @@
-"""The whole configuration: dataclasses of the rooms composed, read from YAML and the command line, checked, saved."""
+"""The whole configuration: dataclasses of the rooms composed, read from YAML and the command line, and checked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, Node, OmegaConf, StringNode
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.checkpoint import CheckpointConfig
 from distil_tl.data.loader import DataConfig, fitting_world_sizes
@@ -23,6 +21,7 @@ from distil_tl.engine import PRECISIONS
 from distil_tl.errors import UserError, did_you_mean
 from distil_tl.models import ModelConfig, resolve_weights
 from distil_tl.optim import OptimConfig
+from distil_tl.settings import apply, flatten, is_file, parse_overrides, plain, read_yaml, refuse, to_object
 from distil_tl.stages import StageConfig, default_stages
 from distil_tl.tracking import TrackingConfig
 
@@ -68,93 +67,29 @@ def load(args: Sequence[str]) -> tuple[Config, DictConfig]:
     Raises:
         UserError: unknown keys (with suggestions), values of the wrong type, files that can't be read: all of them.
     """
-    files = [arg for arg in args if _is_file(arg)]
+    files = [arg for arg in args if is_file(arg)]
     if len(files) > 1 or any(file.startswith("-") for file in files):
         odd = next((file for file in files if file.startswith("-")), files[-1])
         raise UserError(f"can't read the argument {odd!r}; usage: [CONFIG.yaml] [key=value ...]")
     problems: list[str] = []
-    tree = _read_yaml(Path(files[0]), ()) if files else {}
+    tree = read_yaml(Path(files[0]), ()) if files else {}
+    tree.pop("slurm", None)  # is for launch, which reads the same files
     schema = OmegaConf.structured(Config)
-    overrides = _parse_overrides(schema, [arg for arg in args if not _is_file(arg)], problems)
+    overrides = parse_overrides(schema, [arg for arg in args if not is_file(arg)], problems)
     if "stages" in tree:
         _define_stages(schema, tree.pop("stages"), problems)
     named = flatten(tree.get("data")) | flatten(overrides.get("data"))
     if files and "root" not in named:
         problems.append(f"{files[0]} names no images: add data.root=FOLDER (data.root=null is the embedded digits)")
     if not files and named.get("root") is None:
-        _apply(schema, DEMO, "", problems)
-    _apply(schema, tree, "", problems)
-    _apply(schema, overrides, "", problems)
-    _refuse(problems)
-    try:
-        config: Any = OmegaConf.to_object(schema)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
+        apply(schema, DEMO, "", problems)
+    apply(schema, tree, "", problems)
+    apply(schema, overrides, "", problems)
+    refuse(problems)
+    config = to_object(schema)
     assert isinstance(config, Config)
     _settle(config, schema)
     return config, schema
-
-
-def _is_file(arg: str) -> bool:
-    # A folder of a sweep may well be called lr=0.1.
-    return "=" not in arg or (arg.endswith((".yaml", ".yml")) and Path(arg).is_file())
-
-
-def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
-    if path in above:
-        raise UserError(f"{path} is its own `base:`, by way of {', '.join(p.name for p in above)}")
-    try:
-        node = OmegaConf.load(path)
-    except FileNotFoundError:
-        where = f" (the `base:` of {above[-1]})" if above else "; give a YAML file, or only key=value arguments"
-        raise UserError(f"there is no configuration file {path}{where}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read the configuration {path}: {error}") from None
-    except Exception as error:  # the YAML parser's own errors share no public base
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(node, DictConfig):
-        raise UserError(f"{path} must hold keys and values, as in `seed: 1`")
-    tree: Any = OmegaConf.to_container(node, resolve=False)
-    base = tree.pop("base", None)
-    return (
-        tree if base is None else _overlay(_read_yaml(path.parent / str(base), (*above, path)), tree, whole=("stages",))
-    )
-
-
-def _overlay(base: dict[str, Any], top: dict[str, Any], whole: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`top` over `base`, key by key, except that the keys in `whole` are replaced as they are."""
-    merged = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _overlay(merged[key], value) if both and key not in whole else value
-    return merged
-
-
-def _parse_overrides(schema: DictConfig, pairs: list[str], problems: list[str]) -> dict[str, Any]:
-    """`key=value` pairs as a tree. Values are read as YAML, but text stays as it was typed: `2024_01` is no number."""
-    tree: dict[str, Any] = {}
-    for pair in pairs:
-        try:
-            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=False)
-            key, _, text = pair.partition("=")
-            if text not in ("", "null") and isinstance(_node_at(schema, key), StringNode):
-                parsed = text
-                for part in reversed(key.split(".")):
-                    parsed = {part: parsed}
-            tree = _overlay(tree, parsed)
-        except Exception as error:  # YAML's and OmegaConf's parsers raise kinds of their own
-            problems.append(f"can't read {pair!r}: {str(error).splitlines()[0]}")
-    return tree
-
-
-def _node_at(schema: DictConfig, key: str) -> Node | None:
-    """What the schema has under a dotted key; None where it has nothing."""
-    node: Any = schema
-    for part in key.split("."):
-        node = node._get_node(part) if isinstance(node, DictConfig) and part in node.keys() else None  # noqa: SIM118
-    found: Node | None = node
-    return found
 
 
 def _define_stages(schema: DictConfig, stages: Any, problems: list[str]) -> None:
@@ -171,51 +106,7 @@ def _define_stages(schema: DictConfig, stages: Any, problems: list[str]) -> None
         if not isinstance(values, dict) or "unfreeze" not in values:
             problems.append(f"stages.{name} must say what it trains, as in `unfreeze: head` or `unfreeze: all`")
         if isinstance(values, dict):
-            _apply(schema, {"stages": {name: values}}, "", problems)
-
-
-def _apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[str]) -> None:
-    """Set each leaf of `tree` on its own, so that one wrong value does not hide the next."""
-    node = OmegaConf.select(schema, prefix.rstrip(".")) if prefix else schema
-    known = [str(key) for key in node]
-    for key, value in tree.items():
-        full = f"{prefix}{key}"
-        if str(key) not in known:
-            problems.append(f"unknown {'stage' if prefix == 'stages.' else 'key'} `{full}`{_suggest(schema, full)}")
-        elif isinstance(OmegaConf.select(schema, full, throw_on_resolution_failure=False), DictConfig):
-            if isinstance(value, dict):
-                _apply(schema, value, f"{full}.", problems)
-            else:
-                problems.append(f"`{full}` holds keys of its own, as in `{full}.KEY=VALUE`, not {value!r}")
-        else:
-            try:
-                OmegaConf.update(schema, full, value)
-            except OmegaConfBaseException as error:
-                problems.append(f"`{full}`: {str(error).splitlines()[0]}")
-
-
-def _suggest(schema: DictConfig, full: str) -> str:
-    parent, _, name = full.rpartition(".")
-    siblings = (OmegaConf.select(schema, parent) if parent else None) or schema
-    hint = did_you_mean(name, [str(key) for key in siblings])
-    known_here = f"; known here: {', '.join(str(key) for key in siblings)}"
-    if hint or parent == "stages":
-        return hint or known_here
-    leaves = list(flatten(OmegaConf.to_container(schema, resolve=False)))
-    same = [leaf for leaf in leaves if name in (leaf.rpartition(".")[2], leaf.rpartition(".")[2].rpartition("_")[2])]
-    if same:
-        return ", did you mean " + " or ".join(f"`{leaf}`" for leaf in same[:3]) + "?"
-    return did_you_mean(full, leaves) or known_here
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by their dotted key."""
-    if not isinstance(tree, dict) or not tree:
-        return {prefix: tree}
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return leaves
+            apply(schema, {"stages": {name: values}}, "", problems)
 
 
 def _settle(config: Config, schema: DictConfig) -> None:
@@ -288,7 +179,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         UserError: listing every problem.
     """
-    _refuse(list(_problems(config, world_size)))
+    refuse(list(_problems(config, world_size)))
 
 
 def check_evaluation(config: Config) -> None:
@@ -298,7 +189,7 @@ def check_evaluation(config: Config) -> None:
         found.append(f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}")
     if config.data.root is not None and not Path(config.data.root).is_dir():
         found.append(f"data.root={config.data.root} is not a folder")
-    _refuse(found)
+    refuse(found)
 
 
 def _problems(config: Config, world_size: int) -> Iterator[str]:
@@ -340,24 +231,6 @@ def _root_problems(root: Path) -> Iterator[str]:
             f"data.root={root} has no {' and no '.join(missing)} folder; it must hold train/CLASS/*.jpg and "
             f"val/CLASS/*.jpg (its folders: {have})"
         )
-
-
-def _refuse(problems: list[str]) -> None:
-    if len(problems) == 1:
-        raise UserError(problems[0])
-    if problems:
-        raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
-def to_yaml(source: DictConfig) -> str:
-    """The configuration as it may be written down: defaults filled in, interpolations left as they are."""
-    return OmegaConf.to_yaml(source, resolve=False)
-
-
-def plain(source: DictConfig) -> dict[str, Any]:
-    """The same as nested dictionaries, for comparing and for showing."""
-    tree: dict[str, Any] = yaml.safe_load(to_yaml(source))
-    return tree
 
 
 def usage(program: str) -> str:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from distil_tl import checkpoint as ckpt
 from distil_tl.checkpoint import Checkpoints, Position, find_fault
-from distil_tl.config import Config, interpolated, plain
+from distil_tl.config import Config, interpolated
 from distil_tl.data.faults import BadImages
 from distil_tl.data.loader import plan_batches
 from distil_tl.data.splits import Splits
@@ -23,6 +23,7 @@ from distil_tl.metrics import ClassificationMetrics, Meter
 from distil_tl.models import TransferModel
 from distil_tl.optim import current_lr
 from distil_tl.rundir import RunDirectory, RunState, Start
+from distil_tl.settings import plain
 from distil_tl.stages import StageConfig, check_stages
 from distil_tl.stopping import Agreement, Request, StopRequest
 from distil_tl.tracking import Tracker

@@ -20,11 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.attempt import Attempt
 from distil_tl.checkpoint import Checkpoints, Position, find_fault, load_state
-from distil_tl.config import Config, interpolated, plain, to_yaml, unsafe_changes
+from distil_tl.config import Config, interpolated, unsafe_changes
 from distil_tl.distributed import DistInfo, available_cpus
 from distil_tl.errors import UserError
 from distil_tl.files import write_atomic, write_json
 from distil_tl.log import logger
+from distil_tl.settings import plain, to_yaml
 from distil_tl.version import __version__
 
 MAX_LISTED = 1000  # bad images named in summary.json; the checkpoint and the logs have all

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distil_tl.config import Config, check, flatten, load, plain, run_name, to_yaml, unsafe_changes, usage
+from distil_tl.config import Config, check, load, run_name, unsafe_changes, usage
 from distil_tl.errors import UserError
+from distil_tl.settings import flatten, plain, to_yaml
 from distil_tl.stages import default_stages
 
 
