@@ -40,7 +40,7 @@ class Attempt:
             return
         job, restarts = _slurm(environ)
         requeued = job is not None and other["slurm_job_id"] == job and other["restarts"] != restarts
-        if not requeued and other["process"] is not None and other["process"] == _process(other["pid"]):
+        if not requeued and is_alive(other):
             raise UserError(
                 f"{self.path.parent} is in use: process {other['pid']} of this machine has been training there since "
                 f"{other['started_at']}. Wait for it, end it with `kill {other['pid']}`, or choose another run_dir"
@@ -102,6 +102,11 @@ def read_attempt(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and "token" in found else None
+
+
+def is_alive(signed: Mapping[str, Any]) -> bool:
+    """Whether the process that signed runs on, as far as this machine can tell: never so of another one's."""
+    return signed["process"] is not None and signed["process"] == _process(signed["pid"])
 
 
 def _slurm(environ: Mapping[str, str]) -> tuple[str | None, int]:

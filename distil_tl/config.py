@@ -179,7 +179,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         UserError: listing every problem.
     """
-    refuse(list(_problems(config, world_size)))
+    refuse(list(problems(config, world_size)))
 
 
 def check_evaluation(config: Config) -> None:
@@ -192,7 +192,8 @@ def check_evaluation(config: Config) -> None:
     refuse(found)
 
 
-def _problems(config: Config, world_size: int) -> Iterator[str]:
+def problems(config: Config, world_size: int) -> Iterator[str]:
+    """What can't work, each with the way out."""
     yield from config.data.problems()
     yield from config.model.problems()
     for name, stage in config.stages.items():

@@ -225,7 +225,7 @@ def environment(info: DistInfo) -> dict[str, Any]:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         },
-        "git": _git(),
+        "git": git_state(),
         "command": sys.argv,
         "host": socket.gethostname(),
         "launcher": info.launch.launcher,
@@ -236,8 +236,12 @@ def environment(info: DistInfo) -> dict[str, Any]:
     }
 
 
-def _git() -> dict[str, Any] | None:
-    """Commit and state of the checkout this package runs from, if it is one."""
+def git_state() -> dict[str, Any] | None:
+    """Commit and state of the checkout this package runs from, or was copied from for a job; None if there is none."""
+    snapshot = Path(__file__).with_name("snapshot.json")
+    if snapshot.exists():
+        known: dict[str, Any] | None = json.loads(snapshot.read_text())
+        return known
 
     def ask(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]

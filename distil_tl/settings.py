@@ -82,8 +82,10 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
         full = f"{prefix}{key}"
         if str(key) not in known:
             problems.append(f"unknown {'stage' if prefix == 'stages.' else 'key'} `{full}`{_suggest(schema, full)}")
-        elif isinstance(OmegaConf.select(schema, full, throw_on_resolution_failure=False), DictConfig):
-            if isinstance(value, dict):
+        elif isinstance(found := OmegaConf.select(schema, full, throw_on_resolution_failure=False), DictConfig):
+            if isinstance(value, dict) and _takes_any_key(found):
+                OmegaConf.update(schema, full, value, merge=True)
+            elif isinstance(value, dict):
                 apply(schema, value, f"{full}.", problems)
             else:
                 problems.append(f"`{full}` holds keys of its own, as in `{full}.KEY=VALUE`, not {value!r}")
@@ -92,6 +94,10 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
                 OmegaConf.update(schema, full, value)
             except OmegaConfBaseException as error:
                 problems.append(f"`{full}`: {str(error).splitlines()[0]}")
+
+
+def _takes_any_key(node: DictConfig) -> bool:
+    return OmegaConf.get_type(node) is dict and node._metadata.element_type is Any
 
 
 def _suggest(schema: DictConfig, full: str) -> str:

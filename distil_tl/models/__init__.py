@@ -9,6 +9,7 @@ from distil_tl.models.transfer import (
     WeightsInfo,
     build,
     default_preprocess,
+    missing_weights,
     prepare_weights,
 )
 
@@ -19,6 +20,7 @@ __all__ = [
     "WeightsInfo",
     "build",
     "default_preprocess",
+    "missing_weights",
     "prepare_weights",
     "resolve_weights",
 ]

@@ -118,6 +118,12 @@ def adapt_state(state: State, module: nn.Module) -> State:
     return state
 
 
+def cache_path(name: str, weights: str) -> Path:
+    """Where torch.hub keeps the published weights, or would."""
+    url: str = entry(name, weights).url
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+
+
 def cached_file(name: str, weights: str) -> Path:
     """Where torch.hub keeps the published weights, downloaded first when they are not there.
 
@@ -126,7 +132,7 @@ def cached_file(name: str, weights: str) -> Path:
     """
     published = entry(name, weights)
     url: str = published.url
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    path = cache_path(name, weights)
     if path.is_file():
         return path
     digest = re.search(r"-([0-9a-f]{8,})\.", path.name)

@@ -178,6 +178,18 @@ def prepare_weights(config: ModelConfig) -> None:
         torchvision_models.cached_file(config.name, weights)
 
 
+def missing_weights(config: ModelConfig) -> str | None:
+    """The weights that would have to be downloaded first, by name; None when they are on this machine."""
+    weights = resolve_weights(config)
+    if weights in ("none", "package") or config.path is not None:
+        return None
+    if config.from_timm:
+        found = timm_models.cached_file(config.library_name)
+        return None if found else timm_models.source(config.library_name)
+    found = torchvision_models.cache_path(config.name, weights)
+    return None if found.is_file() else f"torchvision {torchvision_models.entry(config.name, weights).name}"
+
+
 def default_preprocess(config: ModelConfig) -> Preprocess:
     """What the weights expect of their input; for `none` and paths, what the model's default weights do."""
     if config.from_timm:

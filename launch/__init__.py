@@ -1,0 +1,1 @@
+"""Runs and sweeps of runs on Slurm, by way of submitit: see docs/cluster.md."""

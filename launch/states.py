@@ -1,0 +1,158 @@
+"""How a submitted training stands: from its run directory first, and from Slurm where it can be asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distil_tl.attempt import FILE as ATTEMPT
+from distil_tl.attempt import is_alive, read_attempt
+from launch.queue import QueuedJob
+from launch.records import read_record
+
+QUIET_S = 900  # a run that has written nothing for so long is not taken for a running one on its files' word alone
+STATES = ("completed", "running", "pending", "requeued", "stopped", "failed", "pruned", "unknown", "missing")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One run.
+
+    Attributes:
+        progress: 0 to 1, in epochs.
+        detail: of what there is no other word for, such as why it failed.
+    """
+
+    run_dir: Path
+    state: str
+    progress: float | None = None
+    best: dict[str, Any] | None = None
+    stage: str | None = None
+    epoch: int | None = None
+    step: int | None = None
+    job_id: str | None = None
+    restarts: int = 0
+    host: str | None = None
+    seconds: float | None = None
+    detail: str | None = None
+
+
+def stand(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> Standing:
+    """How the run in `run_dir` stands; `queue` is None when Slurm can't be asked."""
+    summary = _json(run_dir / "summary.json")
+    attempt = read_attempt(run_dir / ATTEMPT)
+    record = read_record(run_dir)
+    lines = _last_lines(run_dir / "metrics.jsonl")
+    last = lines[-1] if lines else None
+    job = _job(record, attempt, queue)
+    state, detail = _state(run_dir, summary, attempt, record, last, job, asked=queue is not None)
+    best = (summary or {}).get("best") or _best(lines)
+    return Standing(
+        run_dir,
+        state,
+        progress=1.0 if state == "completed" else _progress(run_dir, last),
+        best=best,
+        stage=last["stage"] if last else None,
+        epoch=last["epoch"] if last else None,
+        step=last["step"] if last else None,
+        job_id=str(record["job_id"]) if record else (attempt or {}).get("slurm_job_id"),
+        restarts=(attempt or {}).get("restarts", 0),
+        host=(job.nodes if job and job.nodes else None)
+        or ((attempt or {}).get("host") if state == "running" else None),
+        seconds=(summary or {}).get("total_seconds"),
+        detail=detail,
+    )
+
+
+def _state(
+    run_dir: Path,
+    summary: Mapping[str, Any] | None,
+    attempt: Mapping[str, Any] | None,
+    record: Mapping[str, Any] | None,
+    last: Mapping[str, Any] | None,
+    job: QueuedJob | None,
+    *,
+    asked: bool,
+) -> tuple[str, str | None]:
+    status = (summary or {}).get("status")
+    if status == "completed":
+        return "completed", None
+    if (run_dir / "pruned.json").exists():
+        return "pruned", None
+    if job is not None and job.lives:
+        if job.waits:
+            return ("requeued" if attempt is not None else "pending"), (job.reason if job.reason != "None" else None)
+        return "running", None
+    if attempt is not None and "ended_at" not in attempt and is_alive(attempt):
+        return "running", None
+    if status == "preempted":
+        return "stopped", "asked to stop, and saved; submitting it again goes on"
+    if status == "failed":
+        return "failed", None
+    if attempt is None and record is None:
+        return "missing", None
+    if record is not None and record["cluster"] == "slurm" and not asked:
+        recent = last is not None and time.time() - last["time"] < QUIET_S
+        return ("running" if recent else "unknown"), "Slurm can't be asked"
+    if job is not None and job.state == "CANCELLED":
+        return "stopped", "cancelled"
+    ended = f"job {job.id} is {job.state}" if job is not None else "its job is gone"
+    return "failed", f"it ended without a word ({ended})"
+
+
+def _job(
+    record: Mapping[str, Any] | None, attempt: Mapping[str, Any] | None, queue: Mapping[str, QueuedJob] | None
+) -> QueuedJob | None:
+    if queue is None:
+        return None
+    by_record = queue.get(str(record["job_id"])) if record is not None else None
+    return by_record or (queue.get(str(attempt["slurm_job_id"])) if attempt is not None else None)
+
+
+def _progress(run_dir: Path, last: Mapping[str, Any] | None) -> float | None:
+    """Epochs begun and done, over all stages."""
+    config = run_dir / "config.yaml"
+    if last is None or not config.exists():
+        return None
+    from distil_tl.settings import read_yaml
+
+    epochs = {name: stage["epochs"] for name, stage in read_yaml(config, ())["stages"].items()}
+    if last["stage"] not in epochs or not all(isinstance(number, int) for number in epochs.values()):
+        return None
+    names = list(epochs)
+    before = sum(epochs[name] for name in names[: names.index(last["stage"])])
+    done = last["epoch"] if last["split"] == "val" else last["epoch"] - 1
+    share: float = (before + done) / max(1, sum(epochs.values()))
+    return share
+
+
+def _best(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    evaluations = [line for line in lines if line.get("split") == "val" and line.get("top1") is not None]
+    return max(evaluations, key=lambda line: (line["top1"], -(line["loss"] or 0)), default=None)
+
+
+def _last_lines(path: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl that are whole."""
+    found = []
+    try:
+        text = path.read_text()
+    except OSError:
+        return []
+    for line in text.splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # one that is being written
+            continue
+    return found
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found

@@ -1,0 +1,187 @@
+"""How runs stand: `python -m launch.status DIR [--watch [SECONDS]] [--json]`, for a run, a sweep, or a folder of runs.
+
+From the run directories, and from squeue where it answers; neither accounting nor the submitting shell is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distil_tl.attempt import FILE as ATTEMPT
+from distil_tl.commands import run_command
+from distil_tl.errors import UserError
+from distil_tl.files import json_safe
+from distil_tl.log import setup_console, table
+from launch.queue import QueuedJob, SlurmUnavailableError, queued
+from launch.records import RECORD
+from launch.states import STATES, Standing, stand
+from launch.sweep import SWEEP
+from launch.trials import Values
+
+OVER = ("completed", "failed", "stopped", "pruned")
+DEFAULT_METRIC = "top1"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m launch.status", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("dir", type=Path, help="a run directory, a sweep's, or any folder above some")
+    parser.add_argument(
+        "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="again and again, every 10"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    known = parser.parse_args(args)
+    return run_command("launch.status", lambda: status(known.dir, watch=known.watch, as_json=known.json))
+
+
+@dataclass(frozen=True)
+class Overview:
+    folder: Path
+    metric: str
+    rows: list[tuple[Standing, Values]]
+    note: str | None  # when Slurm could not be asked
+
+    @property
+    def over(self) -> bool:
+        return all(standing.state in OVER for standing, _ in self.rows)
+
+
+def status(folder: Path, *, watch: float | None = None, as_json: bool = False) -> None:
+    """Print how everything in `folder` stands, with `watch` until all of it is over.
+
+    Raises:
+        UserError: there is no run.
+    """
+    setup_console(True)
+    while True:
+        found = overview(folder)
+        text = to_json(found) if as_json else to_text(found)
+        if watch is not None and sys.stdout.isatty():
+            sys.stdout.write("\x1b[H\x1b[2J")
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+        if watch is None or found.over:
+            return
+        time.sleep(watch)
+
+
+def overview(folder: Path) -> Overview:
+    """All runs in `folder`, best first."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give a run directory, or one above some")
+    sweep = _read(folder / SWEEP)
+    if sweep is not None:
+        values: dict[Path, Values] = {folder / name: given for name, given in sweep["trials"].items()}
+        metric = sweep["metric"]
+    else:
+        values = {run_dir: {} for run_dir in find_runs(folder)}
+        metric = DEFAULT_METRIC
+    if not values:
+        raise UserError(f"{folder} holds no run; a run directory has {ATTEMPT} or {RECORD}")
+    queue: dict[str, QueuedJob] | None = None
+    note = None
+    try:
+        queue = queued()
+    except SlurmUnavailableError as error:
+        note = f"{error}: jobs are judged by their files"
+    rows = [(stand(run_dir, queue), given) for run_dir, given in values.items()]
+    rows.sort(key=lambda row: (_rank(row[0], metric), STATES.index(row[0].state), row[0].run_dir.name))
+    return Overview(folder, metric, rows, note)
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Run directories in `folder`: itself, or up to three levels below."""
+    if is_run(folder):
+        return [folder]
+    found = []
+    for depth in range(1, 4):
+        found += [path for path in folder.glob("/".join("*" * depth)) if path.is_dir() and is_run(path)]
+    return sorted(found)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / ATTEMPT).exists() or (folder / RECORD).exists()
+
+
+def _rank(standing: Standing, metric: str) -> float:
+    value = (standing.best or {}).get(metric)
+    if value is None:
+        return math.inf
+    return float(value) if metric == "loss" else -float(value)
+
+
+def to_text(found: Overview) -> str:
+    keys = list(dict.fromkeys(key for _, given in found.rows for key in given))
+    shown = _distinct(keys)
+    head = ["", "run", "state", "done", found.metric, *(shown[key] for key in keys), "at", "job", "restarts", "where"]
+    lines = []
+    for rank, (standing, given) in enumerate(found.rows, start=1):
+        value = (standing.best or {}).get(found.metric)
+        at = f"{standing.stage} {standing.epoch}" if standing.stage else ""
+        name = (
+            standing.run_dir.name
+            if standing.run_dir == found.folder
+            else str(standing.run_dir.relative_to(found.folder))
+        )
+        lines.append(
+            [
+                str(rank) if value is not None else "",
+                name,
+                standing.state,
+                f"{100 * standing.progress:.0f}%" if standing.progress is not None else "",
+                f"{value:.4f}" if value is not None else "",
+                *(_cell(given.get(key)) for key in keys),
+                at,
+                standing.job_id or "",
+                str(standing.restarts or ""),
+                standing.host or "",
+            ]
+        )
+    used = [i for i in range(len(head)) if i < 5 or any(line[i] for line in lines)]
+    text = [table([[line[i] for i in used] for line in lines], [head[i] for i in used])]
+    counts = Counter(standing.state for standing, _ in found.rows)
+    text.append(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]))
+    text += [f"{s.run_dir.name}: {s.detail}" for s, _ in found.rows if s.detail and s.state in ("failed", "unknown")]
+    if found.note:
+        text.append(found.note)
+    return "\n".join(text)
+
+
+def to_json(found: Overview) -> str:
+    runs = [{**asdict(standing), "run_dir": str(standing.run_dir), "values": given} for standing, given in found.rows]
+    whole: dict[str, Any] = {"folder": str(found.folder), "metric": found.metric, "note": found.note, "runs": runs}
+    return json.dumps(json_safe(whole), indent=2)
+
+
+def _distinct(keys: Sequence[str]) -> dict[str, str]:
+    """The shortest endings of dotted keys that tell them apart."""
+    found = {}
+    for key in keys:
+        parts = key.split(".")
+        endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        found[key] = next(e for e in endings if sum(k == e or k.endswith(f".{e}") for k in keys) == 1 or e == key)
+    return found
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

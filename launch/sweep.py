@@ -1,0 +1,207 @@
+"""Submit a sweep: `python -m launch.sweep SWEEP.yaml [key=value ...]`, one Slurm array of trainings.
+
+Each trial trains in SWEEP_DIR/NAME, named by a hash of what it sets. The same command again submits what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from distil_tl import config as configuration
+from distil_tl.commands import run_command
+from distil_tl.config import unsafe_changes
+from distil_tl.errors import UserError
+from distil_tl.files import write_atomic, write_json
+from distil_tl.log import logger, setup_console
+from distil_tl.settings import plain, to_yaml
+from launch import options
+from launch.job import Training
+from launch.queue import QueuedJob, SlurmUnavailableError, queued
+from launch.records import record
+from launch.resources import SlurmConfig
+from launch.snapshot import take_snapshot
+from launch.states import Standing, stand
+from launch.submit import CLUSTERS, describe, executor_for, make_private, preflight, script, start
+from launch.trials import Sweep, Trial, as_arguments, read_sweep
+
+SWEEP = "sweep.json"
+COMMON = "common.yaml"
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m launch.sweep", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dir", type=Path, help="where the trials go; sweeps/NAME if not given")
+    parser.add_argument("--cluster", choices=CLUSTERS[:2], default="slurm", help="local: one after the other, here")
+    parser.add_argument("--resubmit-failed", action="store_true", help="also what failed, from its last checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="list the trials and print the script for sbatch")
+    known, rest = parser.parse_known_args(args)
+    return run_command("launch.sweep", lambda: submit_sweep(rest, **vars(known)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep as it will run: every trial with the configuration to train, as YAML."""
+
+    sweep: Sweep
+    folder: Path
+    slurm: SlurmConfig
+    common: Any
+    trials: dict[Path, tuple[Trial, str]]
+
+
+def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_failed: bool, dry_run: bool) -> None:
+    """Check all trials, and submit those that are not done, under way or failed.
+
+    Raises:
+        UserError: when one of them can't work, or sbatch refuses them. Nothing was submitted then.
+    """
+    setup_console(True)
+    files = [arg for arg in args if not arg.startswith("-") and "=" not in arg]
+    if len(files) != 1 or any(arg.startswith("-") for arg in args):
+        raise UserError("usage: python -m launch.sweep SWEEP.yaml [key=value ...] [slurm.key=value ...]; see --help")
+    plan = make_plan(Path(files[0]), [arg for arg in args if arg != files[0]], dir, cluster)
+    refuse_other_sweep(plan)
+    queue = queue_or_none() if cluster == "slurm" else {}
+    standings = {run_dir: stand(run_dir, queue) for run_dir in plan.trials}
+    wanted = {"missing", "stopped", *(["failed"] if resubmit_failed else [])}
+    todo = [run_dir for run_dir, standing in standings.items() if standing.state in wanted]
+    executor = executor_for(plan.folder, plan.slurm, cluster, name=plan.sweep.name)
+    if dry_run:
+        for run_dir, (trial, _) in plan.trials.items():
+            said = "would be submitted" if run_dir in todo else standings[run_dir].state
+            logger.info("%s  %s  %s", run_dir.name, " ".join(trial.arguments), said)
+        if cluster == "slurm":
+            sys.stdout.write(script(executor, cluster))
+        return
+    say_left_alone(standings, todo, resubmit_failed)
+    if not todo:
+        logger.info("nothing to submit; python -m launch.status %s", shlex.quote(str(plan.folder)))
+        return
+    write_down(plan)
+    work = {}
+    for run_dir in todo:
+        make_private(run_dir / "slurm")
+        write_atomic(run_dir / "slurm" / "config.yaml", plan.trials[run_dir][1])
+        (run_dir / "summary.json").unlink(missing_ok=True)  # it stands for an attempt that is over
+        work[run_dir] = Training(str(run_dir / "slurm" / "config.yaml"), str(Path.cwd()))
+    take_snapshot(plan.folder / "code")
+    if cluster == "slurm":
+        submit_array(plan, executor, work)
+    else:
+        run_here(executor, work)
+    logger.info("look after it: python -m launch.status %s", shlex.quote(str(plan.folder)))
+
+
+def make_plan(path: Path, args: Sequence[str], folder: Path | None, cluster: str) -> Plan:
+    """What the sweep file and `key=value` for all its trials mean, all of it checked."""
+    sweep = read_sweep(path)
+    pairs, rest = options.split(args)
+    config = [str(sweep.config)] if sweep.config is not None else []
+    shared = [*config, *as_arguments(sweep.set), *rest]
+    tree: Any = sweep.slurm
+    if sweep.config is not None and tree is None:
+        from distil_tl.settings import read_yaml
+
+        tree = read_yaml(sweep.config, ()).get("slurm")
+    slurm = options.read_slurm(tree, pairs)
+    folder = (folder or Path("sweeps") / sweep.name).absolute()
+    common = configuration.load([*shared, f"run_dir={folder}"])[1]
+    trials: dict[Path, tuple[Trial, str]] = {}
+    problems: list[str] = []
+    for trial in sweep.all_trials():
+        run_dir = folder / trial.name
+        try:
+            one, source = configuration.load([*shared, *trial.arguments, f"run_dir={run_dir}"])
+            preflight(one, slurm, cluster)
+        except UserError as error:
+            problems.append(f"trial {' '.join(trial.arguments)}: {error}")
+            continue
+        if one.tracking.wandb.group is None:
+            source.tracking.wandb.group = sweep.name
+        if one.tracking.wandb.name is None:
+            source.tracking.wandb.name = " ".join(trial.arguments) or trial.name
+        trials[run_dir] = trial, to_yaml(source)
+    if problems:
+        shown = "\n".join(dict.fromkeys(problems[:10]))
+        more = f"\nand {len(problems) - 10} more trials" if len(problems) > 10 else ""
+        raise UserError(f"{len(problems)} of {len(problems) + len(trials)} trials can't work:\n{shown}{more}")
+    return Plan(sweep, folder, slurm, common, trials)
+
+
+def refuse_other_sweep(plan: Plan) -> None:
+    """Trials are told apart by what they set, so all that they share must stay."""
+    saved = plan.folder / COMMON
+    if not saved.exists():
+        return
+    before: Any = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
+    now = plain(plan.common)
+    stages = list(before.get("stages") or {})
+    changes = unsafe_changes(before, now, stages)
+    if changes:
+        listing = "\n".join(f"  - {change}" for change in changes)
+        raise UserError(
+            f"{plan.folder} holds trials of another common configuration:\n{listing}\nGo back to its values, or give "
+            f"another --dir."
+        )
+
+
+def queue_or_none() -> dict[str, QueuedJob] | None:
+    try:
+        return queued()
+    except SlurmUnavailableError as error:
+        logger.warning("%s: how jobs stand is told from their files alone", error)
+        return None
+
+
+def say_left_alone(standings: dict[Path, Standing], todo: list[Path], resubmit_failed: bool) -> None:
+    left = Counter(standing.state for run_dir, standing in standings.items() if run_dir not in todo)
+    if left:
+        logger.info("left alone: %s", ", ".join(f"{count} {state}" for state, count in sorted(left.items())))
+    if left["failed"] and not resubmit_failed:
+        logger.info("those that failed go on with --resubmit-failed")
+
+
+def write_down(plan: Plan) -> None:
+    """What `launch.status` shows, and what the next submission is held to."""
+    make_private(plan.folder / "slurm")
+    write_atomic(plan.folder / COMMON, to_yaml(plan.common))
+    trials = {run_dir.name: trial.values for run_dir, (trial, _) in plan.trials.items()}
+    write_json(plan.folder / SWEEP, {"name": plan.sweep.name, "metric": plan.sweep.metric, "trials": trials})
+
+
+def submit_array(plan: Plan, executor: Any, work: dict[Path, Training]) -> None:
+    jobs = start(executor, list(work.values()))
+    for run_dir, job in zip(work, jobs, strict=True):
+        record(run_dir, job.job_id, "slurm")
+    one = jobs[0].job_id.partition("_")[0]
+    logger.info("job %s: %d trials, each on %s, %d at once", one, len(jobs), describe(plan.slurm, "slurm"),
+                plan.slurm.array_parallelism)  # fmt: skip
+
+
+def run_here(executor: Any, work: dict[Path, Training]) -> None:
+    """One trial after the other, as this machine is one."""
+    for number, (run_dir, training) in enumerate(work.items(), start=1):
+        logger.info("trial %d of %d: %s", number, len(work), run_dir)
+        (job,) = start(executor, [training])
+        record(run_dir, job.job_id, "local")
+        try:
+            job.wait()
+        except KeyboardInterrupt:
+            job.cancel()
+            job.wait()
+            raise
+        standing = stand(run_dir, {})
+        logger.info("  %s%s", standing.state, f": {standing.detail}; see {job.paths.stdout}" if standing.detail else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
