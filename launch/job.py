@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distil_tl.errors import EXIT_PREEMPTED
@@ -21,14 +21,20 @@ class Training:
     def __call__(self) -> int:
         os.chdir(self.cwd)  # relative paths mean what they meant there
         export_ranks()
-        from distil_tl.train import main
-
-        status = main([self.config])
-        if status == EXIT_PREEMPTED and os.environ.get("SLURM_PROCID", "0") == "0":
-            requeue_if_running(os.environ)
+        status = train_and_requeue([self.config])
         if status != 0:
             raise SystemExit(status)
         return status
+
+
+def train_and_requeue(args: Sequence[str]) -> int:
+    """Train; when that was asked to stop, and has saved, see to the Slurm job. The exit status."""
+    from distil_tl.train import main
+
+    status = main(args)
+    if status == EXIT_PREEMPTED and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        requeue_if_running(os.environ)
+    return status
 
 
 def export_ranks() -> None:

@@ -46,7 +46,7 @@ def stand(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> Standing:
     summary = _json(run_dir / "summary.json")
     attempt = read_attempt(run_dir / ATTEMPT)
     record = read_record(run_dir)
-    lines = _last_lines(run_dir / "metrics.jsonl")
+    lines = _lines(run_dir / "metrics.jsonl")
     last = lines[-1] if lines else None
     job = _job(record, attempt, queue)
     state, detail = _state(run_dir, summary, attempt, record, last, job, asked=queue is not None)
@@ -131,11 +131,16 @@ def _progress(run_dir: Path, last: Mapping[str, Any] | None) -> float | None:
 
 
 def _best(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    evaluations = [line for line in lines if line.get("split") == "val" and line.get("top1") is not None]
-    return max(evaluations, key=lambda line: (line["top1"], -(line["loss"] or 0)), default=None)
+    found = [line for line in lines if line.get("split") == "val" and line.get("top1") is not None]
+    return max(found, key=lambda line: (line["top1"], -(line["loss"] or 0)), default=None)
 
 
-def _last_lines(path: Path) -> list[dict[str, Any]]:
+def evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """The evaluations of a run so far, as metrics.jsonl has them."""
+    return [line for line in _lines(run_dir / "metrics.jsonl") if line.get("split") == "val"]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl that are whole."""
     found = []
     try:

@@ -30,7 +30,7 @@ from launch.job import Training
 from launch.queue import SlurmUnavailableError, queued
 from launch.records import read_record, record
 from launch.resources import SlurmConfig
-from launch.snapshot import take_snapshot
+from launch.snapshot import snapshot_path, take_snapshot
 
 CLUSTERS = ("slurm", "local", "debug")
 
@@ -63,7 +63,7 @@ def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False
     path = run_dir / "slurm" / "config.yaml"
     make_private(path.parent)
     write_atomic(path, to_yaml(source))
-    take_snapshot(run_dir / "code")
+    take_snapshot(run_dir)
     (job,) = start(executor, [Training(str(path), str(Path.cwd()))])
     record(run_dir, job.job_id, cluster)
     logger.info("job %s will train in %s, on %s", job.job_id, run_dir, describe(slurm, cluster))
@@ -91,8 +91,8 @@ def preflight(config: Config, slurm: SlurmConfig, cluster: str) -> None:
     weights = missing_weights(config.model) if not config.model.problems() else None
     if weights is not None and cluster == "slurm" and not slurm.nodes_download:
         found.append(
-            f"the weights ({weights}) are not on this machine, and compute nodes may have no network; run "
-            f"`distil-tl prefetch` with the same arguments first, or set slurm.nodes_download=true"
+            f"the weights of {config.model.name} ({weights}) are not on this machine, and compute nodes may have no "
+            f"network; run `distil-tl prefetch` with the same arguments first, or set slurm.nodes_download=true"
         )
     refuse(found)
 
@@ -120,12 +120,12 @@ def refuse_live(run_dir: Path) -> None:
 
 
 def executor_for(folder: Path, slurm: SlurmConfig, cluster: str, *, name: str) -> Any:
-    """A submitit executor whose files lie in `folder`/slurm, and whose jobs run the code in `folder`/code."""
+    """A submitit executor whose files lie in `folder`/slurm, and whose jobs run the snapshot in `folder`."""
     import submitit
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
     executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster)
-    code = shlex.quote(str(folder / "code"))
+    code = shlex.quote(str(snapshot_path(folder)))
     setup = [
         *slurm.setup,
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",  # as torchrun does: the loader has processes of its own

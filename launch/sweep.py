@@ -31,7 +31,7 @@ from launch.resources import SlurmConfig
 from launch.snapshot import take_snapshot
 from launch.states import Standing, stand
 from launch.submit import CLUSTERS, describe, executor_for, make_private, preflight, script, start
-from launch.trials import Sweep, Trial, as_arguments, read_sweep
+from launch.trials import Sweep, Trial, Values, as_arguments, read_sweep
 
 SWEEP = "sweep.json"
 COMMON = "common.yaml"
@@ -87,22 +87,22 @@ def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_f
         logger.info("nothing to submit; python -m launch.status %s", shlex.quote(str(plan.folder)))
         return
     write_down(plan)
-    work = {}
-    for run_dir in todo:
-        make_private(run_dir / "slurm")
-        write_atomic(run_dir / "slurm" / "config.yaml", plan.trials[run_dir][1])
-        (run_dir / "summary.json").unlink(missing_ok=True)  # it stands for an attempt that is over
-        work[run_dir] = Training(str(run_dir / "slurm" / "config.yaml"), str(Path.cwd()))
-    take_snapshot(plan.folder / "code")
     if cluster == "slurm":
-        submit_array(plan, executor, work)
+        jobs = launch_trials(plan, executor, todo, cluster)
+        one, at_once = jobs[0].job_id.partition("_")[0], plan.slurm.array_parallelism
+        logger.info("job %s: %d trials, each on %s, %d at once", one, len(jobs), describe(plan.slurm, cluster), at_once)
     else:
-        run_here(executor, work)
+        run_here(plan, executor, todo)
     logger.info("look after it: python -m launch.status %s", shlex.quote(str(plan.folder)))
 
 
-def make_plan(path: Path, args: Sequence[str], folder: Path | None, cluster: str) -> Plan:
-    """What the sweep file and `key=value` for all its trials mean, all of it checked."""
+def make_plan(
+    path: Path, args: Sequence[str], folder: Path | None, cluster: str, only: Sequence[Trial] | None = None
+) -> Plan:
+    """What the sweep file and `key=value` for all its trials mean, all of it checked.
+
+    Its trials are those of the file, or `only` some others.
+    """
     sweep = read_sweep(path)
     pairs, rest = options.split(args)
     config = [str(sweep.config)] if sweep.config is not None else []
@@ -116,14 +116,14 @@ def make_plan(path: Path, args: Sequence[str], folder: Path | None, cluster: str
     folder = (folder or Path("sweeps") / sweep.name).absolute()
     common = configuration.load([*shared, f"run_dir={folder}"])[1]
     trials: dict[Path, tuple[Trial, str]] = {}
-    problems: list[str] = []
-    for trial in sweep.all_trials():
+    problems: dict[str, list[str]] = {}
+    for trial in sweep.all_trials() if only is None else only:
         run_dir = folder / trial.name
         try:
             one, source = configuration.load([*shared, *trial.arguments, f"run_dir={run_dir}"])
             preflight(one, slurm, cluster)
         except UserError as error:
-            problems.append(f"trial {' '.join(trial.arguments)}: {error}")
+            problems.setdefault(str(error), []).append(" ".join(trial.arguments) or trial.name)
             continue
         if one.tracking.wandb.group is None:
             source.tracking.wandb.group = sweep.name
@@ -131,10 +131,15 @@ def make_plan(path: Path, args: Sequence[str], folder: Path | None, cluster: str
             source.tracking.wandb.name = " ".join(trial.arguments) or trial.name
         trials[run_dir] = trial, to_yaml(source)
     if problems:
-        shown = "\n".join(dict.fromkeys(problems[:10]))
-        more = f"\nand {len(problems) - 10} more trials" if len(problems) > 10 else ""
-        raise UserError(f"{len(problems)} of {len(problems) + len(trials)} trials can't work:\n{shown}{more}")
+        count = sum(map(len, problems.values()))
+        shown = [f"{error}\n  {_some(which)}" for error, which in problems.items()]
+        raise UserError(f"{count} of {count + len(trials)} trials can't work: " + "\n".join(shown))
     return Plan(sweep, folder, slurm, common, trials)
+
+
+def _some(which: list[str]) -> str:
+    more = f" and {len(which) - 3} more" if len(which) > 3 else ""
+    return f"in {'; '.join(which[:3])}{more}"
 
 
 def refuse_other_sweep(plan: Plan) -> None:
@@ -170,29 +175,36 @@ def say_left_alone(standings: dict[Path, Standing], todo: list[Path], resubmit_f
         logger.info("those that failed go on with --resubmit-failed")
 
 
-def write_down(plan: Plan) -> None:
+def write_down(plan: Plan, trials: dict[str, Values] | None = None) -> None:
     """What `launch.status` shows, and what the next submission is held to."""
     make_private(plan.folder / "slurm")
     write_atomic(plan.folder / COMMON, to_yaml(plan.common))
-    trials = {run_dir.name: trial.values for run_dir, (trial, _) in plan.trials.items()}
+    if trials is None:
+        trials = {run_dir.name: trial.values for run_dir, (trial, _) in plan.trials.items()}
     write_json(plan.folder / SWEEP, {"name": plan.sweep.name, "metric": plan.sweep.metric, "trials": trials})
 
 
-def submit_array(plan: Plan, executor: Any, work: dict[Path, Training]) -> None:
-    jobs = start(executor, list(work.values()))
-    for run_dir, job in zip(work, jobs, strict=True):
-        record(run_dir, job.job_id, "slurm")
-    one = jobs[0].job_id.partition("_")[0]
-    logger.info("job %s: %d trials, each on %s, %d at once", one, len(jobs), describe(plan.slurm, "slurm"),
-                plan.slurm.array_parallelism)  # fmt: skip
+def launch_trials(plan: Plan, executor: Any, todo: Sequence[Path], cluster: str) -> list[Any]:
+    """Hand trials over to submitit, several as one array."""
+    work = []
+    for run_dir in todo:
+        path = run_dir / "slurm" / "config.yaml"
+        make_private(path.parent)
+        write_atomic(path, plan.trials[run_dir][1])
+        (run_dir / "summary.json").unlink(missing_ok=True)  # it stands for an attempt that is over
+        work.append(Training(str(path), str(Path.cwd())))
+    take_snapshot(plan.folder)
+    jobs = start(executor, work)
+    for run_dir, job in zip(todo, jobs, strict=True):
+        record(run_dir, job.job_id, cluster)
+    return jobs
 
 
-def run_here(executor: Any, work: dict[Path, Training]) -> None:
+def run_here(plan: Plan, executor: Any, todo: Sequence[Path]) -> None:
     """One trial after the other, as this machine is one."""
-    for number, (run_dir, training) in enumerate(work.items(), start=1):
-        logger.info("trial %d of %d: %s", number, len(work), run_dir)
-        (job,) = start(executor, [training])
-        record(run_dir, job.job_id, "local")
+    for number, run_dir in enumerate(todo, start=1):
+        logger.info("trial %d of %d: %s", number, len(todo), run_dir)
+        (job,) = launch_trials(plan, executor, [run_dir], "local")
         try:
             job.wait()
         except KeyboardInterrupt:

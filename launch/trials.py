@@ -169,17 +169,17 @@ def _random_problems(key: str, how: Any) -> Iterator[str]:
 
 def draw(space: dict[str, dict[str, list[Any]]], seed: int, number: int) -> Values:
     """The `number`-th draw of each key; a key's draws do not depend on which others there are."""
-    found: Values = {}
-    for key, how in space.items():
-        ((kind, values),) = how.items()
-        rng = random.Random(f"{seed} {number} {key}")
-        if kind == "choice":
-            found[key] = rng.choice(values)
-        elif kind == "uniform":
-            found[key] = _shortened(rng.uniform(*values))
-        else:
-            found[key] = _shortened(math.exp(rng.uniform(*map(math.log, values))))
-    return found
+    return {key: draw_value(random.Random(f"{seed} {number} {key}"), how) for key, how in space.items()}
+
+
+def draw_value(rng: Any, how: dict[str, list[Any]]) -> Any:
+    """A value of one key, from `rng.choice` and `rng.uniform`."""
+    ((kind, values),) = how.items()
+    if kind == "choice":
+        return rng.choice(values)
+    if kind == "uniform":
+        return _shortened(rng.uniform(*values))
+    return _shortened(math.exp(rng.uniform(*map(math.log, values))))
 
 
 def _shortened(number: float) -> float:

@@ -1,0 +1,20 @@
+"""A training that requeues its Slurm job: `python -m launch.task [CONFIG.yaml] [key=value ...]`, for batch scripts.
+
+As `python -m distil_tl.train`, but when a run was asked to stop, and has saved, its job goes back into the queue.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from launch.job import train_and_requeue
+from launch.options import split
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    return train_and_requeue(split(sys.argv[1:] if args is None else args)[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
