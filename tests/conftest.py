@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.slurm_cluster import Cluster, brought_up
 
 CLASSES = ("circles", "noise", "stripes")
 
@@ -65,3 +68,10 @@ def small_args(folder: Path) -> list[str]:
         "distributed.timeout_seconds=60",
         "distributed.device=cpu",
     ]
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[Cluster]:
+    """A real Slurm of two nodes, for all tests with the marker `slurm`."""
+    with brought_up() as cluster:
+        yield cluster
