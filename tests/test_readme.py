@@ -14,6 +14,7 @@ from distil_tl import config as configuration
 from distil_tl.cli import COMMANDS
 from distil_tl.config import Config
 from distil_tl.train import main
+from launch.resources import SlurmConfig
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -90,7 +91,9 @@ def settable(key: str) -> bool:
     parts = key.split(".")
     if parts[0] == "stages" and len(parts) == 3:
         parts[1] = "head"
-    node: object = Config()
+    if parts[:2] == ["slurm", "extra"]:
+        return True
+    node: object = {"slurm": SlurmConfig()} if parts[0] == "slurm" else Config()
     for part in parts:
         node = node.get(part) if isinstance(node, dict) else vars(node).get(part, KeyError)
         if node is KeyError:
