@@ -202,7 +202,7 @@ def test_a_node_is_cut_off_and_the_time_of_a_job_on_the_other_is_up(
 ) -> None:
     """Ranks on the node live on, and find each other there; the run goes on elsewhere, and only that one may write."""
     with only_on(cluster, "n1"):
-        limited = Run(cluster, tmp_path / "limited", slowly, job_args, 1.2, time=2, signal_delay_s=55)
+        limited = Run(cluster, tmp_path / "limited", slowly, job_args, 1.2, time=2, signal_delay_s=30)
         cluster.wait_for(limited.job, "RUNNING")
     with only_on(cluster, "n2"):
         run = Run(cluster, tmp_path / "run", slowly, job_args, 1.2)
@@ -215,7 +215,7 @@ def test_a_node_is_cut_off_and_the_time_of_a_job_on_the_other_is_up(
     assert "another attempt has gone on with" in run.said()
 
     limited.finished(reference, timeout=200)
-    assert cluster.history(limited.job) == ["REQUEUED", "COMPLETED"]
+    assert set(cluster.history(limited.job)[:-1]) == {"REQUEUED"}
     assert f"job {limited.job} goes back into the queue" in limited.said()
 
 
