@@ -30,15 +30,16 @@ def read_launch(env: Mapping[str, str]) -> Launch:
     """
     torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
-        values = _numbers(env, torchrun[:3], torchrun, "torchrun")
-        local_world = int(env.get("LOCAL_WORLD_SIZE", values["WORLD_SIZE"]))
+        optional = tuple(name for name in ("LOCAL_WORLD_SIZE", "GROUP_RANK") if name in env)
+        values = _numbers(env, (*torchrun[:3], *optional), torchrun, "torchrun")
+        local_world = values.get("LOCAL_WORLD_SIZE", values["WORLD_SIZE"])
         return _checked(
             Launch(
                 rank=values["RANK"],
                 world_size=values["WORLD_SIZE"],
                 local_rank=values["LOCAL_RANK"],
                 local_world_size=local_world,
-                node=int(env.get("GROUP_RANK", values["RANK"] // local_world)),
+                node=values.get("GROUP_RANK", values["RANK"] // max(1, local_world)),
                 url="env://",
                 launcher="torchrun",
             )
@@ -92,11 +93,11 @@ def _checked(launch: Launch) -> Launch:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host name of a Slurm node list such as `gpu[007-010,12],login1`."""
-    head = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
-    if head is None:
+    """The first host name of a Slurm node list such as `gpu[007-010,12],login1` or `rack[1-2]node[3-4]`."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodelist)
+    if first is None:
         raise UserError(f"SLURM_STEP_NODELIST {nodelist!r} names no host")
-    return head[1] + (head[2] or "") + (head[3] or "")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
 def _slurm_port(job: str, step: str) -> int:

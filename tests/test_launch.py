@@ -161,10 +161,17 @@ def test_what_is_not_a_number(env: dict[str, str]):
         ("a-b-7.cluster.example,c[1-2]", "a-b-7.cluster.example"),
         ("rack[1-4]-ib", "rack1-ib"),
         ("rack[1-4]-ib,other", "rack1-ib"),
+        ("rack[1-2]node[03-04],x", "rack1node03"),
     ],
 )
 def test_the_first_host_of_a_node_list(nodes: str, first: str):
     assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "GROUP_RANK", "RANK"])
+def test_a_variable_that_is_no_number(name: str):
+    with pytest.raises(UserError, match="is not a number"):
+        read_launch({**TORCHRUN, name: "eight"})
 
 
 def test_a_node_list_without_a_host():
