@@ -247,10 +247,12 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def weights_hash(module: nn.Module) -> str:
-    """A digest of every parameter and buffer, to compare ranks and runs byte by byte."""
+def weights_hash(module: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """A digest of every parameter and buffer, to compare byte by byte; `without` those below some paths."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
+        if name.startswith(without) and without:
+            continue
         data = tensor.detach().cpu().contiguous()
         digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
         digest.update(data.reshape(-1).view(torch.uint8).numpy())

@@ -63,6 +63,7 @@ class DistInfo:
     prepare_timeout: float
     store: Any = None  # a torch.distributed store, where there are several ranks
     phase: str = "start-up"
+    begun: bool = False  # all ranks have begun to train, and leave together from here on
 
     @property
     def rank(self) -> int:
@@ -116,8 +117,8 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
-        # A store that failed is not asked again. Later on all ranks leave together.
-        asks = info.phase == "start-up" and not isinstance(error, dist.DistError)
+        # A store that failed is not asked again.
+        asks = not info.begun and not isinstance(error, dist.DistError)
         if asks and (left := _left_because(info)) is not None:
             _leave(info, left)
             raise left from error

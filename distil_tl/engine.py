@@ -45,13 +45,20 @@ def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 class Network(nn.Module):
-    """A transfer model with its normalisation: uint8 images [N, 3, S, S] to float32 logits [N, C]."""
+    """What a stage trains: a batch of what its loader yields to float32 logits [N, C]. It computes in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+
+class ImageNetwork(Network):
+    """A transfer model with its normalisation, on uint8 images [N, 3, S, S]."""
 
     def __init__(self, model: TransferModel, dtype: torch.dtype | None, device: torch.device) -> None:
-        super().__init__()
+        super().__init__(dtype)
         self.normalize = Normalize(model.preprocess)
         self.module = model.module
-        self.dtype = dtype
         convolutional = any(isinstance(m, nn.Conv2d) for m in model.module.modules())
         self.memory_format = torch.channels_last if convolutional else torch.contiguous_format
         self.to(device).to(memory_format=self.memory_format)

@@ -14,7 +14,7 @@ from distil_tl.data.faults import BadImages
 from distil_tl.data.index import Index, scan
 from distil_tl.data.splits import SPLITS, data_root, eval_batches, share_indexes
 from distil_tl.distributed import session
-from distil_tl.engine import Network, amp_dtype
+from distil_tl.engine import ImageNetwork, amp_dtype
 from distil_tl.errors import UserError
 from distil_tl.evaluation import evaluate
 from distil_tl.files import write_json
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
             return {options.split: scan(data_root(config.data) / options.split, classes=restored.classes)}
 
         index = share_indexes(info, work)[options.split]
-        network = Network(restored.model, amp_dtype(config.precision, info.device), info.device)
+        network = ImageNetwork(restored.model, amp_dtype(config.precision, info.device), info.device)
         loader = eval_batches(info, config.data, index, restored.model.preprocess, image_size=restored.image_size)
         bad_images = BadImages(config.data.on_bad_image)
         batches = bad_images.read(loader, options.split, index)

@@ -16,7 +16,7 @@ from distil_tl.data.faults import BadImages
 from distil_tl.data.loader import plan_batches
 from distil_tl.data.splits import Splits
 from distil_tl.distributed import DistInfo, on_rank_zero
-from distil_tl.engine import Network, StageRun, amp_dtype
+from distil_tl.engine import ImageNetwork, StageRun, amp_dtype
 from distil_tl.errors import PreemptedError, SupersededError
 from distil_tl.log import add_rank_file, logger
 from distil_tl.metrics import ClassificationMetrics, Meter
@@ -37,7 +37,7 @@ class Job:
     config: Config
     splits: Splits
     model: TransferModel
-    network: Network
+    network: ImageNetwork
     state: RunState
     directory: RunDirectory
     checkpoints: Checkpoints
@@ -253,7 +253,7 @@ def open_job(
         interpolated=interpolated(config, source),
         splits=splits,
         model=model,
-        network=Network(model, amp_dtype(config.precision, info.device), info.device),
+        network=ImageNetwork(model, amp_dtype(config.precision, info.device), info.device),
         state=state,
         directory=directory,
         checkpoints=checkpoints,

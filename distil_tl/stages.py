@@ -15,6 +15,7 @@ from distil_tl.errors import UserError, did_you_mean
 from distil_tl.models import TransferModel
 
 BATCH_NORM = ("frozen", "train")
+FEATURES = ("auto", "on", "off")
 
 
 @dataclass
@@ -26,6 +27,8 @@ class StageConfig:
     batch_norm: str = "frozen"  # frozen: running statistics stay as they are | train: they move in unfrozen groups
     augment: str | None = None  # null: as data.augment
     image_size: int | None = None  # null: as data.image_size
+    features: str = "auto"  # of the backbone, once, where only the head trains: on | off | auto: if all stays equal
+    views: int | None = None  # augmented views of each image to compute features of; null: one without augmentation
 
     def problems(self, name: str) -> list[str]:
         found = []
@@ -45,6 +48,10 @@ class StageConfig:
             found.append(f"{key}.batch_norm is {self.batch_norm!r}; choose one of {', '.join(BATCH_NORM)}")
         if self.augment is not None and self.augment not in AUGMENTATIONS:
             found.append(f"{key}.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
+        if self.features not in FEATURES:
+            found.append(f"{key}.features is {self.features!r}; choose one of {', '.join(FEATURES)}")
+        if self.views is not None and self.views < 1:
+            found.append(f"{key}.views must be at least 1, or null")
         if self.image_size is not None and self.image_size < 8:
             found.append(f"{key}.image_size must be at least 8 pixels")
         return found

@@ -24,9 +24,10 @@ from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import eval_batches, open_splits, train_batches
 from distil_tl.distributed import on_rank_zero, once_per_node, session
-from distil_tl.engine import StageRun, begin_stage, check_finite, train_epoch
+from distil_tl.engine import Network, StageRun, begin_stage, check_finite, train_epoch
 from distil_tl.errors import PreemptedError
 from distil_tl.evaluation import evaluate
+from distil_tl.features import feature_loader, open_features
 from distil_tl.job import Job, open_job
 from distil_tl.launched import read_launch
 from distil_tl.log import Progress, logger, setup_console
@@ -34,7 +35,7 @@ from distil_tl.metrics import Meter
 from distil_tl.models import build, prepare_weights
 from distil_tl.report import write_report
 from distil_tl.rundir import StageRecord, Start, find_start
-from distil_tl.stages import StageConfig, count_trainable
+from distil_tl.stages import StageConfig, apply_stage, count_trainable
 from distil_tl.stopping import Request, StopAgreedError, StopRequest
 
 
@@ -88,11 +89,23 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         image_size=image_size, augment=augment, seed=job.config.seed, stage=name,
     )  # fmt: skip
     val_loader = eval_batches(info, data, job.splits.val, model.preprocess, image_size=image_size)
-    total_steps = stage.epochs * sampler.steps_per_epoch
-    run = begin_stage(
-        info, model, job.network, name, stage, job.config.optim, total_steps, remember=job.remembered_batches
-    )
     record = job.state.stages.setdefault(name, StageRecord())
+    network: Network = job.network
+    apply_stage(model, stage)
+    info.phase = f"the features of stage {name}"
+    try:
+        features = open_features(
+            info, data, model, job.network, job.splits, name, stage,
+            image_size=image_size, seed=job.config.seed, agreement=job.agreement,
+        )  # fmt: skip
+    except StopAgreedError:
+        job.preempt()
+    if features is not None:
+        network, record.cached = features.network, True
+        record.seconds += features.seconds
+        loader, val_loader = feature_loader(features.train, loader), feature_loader(features.val, val_loader)
+    total_steps = stage.epochs * sampler.steps_per_epoch
+    run = begin_stage(info, model, network, name, stage, job.config.optim, total_steps, remember=job.remembered_batches)
     record.trainable_parameters = count_trainable(job.network)
     summary.say_stage(job, name, stage, sampler)
 
@@ -103,7 +116,7 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
     job.train_state = None
 
     while position.epoch < stage.epochs:
-        info.phase = f"stage {name}, epoch {position.epoch + 1}"
+        info.phase, info.begun = f"stage {name}, epoch {position.epoch + 1}", True
         train_one_epoch(job, run, sampler, loader, meter, position)
         trained = meter.total()
         job.bad_images.refuse_none_left(trained.count, "train", job.splits.train)
@@ -111,7 +124,7 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         began = time.monotonic()
         try:
             batches = job.bad_images.read(val_loader, "val", job.splits.val)
-            result = evaluate(info, job.network, val_loader, batches, job.num_classes, agreement=job.agreement).metrics
+            result = evaluate(info, network, val_loader, batches, job.num_classes, agreement=job.agreement).metrics
         except StopAgreedError:  # the epoch is trained, and its evaluation can be done again
             job.save(run, meter)
             job.preempt()

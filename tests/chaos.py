@@ -37,7 +37,7 @@ from tests.ranks import free_port, lines
 
 PACKAGE = str(Path(importlib.import_module("distil_tl").__file__ or "").parent)
 REGIONS = {
-    "start-up": ("find_start", "open_splits", "prepare_weights", "build", "open_job", "begin_stage"),
+    "start-up": ("find_start", "open_splits", "prepare_weights", "build", "open_job", "open_features", "begin_stage"),
     "step": ("train_one_epoch",),
     "evaluation": ("evaluate",),
     "finish": ("finish",),
@@ -74,6 +74,7 @@ def run_rank(
     """`python -m distil_tl.train` in a fresh process, which keeps in `scratch` what it saw and what struck it."""
     os.setpgid(0, 0)  # its loader workers can be found by it
     torch.set_num_threads(1)
+    os.environ["DISTIL_TL_CACHE"] = str(run_dir_of(args).parent / "cache")
     multiprocessing.set_start_method("fork", force=True)  # of its loader workers, as in a process of its own
     out = os.open(scratch / f"out-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
@@ -83,7 +84,7 @@ def run_rank(
         numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
         os.environ |= {key: str(value) for key, value in numbers.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run_dir = Path([arg for arg in args if arg.startswith("run_dir=")][-1].removeprefix("run_dir="))
+    run_dir = run_dir_of(args)
     counted: Counter[str] = Counter()
     arm(counted, fault if fault is not None and fault.by == rank else None, scratch, run_dir, world)
     note_samples(scratch / f"seen-{rank}.jsonl")
@@ -93,6 +94,10 @@ def run_rank(
     sys.settrace(None)
     (scratch / f"counted-{rank}.json").write_text(json.dumps(counted))
     sys.exit(status)
+
+
+def run_dir_of(args: list[str]) -> Path:
+    return Path([arg for arg in args if arg.startswith("run_dir=")][-1].removeprefix("run_dir="))
 
 
 def arm(counted: Counter[str], fault: Fault | None, scratch: Path, run_dir: Path, world: int) -> None:

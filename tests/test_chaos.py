@@ -19,6 +19,7 @@ stages:
 """
 VARIANTS = {
     "sgd": ["optim.name=sgd"],
+    "features": ["optim.name=sgd", "stages.head.views=2", "stages.head.epochs=2"],
     # Dropout draws by rank and BatchNorm looks at a rank's images: exact only on the same number of ranks.
     "dropout": ["optim.name=adamw", "model.name=mobilenet_v3_small", "stages.all.batch_norm=train"],
 }
@@ -45,6 +46,7 @@ def references(folder: Path, tmp_path_factory: pytest.TempPathFactory):
 
 # Chosen so that each way of ending comes at another moment, and the whole takes seconds.
 SHORT = {
+    "all killed while features are computed": ((2, 2), [Fault("kill all", "start-up", 0, 0)], 0.999),
     "signal to one rank in start-up": ((2, 2), [Fault("term", "start-up", 1, 0)], 0.01),
     "kill one rank in a step": ((2, 2), [Fault("kill one", "step", 1, 0)], 0.7),
     "signal in an evaluation, then a full disk": (
@@ -61,7 +63,7 @@ SHORT = {
 @pytest.mark.parametrize("name", SHORT)
 def test_a_run_ends_as_if_nothing_had_happened(references, tmp_path: Path, name: str) -> None:
     worlds, wanted, share = SHORT[name]
-    variant = "dropout" if name.startswith("all killed") else "sgd"
+    variant = "features" if "features" in name else "dropout" if name.startswith("all killed") else "sgd"
     args, reference = references(variant)
     faults = []
     for number, fault in enumerate(wanted):
@@ -80,7 +82,7 @@ def test_chaos(references, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for number in range(3 * len(KINDS)):
         kind = KINDS[number % len(KINDS)]
         final = (2, 2, 1, 2, 4)[(number + number // len(KINDS)) % 5]
-        variant = "dropout" if final == 2 and number % 3 == 0 else "sgd"
+        variant = "dropout" if final == 2 and number % 3 == 0 else "features" if number % 3 == 1 else "sgd"
         args, reference = references(variant)
         plan = random_plan(number, args, variant, kind, reference, final)
         outcomes.append(carry_out(plan, tmp_path / plan.name, reference))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -148,16 +149,23 @@ def default_workers(local_world_size: int) -> int:
 
 
 def make_loader(
-    dataset: ImageDataset, sampler: Sampler[SampleKey], *, batch_size: int, workers: int, pin_memory: bool
+    dataset: ImageDataset,
+    sampler: Sampler[SampleKey] | Sequence[Sequence[SampleKey]],
+    *,
+    batch_size: int | None,
+    workers: int,
+    pin_memory: bool,
 ) -> Loader:
-    """A loader over `sampler`. Workers live on from epoch to epoch; set the sampler's position before iterating."""
+    """A loader over `sampler`, or with `batch_size=None` over batches that are given.
+
+    Workers live on from epoch to epoch; set the sampler's position before iterating.
+    """
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)
     loader: Loader = DataLoader(
         dataset,  # type: ignore[arg-type]  # typed by what its items are collated to
-        batch_size=batch_size,
-        sampler=sampler,
+        **({"batch_sampler": sampler} if batch_size is None else {"sampler": sampler, "batch_size": batch_size}),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
