@@ -18,12 +18,13 @@ from typing import Any
 from distil_tl.commands import run_command
 from distil_tl.errors import UserError
 from distil_tl.files import write_json
-from distil_tl.log import logger, setup_console
+from distil_tl.log import setup_console
+from launch.options import say
 from launch.queue import QueuedJob, SlurmUnavailableError, cancel, queued
 from launch.records import read_record
 from launch.states import evaluations, stand
 from launch.status import OVER
-from launch.submit import CLUSTERS, executor_for
+from launch.submit import CLUSTERS, executor_for, stop_here
 from launch.sweep import Plan, launch_trials, make_plan, refuse_other_sweep, write_down
 from launch.trials import Trial, Values, draw_value
 
@@ -130,7 +131,7 @@ class Driver:
         asked.set_user_attr("name", run_dir.name)
         self.jobs[run_dir.name], self.under_way[run_dir.name] = job, asked
         self.values[run_dir.name] = trial.values
-        logger.info("trial %d, job %s: %s", asked.number, job.job_id, " ".join(trial.arguments))
+        say(f"trial {asked.number}, job {job.job_id}: {' '.join(trial.arguments)}")
 
     def look(self, name: str, queue: dict[str, QueuedJob] | None) -> None:
         """Tell Optuna of new evaluations, and of an end."""
@@ -154,14 +155,14 @@ class Driver:
     def tell(self, name: str, value: float | None, state: Any = None) -> None:
         trial = self.under_way.pop(name)
         self.study.tell(trial, value, state=state)
-        logger.info("trial %d: %s", trial.number, f"{value:.4f}" if value is not None else state.name.lower())
+        say(f"trial {trial.number}: {f'{value:.4f}' if value is not None else state.name.lower()}")
 
     def end(self, name: str) -> None:
         record = read_record(self.plan.folder / name)
         if self.cluster == "slurm" and record is not None:
             cancel([str(record["job_id"])])
         elif name in self.jobs:
-            self.jobs[name].cancel()
+            stop_here(self.jobs[name])
 
     def ask(self) -> dict[str, QueuedJob] | None:
         if self.cluster != "slurm":
@@ -169,7 +170,7 @@ class Driver:
         try:
             return queued()
         except SlurmUnavailableError as error:
-            logger.warning("%s; asking again later", error)
+            sys.stderr.write(f"launch: {error}; asking again later\n")
             return None
 
     def note(self) -> None:
@@ -179,9 +180,9 @@ class Driver:
         done = self.study.get_trials(states=(self.optuna.trial.TrialState.COMPLETE,))
         if done:
             best = self.study.best_trial
-            logger.info("best: %s %.4f of trial %d: %s", self.plan.sweep.metric, best.value, best.number,
-                        " ".join(Trial(best.user_attrs["values"]).arguments))  # fmt: skip
-        logger.info("all of them: python -m launch.status %s", shlex.quote(str(self.plan.folder)))
+            values = " ".join(Trial(best.user_attrs["values"]).arguments)
+            say(f"best: {self.plan.sweep.metric} {best.value:.4f} of trial {best.number}: {values}")
+        say(f"all of them: python -m launch.status {shlex.quote(str(self.plan.folder))}")
 
 
 class _Suggest:

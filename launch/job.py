@@ -19,10 +19,16 @@ class Training:
     cwd: str
 
     def __call__(self) -> int:
+        import submitit
+
+        from distil_tl.train import main
+
         os.chdir(self.cwd)  # relative paths mean what they meant there
         export_ranks()
-        status = train_and_requeue([self.config])
-        if status != 0:
+        # The Slurm job that one of this machine was started in, such as a notebook's, is not its to requeue.
+        submitted = submitit.JobEnvironment().cluster == "slurm"
+        status = train_and_requeue([self.config]) if submitted else main([self.config])
+        if status != 0 and submitted:
             raise SystemExit(status)
         return status
 
@@ -44,6 +50,7 @@ def export_ranks() -> None:
     job = submitit.JobEnvironment()
     if job.cluster == "local" and job.num_tasks > 1:
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # not all machines can look up their own name
 
 
 def requeue_if_running(environ: Mapping[str, str]) -> str:
@@ -54,13 +61,15 @@ def requeue_if_running(environ: Mapping[str, str]) -> str:
     job = environ.get("SLURM_JOB_ID")
     if job is None:
         return "no Slurm job"
+    if "SLURM_ARRAY_JOB_ID" in environ:  # one task has the array's own number, and by it all of them would be requeued
+        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     try:
         state = state_of(job)
         if state == "RUNNING":
             requeue(job)
             said = f"job {job} goes back into the queue"
         else:
-            said = f"job {job} is {state}, and is left to Slurm"
+            said = f"job {job} is {state or 'no longer known'}, and is left to Slurm"
     except SlurmUnavailableError as error:
         said = f"job {job} can't be requeued ({error}); submit it again to go on"
     sys.stderr.write(f"launch: {said}\n")

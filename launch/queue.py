@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+TIMEOUT_S = 60
 ACTIVE = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 
 
@@ -35,8 +36,8 @@ class QueuedJob:
         return self.state in WAITING or self.state in ACTIVE
 
 
-def queued(user_only: bool = True) -> dict[str, QueuedJob]:
-    """The jobs that Slurm knows of, by id; those that ended are forgotten after some minutes.
+def queued(user: int | None = None) -> dict[str, QueuedJob]:
+    """The jobs that Slurm knows of a user, oneself if none is given; those that ended are forgotten after some minutes.
 
     A task of an array that has begun is there twice, as ARRAY_TASK and by the id of its own that it sees itself.
 
@@ -44,13 +45,12 @@ def queued(user_only: bool = True) -> dict[str, QueuedJob]:
         SlurmUnavailableError: squeue is not here or does not answer.
     """
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%N|%r"]
-    if user_only:
-        command.append("--me")
+    command.append("--me" if user is None else f"--user={user}")
     found = {}
     for line in _ask(command).splitlines():
         job, own, state, nodes, reason = (line.strip().split("|") + [""] * 5)[:5]
         found[job] = QueuedJob(job, state, nodes, reason)
-        if nodes:
+        if nodes or own != job.partition("_")[0]:  # else it is the array's
             found[own] = found[job]
     return found
 
@@ -90,7 +90,7 @@ def _ask(command: list[str]) -> str:
         raise SlurmUnavailableError(f"{command[0]} is not on this machine")
     environ = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, check=False)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, check=False)
     except subprocess.TimeoutExpired:
         raise SlurmUnavailableError(f"{command[0]} does not answer") from None
     if ran.returncode != 0:

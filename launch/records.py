@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import datetime
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 from distil_tl.files import write_json
 
 RECORD = "submitted.json"
+SWEEP = "sweep.json"  # of a whole sweep: its trials, and what they set
 
 
 def record(run_dir: Path, job_id: str, cluster: str) -> None:
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_json(run_dir / RECORD, {"job_id": job_id, "cluster": cluster, "time": now})
+    found = {"job_id": job_id, "cluster": cluster, "host": socket.gethostname(), "time": now}
+    write_json(run_dir / RECORD, found)
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
@@ -23,4 +26,4 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads((run_dir / RECORD).read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "job_id" in found else None
+    return found if isinstance(found, dict) and {"job_id", "cluster", "time"} <= found.keys() else None

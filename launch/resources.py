@@ -9,6 +9,17 @@ from typing import Any
 
 EARLY_S = 60  # a warning may come up to this much before its time
 
+# Options of sbatch that have a key of their own here, by which they are checked.
+KEY_OF = {
+    **{name: name for name in ("partition", "account", "qos", "nodes", "mem", "time", "constraint", "exclude")},
+    "gpus-per-node": "gpus_per_node",
+    "ntasks": "tasks_per_node",
+    "ntasks-per-node": "tasks_per_node",
+    "cpus-per-task": "cpus_per_task",
+    "array": "array_parallelism",
+    "signal": "signal_delay_s",
+}
+
 
 @dataclass
 class SlurmConfig:
@@ -65,8 +76,12 @@ class SlurmConfig:
                 f"slurm.signal_delay_s={self.signal_delay_s}: Slurm may warn {EARLY_S} s earlier still, which is as "
                 f"long as slurm.time={self.time}, so the job would be stopped as it begins; use less, or more time"
             )
-        if self.mem is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[MGT]B?", self.mem):
-            yield f"slurm.mem={self.mem} is no amount of memory; write it as 64GB"
+        if self.mem is not None and not re.fullmatch(r"0|\d+[KMGT]B?", self.mem, re.IGNORECASE):
+            yield f"slurm.mem={self.mem} is no amount of memory; write it as 64GB, or 0 for all that a node has"
+        for option in self.extra:
+            key = KEY_OF.get(option.replace("_", "-"))
+            if key is not None:
+                yield f"slurm.extra.{option}: use slurm.{key}"
 
     def parameters(self, name: str) -> dict[str, Any]:
         """For submitit's AutoExecutor."""
@@ -80,7 +95,7 @@ class SlurmConfig:
             "stderr_to_stdout": True,
             "slurm_signal_delay_s": self.signal_delay_s,
             "slurm_array_parallelism": self.array_parallelism,
-            "slurm_additional_parameters": extra,
+            "slurm_additional_parameters": {k: v for k, v in extra.items() if v is not None and v is not False},
         }
         if self.gpus_per_node:
             found["gpus_per_node"] = self.gpus_per_node
@@ -104,4 +119,4 @@ def parse_minutes(text: str) -> int | None:
         hours, minutes, seconds = numbers
     else:
         hours, minutes, seconds = 0, *[*numbers, 0][:2]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) + (1 if seconds else 0)
+    return (int(days or 0) * 24 + hours) * 60 + minutes + -(-seconds // 60)

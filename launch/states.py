@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,18 +49,19 @@ def stand(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> Standing:
     attempt = read_attempt(run_dir / ATTEMPT)
     record = read_record(run_dir)
     lines = _lines(run_dir / "metrics.jsonl")
-    last = lines[-1] if lines else None
+    last = lines[-1] if lines else {}
     job = _job(record, attempt, queue)
     state, detail = _state(run_dir, summary, attempt, record, last, job, asked=queue is not None)
-    best = (summary or {}).get("best") or _best(lines)
+    told = (summary or {}).get("best")
+    best = told if isinstance(told, dict) else _best(lines)
     return Standing(
         run_dir,
         state,
         progress=1.0 if state == "completed" else _progress(run_dir, last),
         best=best,
-        stage=last["stage"] if last else None,
-        epoch=last["epoch"] if last else None,
-        step=last["step"] if last else None,
+        stage=last.get("stage"),
+        epoch=last.get("epoch"),
+        step=last.get("step"),
         job_id=str(record["job_id"]) if record else (attempt or {}).get("slurm_job_id"),
         restarts=(attempt or {}).get("restarts", 0),
         host=(job.nodes if job and job.nodes else None)
@@ -73,21 +76,22 @@ def _state(
     summary: Mapping[str, Any] | None,
     attempt: Mapping[str, Any] | None,
     record: Mapping[str, Any] | None,
-    last: Mapping[str, Any] | None,
+    last: Mapping[str, Any],
     job: QueuedJob | None,
     *,
     asked: bool,
 ) -> tuple[str, str | None]:
     status = (summary or {}).get("status")
-    if status == "completed":
+    if status == "completed" and not (job is not None and job.waits):  # with a stage more, say
         return "completed", None
     if (run_dir / "pruned.json").exists():
         return "pruned", None
     if job is not None and job.lives:
         if job.waits:
-            return ("requeued" if attempt is not None else "pending"), (job.reason if job.reason != "None" else None)
+            again = attempt is not None and (record is None or attempt.get("started_at", "") >= record["time"])
+            return ("requeued" if again else "pending"), (job.reason if job.reason != "None" else None)
         return "running", None
-    if attempt is not None and "ended_at" not in attempt and is_alive(attempt):
+    if _lives_here(attempt) or _is_starting(record):
         return "running", None
     if status == "preempted":
         return "stopped", "asked to stop, and saved; submitting it again goes on"
@@ -95,13 +99,39 @@ def _state(
         return "failed", None
     if attempt is None and record is None:
         return "missing", None
-    if record is not None and record["cluster"] == "slurm" and not asked:
-        recent = last is not None and time.time() - last["time"] < QUIET_S
-        return ("running" if recent else "unknown"), "Slurm can't be asked"
+    if (silent := _not_asked(attempt, record, asked=asked)) is not None:
+        written = number(last, "time")
+        recent = written is not None and time.time() - written < QUIET_S
+        return ("running" if recent else "unknown"), f"{silent} can't be asked"
     if job is not None and job.state == "CANCELLED":
         return "stopped", "cancelled"
     ended = f"job {job.id} is {job.state}" if job is not None else "its job is gone"
     return "failed", f"it ended without a word ({ended})"
+
+
+def _lives_here(attempt: Mapping[str, Any] | None) -> bool:
+    return attempt is not None and "ended_at" not in attempt and "process" in attempt and is_alive(attempt)
+
+
+def _is_starting(record: Mapping[str, Any] | None) -> bool:
+    """Whether a job of this machine has been started, and lives, whatever has come of it yet."""
+    if record is None or record["cluster"] != "local" or record.get("host") != socket.gethostname():
+        return False
+    try:  # the number may be another process's by now
+        return b"submitit.local" in Path(f"/proc/{record['job_id']}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _not_asked(attempt: Mapping[str, Any] | None, record: Mapping[str, Any] | None, *, asked: bool) -> str | None:
+    """Who would know whether a run goes on, if that is somebody who was not asked."""
+    job = (attempt or {}).get("slurm_job_id")
+    if job is not None or (record is not None and record["cluster"] == "slurm"):
+        return None if asked else "Slurm"
+    if attempt is not None and "ended_at" in attempt:
+        return None
+    host = (attempt or record or {}).get("host", socket.gethostname())
+    return None if host == socket.gethostname() else str(host)
 
 
 def _job(
@@ -110,29 +140,40 @@ def _job(
     if queue is None:
         return None
     by_record = queue.get(str(record["job_id"])) if record is not None else None
-    return by_record or (queue.get(str(attempt["slurm_job_id"])) if attempt is not None else None)
+    return by_record or queue.get(str((attempt or {}).get("slurm_job_id")))
 
 
-def _progress(run_dir: Path, last: Mapping[str, Any] | None) -> float | None:
-    """Epochs begun and done, over all stages."""
-    config = run_dir / "config.yaml"
-    if last is None or not config.exists():
-        return None
+def _progress(run_dir: Path, last: Mapping[str, Any]) -> float | None:
+    """Epochs begun and done, over all stages; None where the files don't say."""
+    from distil_tl.errors import UserError
     from distil_tl.settings import read_yaml
 
-    epochs = {name: stage["epochs"] for name, stage in read_yaml(config, ())["stages"].items()}
-    if last["stage"] not in epochs or not all(isinstance(number, int) for number in epochs.values()):
+    try:
+        stages = read_yaml(run_dir / "config.yaml", ())["stages"]
+        epochs = {name: int(stage["epochs"]) for name, stage in stages.items()}
+        names = list(epochs)
+        before = sum(epochs[name] for name in names[: names.index(last["stage"])])
+        done = last["epoch"] if last["split"] == "val" else last["epoch"] - 1
+        share: float = (before + done) / max(1, sum(epochs.values()))
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return None
-    names = list(epochs)
-    before = sum(epochs[name] for name in names[: names.index(last["stage"])])
-    done = last["epoch"] if last["split"] == "val" else last["epoch"] - 1
-    share: float = (before + done) / max(1, sum(epochs.values()))
     return share
 
 
 def _best(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    found = [line for line in lines if line.get("split") == "val" and line.get("top1") is not None]
-    return max(found, key=lambda line: (line["top1"], -(line["loss"] or 0)), default=None)
+    found = [line for line in lines if line.get("split") == "val" and number(line, "top1") is not None]
+    return max(found, key=lambda line: (line["top1"], -loss_of(line)), default=None)
+
+
+def number(line: Mapping[str, Any], key: str) -> float | None:
+    value = line.get(key)
+    return value if isinstance(value, (int, float)) else None
+
+
+def loss_of(evaluation: Mapping[str, Any]) -> float:
+    """For ranking: an evaluation without a finite loss comes last."""
+    loss = number(evaluation, "loss")
+    return math.inf if loss is None else loss
 
 
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:
@@ -144,14 +185,16 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     """All lines of metrics.jsonl that are whole."""
     found = []
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except OSError:
         return []
     for line in text.splitlines():
         try:
-            found.append(json.loads(line))
+            entry = json.loads(line)
         except ValueError:  # one that is being written
             continue
+        if isinstance(entry, dict):
+            found.append(entry)
     return found
 
 
@@ -160,4 +203,4 @@ def _json(path: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return found
+    return found if isinstance(found, dict) else None

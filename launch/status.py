@@ -9,22 +9,22 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 from distil_tl.attempt import FILE as ATTEMPT
 from distil_tl.commands import run_command
 from distil_tl.errors import UserError
 from distil_tl.files import json_safe
-from distil_tl.log import setup_console, table
+from distil_tl.log import printable, setup_console, table
 from launch.queue import QueuedJob, SlurmUnavailableError, queued
-from launch.records import RECORD
-from launch.states import STATES, Standing, stand
-from launch.sweep import SWEEP
+from launch.records import RECORD, SWEEP
+from launch.states import STATES, Standing, loss_of, number, stand
 from launch.trials import Values
 
 OVER = ("completed", "failed", "stopped", "pruned")
@@ -61,16 +61,17 @@ def status(folder: Path, *, watch: float | None = None, as_json: bool = False) -
         UserError: there is no run.
     """
     setup_console(True)
-    while True:
-        found = overview(folder)
-        text = to_json(found) if as_json else to_text(found)
-        if watch is not None and sys.stdout.isatty():
-            sys.stdout.write("\x1b[H\x1b[2J")
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
-        if watch is None or found.over:
-            return
-        time.sleep(watch)
+    with suppress(KeyboardInterrupt):  # the way to leave --watch
+        while True:
+            found = overview(folder.absolute())
+            text = to_json(found) if as_json else to_text(found)
+            if watch is not None and sys.stdout.isatty():
+                sys.stdout.write("\x1b[H\x1b[2J")
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+            if watch is None or found.over:
+                return
+            sleep(max(watch, 0.1))
 
 
 def overview(folder: Path) -> Overview:
@@ -78,9 +79,9 @@ def overview(folder: Path) -> Overview:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give a run directory, or one above some")
     sweep = _read(folder / SWEEP)
-    if sweep is not None:
+    if sweep is not None and isinstance(sweep.get("trials"), dict):
         values: dict[Path, Values] = {folder / name: given for name, given in sweep["trials"].items()}
-        metric = sweep["metric"]
+        metric = sweep.get("metric", DEFAULT_METRIC)
     else:
         values = {run_dir: {} for run_dir in find_runs(folder)}
         metric = DEFAULT_METRIC
@@ -89,11 +90,11 @@ def overview(folder: Path) -> Overview:
     queue: dict[str, QueuedJob] | None = None
     note = None
     try:
-        queue = queued()
+        queue = queued(folder.stat().st_uid)  # who may be a colleague
     except SlurmUnavailableError as error:
         note = f"{error}: jobs are judged by their files"
     rows = [(stand(run_dir, queue), given) for run_dir, given in values.items()]
-    rows.sort(key=lambda row: (_rank(row[0], metric), STATES.index(row[0].state), row[0].run_dir.name))
+    rows.sort(key=lambda row: (*_rank(row[0], metric), STATES.index(row[0].state), row[0].run_dir.name))
     return Overview(folder, metric, rows, note)
 
 
@@ -111,11 +112,13 @@ def is_run(folder: Path) -> bool:
     return (folder / ATTEMPT).exists() or (folder / RECORD).exists()
 
 
-def _rank(standing: Standing, metric: str) -> float:
-    value = (standing.best or {}).get(metric)
+def _rank(standing: Standing, metric: str) -> tuple[float, float]:
+    """By the metric, of equal ones by loss; smaller is better."""
+    best = standing.best or {}
+    value = number(best, metric)
     if value is None:
-        return math.inf
-    return float(value) if metric == "loss" else -float(value)
+        return math.inf, math.inf
+    return (value if metric == "loss" else -value), loss_of(best)
 
 
 def to_text(found: Overview) -> str:
@@ -124,7 +127,7 @@ def to_text(found: Overview) -> str:
     head = ["", "run", "state", "done", found.metric, *(shown[key] for key in keys), "at", "job", "restarts", "where"]
     lines = []
     for rank, (standing, given) in enumerate(found.rows, start=1):
-        value = (standing.best or {}).get(found.metric)
+        value = number(standing.best or {}, found.metric)
         at = f"{standing.stage} {standing.epoch}" if standing.stage else ""
         name = (
             standing.run_dir.name
@@ -134,7 +137,7 @@ def to_text(found: Overview) -> str:
         lines.append(
             [
                 str(rank) if value is not None else "",
-                name,
+                printable(name),
                 standing.state,
                 f"{100 * standing.progress:.0f}%" if standing.progress is not None else "",
                 f"{value:.4f}" if value is not None else "",
@@ -180,7 +183,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return found
+    return found if isinstance(found, dict) else None
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ warned before its time is up, saves, and goes back into the queue until it is do
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import logging
+import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,15 @@ from distil_tl.attempt import FILE as ATTEMPT
 from distil_tl.attempt import read_attempt
 from distil_tl.commands import run_command
 from distil_tl.config import Config
-from distil_tl.errors import UserError
+from distil_tl.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
 from distil_tl.files import write_atomic
-from distil_tl.log import logger, setup_console
+from distil_tl.log import setup_console
 from distil_tl.models import missing_weights
+from distil_tl.rundir import find_start
 from distil_tl.settings import refuse, to_yaml
 from launch import options
 from launch.job import Training
+from launch.options import say
 from launch.queue import SlurmUnavailableError, queued
 from launch.records import read_record, record
 from launch.resources import SlurmConfig
@@ -36,15 +41,17 @@ CLUSTERS = ("slurm", "local", "debug")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m launch.submit", description=(__doc__ or "").splitlines()[0])
+    parser = options.argument_parser("python -m launch.submit", __doc__)
     parser.add_argument("--cluster", choices=CLUSTERS, default="slurm", help="local: processes of this machine")
     parser.add_argument("--dry-run", action="store_true", help="print the script for sbatch, and do nothing")
     known, rest = parser.parse_known_args(args)
-    return run_command("launch.submit", lambda: submit(rest, known.cluster, dry_run=known.dry_run))
+    ended = []  # with what, a job of this machine
+    status = run_command("launch.submit", lambda: ended.append(submit(rest, known.cluster, dry_run=known.dry_run)))
+    return status or sum(ended)
 
 
-def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False) -> None:
-    """Check a run, and submit it, or say how it would be.
+def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False) -> int:
+    """Check a run, and submit it, or say how it would be. The exit status, of the job where that is waited for.
 
     Raises:
         UserError: when it can't work, or sbatch refuses it. Nothing was submitted then.
@@ -56,32 +63,38 @@ def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False
     source.run_dir = str(run_dir)
     preflight(config, slurm, cluster)
     refuse_live(run_dir)
-    executor = executor_for(run_dir, slurm, cluster, name=run_dir.name)
+    if find_start(config, source).completed:
+        say(f"{run_dir} holds this run, completed; for another one change the seed or run_dir")
+        return 0
+    if config.resume == "never":  # has been seen to, and the job goes on with what is its own when it is requeued
+        source.resume = "auto"
     if dry_run:
-        sys.stdout.write(script(executor, cluster))
-        return
+        say(script(run_dir, slurm, cluster, name=run_dir.name))
+        return 0
+    executor = executor_for(run_dir, slurm, cluster, name=run_dir.name)
     path = run_dir / "slurm" / "config.yaml"
     make_private(path.parent)
     write_atomic(path, to_yaml(source))
     take_snapshot(run_dir)
     (job,) = start(executor, [Training(str(path), str(Path.cwd()))])
+    (run_dir / "summary.json").unlink(missing_ok=True)  # it stands for an attempt that is over
     record(run_dir, job.job_id, cluster)
-    logger.info("job %s will train in %s, on %s", job.job_id, run_dir, describe(slurm, cluster))
-    logger.info("look after it: python -m launch.status %s", shlex.quote(str(run_dir)))
-    logger.info("its output: %s", str(job.paths.stdout).replace("_0_log", "_TASK_log"))
-    if cluster != "slurm":
-        logger.info("waiting for its end")
-        job.wait()
-        finish_local(job)
+    say(f"job {job.job_id} will train in {run_dir}, on {describe(slurm, cluster)}")
+    say(f"look after it: python -m launch.status {shlex.quote(str(run_dir))}")
+    say(f"its output: {job.paths.stdout.parent}/{job.paths.stdout.name.replace('_0_log', '_TASK_log')}")
+    return 0 if cluster == "slurm" else wait_here(job, cluster)
 
 
 def preflight(config: Config, slurm: SlurmConfig, cluster: str) -> None:
     """Refuse what can't work on the cluster, all of it together."""
     found = [*slurm.problems()]
     world_size = slurm.world_size if not found else 1
-    found += configuration.problems(config, world_size)
-    if cluster == "slurm" and shutil.which("sbatch") is None:
-        found.append("there is no sbatch on this machine; submit from a login node, or use --cluster local")
+    found += configuration.problems(for_nodes(config) if cluster == "slurm" else config, world_size)
+    absent = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
+    if cluster == "slurm" and absent:
+        found.append(f"there is no {absent[0]} on this machine; submit from a login node, or use --cluster local")
+    if "%" in str(config.run_dir):
+        found.append(f"run_dir={config.run_dir} has a %, in which Slurm sees something to replace; use another name")
     if cluster != "slurm" and slurm.nodes > 1:
         found.append(
             f"slurm.nodes={slurm.nodes} with --cluster {cluster}, which is this machine alone; use slurm.nodes=1"
@@ -97,6 +110,17 @@ def preflight(config: Config, slurm: SlurmConfig, cluster: str) -> None:
     refuse(found)
 
 
+def for_nodes(config: Config) -> Config:
+    """A configuration without what only nodes can tell: a login node has no GPU."""
+    device, backend = config.distributed.device, config.distributed.backend
+    anywhere = dataclasses.replace(
+        config.distributed,
+        device="auto" if device == "cuda" else device,
+        backend="auto" if backend == "nccl" and device != "cpu" else backend,
+    )
+    return dataclasses.replace(config, distributed=anywhere)
+
+
 def refuse_live(run_dir: Path) -> None:
     """Refuse a run directory that a waiting or running job will write to."""
     before = read_record(run_dir)
@@ -109,7 +133,7 @@ def refuse_live(run_dir: Path) -> None:
     try:
         queue = queued()
     except SlurmUnavailableError as error:
-        logger.warning("can't ask Slurm whether a job works in %s (%s)", run_dir, error)
+        sys.stderr.write(f"launch: can't ask Slurm whether a job works in {run_dir} ({error})\n")
         return
     for job in sorted(jobs):
         if job in queue and queue[job].lives:
@@ -121,7 +145,10 @@ def refuse_live(run_dir: Path) -> None:
 
 def executor_for(folder: Path, slurm: SlurmConfig, cluster: str, *, name: str) -> Any:
     """A submitit executor whose files lie in `folder`/slurm, and whose jobs run the snapshot in `folder`."""
-    import submitit
+    try:
+        import submitit
+    except ImportError:
+        raise UserError("launching needs submitit: pip install 'distil_tl[slurm]'") from None
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
     executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster)
@@ -140,18 +167,22 @@ def executor_for(folder: Path, slurm: SlurmConfig, cluster: str, *, name: str) -
     else:
         parameters = {k: v for k, v in parameters.items() if not k.startswith("slurm_")}
         if cluster == "local":
-            parameters["local_setup"] = setup
+            # Ctrl-C is for the ranks, who save; submitit's controller would kill them a second later.
+            parameters["local_setup"] = ["trap '' INT", *setup]
     executor.update_parameters(**parameters)
     return executor
 
 
-def script(executor: Any, cluster: str) -> str:
-    """What sbatch would get."""
+def script(folder: Path, slurm: SlurmConfig, cluster: str, *, name: str, tasks: int = 1) -> str:
+    """What sbatch would get, of one job or an array of several `tasks`."""
     if cluster != "slurm":
         raise UserError(f"--dry-run prints the script for sbatch; --cluster {cluster} has none")
-    inner = executor._executor  # submitit has no other way to show a script without submitting it
+    # submitit has no other way to show a script without submitting it.
+    inner = executor_for(folder, slurm, cluster, name=name)._executor
+    if tasks > 1:
+        inner.parameters["map_count"] = tasks
     text: str = inner._make_submission_file_text(inner._submitit_command_str, "dry-run")
-    return text
+    return text.rstrip()
 
 
 def make_private(folder: Path) -> None:
@@ -169,6 +200,8 @@ def start(executor: Any, work: Sequence[Callable[[], int]]) -> list[Any]:
             jobs = [executor.submit(task) for task in work]
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
+    except submitit.core.utils.FailedSubmissionError as error:
+        raise UserError(f"sbatch gave no job number: {str(error).splitlines()[0]}") from None
     return jobs
 
 
@@ -179,11 +212,42 @@ def describe(slurm: SlurmConfig, cluster: str) -> str:
     return f"{slurm.nodes} x {kind} for {slurm.time} at a time"
 
 
-def finish_local(job: Any) -> None:
-    """Say how a job of this machine ended."""
-    failed = job.exception()
-    if failed is not None:
-        raise UserError(f"the job failed; its output is in {job.paths.stdout}")
+def wait_here(job: Any, cluster: str) -> int:
+    """Wait for a job of this machine, which Ctrl-C asks to save and end; its exit status, said where it is not 0."""
+    asked = False
+    while True:
+        try:
+            job.wait()
+            break
+        except KeyboardInterrupt:
+            asked = True
+            stop_here(job)
+    status = gravest_status(job, cluster, died=EXIT_PREEMPTED if asked else EXIT_FAULT)
+    if status == EXIT_PREEMPTED:
+        sys.stderr.write("launch: the job was stopped, and the same command goes on with it\n")
+        return EXIT_PREEMPTED
+    if status != 0:
+        sys.stderr.write(f"launch: the job failed; its output is in {job.paths.stdout}\n")
+    return status
+
+
+def gravest_status(job: Any, cluster: str, *, died: int) -> int:
+    """The exit status of a job of this machine; `died` is that of a task which left none."""
+    found = job.results() if cluster == "debug" else []
+    for number in range(0 if cluster == "debug" else job.num_tasks):
+        task = job.task(number)
+        if not task.paths.result_pickle.exists():
+            found.append(died)
+        else:
+            found.append(EXIT_FAULT if task.exception() is not None else task.result())
+    return min((status for status in found if status != 0), default=0)
+
+
+def stop_here(job: Any) -> None:
+    """Ask the ranks of a job of this machine to save and end. submitit's `cancel` gets no further than their shell."""
+    with suppress(OSError):  # it has ended, or this is not Linux, where Ctrl-C reaches the ranks by itself
+        for child in Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split():
+            os.kill(int(child), signal.SIGTERM)  # submitit's controller, which passes it on
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Each trial trains in SWEEP_DIR/NAME, named by a hash of what it sets. The same c
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections import Counter
@@ -19,32 +18,33 @@ from omegaconf import OmegaConf
 from distil_tl import config as configuration
 from distil_tl.commands import run_command
 from distil_tl.config import unsafe_changes
-from distil_tl.errors import UserError
+from distil_tl.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
 from distil_tl.files import write_atomic, write_json
-from distil_tl.log import logger, setup_console
-from distil_tl.settings import plain, to_yaml
+from distil_tl.log import setup_console
+from distil_tl.settings import overlay, plain, to_yaml
 from launch import options
 from launch.job import Training
+from launch.options import say
 from launch.queue import QueuedJob, SlurmUnavailableError, queued
-from launch.records import record
+from launch.records import RECORD, SWEEP, read_record, record
 from launch.resources import SlurmConfig
 from launch.snapshot import take_snapshot
 from launch.states import Standing, stand
-from launch.submit import CLUSTERS, describe, executor_for, make_private, preflight, script, start
+from launch.submit import CLUSTERS, describe, executor_for, make_private, preflight, script, start, wait_here
 from launch.trials import Sweep, Trial, Values, as_arguments, read_sweep
 
-SWEEP = "sweep.json"
 COMMON = "common.yaml"
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m launch.sweep", description=(__doc__ or "").splitlines()[0])
+    parser = options.argument_parser("python -m launch.sweep", __doc__)
     parser.add_argument("--dir", type=Path, help="where the trials go; sweeps/NAME if not given")
     parser.add_argument("--cluster", choices=CLUSTERS[:2], default="slurm", help="local: one after the other, here")
     parser.add_argument("--resubmit-failed", action="store_true", help="also what failed, from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="list the trials and print the script for sbatch")
     known, rest = parser.parse_known_args(args)
-    return run_command("launch.sweep", lambda: submit_sweep(rest, **vars(known)))
+    ended: list[int] = []  # how, trials of this machine
+    return run_command("launch.sweep", lambda: ended.append(submit_sweep(rest, **vars(known)))) or sum(ended)
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Plan:
     trials: dict[Path, tuple[Trial, str]]
 
 
-def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_failed: bool, dry_run: bool) -> None:
-    """Check all trials, and submit those that are not done, under way or failed.
+def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_failed: bool, dry_run: bool) -> int:
+    """Check all trials, and submit those that are not done, under way or failed. The exit status, of trials run here.
 
     Raises:
         UserError: when one of them can't work, or sbatch refuses them. Nothing was submitted then.
@@ -70,30 +70,33 @@ def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_f
         raise UserError("usage: python -m launch.sweep SWEEP.yaml [key=value ...] [slurm.key=value ...]; see --help")
     plan = make_plan(Path(files[0]), [arg for arg in args if arg != files[0]], dir, cluster)
     refuse_other_sweep(plan)
-    queue = queue_or_none() if cluster == "slurm" else {}
+    before = [found for run_dir in plan.trials if (found := read_record(run_dir)) is not None]
+    queue = queue_or_none() if "slurm" in {cluster, *(found["cluster"] for found in before)} else {}
     standings = {run_dir: stand(run_dir, queue) for run_dir in plan.trials}
     wanted = {"missing", "stopped", *(["failed"] if resubmit_failed else [])}
     todo = [run_dir for run_dir, standing in standings.items() if standing.state in wanted]
-    executor = executor_for(plan.folder, plan.slurm, cluster, name=plan.sweep.name)
     if dry_run:
         for run_dir, (trial, _) in plan.trials.items():
             said = "would be submitted" if run_dir in todo else standings[run_dir].state
-            logger.info("%s  %s  %s", run_dir.name, " ".join(trial.arguments), said)
-        if cluster == "slurm":
-            sys.stdout.write(script(executor, cluster))
-        return
+            say(f"{run_dir.name}  {' '.join(trial.arguments)}  {said}")
+        if cluster == "slurm" and todo:
+            say(script(plan.folder, plan.slurm, cluster, name=plan.sweep.name, tasks=len(todo)))
+        return 0
     say_left_alone(standings, todo, resubmit_failed)
     if not todo:
-        logger.info("nothing to submit; python -m launch.status %s", shlex.quote(str(plan.folder)))
-        return
+        say(f"nothing to submit; python -m launch.status {shlex.quote(str(plan.folder))}")
+        return 0
+    executor = executor_for(plan.folder, plan.slurm, cluster, name=plan.sweep.name)
     write_down(plan)
+    status = 0
     if cluster == "slurm":
         jobs = launch_trials(plan, executor, todo, cluster)
         one, at_once = jobs[0].job_id.partition("_")[0], plan.slurm.array_parallelism
-        logger.info("job %s: %d trials, each on %s, %d at once", one, len(jobs), describe(plan.slurm, cluster), at_once)
+        say(f"job {one}: {len(jobs)} trials, each on {describe(plan.slurm, cluster)}, {at_once} at once")
     else:
-        run_here(plan, executor, todo)
-    logger.info("look after it: python -m launch.status %s", shlex.quote(str(plan.folder)))
+        status = run_here(plan, executor, todo)
+    say(f"look after it: python -m launch.status {shlex.quote(str(plan.folder))}")
+    return status
 
 
 def make_plan(
@@ -107,11 +110,10 @@ def make_plan(
     pairs, rest = options.split(args)
     config = [str(sweep.config)] if sweep.config is not None else []
     shared = [*config, *as_arguments(sweep.set), *rest]
-    tree: Any = sweep.slurm
-    if sweep.config is not None and tree is None:
-        from distil_tl.settings import read_yaml
-
-        tree = read_yaml(sweep.config, ()).get("slurm")
+    tree = options.slurm_section(path)
+    below = options.slurm_section(sweep.config) if sweep.config is not None else None
+    if tree is None or (isinstance(below, dict) and isinstance(tree, dict)):
+        tree = overlay(below or {}, tree or {})
     slurm = options.read_slurm(tree, pairs)
     folder = (folder or Path("sweeps") / sweep.name).absolute()
     common = configuration.load([*shared, f"run_dir={folder}"])[1]
@@ -129,6 +131,8 @@ def make_plan(
             source.tracking.wandb.group = sweep.name
         if one.tracking.wandb.name is None:
             source.tracking.wandb.name = " ".join(trial.arguments) or trial.name
+        if one.resume == "never":  # as nobody else trains in its folder, where it goes on when it is requeued
+            source.resume = "auto"
         trials[run_dir] = trial, to_yaml(source)
     if problems:
         count = sum(map(len, problems.values()))
@@ -145,7 +149,7 @@ def _some(which: list[str]) -> str:
 def refuse_other_sweep(plan: Plan) -> None:
     """Trials are told apart by what they set, so all that they share must stay."""
     saved = plan.folder / COMMON
-    if not saved.exists():
+    if not saved.exists() or not any(plan.folder.glob(f"*/{RECORD}")):  # none was ever submitted
         return
     before: Any = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
     now = plain(plan.common)
@@ -163,16 +167,16 @@ def queue_or_none() -> dict[str, QueuedJob] | None:
     try:
         return queued()
     except SlurmUnavailableError as error:
-        logger.warning("%s: how jobs stand is told from their files alone", error)
+        sys.stderr.write(f"launch: {error}: how jobs stand is told from their files alone\n")
         return None
 
 
 def say_left_alone(standings: dict[Path, Standing], todo: list[Path], resubmit_failed: bool) -> None:
     left = Counter(standing.state for run_dir, standing in standings.items() if run_dir not in todo)
     if left:
-        logger.info("left alone: %s", ", ".join(f"{count} {state}" for state, count in sorted(left.items())))
+        say(f"left alone: {', '.join(f'{count} {state}' for state, count in sorted(left.items()))}")
     if left["failed"] and not resubmit_failed:
-        logger.info("those that failed go on with --resubmit-failed")
+        say("those that failed go on with --resubmit-failed")
 
 
 def write_down(plan: Plan, trials: dict[str, Values] | None = None) -> None:
@@ -191,28 +195,29 @@ def launch_trials(plan: Plan, executor: Any, todo: Sequence[Path], cluster: str)
         path = run_dir / "slurm" / "config.yaml"
         make_private(path.parent)
         write_atomic(path, plan.trials[run_dir][1])
-        (run_dir / "summary.json").unlink(missing_ok=True)  # it stands for an attempt that is over
         work.append(Training(str(path), str(Path.cwd())))
     take_snapshot(plan.folder)
     jobs = start(executor, work)
+    for run_dir in todo:
+        (run_dir / "summary.json").unlink(missing_ok=True)  # it stands for an attempt that is over
     for run_dir, job in zip(todo, jobs, strict=True):
         record(run_dir, job.job_id, cluster)
     return jobs
 
 
-def run_here(plan: Plan, executor: Any, todo: Sequence[Path]) -> None:
-    """One trial after the other, as this machine is one."""
+def run_here(plan: Plan, executor: Any, todo: Sequence[Path]) -> int:
+    """One trial after the other, as this machine is one. The exit status: a fault when any failed."""
+    failed = 0
     for number, run_dir in enumerate(todo, start=1):
-        logger.info("trial %d of %d: %s", number, len(todo), run_dir)
+        say(f"trial {number} of {len(todo)}: {run_dir}")
         (job,) = launch_trials(plan, executor, [run_dir], "local")
-        try:
-            job.wait()
-        except KeyboardInterrupt:
-            job.cancel()
-            job.wait()
-            raise
-        standing = stand(run_dir, {})
-        logger.info("  %s%s", standing.state, f": {standing.detail}; see {job.paths.stdout}" if standing.detail else "")
+        status = wait_here(job, "local")
+        if status == EXIT_PREEMPTED:
+            return status
+        failed += status != 0
+    if failed:
+        say(f"{failed} of {len(todo)} failed")
+    return EXIT_FAULT if failed else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from distil_tl.settings import flatten, read_yaml, refuse
 
 Values = dict[str, Any]
 KEYS = ("name", "config", "set", "trials", "grid", "random", "count", "seed", "seeds", "max_trials", "metric", "slurm")
+METRICS = ("top1", "top5", "macro_f1", "loss")
 DISTRIBUTIONS = ("uniform", "log_uniform", "choice")
 
 
@@ -58,23 +60,24 @@ class Sweep:
     seeds: list[int] = field(default_factory=list)
     max_trials: int = 1000
     metric: str = "top1"
-    slurm: Any = None
 
     def all_trials(self) -> list[Trial]:
-        """Every trial once, in a fixed order; a larger `count` adds to the draws of a smaller one.
+        """Every trial once, in a fixed order; a larger `count` adds to the draws of a smaller one. Equal draws are one.
 
         Raises:
             UserError: there are more than `max_trials`, or two are one and the same.
         """
-        grids = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
         seeds: list[Values] = [{"seed": seed} for seed in self.seeds] or [{}]
-        number = max(1, len(self.trials)) * len(grids) * (self.count or 1) * len(seeds)
+        combinations = math.prod(map(len, self.grid.values()))
+        number = max(1, len(self.trials)) * combinations * (self.count or 1) * len(seeds)
         if number > self.max_trials:
             raise UserError(
                 f"the sweep has {number:,} trials, more than max_trials={self.max_trials:,}; try less, or raise "
                 f"max_trials"
             )
-        draws: list[Values] = [draw(self.random, self.seed, i) for i in range(self.count or 0)] or [{}]
+        grids = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        drawn_all = [draw(self.random, self.seed, i) for i in range(self.count or 0)] or [{}]
+        draws = list({Trial(drawn).name: drawn for drawn in drawn_all}.values())
         found: dict[str, Trial] = {}
         for given, grid, drawn, seed in itertools.product(self.trials or [Trial({})], grids, draws, seeds):
             trial = Trial({**given.values, **grid, **drawn, **seed}, given.label)
@@ -107,7 +110,6 @@ def read_sweep(path: Path) -> Sweep:
         seeds=tree.get("seeds") or [],
         max_trials=tree.get("max_trials", 1000),
         metric=tree.get("metric", "top1"),
-        slurm=tree.get("slurm"),
     )
 
 
@@ -123,8 +125,21 @@ def _problems(path: Path, tree: dict[str, Any]) -> Iterator[str]:
     config = tree.get("config")
     if config is not None and not (path.parent / str(config)).is_file():
         yield f"config: there is no file {path.parent / str(config)}"
+    if "name" in tree and not _is_name(tree["name"]):
+        yield f"name: {tree['name']!r} can't name a folder; use letters, digits, `_`, `-` and `.`"
+    if tree.get("metric", "top1") not in METRICS:
+        yield f"metric: {tree['metric']!r} is none of {', '.join(METRICS)}"
+    for key, least in (("seed", None), ("max_trials", 1)):
+        if key in tree and not _is_whole(tree[key], least):
+            yield f"`{key}` is a whole number" + (f", at least {least}" if least is not None else "")
     given = tree.get("trials") or []
+    if not isinstance(given, (dict, list)):
+        yield f"trials: {given!r} is no list of trials"
+        given = []
     listed = list(given.values() if isinstance(given, dict) else given)
+    for label in given if isinstance(given, dict) else ():
+        if not _is_name(label):
+            yield f"trials: {label!r} can't be part of a folder's name; use letters, digits, `_`, `-` and `.`"
     for values in listed:
         if not isinstance(values, dict):
             yield f"trials: {values!r} is no set of keys, as in `{{model.name: resnet18}}`"
@@ -134,22 +149,27 @@ def _problems(path: Path, tree: dict[str, Any]) -> Iterator[str]:
     for key, how in (tree.get("random") or {}).items():
         yield from _random_problems(key, how)
     count = tree.get("count")
-    if tree.get("random") and (not isinstance(count, int) or count < 1):
+    if tree.get("random") and not _is_whole(count, 1):
         yield "`random` needs `count`, the number of draws"
     if count is not None and not tree.get("random"):
         yield "`count` is the number of draws of `random`, which is not there"
-    keys = [
-        set(_flat(values))
-        for values in (given.values() if isinstance(given, dict) else given)
-        if isinstance(values, dict)
-    ]
+    keys = [set(_flat(values)) for values in listed if isinstance(values, dict)]
     parts = [set().union(*keys), set(tree.get("grid") or {}), set(tree.get("random") or {})]
     parts.append({"seed"} if tree.get("seeds") else set())
     for one, two in itertools.combinations(parts, 2):
         for key in sorted(one & two):
             yield f"`{key}` is varied twice"
-    if any(not isinstance(seed, int) for seed in tree.get("seeds") or []):
+    seeds = tree.get("seeds") or []
+    if not isinstance(seeds, list) or not all(_is_whole(seed) for seed in seeds):
         yield "`seeds` is a list of whole numbers"
+
+
+def _is_name(value: Any) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", str(value)) is not None
+
+
+def _is_whole(value: Any, least: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
 
 
 def _random_problems(key: str, how: Any) -> Iterator[str]:
@@ -177,13 +197,9 @@ def draw_value(rng: Any, how: dict[str, list[Any]]) -> Any:
     ((kind, values),) = how.items()
     if kind == "choice":
         return rng.choice(values)
-    if kind == "uniform":
-        return _shortened(rng.uniform(*values))
-    return _shortened(math.exp(rng.uniform(*map(math.log, values))))
-
-
-def _shortened(number: float) -> float:
-    return float(f"{number:.4g}")
+    low, high = map(float, values)
+    number = rng.uniform(low, high) if kind == "uniform" else math.exp(rng.uniform(math.log(low), math.log(high)))
+    return min(max(float(f"{number:.4g}"), low), high)  # short to read
 
 
 def as_arguments(values: Values) -> list[str]:
