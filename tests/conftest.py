@@ -38,6 +38,14 @@ def make_folder(root: Path, splits: dict[str, int], classes: tuple[str, ...] = C
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Not the user's; set before the first process is started, so that all have it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISTIL_TL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """52 training images, 31 for validation (which divides by no small number), 3 classes."""

@@ -11,6 +11,7 @@ from distil_tl.models.transfer import (
     default_preprocess,
     missing_weights,
     prepare_weights,
+    weights_file,
 )
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "missing_weights",
     "prepare_weights",
     "resolve_weights",
+    "weights_file",
 ]

@@ -124,8 +124,8 @@ def _create(name: str, pretrained: bool, **options: object) -> nn.Module:
         origin = published and (published.hf_hub_id or published.url)
         raise UserError(
             f"model.weights: timm could not load its weights for {name} from {origin} "
-            f"({type(error).__name__}: {error}). Run this once on a machine with network that shares this "
-            f"cache (HF_HOME), or set model.weights=PATH to a .safetensors or .pth file"
+            f"({type(error).__name__}: {error}). Run `distil-tl prefetch` with the same arguments on a machine "
+            f"with network that shares this cache (HF_HOME), or set model.weights=PATH to a .safetensors or .pth file"
         ) from error
 
 

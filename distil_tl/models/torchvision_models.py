@@ -124,6 +124,12 @@ def cache_path(name: str, weights: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
+def published_digest(path: Path) -> str | None:
+    """How the SHA-256 of a published file begins, which its name says."""
+    found = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    return found[1] if found else None
+
+
 def cached_file(name: str, weights: str) -> Path:
     """Where torch.hub keeps the published weights, downloaded first when they are not there.
 
@@ -135,14 +141,13 @@ def cached_file(name: str, weights: str) -> Path:
     path = cache_path(name, weights)
     if path.is_file():
         return path
-    digest = re.search(r"-([0-9a-f]{8,})\.", path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), digest and digest[1], progress=False)
+        torch.hub.download_url_to_file(url, str(path), published_digest(path), progress=False)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"model.weights: the weights {published.name} of {name} could not be downloaded from "
-            f"{url} to {path} ({error}). Run this once on a machine with network that shares this "
-            f"cache (TORCH_HOME), copy the file there, or set model.weights=PATH"
+            f"{url} to {path} ({error}). Run `distil-tl prefetch` with the same arguments on a machine with network "
+            f"that shares this cache (TORCH_HOME), copy the file there, or set model.weights=PATH"
         ) from error
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
@@ -188,6 +189,21 @@ def missing_weights(config: ModelConfig) -> str | None:
         return None if found else timm_models.source(config.library_name)
     found = torchvision_models.cache_path(config.name, weights)
     return None if found.is_file() else f"torchvision {torchvision_models.entry(config.name, weights).name}"
+
+
+def weights_file(config: ModelConfig) -> tuple[Path | None, str | None]:
+    """The file that the weights are read from, if there is one, and how its SHA-256 must begin, where that is known."""
+    weights = resolve_weights(config)
+    if weights == "none":
+        return None, None
+    if config.path is not None:
+        return config.path, None
+    if weights == "package":
+        return PACKAGES[config.name].file(), None
+    if config.from_timm:
+        return timm_models.cached_file(config.library_name), None
+    path = torchvision_models.cache_path(config.name, weights)
+    return path, torchvision_models.published_digest(path)
 
 
 def default_preprocess(config: ModelConfig) -> Preprocess:
