@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -117,8 +119,8 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
-        # A store that failed is not asked again.
-        asks = not info.begun and not isinstance(error, dist.DistError)
+        # A store that is gone is not asked: torch would print a stack for it.
+        asks = not info.begun and not isinstance(error, dist.DistError) and _answers(launch.url)
         if asks and (left := _left_because(info)) is not None:
             _leave(info, left)
             raise left from error
@@ -143,6 +145,17 @@ def _left_because(info: DistInfo) -> PreemptedError | None:
         if info.store.check(["preempted"]):
             return PreemptedError(info.store.get("preempted").decode())
     return None
+
+
+def _answers(url: str) -> bool:
+    """Whether somebody listens where the ranks have met."""
+    where = urlsplit(url)
+    host, port = where.hostname or os.environ.get("MASTER_ADDR"), where.port or os.environ.get("MASTER_PORT")
+    try:
+        socket.create_connection((host, int(port or 0)), timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 def _meet(store: Any, launch: Launch, timeout: float) -> str:
