@@ -88,7 +88,8 @@ def cancel(job_ids: Iterable[str]) -> None:
 def _ask(command: list[str]) -> str:
     if shutil.which(command[0]) is None:
         raise SlurmUnavailableError(f"{command[0]} is not on this machine")
-    environ = {**os.environ, "SLURM_TIME_FORMAT": "standard"}
+    # What somebody set for reading squeue, such as one partition alone, would hide jobs from us.
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, check=False)
     except subprocess.TimeoutExpired:

@@ -63,7 +63,7 @@ def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False
     source.run_dir = str(run_dir)
     preflight(config, slurm, cluster)
     refuse_live(run_dir)
-    if find_start(config, source).completed:
+    if find_start(config, source).completed and not dry_run:
         say(f"{run_dir} holds this run, completed; for another one change the seed or run_dir")
         return 0
     if config.resume == "never":  # has been seen to, and the job goes on with what is its own when it is requeued

@@ -31,7 +31,7 @@ from launch.resources import SlurmConfig
 from launch.snapshot import take_snapshot
 from launch.states import Standing, stand
 from launch.submit import CLUSTERS, describe, executor_for, make_private, preflight, script, start, wait_here
-from launch.trials import Sweep, Trial, Values, as_arguments, read_sweep
+from launch.trials import Sweep, Trial, Values, as_arguments, read_sweep, same_keys
 
 COMMON = "common.yaml"
 
@@ -110,6 +110,10 @@ def make_plan(
     pairs, rest = options.split(args)
     config = [str(sweep.config)] if sweep.config is not None else []
     shared = [*config, *as_arguments(sweep.set), *rest]
+    trying = sweep.all_trials() if only is None else only
+    twice = sorted({arg.partition("=")[0] for arg in rest} & set(same_keys(trying)))
+    if twice:
+        raise UserError(f"{', '.join(twice)} is given for all trials, and the sweep varies it; leave it out of one")
     tree = options.slurm_section(path)
     below = options.slurm_section(sweep.config) if sweep.config is not None else None
     if tree is None or (isinstance(below, dict) and isinstance(tree, dict)):
@@ -119,7 +123,7 @@ def make_plan(
     common = configuration.load([*shared, f"run_dir={folder}"])[1]
     trials: dict[Path, tuple[Trial, str]] = {}
     problems: dict[str, list[str]] = {}
-    for trial in sweep.all_trials() if only is None else only:
+    for trial in trying:
         run_dir = folder / trial.name
         try:
             one, source = configuration.load([*shared, *trial.arguments, f"run_dir={run_dir}"])

@@ -478,15 +478,33 @@ def saved_and_gone(run_dir: Path) -> None:
     assert processes_of(run_dir) == []
 
 
-def test_ctrl_c_in_a_terminal_ends_a_job_of_this_machine(slurm: FakeSlurm, folder: Path) -> None:
-    """A terminal signals all processes, submitit's controller too, which would kill the ranks while they save."""
-    args = local(folder, "stages.head.epochs=300")
+def test_ctrl_c_in_a_terminal_leaves_time_to_save(slurm: FakeSlurm, folder: Path, tmp_path: Path) -> None:
+    """A terminal signals all processes, submitit's controller too, which would kill the ranks a second later."""
+    body = """import signal, time
+    asked = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: asked.append(1))
+    run_dir = pathlib.Path(args[0]).parents[1]
+    (run_dir / "begun").touch()
+    while not asked:
+        time.sleep(0.05)
+    time.sleep(2.5)
+    (run_dir / "saved").touch()
+    return 3"""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom launch import snapshot, submit\n"
+        f"snapshot._source = lambda: Path({str(fake_training(tmp_path / 'source', body))!r})\n"
+        "sys.exit(submit.main(sys.argv[1:]))"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.submit", *args], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", code, *local(folder)], env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        wait_for_steps(Path("run"), 3)
+        deadline = time.monotonic() + 60
+        while not Path("run/begun").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)
         _, said = process.communicate(timeout=60)
     finally:
@@ -494,7 +512,8 @@ def test_ctrl_c_in_a_terminal_ends_a_job_of_this_machine(slurm: FakeSlurm, folde
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 3
     assert said == "launch: the job was stopped, and the same command goes on with it\n"
-    saved_and_gone(Path("run").absolute())
+    assert Path("run/saved").exists()
+    assert processes_of(Path("run").absolute()) == []
 
 
 def test_an_interrupt_of_the_command_alone_ends_its_job(slurm: FakeSlurm, folder: Path, capsys) -> None:
@@ -506,7 +525,7 @@ def test_an_interrupt_of_the_command_alone_ends_its_job(slurm: FakeSlurm, folder
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
-    assert submit.main(local(folder, "slurm.tasks_per_node=2", "stages.head.epochs=300")) == 3
+    assert submit.main(local(folder, "stages.head.epochs=300")) == 3
     thread.join()
     assert "the job was stopped" in capsys.readouterr().err
     saved_and_gone(Path("run").absolute())
@@ -527,6 +546,8 @@ def completed(trained: Path, slurm: FakeSlurm) -> list[str]:
 def test_a_completed_run_is_not_submitted_again(completed: list[str], slurm: FakeSlurm, capsys) -> None:
     assert submit.main(completed) == 0
     assert f"{Path('run').absolute()} holds this run, completed" in capsys.readouterr().out
+    assert submit.main([*completed, "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n")
     assert not slurm.calls("sbatch")
     assert Path("run/summary.json").exists()
 
