@@ -121,7 +121,10 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
             raise
         # A store that is gone is not asked: torch would print a stack for it.
         asks = not info.begun and not isinstance(error, dist.DistError) and _answers(launch.url)
-        if asks and (left := _left_because(info)) is not None:
+        left = None
+        with suppress(dist.DistError):
+            left = _left_because(info) if asks else None
+        if left is not None:
             _leave(info, left)
             raise left from error
         raise LostRanksError(
@@ -140,11 +143,8 @@ def _leave(info: DistInfo, why: PreemptedError) -> None:
 
 
 def _left_because(info: DistInfo) -> PreemptedError | None:
-    """What another rank said when a signal made it leave, if one did."""
-    with suppress(dist.DistError):
-        if info.store.check(["preempted"]):
-            return PreemptedError(info.store.get("preempted").decode())
-    return None
+    """What another rank said when a signal made it leave, if one did. Raises DistError when the store is gone."""
+    return PreemptedError(info.store.get("preempted").decode()) if info.store.check(["preempted"]) else None
 
 
 def _answers(url: str) -> bool:
