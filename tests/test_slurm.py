@@ -309,9 +309,8 @@ def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, reference: Pat
     while not all((path / "attempt.json").exists() for path in (first, second)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    # The last one: its own number is that of the whole array.
-    job = read_attempt(second / "attempt.json")["slurm_job_id"]  # type: ignore[index]
-    cluster.run("scancel", "--signal=USR2", job)
+    # The last one: its own number, by which it might ask to be requeued, is that of the whole array.
+    cluster.run("scancel", "--signal=USR2", read_record(second)["job_id"])  # type: ignore[index]
     wait_for_all(cluster, folder)
     restarts = [read_attempt(path / "attempt.json")["restarts"] for path in (first, second)]  # type: ignore[index]
     assert restarts == [0, 1]
