@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from distil_tl.checkpoint import CheckpointConfig
 from distil_tl.data.loader import DataConfig, fitting_world_sizes
 from distil_tl.distributed import DistributedConfig
-from distil_tl.engine import PRECISIONS
 from distil_tl.errors import UserError, did_you_mean
 from distil_tl.models import ModelConfig, resolve_weights
 from distil_tl.optim import OptimConfig
+from distil_tl.precision import PRECISIONS
 from distil_tl.settings import apply, flatten, is_file, parse_overrides, plain, read_yaml, refuse, to_object
 from distil_tl.stages import StageConfig, default_stages
 from distil_tl.tracking import TrackingConfig
@@ -32,7 +32,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     stages: dict[str, StageConfig] = field(default_factory=default_stages)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: bf16 where a GPU has it, fp32 on CPU
+    precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: what a trial finds to be faster, in long stages
     seed: int = 0  # of the new head, the order and the augmentations
     run_dir: str | None = None  # null: runs/DATA-MODEL-HASH, so that the same command finds its run again
     resume: str = "auto"  # auto: go on where run_dir is | never | the path of a run or checkpoint to go on from

@@ -18,56 +18,19 @@ from torch.nn.parallel import DistributedDataParallel
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
-from distil_tl.data.transforms import Normalize
 from distil_tl.distributed import DistInfo, average_over_ranks, gather_objects, max_over_ranks
 from distil_tl.errors import NonFiniteError
 from distil_tl.keyed import keyed_seed
 from distil_tl.log import printable
 from distil_tl.metrics import Meter
 from distil_tl.models import TransferModel
+from distil_tl.networks import Network
 from distil_tl.optim import OptimConfig, build_optimizer, clip_gradients, lr_factor, set_lr
 from distil_tl.stages import StageConfig, apply_stage
 
 # Frozen statistics don't move, and moving ones are averaged at each epoch's end. Newer torch renamed the option.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-
-
-def amp_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in; None is plain float32. `auto`: bf16 (else fp16) on CUDA, float32 on CPU."""
-    if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-class Network(nn.Module):
-    """What a stage trains: a batch of what its loader yields to float32 logits [N, C]. It computes in `dtype`."""
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-
-class ImageNetwork(Network):
-    """A transfer model with its normalisation, on uint8 images [N, 3, S, S]."""
-
-    def __init__(self, model: TransferModel, dtype: torch.dtype | None, device: torch.device) -> None:
-        super().__init__(dtype)
-        self.normalize = Normalize(model.preprocess)
-        self.module = model.module
-        convolutional = any(isinstance(m, nn.Conv2d) for m in model.module.modules())
-        self.memory_format = torch.channels_last if convolutional else torch.contiguous_format
-        self.to(device).to(memory_format=self.memory_format)
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = self.normalize(images).contiguous(memory_format=self.memory_format)
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not None):
-            logits: Tensor = self.module(images)
-        return logits.float()
 
 
 @dataclass
@@ -128,7 +91,7 @@ def begin_stage(
         name=name,
         network=wrapped,
         optimizer=build_optimizer(model, stage, optim),
-        scaler=torch.amp.GradScaler(info.device.type, enabled=network.dtype == torch.float16),
+        scaler=torch.amp.GradScaler(info.device.type, enabled=network.compute.dtype == torch.float16),
         total_steps=total_steps,
         moving_statistics=stage.batch_norm == "train" and info.world_size > 1,
         first_bad_step=torch.full((), torch.inf, device=info.device),

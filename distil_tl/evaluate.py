@@ -14,13 +14,14 @@ from distil_tl.data.faults import BadImages
 from distil_tl.data.index import Index, scan
 from distil_tl.data.splits import SPLITS, data_root, eval_batches, share_indexes
 from distil_tl.distributed import session
-from distil_tl.engine import ImageNetwork, amp_dtype
 from distil_tl.errors import UserError
 from distil_tl.evaluation import evaluate
 from distil_tl.files import write_json
 from distil_tl.inference import restore
 from distil_tl.launched import read_launch
 from distil_tl.log import logger, printable, setup_console, table
+from distil_tl.networks import ImageNetwork
+from distil_tl.precision import usual_way
 from distil_tl.summary import evaluation
 
 
@@ -60,7 +61,9 @@ def run(options: argparse.Namespace) -> None:
             return {options.split: scan(data_root(config.data) / options.split, classes=restored.classes)}
 
         index = share_indexes(info, work)[options.split]
-        network = ImageNetwork(restored.model, amp_dtype(config.precision, info.device), info.device)
+        network = ImageNetwork(
+            restored.model, usual_way(restored.precision, restored.model.module, info.device), info.device
+        )
         loader = eval_batches(info, config.data, index, restored.model.preprocess, image_size=restored.image_size)
         bad_images = BadImages(config.data.on_bad_image)
         batches = bad_images.read(loader, options.split, index)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from distil_tl.data.loader import Batch, Loader
 from distil_tl.distributed import DistInfo, gather_rows
-from distil_tl.engine import Network
 from distil_tl.log import Progress
 from distil_tl.metrics import ClassificationMetrics
+from distil_tl.networks import Network
 from distil_tl.stopping import Agreement
 
 

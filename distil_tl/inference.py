@@ -64,6 +64,7 @@ class Restored:
     classes: list[str]
     image_size: int
     checkpoint: Path
+    precision: str  # as configured, or what `auto` came to where it was trained
 
 
 def load_trained(run_dir: str | Path, checkpoint: str = "best") -> Trained:
@@ -98,12 +99,15 @@ def restore(run_dir: str | Path, checkpoint: str = "best", overrides: list[str] 
     state = ckpt.load_state(path)
     classes: list[str] = state["classes"]
     preprocess = Preprocess.from_json(state["preprocess"])
-    stage = config.stages[state["run"]["position"]["stage"]]
+    name = state["run"]["position"]["stage"]
+    stage = config.stages[name]
     image_size = stage.image_size or config.data.image_size or preprocess.crop_size
     model = build(config.model, len(classes), image_size=config.data.image_size, seed=config.seed, pretrained=False)
     model.preprocess = preprocess
     ckpt.load_weights(path, model.module)
-    return Restored(config, model, classes, image_size, path)
+    trained_in = state["run"]["stages"][name].get("precision")
+    precision = trained_in.partition(" ")[0] if config.precision == "auto" and trained_in else config.precision
+    return Restored(config, model, classes, image_size, path, precision)
 
 
 def _find(run_dir: Path, checkpoint: str) -> Path:

@@ -16,12 +16,14 @@ from distil_tl.data.faults import BadImages
 from distil_tl.data.loader import plan_batches
 from distil_tl.data.splits import Splits
 from distil_tl.distributed import DistInfo, on_rank_zero
-from distil_tl.engine import ImageNetwork, StageRun, amp_dtype
+from distil_tl.engine import StageRun
 from distil_tl.errors import PreemptedError, SupersededError
 from distil_tl.log import add_rank_file, logger
 from distil_tl.metrics import ClassificationMetrics, Meter
 from distil_tl.models import TransferModel
+from distil_tl.networks import ImageNetwork
 from distil_tl.optim import current_lr
+from distil_tl.precision import Compute, usual_way
 from distil_tl.rundir import RunDirectory, RunState, Start
 from distil_tl.settings import plain
 from distil_tl.stages import StageConfig, check_stages
@@ -66,6 +68,13 @@ class Job:
 
     def image_size(self, stage: StageConfig) -> int:
         return stage.image_size or self.config.data.image_size or self.model.preprocess.crop_size
+
+    def compute(self, name: str) -> Compute:
+        """What stage `name`, which has begun, trains in."""
+        record = self.state.stages.get(name)
+        if record is None or record.precision is None:  # of a checkpoint of an earlier version
+            return self.network.compute
+        return Compute.parse(record.precision)
 
     def position(self, name: str) -> Position:
         """Where stage `name` begins or goes on."""
@@ -253,7 +262,7 @@ def open_job(
         interpolated=interpolated(config, source),
         splits=splits,
         model=model,
-        network=ImageNetwork(model, amp_dtype(config.precision, info.device), info.device),
+        network=ImageNetwork(model, usual_way(config.precision, model.module, info.device), info.device),
         state=state,
         directory=directory,
         checkpoints=checkpoints,

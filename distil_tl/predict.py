@@ -19,10 +19,11 @@ from distil_tl.commands import run_command
 from distil_tl.data.decode import ImageError
 from distil_tl.data.index import IMG_EXTENSIONS
 from distil_tl.data.loader import default_workers
-from distil_tl.engine import ImageNetwork, amp_dtype
 from distil_tl.errors import UserError
 from distil_tl.inference import Transform, restore
 from distil_tl.log import Progress
+from distil_tl.networks import ImageNetwork
+from distil_tl.precision import usual_way
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
     restored = restore(options.run_dir, options.checkpoint)
     cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
     device = torch.device("cuda" if cuda else "cpu")
-    network = ImageNetwork(restored.model, amp_dtype(restored.config.precision, device), device).eval()
+    network = ImageNetwork(restored.model, usual_way(restored.precision, restored.model.module, device), device).eval()
     dataset = _Images(paths, Transform(restored.model.preprocess, restored.image_size))
     loader = DataLoader(
         dataset, batch_size=options.batch_size, num_workers=options.workers, collate_fn=list, pin_memory=False

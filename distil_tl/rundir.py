@@ -41,9 +41,15 @@ class StageRecord:
     epoch_seconds: float = 0.0  # of training in the epoch under way
     train_images: int = 0
     cached: bool = False
+    precision: str | None = None  # that it trains in, from when it has begun
+    prefix_precision: str | None = None  # that its frozen part computes in
     trainable_parameters: int = 0
     train_top1: float | None = None  # over the last epoch, as it went
     top1: float | None = None  # on val, after the last epoch
+
+    @property
+    def has_begun(self) -> bool:
+        return self.precision is not None
 
     def summary(self) -> dict[str, Any]:
         fields = asdict(self)

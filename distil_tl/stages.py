@@ -27,7 +27,7 @@ class StageConfig:
     batch_norm: str = "frozen"  # frozen: running statistics stay as they are | train: they move in unfrozen groups
     augment: str | None = None  # null: as data.augment
     image_size: int | None = None  # null: as data.image_size
-    features: str = "auto"  # of the backbone, once, where only the head trains: on | off | auto: if all stays equal
+    features: str = "auto"  # of the frozen part, computed once: on | off | auto: if all stays equal
     views: int | None = None  # augmented views of each image to compute features of; null: one without augmentation
 
     def problems(self, name: str) -> list[str]:
@@ -52,6 +52,8 @@ class StageConfig:
             found.append(f"{key}.features is {self.features!r}; choose one of {', '.join(FEATURES)}")
         if self.views is not None and self.views < 1:
             found.append(f"{key}.views must be at least 1, or null")
+        if self.unfreeze == "all" and (self.features == "on" or self.views is not None):
+            found.append(f"{key} trains everything, so it can't have features; leave out {key}.features and views")
         if self.image_size is not None and self.image_size < 8:
             found.append(f"{key}.image_size must be at least 8 pixels")
         return found

@@ -33,7 +33,7 @@ def say_stage(job: Job, name: str, stage: StageConfig, sampler: TrainSampler) ->
         "BatchNorm %s, %s", stage.epochs, sampler.steps_per_epoch, data.global_batch_size, ranks,
         "rank" if ranks == 1 else "ranks", data.global_batch_size // ranks, stage.lr, stage.layer_decay,
         job.image_size(stage), stage.augment or data.augment, stage.batch_norm,
-        str(job.network.dtype or "float32").removeprefix("torch."),
+        str(job.compute(name)),
     )  # fmt: skip
 
 

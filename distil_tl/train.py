@@ -24,18 +24,19 @@ from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import eval_batches, open_splits, train_batches
 from distil_tl.distributed import on_rank_zero, once_per_node, session
-from distil_tl.engine import Network, StageRun, begin_stage, check_finite, train_epoch
+from distil_tl.engine import StageRun, begin_stage, check_finite, train_epoch
 from distil_tl.errors import PreemptedError
 from distil_tl.evaluation import evaluate
-from distil_tl.features import feature_loader, open_features
+from distil_tl.feature_cache import feature_loader
 from distil_tl.job import Job, open_job
 from distil_tl.launched import read_launch
 from distil_tl.log import Progress, logger, setup_console
 from distil_tl.metrics import Meter
 from distil_tl.models import build, prepare_weights
+from distil_tl.ready import get_ready
 from distil_tl.report import write_report
-from distil_tl.rundir import StageRecord, Start, find_start
-from distil_tl.stages import StageConfig, apply_stage, count_trainable
+from distil_tl.rundir import Start, find_start
+from distil_tl.stages import StageConfig, count_trainable
 from distil_tl.stopping import Request, StopAgreedError, StopRequest
 
 
@@ -89,21 +90,15 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         image_size=image_size, augment=augment, seed=job.config.seed, stage=name,
     )  # fmt: skip
     val_loader = eval_batches(info, data, job.splits.val, model.preprocess, image_size=image_size)
-    record = job.state.stages.setdefault(name, StageRecord())
-    network: Network = job.network
-    apply_stage(model, stage)
-    info.phase = f"the features of stage {name}"
+    info.phase = f"the beginning of stage {name}"
     try:
-        features = open_features(
-            info, data, model, job.network, job.splits, name, stage,
-            image_size=image_size, seed=job.config.seed, agreement=job.agreement,
-        )  # fmt: skip
+        ready = get_ready(job, name, stage, loader.batch_size or 1)
     except StopAgreedError:
         job.preempt()
-    if features is not None:
-        network, record.cached = features.network, True
-        record.seconds += features.seconds
-        loader, val_loader = feature_loader(features.train, loader), feature_loader(features.val, val_loader)
+    network, record = ready.network, job.state.stages[name]
+    if ready.features is not None:
+        loader = feature_loader(ready.features.train, loader)
+        val_loader = feature_loader(ready.features.val, val_loader)
     total_steps = stage.epochs * sampler.steps_per_epoch
     run = begin_stage(info, model, network, name, stage, job.config.optim, total_steps, remember=job.remembered_batches)
     record.trainable_parameters = count_trainable(job.network)
@@ -185,6 +180,7 @@ def finish(job: Job) -> None:
         checkpoint.load_weights(job.checkpoints.path(state.best["step"]), job.model.module)
     shown = state.best or state.final
     assert shown is not None
+    job.network.use(job.compute(shown["stage"]))
     image_size = job.image_size(job.config.stages[shown["stage"]])
     test: dict[str, float] | None = None
     for split in ("test", "val"):

@@ -14,14 +14,18 @@ import numpy as np
 import pytest
 import torch
 
+from distil_tl import feature_cache
 from distil_tl import features as module
 from distil_tl.config import check, load
 from distil_tl.data.index import scan
 from distil_tl.data.sampler import SampleKey
-from distil_tl.engine import ImageNetwork
 from distil_tl.errors import UserError
-from distil_tl.features import Cache, FeatureDataset, cache_key, find_cut, wanted
+from distil_tl.feature_cache import Cache, FeatureDataset
+from distil_tl.features import cache_key, wanted
 from distil_tl.models import ModelConfig, TransferModel, build
+from distil_tl.models.split import Split, split
+from distil_tl.networks import ImageNetwork, Prefix
+from distil_tl.precision import Compute
 from distil_tl.stages import StageConfig, apply_stage
 from distil_tl.train import main
 from tests.chaos import timeless
@@ -30,12 +34,13 @@ from tests.ranks import lines, run_ranks, train
 
 HEAD = StageConfig(unfreeze="head")
 CPU = torch.device("cpu")
+FP32 = Compute(None, True)
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DISTIL_TL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(feature_cache, "CHUNK", 16)
     monkeypatch.setattr(module, "BATCH", 8)
     return tmp_path / "cache" / "features"
 
@@ -50,7 +55,7 @@ def head_args(folder: Path, run_dir: Path, *more: str) -> list[str]:
 def in_ranks(variables: dict[str, str], args: list[str], small_chunks: bool = True) -> int:
     os.environ |= variables
     if small_chunks:
-        module.CHUNK, module.BATCH = 16, 8
+        feature_cache.CHUNK, module.BATCH = 16, 8
     return train(args)
 
 
@@ -65,9 +70,15 @@ def summary(run_dir: Path) -> dict[str, Any]:
 
 def built(name: str = "shufflenet_v2_x0_5", stage: StageConfig = HEAD) -> tuple[TransferModel, ImageNetwork]:
     model = build(ModelConfig(name, weights="none"), 3, image_size=64, seed=0)
-    network = ImageNetwork(model, None, CPU)
+    network = ImageNetwork(model, FP32, CPU)
     apply_stage(model, stage)
     return model, network
+
+
+def prefix_of(model: TransferModel, network: ImageNetwork) -> Prefix:
+    parts = split(model.module, torch.randn(3, 3, 64, 64))
+    assert isinstance(parts, Split)
+    return Prefix(network, parts, FP32)
 
 
 # The same training.
@@ -221,7 +232,7 @@ def test_a_full_disk_is_no_reason_to_stop_unless_they_are_asked_for(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distil_tl.features.np.save", full)
+    monkeypatch.setattr("distil_tl.feature_cache.np.save", full)
     assert main(head_args(folder, tmp_path / "auto")) == 0
     assert not summary(tmp_path / "auto")["stages"]["head"]["cached"]
     assert "No space left on device" in capsys.readouterr().out
@@ -252,17 +263,20 @@ def test_two_jobs_at_once(folder: Path, tmp_path: Path) -> None:
 
 def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
     model, network = built()
+    prefix = prefix_of(model, network)
     index = scan(folder / "train")
     settings = {"image_size": 64, "augment": "light", "hflip": True, "seed": 0, "views": 1}
 
     def key(**changes: Any) -> str:
-        return cache_key(model, network, index, **{**settings, **changes})
+        return cache_key(model, prefix_of(model, network), index, **{**settings, **changes})
 
     keys = [key(), key(image_size=32), key(augment="none"), key(hflip=False), key(seed=1), key(views=2)]
-    keys.append(cache_key(model, network, scan(folder / "val"), **settings))  # type: ignore[arg-type]
-    network.dtype = torch.bfloat16
+    keys.append(cache_key(model, prefix, scan(folder / "val"), **settings))  # type: ignore[arg-type]
+    prefix.use(Compute(torch.bfloat16, True))
+    keys.append(cache_key(model, prefix, index, **settings))  # type: ignore[arg-type]
+    apply_stage(model, StageConfig(unfreeze=2))
     keys.append(key())
-    network.dtype = None
+    apply_stage(model, HEAD)
     with torch.no_grad():
         next(p for name, p in model.module.named_parameters() if model.group_of(name) == 0).add_(1e-3)
     keys.append(key())
@@ -273,39 +287,18 @@ def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
     assert key(augment="none", seed=3, hflip=False) == key(augment="none"), "where nothing is drawn"
 
 
-@pytest.mark.parametrize(
-    ("name", "stage", "reason"),
-    [
-        ("squeezenet1_1", HEAD, "its head takes something else than one vector of an image"),
-        ("shufflenet_v2_x0_5", StageConfig(unfreeze=2), "it trains more than the head"),
-        ("timm/deit_tiny_distilled_patch16_224", HEAD, "the model has several heads"),
-    ],
-)
-def test_where_there_is_no_place_to_cut(name: str, stage: StageConfig, reason: str) -> None:
-    model = build(ModelConfig(name, weights="none"), 3, image_size=224 if "deit" in name else 64, seed=0)
-    network = ImageNetwork(model, None, CPU)
-    apply_stage(model, stage)
-    assert find_cut(model, network, stage, model.image_size) == reason
-
-
-def test_a_cut_that_leaves_something_out_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, network = built()
-    original = model.module.forward
-    monkeypatch.setattr(model.module, "forward", lambda images: original(images) + 1)
-    assert find_cut(model, network, HEAD, 64) == "the head is not all that comes after the backbone"
-
-
 def test_when_they_are_wanted() -> None:
     assert wanted(HEAD, "none")
     assert not wanted(HEAD, "light"), "it would be another training"
     assert wanted(StageConfig(unfreeze="head", views=2), "light")
     assert wanted(StageConfig(unfreeze="head", features="on"), "light")
     assert not wanted(StageConfig(unfreeze="head", features="off", views=2), "none")
+    assert wanted(StageConfig(unfreeze=2), "none")
     assert not wanted(StageConfig(unfreeze="all"), "none")
 
 
 def test_a_stage_that_can_not_have_them_is_refused(folder: Path, tmp_path: Path, cache: Path, capsys) -> None:
-    assert main(head_args(folder, tmp_path / "run", "stages.full.features=on", "stages.head.epochs=0")) == 2
-    assert "stages.full.features: it trains more than the head; use stages.full.features=off" in capsys.readouterr().err
+    assert main(head_args(folder, tmp_path / "run", "stages.full.features=on", "stages.full.unfreeze=all")) == 2
+    assert "can't have features" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"stages.head.views must be at least 1"):
         check(load(["stages.head.views=0"])[0], 1)

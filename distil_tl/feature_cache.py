@@ -1,0 +1,159 @@
+"""Features on disk: an array of numbers for each view of each image, in a folder of chunks.
+
+Each chunk is written by one rank and valid on its own: an extraction that was interrupted goes on, and jobs that need
+the same features share the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from distil_tl.data.loader import Batch, Loader
+from distil_tl.data.sampler import SampleKey
+from distil_tl.files import sha256_file, write_json
+
+CHUNK = 256  # images whose features are written, and can be lost, at once
+
+
+class Cache:
+    """Features [N, ...] of the images of an index, for each of some views, in a folder of chunks."""
+
+    def __init__(self, folder: Path, length: int, views: int) -> None:
+        self.folder = folder
+        self.length = length
+        self.views = views
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """(view, first image) of each."""
+        return [(view, first) for view in range(self.views) for first in range(0, self.length, CHUNK)]
+
+    def rows(self, first: int) -> range:
+        return range(first, min(first + CHUNK, self.length))
+
+    def path(self, view: int, first: int) -> Path:
+        return self.folder / f"view-{view:03d}-from-{first:09d}"
+
+    def is_sound(self, view: int, first: int) -> bool:
+        """Whether a chunk is there, whole and as it was written."""
+        path = self.path(view, first)
+        try:
+            note = json.loads(path.with_suffix(".json").read_text())
+            return bool(
+                note["sha256"] == sha256_file(path.with_suffix(".npy")) and note["rows"] == len(self.rows(first))
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def write(self, view: int, first: int, features: Tensor, faults: dict[int, str]) -> None:
+        """The array first, then the note that says what it must be, each under its name only when it is whole."""
+        path = self.path(view, first)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        dtype = str(features.dtype).removeprefix("torch.")
+        array = (features.view(torch.int16) if features.dtype == torch.bfloat16 else features).numpy()
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.npy")
+        try:
+            np.save(partial, array, allow_pickle=False)
+            digest = sha256_file(partial)
+            partial.replace(path.with_suffix(".npy"))
+        finally:
+            partial.unlink(missing_ok=True)
+        note = {"sha256": digest, "rows": len(array), "dtype": dtype, "faults": faults}
+        write_json(path.with_suffix(".json"), note)
+
+    def open(self, targets: np.ndarray) -> FeatureDataset:
+        arrays, faults = [], dict[tuple[int, int], str]()
+        dtype = "float32"
+        for view, first in self.chunks():
+            path = self.path(view, first)
+            note = json.loads(path.with_suffix(".json").read_text())
+            dtype = note["dtype"]
+            arrays.append(np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False))
+            faults |= {(view, int(image)): reason for image, reason in note["faults"].items()}
+        return FeatureDataset(self, arrays, getattr(torch, dtype), faults, targets)
+
+
+class FeatureDataset(Dataset[Batch]):
+    """Features in the place of images. All ranks of a node read the same pages of memory."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        arrays: Sequence[np.ndarray],
+        dtype: torch.dtype,
+        faults: dict[tuple[int, int], str],
+        targets: np.ndarray,
+    ) -> None:
+        self.cache = cache
+        self.arrays = arrays
+        self.dtype = dtype
+        self.faults = faults
+        self.per_view = len(arrays) // cache.views
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return self.cache.length
+
+    def example(self, count: int) -> Tensor:
+        """A batch [count, ...] of this shape and type, for a trial."""
+        return torch.randn(count, *self.arrays[0].shape[1:], generator=torch.Generator().manual_seed(0)).to(self.dtype)
+
+    def __getitems__(self, keys: list[SampleKey]) -> Batch:
+        """A batch at once. Epoch `e` sees view `e` modulo their number."""
+        where = [(key.epoch % self.cache.views, key.image) for key in keys]
+        rows = [self.arrays[view * self.per_view + image // CHUNK][image % CHUNK] for view, image in where]
+        features = torch.from_numpy(np.stack(rows))
+        bad = [(image, self.faults[view, image]) for view, image in where if (view, image) in self.faults]
+        images = torch.tensor([key.image for key in keys])
+        return Batch(
+            features.view(self.dtype) if self.dtype == torch.bfloat16 else features,
+            torch.from_numpy(self.targets[images.numpy()].astype(np.int64)),
+            images,
+            torch.tensor([pair not in self.faults for pair in where]),
+            bad,
+        )
+
+
+def feature_loader(dataset: FeatureDataset, instead_of: Loader) -> Loader:
+    """A loader of features in the order and the batches of one of images."""
+    sampler: Any = instead_of.sampler
+    loader: Loader = DataLoader(dataset, batch_size=instead_of.batch_size, sampler=sampler, collate_fn=_as_it_is)
+    return loader
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that can be written where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def available_memory() -> int:
+    """Bytes that this process may still fill: of the machine's, and of what its control group (a Slurm job's) has."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
+        for folder in (Path("/sys/fs/cgroup") / group, *(Path("/sys/fs/cgroup") / group).parents):
+            limit = folder / "memory.max"
+            if limit.exists() and limit.read_text().strip() != "max":
+                found.append(int(limit.read_text()) - int((folder / "memory.current").read_text()))
+    except (OSError, ValueError, IndexError):  # another system, or an older one
+        pass
+    return max(0, min(found))
