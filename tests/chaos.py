@@ -37,7 +37,7 @@ from tests.ranks import free_port, lines
 
 PACKAGE = str(Path(importlib.import_module("distil_tl").__file__ or "").parent)
 REGIONS = {
-    "start-up": ("find_start", "open_splits", "prepare_weights", "build", "open_job", "open_features", "begin_stage"),
+    "start-up": ("find_start", "open_splits", "prepare_weights", "build", "open_job", "get_ready", "begin_stage"),
     "step": ("train_one_epoch",),
     "evaluation": ("evaluate",),
     "finish": ("finish",),
