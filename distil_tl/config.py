@@ -20,7 +20,7 @@ from distil_tl.distributed import DistributedConfig
 from distil_tl.errors import UserError, did_you_mean
 from distil_tl.models import ModelConfig, resolve_weights
 from distil_tl.optim import OptimConfig
-from distil_tl.precision import PRECISIONS
+from distil_tl.precision import COMPILE, PRECISIONS
 from distil_tl.settings import apply, flatten, is_file, parse_overrides, plain, read_yaml, refuse, to_object
 from distil_tl.stages import StageConfig, default_stages
 from distil_tl.tracking import TrackingConfig
@@ -33,6 +33,7 @@ class Config:
     stages: dict[str, StageConfig] = field(default_factory=default_stages)
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: str = "auto"  # auto | fp32 | bf16 | fp16; auto: what a trial finds to be faster, in long stages
+    compile: str = "none"  # by torch.compile, a minute or so at the start: none | prefix, the frozen part | all
     seed: int = 0  # of the new head, the order and the augmentations
     run_dir: str | None = None  # null: runs/DATA-MODEL-HASH, so that the same command finds its run again
     resume: str = "auto"  # auto: go on where run_dir is | never | the path of a run or checkpoint to go on from
@@ -206,6 +207,8 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
         yield "every stage has 0 epochs, so there is nothing to train; set stages.NAME.epochs"
     if config.precision not in PRECISIONS:
         yield f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}"
+    if config.compile not in COMPILE:
+        yield f"compile is {config.compile!r}; choose one of {', '.join(COMPILE)}"
     batch = config.data.global_batch_size
     if batch >= 1 and batch % world_size:
         fit = [str(n) for n in fitting_world_sizes(batch) if n <= 4 * world_size]

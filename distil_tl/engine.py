@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
@@ -87,6 +88,8 @@ def begin_stage(
             **_NO_BUFFER_SYNC,
             gradient_as_bucket_view=True,
         )
+        if optim.compression == "bf16":
+            wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
     return StageRun(
         name=name,
         network=wrapped,

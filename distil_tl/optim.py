@@ -16,6 +16,7 @@ from distil_tl.stages import StageConfig
 _NOT_DECAYED = ("pos_embedding", "class_token", "layer_scale", "relative_position_bias_table")
 
 OPTIMIZERS = ("adamw", "sgd")
+COMPRESSIONS = ("none", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
 
 
@@ -28,6 +29,7 @@ class OptimConfig:
     schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
     label_smoothing: float = 0.0  # share of each target that is spread over all classes
     clip_norm: float | None = 1.0  # largest global norm of the gradient; null: no clipping
+    compression: str = "none"  # of gradients between ranks: none | bf16, half the bytes for slow networks
 
     def problems(self) -> list[str]:
         found = []
@@ -35,6 +37,8 @@ class OptimConfig:
             found.append(f"optim.name is {self.name!r}; choose one of {', '.join(OPTIMIZERS)}")
         if self.schedule not in SCHEDULES:
             found.append(f"optim.schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        if self.compression not in COMPRESSIONS:
+            found.append(f"optim.compression is {self.compression!r}; choose one of {', '.join(COMPRESSIONS)}")
         if self.weight_decay < 0:
             found.append("optim.weight_decay must be 0 or more")
         if not 0 <= self.momentum < 1:

@@ -25,6 +25,7 @@ from distil_tl.files import cache_dir, write_json
 from distil_tl.log import logger
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+COMPILE = ("none", "prefix", "all")
 ROUNDS = 3  # steps of each way that are timed, after one that is not
 MARGIN = 1.15  # how much faster another way must be to be taken instead of the first
 WORTH = 20  # a trial of n images is made where n times this are to come

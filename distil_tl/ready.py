@@ -63,7 +63,17 @@ def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
     trained.use(compute)
     if isinstance(prefix, Prefix):
         prefix.use(prefix.compute)
+    if config.compile != "none":
+        _compile(config.compile, trained)
     return Ready(trained, features)
+
+
+def _compile(what: str, network: Network) -> None:
+    """Compile in place, for the sizes that come; the first batch of each size takes its time."""
+    if what == "all":
+        network.compile(dynamic=False)
+    elif isinstance(network, SplitNetwork):
+        network.prefix.compile(dynamic=False)
 
 
 def _images(count: int, size: int, device: torch.device) -> Tensor:

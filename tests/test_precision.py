@@ -134,3 +134,11 @@ def test_a_trial_leaves_no_trace(folder: Path, tmp_path: Path, monkeypatch: pyte
     assert main([*general, f"run_dir={tmp_path / 'with'}"]) == 0
     assert list((tmp_path / "cache" / "precision").iterdir()), "there was one"
     assert [line["loss"] for line in lines(tmp_path / "with")] == [line["loss"] for line in lines(tmp_path / "without")]
+
+
+def test_what_is_compiled(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiled.append(type(self).__name__))
+    for what in ("none", "prefix", "all"):
+        assert main([*small_args(folder), f"run_dir={tmp_path / what}", f"compile={what}"]) == 0
+    assert compiled == ["Prefix", "Prefix", "SplitNetwork", "SplitNetwork"]

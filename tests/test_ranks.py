@@ -167,3 +167,14 @@ def test_statistics_that_train_are_averaged_and_frozen_ones_left_alone(small: li
     moved = ranks[0]["moved"]["full"]
     assert moved
     assert all(name.startswith("conv5.") for name in moved), moved
+
+
+def test_compressed_gradients_are_close_and_the_same_on_all_ranks(small: list[str], tmp_path: Path) -> None:
+    losses = {}
+    for how in ("none", "bf16"):
+        one, two = run_ranks(2, hashed_train, [*small, f"run_dir={tmp_path / how}", f"optim.compression={how}"])
+        assert one["status"] == two["status"] == 0
+        assert one["hashes"] == two["hashes"]
+        losses[how] = [line["loss"] for line in lines(tmp_path / how, window="interval")]
+    assert losses["bf16"] == pytest.approx(losses["none"], rel=2e-2)
+    assert losses["bf16"] != losses["none"]
