@@ -240,20 +240,21 @@ def _root_problems(root: Path) -> Iterator[str]:
 def usage(program: str) -> str:
     """Every key with its default and the comment beside it in the code."""
     lines = [f"usage: {program} [CONFIG.yaml] [key=value ...]", "", "Keys, their defaults and meanings:", ""]
-    lines += _explain(Config(), "")
+    lines += explain(Config(), "")
     return "\n".join(lines) + "\n"
 
 
-def _explain(section: Any, prefix: str) -> list[str]:
+def explain(section: Any, prefix: str) -> list[str]:
+    """A line for each field of a dataclass: its key behind `prefix`, its default, and the comment beside it."""
     source = inspect.getsource(type(section))
     comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
     lines = []
     for item in dataclasses.fields(section):
         value, key = getattr(section, item.name), f"{prefix}{item.name}"
         if dataclasses.is_dataclass(value):
-            lines += _explain(value, f"{key}.")
+            lines += explain(value, f"{key}.")
         elif item.name == "stages":
-            lines += [line for name, stage in value.items() for line in _explain(stage, f"{key}.{name}.")]
+            lines += [line for name, stage in value.items() for line in explain(stage, f"{key}.{name}.")]
         else:
             shown = "null" if value is None else value
             lines.append(f"  {f'{key}={shown}':<46} {comments.get(item.name, '')}".rstrip())

@@ -20,7 +20,7 @@ from launch.resources import SlurmConfig
 
 def argument_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
     """A command's parser, whose help explains the keys of `slurm` too."""
-    keys = "\n".join(configuration._explain(SlurmConfig(), "slurm."))
+    keys = "\n".join(configuration.explain(SlurmConfig(), "slurm."))
     return argparse.ArgumentParser(
         program,
         usage=f"{program} [options] FILE.yaml [key=value ...] [slurm.key=value ...]",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import sys
@@ -203,3 +204,17 @@ def test_a_line_for_a_reader_who_has_gone_ends_quietly(monkeypatch: pytest.Monke
         assert run_command("launch.submit", lambda: options.say("a line")) == 0
         assert sys.stdout is not gone
     assert capsys.readouterr().err == ""
+
+
+def test_launch_uses_only_what_is_public_in_training() -> None:
+    for path in sorted(Path(options.__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        ours = [name for node in imports if (node.module or "").startswith("distil_tl") for name in node.names]
+        known = {name.asname or name.name for name in ours}
+        used = [
+            f"{node.value.id}.{node.attr}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known
+        ]
+        assert [name for name in [*(n.name for n in ours), *used] if "._" in f".{name}"] == [], path
