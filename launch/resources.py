@@ -12,7 +12,7 @@ EARLY_S = 60  # a warning may come up to this much before its time
 # Options of sbatch that have a key of their own here, by which they are checked.
 KEY_OF = {
     **{name: name for name in ("partition", "account", "qos", "nodes", "mem", "time", "constraint", "exclude")},
-    "gpus-per-node": "gpus_per_node",
+    **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-task"), "gpus_per_node"),  # a task must see its node's GPUs
     "ntasks": "tasks_per_node",
     "ntasks-per-node": "tasks_per_node",
     "cpus-per-task": "cpus_per_task",
@@ -28,7 +28,7 @@ class SlurmConfig:
     qos: str | None = None  # quality of service
     nodes: int = 1  # how many machines
     gpus_per_node: int = 1  # and a task for each; 0 trains on CPUs
-    tasks_per_node: int | None = None  # null: one per GPU
+    tasks_per_node: int | None = None  # null: one per GPU; for CPUs how many processes
     cpus_per_task: int = 8  # for the loader's processes
     mem: str | None = None  # per node, as in 64GB; null: the cluster's default
     time: str = "24:00:00"  # minutes, HH:MM:SS or D-HH:MM:SS; the job is requeued when it is up
@@ -61,10 +61,11 @@ class SlurmConfig:
                 yield f"slurm.{name} must be at least {least}"
         if self.tasks_per_node is not None and self.tasks_per_node < 1:
             yield "slurm.tasks_per_node must be at least 1, or null for one per GPU"
-        elif self.gpus_per_node > 0 and self.tasks > self.gpus_per_node:
+        elif self.gpus_per_node > 0 and self.tasks != self.gpus_per_node:
+            why = "each task needs one of its own" if self.tasks > self.gpus_per_node else "a task uses one of them"
             yield (
-                f"slurm.tasks_per_node={self.tasks_per_node} with {self.gpus_per_node} GPUs a node: each task needs "
-                f"one of its own, so leave tasks_per_node out, or raise slurm.gpus_per_node"
+                f"slurm.tasks_per_node={self.tasks_per_node} with slurm.gpus_per_node={self.gpus_per_node}: {why}, so "
+                f"leave tasks_per_node out, or make them equal"
             )
         minutes = parse_minutes(self.time)
         if minutes is None or minutes < 1:

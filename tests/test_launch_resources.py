@@ -92,8 +92,13 @@ def test_the_defaults_are_all_right() -> None:
         ({"tasks_per_node": 0}, "slurm.tasks_per_node must be at least 1, or null for one per GPU"),
         (
             {"tasks_per_node": 4, "gpus_per_node": 2},
-            "slurm.tasks_per_node=4 with 2 GPUs a node: each task needs one of its own, so leave tasks_per_node out, "
-            "or raise slurm.gpus_per_node",
+            "slurm.tasks_per_node=4 with slurm.gpus_per_node=2: each task needs one of its own, so leave "
+            "tasks_per_node out, or make them equal",
+        ),
+        (
+            {"tasks_per_node": 2, "gpus_per_node": 8},
+            "slurm.tasks_per_node=2 with slurm.gpus_per_node=8: a task uses one of them, so leave tasks_per_node out, "
+            "or make them equal",
         ),
         ({"signal_delay_s": 0}, "slurm.signal_delay_s must be at least 1"),
         ({"time": "0"}, "slurm.time=0 is no time limit; give minutes, HH:MM:SS or D-HH:MM:SS"),
@@ -108,6 +113,7 @@ def test_the_defaults_are_all_right() -> None:
         ),
         ({"extra": {"ntasks_per_node": 8}}, "slurm.extra.ntasks_per_node: use slurm.tasks_per_node"),
         ({"extra": {"time": 5}}, "slurm.extra.time: use slurm.time"),
+        ({"extra": {"gpus-per-task": 1}}, "slurm.extra.gpus-per-task: use slurm.gpus_per_node"),
     ],
 )
 def test_each_mistake_is_named_with_its_key(values: dict[str, Any], message: str) -> None:
@@ -138,9 +144,7 @@ def test_amounts_of_memory_that_sbatch_refuses_or_takes_for_something_else(mem: 
     assert len(problems(mem=mem)) == 1
 
 
-@pytest.mark.parametrize(
-    ("gpus", "given", "tasks"), [(8, None, 8), (8, 8, 8), (8, 2, 2), (1, None, 1), (0, None, 1), (0, 4, 4)]
-)
+@pytest.mark.parametrize(("gpus", "given", "tasks"), [(8, None, 8), (8, 8, 8), (1, None, 1), (0, None, 1), (0, 4, 4)])
 def test_a_task_for_each_gpu_or_as_many_as_asked_for(gpus: int, given: int | None, tasks: int) -> None:
     config = SlurmConfig(nodes=3, gpus_per_node=gpus, tasks_per_node=given)
     assert list(config.problems()) == []
