@@ -22,6 +22,7 @@ from distil_tl.log import setup_console
 from launch.options import say
 from launch.queue import QueuedJob, SlurmUnavailableError, cancel, queued
 from launch.records import read_record
+from launch.snapshot import take_snapshot
 from launch.states import evaluations, stand
 from launch.status import OVER
 from launch.submit import CLUSTERS, executor_for, stop_here
@@ -90,6 +91,7 @@ class Driver:
 
     def __init__(self, optuna: Any, study: Any, plan: Plan, cluster: str, plan_of: Callable[[Trial], Plan]) -> None:
         self.optuna, self.study, self.plan, self.cluster, self.plan_of = optuna, study, plan, cluster, plan_of
+        self.code = take_snapshot(plan.folder)  # once: trials of a search are compared with each other
         self.jobs: dict[str, Any] = {}  # of this machine, by run directory's name
         self.values: dict[str, Values] = {}
         self.reported: Counter[str] = Counter()  # evaluations
@@ -126,7 +128,7 @@ class Driver:
         asked.set_user_attr("values", trial.values)
         plan = self.plan_of(trial)
         ((run_dir, _),) = plan.trials.items()
-        executor = executor_for(plan.folder, plan.slurm, self.cluster, name=plan.sweep.name)
+        executor = executor_for(plan.folder, self.code, plan.slurm, self.cluster, name=plan.sweep.name)
         (job,) = launch_trials(plan, executor, [run_dir], self.cluster)
         asked.set_user_attr("name", run_dir.name)
         self.jobs[run_dir.name], self.under_way[run_dir.name] = job, asked

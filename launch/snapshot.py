@@ -6,7 +6,7 @@ import hashlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 from distil_tl.files import write_atomic
@@ -18,22 +18,19 @@ SNAPSHOT = "snapshot.json"
 
 def snapshot_path(folder: Path) -> Path:
     """Where below `folder` a copy of the code as it is now belongs: named by its content, so it never changes."""
-    digest = hashlib.sha256()
-    for path in _files():
-        digest.update(f"{path}\0".encode())
-        digest.update((_source() / path).read_bytes())
-    return folder / "code" / digest.hexdigest()[:12]
+    return _place(folder, _read())
 
 
 def take_snapshot(folder: Path) -> Path:
-    """Copy the packages that run now to `snapshot_path`, unless they are there, with the commit they are of."""
-    target = snapshot_path(folder)
+    """A copy of the packages as they are now, below `folder`, with the commit they are of; made unless it is there."""
+    files = _read()  # once: what is edited from here on is neither in the copy nor in its name
+    target = _place(folder, files)
     if target.exists():
         return target
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    for path in _files():
+    for path, content in files.items():
         (partial / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(_source() / path, partial / path)
+        (partial / path).write_bytes(content)
     write_atomic(partial / "distil_tl" / SNAPSHOT, json.dumps(git_state()) + "\n")
     try:
         partial.rename(target)
@@ -44,12 +41,22 @@ def take_snapshot(folder: Path) -> Path:
     return target
 
 
+def _place(folder: Path, files: Mapping[Path, bytes]) -> Path:
+    digest = hashlib.sha256()
+    for path, content in files.items():
+        digest.update(f"{path}\0".encode())
+        digest.update(content)
+    return folder / "code" / digest.hexdigest()[:12]
+
+
 def _source() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-def _files() -> Iterator[Path]:
+def _read() -> dict[Path, bytes]:
+    found = {}
     for package in PACKAGES:
         for path in sorted((_source() / package).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts and path.name != SNAPSHOT:
-                yield path.relative_to(_source())
+                found[path.relative_to(_source())] = path.read_bytes()
+    return found

@@ -7,6 +7,7 @@ warned before its time is up, saves, and goes back into the queue until it is do
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
 import os
 import shlex
@@ -71,11 +72,10 @@ def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False
     if dry_run:
         say(script(run_dir, slurm, cluster, name=run_dir.name))
         return 0
-    executor = executor_for(run_dir, slurm, cluster, name=run_dir.name)
     path = run_dir / "slurm" / "config.yaml"
     make_private(path.parent)
     write_atomic(path, to_yaml(source))
-    take_snapshot(run_dir)
+    executor = executor_for(run_dir, take_snapshot(run_dir), slurm, cluster, name=run_dir.name)
     (job,) = start(executor, [Training(str(path), str(Path.cwd()))])
     (run_dir / "summary.json").unlink(missing_ok=True)  # it stands for an attempt that is over
     record(run_dir, job.job_id, cluster)
@@ -90,6 +90,8 @@ def preflight(config: Config, slurm: SlurmConfig, cluster: str) -> None:
     found = [*slurm.problems()]
     world_size = slurm.world_size if not found else 1
     found += configuration.problems(for_nodes(config) if cluster == "slurm" else config, world_size)
+    if importlib.util.find_spec("submitit") is None:
+        found.append("launching needs submitit: pip install 'distil_tl[slurm]'")
     absent = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
     if cluster == "slurm" and absent:
         found.append(f"there is no {absent[0]} on this machine; submit from a login node, or use --cluster local")
@@ -143,16 +145,13 @@ def refuse_live(run_dir: Path) -> None:
             )
 
 
-def executor_for(folder: Path, slurm: SlurmConfig, cluster: str, *, name: str) -> Any:
-    """A submitit executor whose files lie in `folder`/slurm, and whose jobs run the snapshot in `folder`."""
-    try:
-        import submitit
-    except ImportError:
-        raise UserError("launching needs submitit: pip install 'distil_tl[slurm]'") from None
+def executor_for(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str, *, name: str) -> Any:
+    """A submitit executor whose files lie in `folder`/slurm, and whose jobs run the code in `snapshot`."""
+    import submitit
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
     executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster)
-    code = shlex.quote(str(snapshot_path(folder)))
+    code = shlex.quote(str(snapshot))
     setup = [
         *slurm.setup,
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",  # as torchrun does: the loader has processes of its own
@@ -178,7 +177,7 @@ def script(folder: Path, slurm: SlurmConfig, cluster: str, *, name: str, tasks: 
     if cluster != "slurm":
         raise UserError(f"--dry-run prints the script for sbatch; --cluster {cluster} has none")
     # submitit has no other way to show a script without submitting it.
-    inner = executor_for(folder, slurm, cluster, name=name)._executor
+    inner = executor_for(folder, snapshot_path(folder), slurm, cluster, name=name)._executor
     if tasks > 1:
         inner.parameters["map_count"] = tasks
     text: str = inner._make_submission_file_text(inner._submitit_command_str, "dry-run")

@@ -86,8 +86,8 @@ def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_f
     if not todo:
         say(f"nothing to submit; python -m launch.status {shlex.quote(str(plan.folder))}")
         return 0
-    executor = executor_for(plan.folder, plan.slurm, cluster, name=plan.sweep.name)
     write_down(plan)
+    executor = executor_for(plan.folder, take_snapshot(plan.folder), plan.slurm, cluster, name=plan.sweep.name)
     status = 0
     if cluster == "slurm":
         jobs = launch_trials(plan, executor, todo, cluster)
@@ -200,7 +200,6 @@ def launch_trials(plan: Plan, executor: Any, todo: Sequence[Path], cluster: str)
         make_private(path.parent)
         write_atomic(path, plan.trials[run_dir][1])
         work.append(Training(str(path), str(Path.cwd())))
-    take_snapshot(plan.folder)
     jobs = start(executor, work)
     for run_dir in todo:
         (run_dir / "summary.json").unlink(missing_ok=True)  # it stands for an attempt that is over

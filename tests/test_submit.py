@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ import yaml
 
 from distil_tl import rundir
 from distil_tl.attempt import Attempt
-from launch import snapshot, submit
+from launch import snapshot, submit, sweep
 from launch.records import read_record, record
 from tests.conftest import small_args
 from tests.fake_slurm import FakeSlurm, fake_training
@@ -245,6 +246,29 @@ def test_a_snapshot_never_changes(source: Path, tmp_path: Path) -> None:
     assert snapshot.snapshot_path(tmp_path / "run") not in (first, second)
 
 
+@pytest.mark.parametrize("command", [submit.main, sweep.main])
+def test_an_edit_while_a_job_is_submitted_comes_too_late(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[list[str]], int]
+) -> None:
+    """Not so that its folder has another name than the job was told, nor so that half of the edit is in it."""
+    edited = fake_training(tmp_path / "source", "return 0") / "distil_tl/train.py"
+    before, read = edited.read_bytes(), Path.read_bytes
+
+    def read_and_edit(path: Path) -> bytes:
+        content = read(path)
+        if path == edited:
+            path.write_bytes(content + b"# edited\n")
+        return content
+
+    monkeypatch.setattr(snapshot, "_source", lambda: tmp_path / "source")
+    monkeypatch.setattr(Path, "read_bytes", read_and_edit)
+    Path("seeds.yaml").write_text("seeds: [0, 1]")
+    args = PLAIN if command is submit.main else [arg for arg in PLAIN if not arg.startswith("run_dir")]
+    assert command([*args, *(["seeds.yaml"] if command is sweep.main else [])]) == 0
+    (code,) = {line for job in slurm.jobs.values() for line in re.findall("^cd (.*)$", job["script"], re.MULTILINE)}
+    assert read(Path(code) / "distil_tl/train.py") == before
+
+
 def test_two_submissions_at_once_share_a_snapshot(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -360,6 +384,7 @@ def test_weights_that_nodes_could_not_fetch(slurm: FakeSlurm, capsys, monkeypatc
 def test_without_submitit_it_says_how_to_get_it(slurm: FakeSlurm, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert "launching needs submitit: pip install 'distil_tl[slurm]'" in refusal(capsys)
+    assert not list(Path().iterdir())
 
 
 # Who works in the run directory
