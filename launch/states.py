@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import socket
 import time
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from distil_tl.attempt import is_alive, read_attempt
 from launch.queue import QueuedJob
 from launch.records import read_record
 
+METRICS = "metrics.jsonl"
+TAIL = 65536  # bytes of it that are read: a watched sweep has many, and they grow for days
 QUIET_S = 900  # a run that has written nothing for so long is not taken for a running one on its files' word alone
 STATES = ("completed", "running", "pending", "requeued", "stopped", "failed", "pruned", "unknown", "missing")
 
@@ -48,12 +51,12 @@ def stand(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> Standing:
     summary = _json(run_dir / "summary.json")
     attempt = read_attempt(run_dir / ATTEMPT)
     record = read_record(run_dir)
-    lines = _lines(run_dir / "metrics.jsonl")
+    lines = _lines(run_dir / METRICS, TAIL)
     last = lines[-1] if lines else {}
     job = _job(record, attempt, queue)
     state, detail = _state(run_dir, summary, attempt, record, last, job, asked=queue is not None)
     told = (summary or {}).get("best")
-    best = told if isinstance(told, dict) else _best(lines)
+    best = told if isinstance(told, dict) else _best(run_dir, lines)
     return Standing(
         run_dir,
         state,
@@ -160,8 +163,14 @@ def _progress(run_dir: Path, last: Mapping[str, Any]) -> float | None:
     return share
 
 
-def _best(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    found = [line for line in lines if line.get("split") == "val" and number(line, "top1") is not None]
+def _best(run_dir: Path, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of all evaluations, by the last `lines` of metrics.jsonl and the checkpoint, which was written after each one."""
+    saved = (_json(run_dir / "checkpoints/last/state.json") or {}).get("run")
+    if not isinstance(saved, dict):  # there is none yet, or no longer
+        lines = _lines(run_dir / METRICS)
+    before = saved.get("best") if isinstance(saved, dict) else None
+    found = [line for line in lines if line.get("split") == "val"] + ([before] if isinstance(before, dict) else [])
+    found = [line for line in found if number(line, "top1") is not None]
     return max(found, key=lambda line: (line["top1"], -loss_of(line)), default=None)
 
 
@@ -178,20 +187,23 @@ def loss_of(evaluation: Mapping[str, Any]) -> float:
 
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """The evaluations of a run so far, as metrics.jsonl has them."""
-    return [line for line in _lines(run_dir / "metrics.jsonl") if line.get("split") == "val"]
+    return [line for line in _lines(run_dir / METRICS) if line.get("split") == "val"]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """All lines of metrics.jsonl that are whole."""
+def _lines(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl that are whole, or those within its `last` bytes."""
     found = []
     try:
-        text = path.read_text(errors="replace")
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - last) if last is not None else 0)
+            text = file.read().decode(errors="replace")
     except OSError:
         return []
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:  # one that is being written
+        except ValueError:  # one that is being written, or was cut
             continue
         if isinstance(entry, dict):
             found.append(entry)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distil_tl.attempt import Attempt
+from launch import states
 from launch.queue import ACTIVE, WAITING, QueuedJob
 from launch.records import read_record, record
 from launch.states import QUIET_S, STATES, Standing, evaluations, stand
@@ -300,6 +301,31 @@ def test_the_best_so_far(run: Run) -> None:
     assert best is not None
     assert (best["top1"], best["loss"], best["step"]) == (0.7, 0.5, 99)
     assert run.summary("completed", best={"top1": 0.8}).stands().best == {"top1": 0.8}
+
+
+def test_of_long_metrics_the_end_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was best before is known from the checkpoint that follows each evaluation; without one all is read."""
+    monkeypatch.setattr(states, "TAIL", 4096)
+    run.submitted().stages(head=1000)
+    path = run.path / "metrics.jsonl"
+    run.evaluated(0.9).evaluated(*[0.5] * 500, loss=2.0)
+    (run.path / "checkpoints/last").mkdir(parents=True)
+    saved = run.path / "checkpoints/last/state.json"
+    saved.write_text(json.dumps({"run": {"best": {"split": "val", "top1": 0.9, "loss": 1.0, "epoch": 1}}}))
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"0.9,", b"1.0,", 1))  # nobody looks there
+    found = run.stands(_7="RUNNING")
+    assert found.best is not None
+    assert (found.best["top1"], found.epoch, found.step) == (0.9, 500, 5000)
+    run.evaluated(0.95)
+    assert (run.stands(_7="RUNNING").best or {})["top1"] == 0.95, "evaluated, and not saved yet"
+
+    path.write_bytes(whole)
+    for content in ("{", "[]", "5", '{"run": 5}', '{"run": {}}', '{"run": {"best": null}}', '{"run": {"best": {}}}'):
+        saved.write_text(content)
+        assert run.stands(_7="RUNNING").state == "running"
+    saved.unlink()
+    assert (run.stands(_7="RUNNING").best or {})["top1"] == 0.9
 
 
 # Files that are not whole, or not ours
