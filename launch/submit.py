@@ -101,6 +101,12 @@ def preflight(config: Config, slurm: SlurmConfig, cluster: str) -> None:
         found.append(
             f"slurm.nodes={slurm.nodes} with --cluster {cluster}, which is this machine alone; use slurm.nodes=1"
         )
+    chosen = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+    if cluster == "local" and 0 < len(chosen) < slurm.gpus_per_node:
+        found.append(
+            f"slurm.gpus_per_node={slurm.gpus_per_node}, but CUDA_VISIBLE_DEVICES={','.join(chosen)} leaves "
+            f"{len(chosen)}; ask for less, or unset it"
+        )
     if cluster == "debug" and slurm.tasks > 1:
         found.append("--cluster debug is one process; use slurm.gpus_per_node=1, or --cluster local")
     weights = missing_weights(config.model) if not config.model.problems() else None
@@ -166,10 +172,22 @@ def executor_for(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str,
     else:
         parameters = {k: v for k, v in parameters.items() if not k.startswith("slurm_")}
         if cluster == "local":
-            # Ctrl-C is for the ranks, who save; submitit's controller would kill them a second later.
-            parameters["local_setup"] = ["trap '' INT", *setup]
+            parameters["local_setup"] = [_in_bash(setup, executor.folder, slurm.gpus_per_node)]
     executor.update_parameters(**parameters)
     return executor
+
+
+def _in_bash(setup: Sequence[str], folder: Path, gpus: int) -> str:
+    """A job of this machine, for submitit's sh to become, so that `setup` means the same as in a batch script."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    lines = [
+        "trap '' INT",  # Ctrl-C is for the ranks, who save; submitit's controller would kill them a second later
+        *([f"export CUDA_VISIBLE_DEVICES={shlex.quote(chosen)}"] if gpus and chosen is not None else []),
+        *setup,
+        shlex.join([sys.executable, "-m", "submitit.local._local", str(folder)]),
+        "exit $?",  # the controller takes its parent's number for the job's, so bash must not become it
+    ]
+    return "exec bash -c " + shlex.quote("\n".join(lines))
 
 
 def script(folder: Path, slurm: SlurmConfig, cluster: str, *, name: str, tasks: int = 1) -> str:

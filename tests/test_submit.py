@@ -22,7 +22,7 @@ import yaml
 
 from distil_tl import rundir
 from distil_tl.attempt import Attempt
-from launch import snapshot, submit, sweep
+from launch import snapshot, states, submit, sweep
 from launch.records import read_record, record
 from tests.conftest import small_args
 from tests.fake_slurm import FakeSlurm, fake_training
@@ -485,8 +485,46 @@ def test_a_run_of_this_machine_that_fails(
 
 
 def test_a_run_of_this_machine_that_dies(slurm: FakeSlurm, folder: Path, capsys, monkeypatch) -> None:
-    assert submit.main(local(folder, "slurm.setup=['false']")) == 1
+    assert submit.main(local(folder, "slurm.setup=['exit 1']")) == 1
     assert "launch: the job failed; its output is in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "gpus", "seen"),
+    [(None, 0, ""), (None, 2, "0,1"), ("3", 0, ""), ("3", 1, "3"), ("GPU-a b,7", 2, "GPU-a b,7"), ("", 1, "")],
+)
+def test_a_run_of_this_machine_is_set_up_as_by_sbatch(
+    slurm: FakeSlurm, folder: Path, tmp_path: Path, monkeypatch, given: str | None, gpus: int, seen: str
+) -> None:
+    """In bash, where a line that fails is not the end; and on the GPUs that the user chose."""
+    if given is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    told = tmp_path / "told"
+    body = f"pathlib.Path({str(told)!r}).write_text(json.dumps([os.environ['CUDA_VISIBLE_DEVICES'], os.environ['X']]))"
+    source = fake_training(
+        tmp_path / "source", f"if os.environ.get('SUBMITIT_LOCAL_GLOBALID') == '0': {body}\n    return 0"
+    )
+    monkeypatch.setattr(snapshot, "_source", lambda: source)
+    setup = "slurm.setup=['false', '[[ bash == b* ]] && words=(\"an array\") && export X=$words']"
+    assert submit.main([*local(folder, setup), f"slurm.gpus_per_node={gpus}"]) == 0
+    assert json.loads(told.read_text()) == [seen, "an array"]
+
+
+def test_more_gpus_than_the_user_lets_be_seen(slurm: FakeSlurm, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    message = refusal(capsys, "--cluster=local", "slurm.gpus_per_node=2")
+    assert message == ("slurm.gpus_per_node=2, but CUDA_VISIBLE_DEVICES=3 leaves 1; ask for less, or unset it\n")
+    assert "leaves 1" not in refusal(capsys, "--cluster=slurm", "slurm.gpus_per_node=2", "slurm.nodes=0")
+
+
+def test_what_was_best_is_known_before_the_end(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    """From the checkpoint, as the end of metrics.jsonl need not hold it."""
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    (tmp_path / "run/summary.json").unlink()
+    monkeypatch.setattr(states, "TAIL", 10)
+    assert states.stand(tmp_path / "run", {}).best == json.loads((trained / "summary.json").read_text())["best"]
 
 
 def wait_for_steps(run_dir: Path, count: int) -> None:
