@@ -11,7 +11,7 @@ from typing import Any
 from distil_tl.files import write_json
 
 RECORD = "submitted.json"
-SWEEP = "sweep.json"  # of a whole sweep: its trials, and what they set
+SWEEP = "sweep.json"  # of a whole sweep: its trials, and what they set; `earlier` ones are no longer in it
 
 
 def record(run_dir: Path, job_id: str, cluster: str) -> None:
@@ -27,3 +27,13 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and {"job_id", "cluster", "time"} <= found.keys() else None
+
+
+def read_sweep_record(folder: Path) -> dict[str, Any] | None:
+    """What a sweep's folder says about it, if it holds one."""
+    try:
+        found: dict[str, Any] = json.loads((folder / SWEEP).read_text())
+    except (OSError, ValueError):
+        return None
+    known = isinstance(found, dict) and all(isinstance(found.get(key, {}), dict) for key in ("trials", "earlier"))
+    return found if known and "trials" in found else None

@@ -23,7 +23,7 @@ from distil_tl.errors import UserError
 from distil_tl.files import json_safe
 from distil_tl.log import printable, setup_console, table
 from launch.queue import QueuedJob, SlurmUnavailableError, queued
-from launch.records import RECORD, SWEEP
+from launch.records import RECORD, read_sweep_record
 from launch.states import STATES, Standing, loss_of, number, stand
 from launch.trials import Values
 
@@ -48,6 +48,7 @@ class Overview:
     metric: str
     rows: list[tuple[Standing, Values]]
     note: str | None  # when Slurm could not be asked
+    earlier: frozenset[Path] = frozenset()  # trials that are no longer in the sweep
 
     @property
     def over(self) -> bool:
@@ -78,13 +79,14 @@ def overview(folder: Path) -> Overview:
     """All runs in `folder`, best first."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give a run directory, or one above some")
-    sweep = _read(folder / SWEEP)
-    if sweep is not None and isinstance(sweep.get("trials"), dict):
-        values: dict[Path, Values] = {folder / name: given for name, given in sweep["trials"].items()}
-        metric = sweep.get("metric", DEFAULT_METRIC)
+    sweep = read_sweep_record(folder)
+    earlier: dict[str, Values] = {}
+    if sweep is not None:
+        earlier = sweep.get("earlier", {})
+        values = {folder / name: given for name, given in {**earlier, **sweep["trials"]}.items()}
     else:
         values = {run_dir: {} for run_dir in find_runs(folder)}
-        metric = DEFAULT_METRIC
+    metric = (sweep or {}).get("metric", DEFAULT_METRIC)
     if not values:
         raise UserError(f"{folder} holds no run; a run directory has {ATTEMPT} or {RECORD}")
     queue: dict[str, QueuedJob] | None = None
@@ -95,7 +97,7 @@ def overview(folder: Path) -> Overview:
         note = f"{error}: jobs are judged by their files"
     rows = [(stand(run_dir, queue), given) for run_dir, given in values.items()]
     rows.sort(key=lambda row: (*_rank(row[0], metric), STATES.index(row[0].state), row[0].run_dir.name))
-    return Overview(folder, metric, rows, note)
+    return Overview(folder, metric, rows, note, frozenset(folder / name for name in earlier))
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -153,13 +155,23 @@ def to_text(found: Overview) -> str:
     counts = Counter(standing.state for standing, _ in found.rows)
     text.append(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]))
     text += [f"{s.run_dir.name}: {s.detail}" for s, _ in found.rows if s.detail and s.state in ("failed", "unknown")]
+    if found.earlier:
+        text.append(f"no longer in the sweep: {', '.join(sorted(path.name for path in found.earlier))}")
     if found.note:
         text.append(found.note)
     return "\n".join(text)
 
 
 def to_json(found: Overview) -> str:
-    runs = [{**asdict(standing), "run_dir": str(standing.run_dir), "values": given} for standing, given in found.rows]
+    runs = [
+        {
+            **asdict(standing),
+            "run_dir": str(standing.run_dir),
+            "values": given,
+            "earlier": standing.run_dir in found.earlier,
+        }
+        for standing, given in found.rows
+    ]
     whole: dict[str, Any] = {"folder": str(found.folder), "metric": found.metric, "note": found.note, "runs": runs}
     return json.dumps(json_safe(whole), indent=2)
 
@@ -176,14 +188,6 @@ def _distinct(keys: Sequence[str]) -> dict[str, str]:
 
 def _cell(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 if __name__ == "__main__":

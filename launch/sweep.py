@@ -26,7 +26,7 @@ from launch import options
 from launch.job import Training
 from launch.options import say
 from launch.queue import QueuedJob, SlurmUnavailableError, queued
-from launch.records import RECORD, SWEEP, read_record, record
+from launch.records import RECORD, SWEEP, read_record, read_sweep_record, record
 from launch.resources import SlurmConfig
 from launch.snapshot import take_snapshot
 from launch.states import Standing, stand
@@ -83,10 +83,10 @@ def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_f
             say(script(plan.folder, plan.slurm, cluster, name=plan.sweep.name, tasks=len(todo)))
         return 0
     say_left_alone(standings, todo, resubmit_failed)
+    write_down(plan)
     if not todo:
         say(f"nothing to submit; python -m launch.status {shlex.quote(str(plan.folder))}")
         return 0
-    write_down(plan)
     executor = executor_for(plan.folder, take_snapshot(plan.folder), plan.slurm, cluster, name=plan.sweep.name)
     status = 0
     if cluster == "slurm":
@@ -111,7 +111,8 @@ def make_plan(
     config = [str(sweep.config)] if sweep.config is not None else []
     shared = [*config, *as_arguments(sweep.set), *rest]
     trying = sweep.all_trials() if only is None else only
-    twice = sorted({arg.partition("=")[0] for arg in rest} & set(same_keys(trying)))
+    varied = same_keys(trying)
+    twice = sorted({arg.partition("=")[0] for arg in rest} & set(varied))
     if twice:
         raise UserError(f"{', '.join(twice)} is given for all trials, and the sweep varies it; leave it out of one")
     tree = options.slurm_section(path)
@@ -120,7 +121,9 @@ def make_plan(
         tree = overlay(below or {}, tree or {})
     slurm = options.read_slurm(tree, pairs)
     folder = (folder or Path("sweeps") / sweep.name).absolute()
-    common = configuration.load([*shared, f"run_dir={folder}"])[1]
+    # No trial trains on it; it is only what they have in common.
+    images = ["data.root=null"] if "data.root" in varied else []
+    common = configuration.load([*shared, *images, f"run_dir={folder}"])[1]
     trials: dict[Path, tuple[Trial, str]] = {}
     problems: dict[str, list[str]] = {}
     for trial in trying:
@@ -189,7 +192,14 @@ def write_down(plan: Plan, trials: dict[str, Values] | None = None) -> None:
     write_atomic(plan.folder / COMMON, to_yaml(plan.common))
     if trials is None:
         trials = {run_dir.name: trial.values for run_dir, (trial, _) in plan.trials.items()}
-    write_json(plan.folder / SWEEP, {"name": plan.sweep.name, "metric": plan.sweep.metric, "trials": trials})
+    before = read_sweep_record(plan.folder) or {}
+    earlier = {
+        name: values
+        for name, values in {**before.get("earlier", {}), **before.get("trials", {})}.items()
+        if name not in trials and read_record(plan.folder / name) is not None
+    }
+    found = {"name": plan.sweep.name, "metric": plan.sweep.metric, "trials": trials, "earlier": earlier}
+    write_json(plan.folder / SWEEP, found)
 
 
 def launch_trials(plan: Plan, executor: Any, todo: Sequence[Path], cluster: str) -> list[Any]:

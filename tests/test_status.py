@@ -194,6 +194,18 @@ def test_a_sweep_whose_trials_have_not_begun(slurm: FakeSlurm, tmp_path: Path, c
     assert column(text, "job") == ["7_0", "7_1"]
 
 
+def test_trials_that_are_no_longer_in_the_sweep_are_shown_and_named(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    folder = sweep(tmp_path / "s", {"a": {"seed": 0}})
+    content = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**content, "earlier": {"b": {"lr": 0.5}}}))
+    finished(folder / "a", top1=0.5)
+    finished(folder / "b", top1=0.6)
+    text = shown(capsys, folder)
+    assert (column(text, "run"), column(text, "lr")) == (["b", "a"], ["0.5", ""])
+    assert text.endswith("\nno longer in the sweep: b\n")
+    assert [run["earlier"] for run in json.loads(shown(capsys, folder, "--json"))["runs"]] == [True, False]
+
+
 def test_a_folder_with_nothing_is_the_users_error(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     assert status.main([str(tmp_path / "empty")]) == 2
@@ -204,7 +216,7 @@ def test_a_folder_with_nothing_is_the_users_error(slurm: FakeSlurm, tmp_path: Pa
     assert f"{tmp_path}/nowhere is no folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"trials": 5}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"trials": 5}', '{"trials": {}, "earlier": 5}'])
 def test_a_sweep_file_that_is_not_whole_leaves_the_runs_to_be_found(
     slurm: FakeSlurm, tmp_path: Path, capsys, text: str
 ) -> None:
@@ -252,7 +264,7 @@ def test_json(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
         "run_dir": f"{folder}/a", "state": "completed", "progress": 1.0,
         "best": {"stage": "full", "epoch": 2, "step": 20, "top1": 0.5, "loss": None},
         "stage": None, "epoch": None, "step": None, "job_id": "7", "restarts": 0, "host": None, "seconds": 12.5,
-        "detail": None, "values": {"stages.head.lr": 0.1},
+        "detail": None, "values": {"stages.head.lr": 0.1}, "earlier": False,
     }  # fmt: skip
     assert missing["state"] == "missing"
     assert missing.keys() == done.keys()

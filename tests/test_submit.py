@@ -491,7 +491,7 @@ def test_a_run_of_this_machine_that_dies(slurm: FakeSlurm, folder: Path, capsys,
 
 @pytest.mark.parametrize(
     ("given", "gpus", "seen"),
-    [(None, 0, ""), (None, 2, "0,1"), ("3", 0, ""), ("3", 1, "3"), ("GPU-a b,7", 2, "GPU-a b,7"), ("", 1, "")],
+    [(None, 2, "0,1"), ("3", 0, ""), ("GPU-a b,7", 2, "GPU-a b,7"), ("", 1, "")],
 )
 def test_a_run_of_this_machine_is_set_up_as_by_sbatch(
     slurm: FakeSlurm, folder: Path, tmp_path: Path, monkeypatch, given: str | None, gpus: int, seen: str

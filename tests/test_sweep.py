@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from distil_tl.attempt import Attempt
-from launch import snapshot, sweep
+from launch import snapshot, status, sweep
 from launch.records import read_record
 from tests.fake_slurm import FakeSlurm, fake_training
 
@@ -158,10 +158,49 @@ def test_a_larger_sweep_submits_what_is_new(slurm: FakeSlurm) -> None:
     assert len(slurm.jobs) == 4
 
 
+def test_a_changed_sweep_keeps_in_its_list_what_was_submitted(slurm: FakeSlurm, capsys) -> None:
+    def listed() -> tuple[list[int], list[int]]:
+        found = json.loads(Path("sweeps/rates/sweep.json").read_text())
+        return tuple([values["seed"] for values in found[key].values()] for key in ("trials", "earlier"))  # type: ignore[return-value]
+
+    submitted(yaml_file("seeds: [0, 1, 2]"))
+    first = trials_of()
+    submitted(yaml_file("seeds: [2, 3]"))
+    assert listed() == ([2, 3], [0, 1])
+    submitted(yaml_file("seeds: [3, 0]"))
+    assert listed() == ([3, 0], [1, 2]), "nothing was to be submitted"
+    (first[1] / "submitted.json").unlink()
+    submitted(yaml_file("seeds: [3, 0]"))
+    assert listed() == ([3, 0], [2]), "what was never submitted is no trial"
+    capsys.readouterr()
+    assert status.main(["sweeps/rates"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("pending") == 4
+    assert f"no longer in the sweep: {first[2].name}\n" in said
+
+
+def test_images_may_be_what_is_tried(slurm: FakeSlurm, capsys) -> None:
+    for name in ("flowers", "birds"):
+        for split in ("train", "val"):
+            Path(name, split, "a").mkdir(parents=True)
+    yaml_file("optim: {name: sgd}", "base.yaml")
+    yaml_file("{config: base.yaml, grid: {data.root: [flowers, birds]}}", "images.yaml")
+    args = ["images.yaml", *PLAIN[1:]]
+    assert sweep.main(args) == 0
+    roots = [yaml.safe_load(path.read_text())["data"]["root"] for path in Path().glob("sweeps/*/*/slurm/config.yaml")]
+    assert sorted(roots) == ["birds", "flowers"]
+    assert sweep.main(args) == 0
+    assert len(slurm.calls("sbatch")) == 1
+    capsys.readouterr()
+    yaml_file("{config: base.yaml, seeds: [0, 1]}", "images.yaml")
+    assert sweep.main(args) == 2
+    assert "base.yaml names no images: add data.root=FOLDER" in capsys.readouterr().err
+
+
 def test_failed_ones_wait_to_be_asked_for(slurm: FakeSlurm, capsys) -> None:
     submitted(yaml_file("seeds: [0, 1, 2, 3]"))
-    for seed, status in ((0, "completed"), (1, "failed"), (2, "preempted")):
-        ended(trials_of()[seed], status)
+    for seed, how in ((0, "completed"), (1, "failed"), (2, "preempted")):
+        ended(trials_of()[seed], how)
         slurm.forget(f"7_{seed}")
     slurm.change("7_3", "FAILED")  # without a word
     capsys.readouterr()
@@ -305,8 +344,8 @@ def test_a_dry_run_lists_the_trials_and_creates_nothing(slurm: FakeSlurm, capsys
 
 def test_a_dry_run_says_how_trials_stand(slurm: FakeSlurm, capsys) -> None:
     submitted(yaml_file("seeds: [0, 1, 2]"))
-    for seed, status in ((0, "completed"), (1, "preempted")):
-        ended(trials_of()[seed], status)
+    for seed, how in ((0, "completed"), (1, "preempted")):
+        ended(trials_of()[seed], how)
         slurm.forget(f"7_{seed}")
     capsys.readouterr()
     submitted("rates.yaml", "--dry-run")
