@@ -23,10 +23,15 @@ MAX_STUCK = 3  # automatic restarts in a row that may begin at one and the same 
 
 
 class Attempt:
-    """This process's claim on a run directory. Before `begin` there is none, and `check` finds nothing wrong."""
+    """This process's claim on a run directory. Before `begin` there is none, and `check` finds nothing wrong.
 
-    def __init__(self, run_dir: Path) -> None:
-        self.path = run_dir / FILE
+    Args:
+        run_dir: or another folder that one process at a time works in.
+        file: where in it the claim is signed.
+    """
+
+    def __init__(self, run_dir: Path, file: str = FILE) -> None:
+        self.path = run_dir / file
         self._signed: dict[str, Any] | None = None
 
     def refuse_if_in_use(self, environ: Mapping[str, str] = os.environ) -> None:

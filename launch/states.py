@@ -19,6 +19,7 @@ from launch.records import read_record
 
 METRICS = "metrics.jsonl"
 TAIL = 65536  # bytes of it that are read: a watched sweep has many, and they grow for days
+SLURM = "Slurm"
 QUIET_S = 900  # a run that has written nothing for so long is not taken for a running one on its files' word alone
 STATES = ("completed", "running", "pending", "requeued", "stopped", "failed", "pruned", "unknown", "missing")
 
@@ -94,15 +95,16 @@ def _state(
             again = attempt is not None and (record is None or attempt.get("started_at", "") >= record["time"])
             return ("requeued" if again else "pending"), (job.reason if job.reason != "None" else None)
         return "running", None
-    if _lives_here(attempt) or _is_starting(record):
+    if _lives_here(attempt) or is_starting(record):
         return "running", None
-    if status == "preempted":
+    silent = _not_asked(attempt, record, asked=asked)
+    if status == "preempted" and silent != SLURM:  # which may have it in the queue again
         return "stopped", "asked to stop, and saved; submitting it again goes on"
     if status == "failed":
         return "failed", None
     if attempt is None and record is None:
         return "missing", None
-    if (silent := _not_asked(attempt, record, asked=asked)) is not None:
+    if silent is not None:
         written = number(last, "time")
         recent = written is not None and time.time() - written < QUIET_S
         return ("running" if recent else "unknown"), f"{silent} can't be asked"
@@ -116,8 +118,8 @@ def _lives_here(attempt: Mapping[str, Any] | None) -> bool:
     return attempt is not None and "ended_at" not in attempt and "process" in attempt and is_alive(attempt)
 
 
-def _is_starting(record: Mapping[str, Any] | None) -> bool:
-    """Whether a job of this machine has been started, and lives, whatever has come of it yet."""
+def is_starting(record: Mapping[str, Any] | None) -> bool:
+    """Whether the job of a record is one of this machine, and lives, whatever has come of it yet."""
     if record is None or record["cluster"] != "local" or record.get("host") != socket.gethostname():
         return False
     try:  # the number may be another process's by now
@@ -130,7 +132,7 @@ def _not_asked(attempt: Mapping[str, Any] | None, record: Mapping[str, Any] | No
     """Who would know whether a run goes on, if that is somebody who was not asked."""
     job = (attempt or {}).get("slurm_job_id")
     if job is not None or (record is not None and record["cluster"] == "slurm"):
-        return None if asked else "Slurm"
+        return None if asked else SLURM
     if attempt is not None and "ended_at" in attempt:
         return None
     host = (attempt or record or {}).get("host", socket.gethostname())

@@ -238,7 +238,7 @@ def wait_here(job: Any, cluster: str) -> int:
             break
         except KeyboardInterrupt:
             asked = True
-            stop_here(job)
+            stop_here(job.job_id)
     status = gravest_status(job, cluster, died=EXIT_PREEMPTED if asked else EXIT_FAULT)
     if status == EXIT_PREEMPTED:
         sys.stderr.write("launch: the job was stopped, and the same command goes on with it\n")
@@ -260,10 +260,10 @@ def gravest_status(job: Any, cluster: str, *, died: int) -> int:
     return min((status for status in found if status != 0), default=0)
 
 
-def stop_here(job: Any) -> None:
+def stop_here(job_id: str) -> None:
     """Ask the ranks of a job of this machine to save and end. submitit's `cancel` gets no further than their shell."""
     with suppress(OSError):  # it has ended, or this is not Linux, where Ctrl-C reaches the ranks by itself
-        for child in Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split():
+        for child in Path(f"/proc/{job_id}/task/{job_id}/children").read_text().split():
             os.kill(int(child), signal.SIGTERM)  # submitit's controller, which passes it on
 
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from distil_tl import config as configuration
 from distil_tl.commands import run_command
-from distil_tl.config import unsafe_changes
+from distil_tl.config import Config, unsafe_changes
 from distil_tl.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
 from distil_tl.files import write_atomic, write_json
 from distil_tl.log import setup_console
-from distil_tl.settings import overlay, plain, to_yaml
+from distil_tl.settings import is_file, overlay, plain, to_yaml
 from launch import options
 from launch.job import Training
 from launch.options import say
@@ -48,6 +48,16 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 @dataclass(frozen=True)
+class Spec:
+    """A sweep as it is asked for: `values` are `key=value` that all its trials share, over those of its `config`."""
+
+    sweep: Sweep
+    values: list[str]
+    folder: Path
+    slurm: SlurmConfig
+
+
+@dataclass(frozen=True)
 class Plan:
     """A sweep as it will run: every trial with the configuration to train, as YAML."""
 
@@ -65,10 +75,8 @@ def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_f
         UserError: when one of them can't work, or sbatch refuses them. Nothing was submitted then.
     """
     setup_console(True)
-    files = [arg for arg in args if not arg.startswith("-") and "=" not in arg]
-    if len(files) != 1 or any(arg.startswith("-") for arg in args):
-        raise UserError("usage: python -m launch.sweep SWEEP.yaml [key=value ...] [slurm.key=value ...]; see --help")
-    plan = make_plan(Path(files[0]), [arg for arg in args if arg != files[0]], dir, cluster)
+    spec = read_spec("launch.sweep", args, dir)
+    plan = make_plan(spec, cluster, spec.sweep.all_trials())
     refuse_other_sweep(plan)
     before = [found for run_dir in plan.trials if (found := read_record(run_dir)) is not None]
     queue = queue_or_none() if "slurm" in {cluster, *(found["cluster"] for found in before)} else {}
@@ -99,28 +107,37 @@ def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_f
     return status
 
 
-def make_plan(
-    path: Path, args: Sequence[str], folder: Path | None, cluster: str, only: Sequence[Trial] | None = None
-) -> Plan:
-    """What the sweep file and `key=value` for all its trials mean, all of it checked.
+def read_spec(program: str, args: Sequence[str], folder: Path | None) -> Spec:
+    """What `SWEEP.yaml [key=value ...] [slurm.key=value ...]` means.
 
-    Its trials are those of the file, or `only` some others.
+    Raises:
+        UserError: the arguments or the file can't be read, or say something impossible of `slurm`.
     """
-    sweep = read_sweep(path)
-    pairs, rest = options.split(args)
-    config = [str(sweep.config)] if sweep.config is not None else []
-    shared = [*config, *as_arguments(sweep.set), *rest]
-    trying = sweep.all_trials() if only is None else only
-    varied = same_keys(trying)
-    twice = sorted({arg.partition("=")[0] for arg in rest} & set(varied))
-    if twice:
-        raise UserError(f"{', '.join(twice)} is given for all trials, and the sweep varies it; leave it out of one")
-    tree = options.slurm_section(path)
+    files = [arg for arg in args if is_file(arg)]
+    if len(files) != 1 or any(arg.startswith("-") for arg in args):
+        raise UserError(f"usage: python -m {program} SWEEP.yaml [key=value ...] [slurm.key=value ...]; see --help")
+    sweep = read_sweep(Path(files[0]))
+    pairs, rest = options.split([arg for arg in args if arg != files[0]])
+    tree = options.slurm_section(Path(files[0]))
     below = options.slurm_section(sweep.config) if sweep.config is not None else None
     if tree is None or (isinstance(below, dict) and isinstance(tree, dict)):
         tree = overlay(below or {}, tree or {})
-    slurm = options.read_slurm(tree, pairs)
     folder = (folder or Path("sweeps") / sweep.name).absolute()
+    return Spec(sweep, [*as_arguments(sweep.set), *rest], folder, options.read_slurm(tree, pairs))
+
+
+def make_plan(spec: Spec, cluster: str, trying: Sequence[Trial]) -> Plan:
+    """What some trials of a sweep will be, all of them checked.
+
+    Raises:
+        UserError: some can't work, and which.
+    """
+    sweep, folder, slurm = spec.sweep, spec.folder, spec.slurm
+    varied = same_keys(trying)
+    twice = sorted({arg.partition("=")[0] for arg in spec.values} & set(varied))
+    if twice:
+        raise UserError(f"{', '.join(twice)} is given for all trials, and the sweep varies it; leave it out of one")
+    shared = [*([str(sweep.config)] if sweep.config is not None else []), *spec.values]
     # No trial trains on it; it is only what they have in common.
     images = ["data.root=null"] if "data.root" in varied else []
     common = configuration.load([*shared, *images, f"run_dir={folder}"])[1]
@@ -134,18 +151,23 @@ def make_plan(
         except UserError as error:
             problems.setdefault(str(error), []).append(" ".join(trial.arguments) or trial.name)
             continue
-        if one.tracking.wandb.group is None:
-            source.tracking.wandb.group = sweep.name
-        if one.tracking.wandb.name is None:
-            source.tracking.wandb.name = " ".join(trial.arguments) or trial.name
-        if one.resume == "never":  # as nobody else trains in its folder, where it goes on when it is requeued
-            source.resume = "auto"
-        trials[run_dir] = trial, to_yaml(source)
+        trials[run_dir] = trial, _to_train(one, source, trial, sweep.name)
     if problems:
         count = sum(map(len, problems.values()))
         shown = [f"{error}\n  {_some(which)}" for error, which in problems.items()]
         raise UserError(f"{count} of {count + len(trials)} trials can't work: " + "\n".join(shown))
     return Plan(sweep, folder, slurm, common, trials)
+
+
+def _to_train(config: Config, source: DictConfig, trial: Trial, sweep: str) -> str:
+    """A trial's configuration as YAML."""
+    if config.tracking.wandb.group is None:
+        source.tracking.wandb.group = sweep
+    if config.tracking.wandb.name is None:
+        source.tracking.wandb.name = " ".join(trial.arguments) or trial.name
+    if config.resume == "never":  # as nobody else trains in its folder, where it goes on when it is requeued
+        source.resume = "auto"
+    return to_yaml(source)
 
 
 def _some(which: list[str]) -> str:
