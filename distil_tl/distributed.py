@@ -275,7 +275,7 @@ def _announce(info: DistInfo, phase: str, work: Callable[[], Any], readers: int)
 
 def _await(info: DistInfo, phase: str) -> Any:
     assert info.store is not None
-    store, answers, faults = info.store, list[Any](), list[Exception]()
+    store, answers, faults = info.store, list[Any](), list[BaseException]()
 
     def ask() -> None:
         try:
@@ -284,7 +284,7 @@ def _await(info: DistInfo, phase: str) -> Any:
                     raise left
                 time.sleep(0.05)
             answers.append(json.loads(store.get(phase)))
-        except Exception as error:
+        except BaseException as error:
             faults.append(error)
 
     # In a thread, because asking a store whose process is frozen does not end.

@@ -21,8 +21,12 @@ class UserError(Exception):
         self.one_rank = one_rank
 
 
-class PreemptedError(Exception):
-    """A signal asked the run to stop; everything is saved and the same command goes on: exit status 3."""
+class PreemptedError(BaseException):
+    """A signal asked the run to stop; everything is saved and the same command goes on: exit status 3.
+
+    No Exception, as KeyboardInterrupt is none: in start-up a signal raises it wherever the code happens to be, and a
+    library that catches what befalls its download must not catch this.
+    """
 
 
 class LostRanksError(RuntimeError):
