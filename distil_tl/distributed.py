@@ -95,21 +95,8 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
         yield DistInfo(launch, device, config.prepare_timeout_seconds)
         return
 
-    timeout = datetime.timedelta(seconds=config.timeout_seconds)
-    store, _, _ = next(iter(rendezvous(launch.url, launch.rank, launch.world_size, timeout=timeout)))
-    if launch.launcher == "torchrun":
-        store = PrefixStore(_meet(PrefixStore("meeting", store), launch, config.timeout_seconds), store)
-    backend = config.backend if config.backend != "auto" else ("nccl" if cuda else "gloo")
-    dist.init_process_group(
-        # CPU tensors (stop flags, the index, counts) always travel over gloo, so they never wait for a GPU.
-        "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
-        store=store,
-        rank=launch.rank,
-        world_size=launch.world_size,
-        timeout=timeout,
-        device_id=device if backend == "nccl" else None,
-    )
-    info = DistInfo(launch, device, config.prepare_timeout_seconds, PrefixStore("distil_tl", store))
+    info = DistInfo(launch, device, config.prepare_timeout_seconds)
+    _join(info, config)
     try:
         yield info
         dist.barrier()
@@ -134,6 +121,40 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
     dist.destroy_process_group()
 
 
+def _join(info: DistInfo, config: DistributedConfig) -> None:
+    """Meet the other ranks: give `info` its store, and torch its process group.
+
+    Raises:
+        LostRanksError: they are not there in time, or end before all have met.
+    """
+    launch, device = info.launch, info.device
+    timeout = datetime.timedelta(seconds=config.timeout_seconds)
+    backend = config.backend if config.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
+    assert launch.url is not None
+    try:
+        store, _, _ = next(iter(rendezvous(launch.url, launch.rank, launch.world_size, timeout=timeout)))
+        if launch.launcher == "torchrun":
+            store = PrefixStore(_meet(PrefixStore("meeting", store), launch, config.timeout_seconds), store)
+        dist.init_process_group(
+            # CPU tensors (stop flags, the index, counts) always travel over gloo, so they never wait for a GPU.
+            "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timeout,
+            device_id=device if backend == "nccl" else None,
+        )
+    except RuntimeError as error:
+        if not _is_lost_contact(error):
+            raise
+        raise LostRanksError(
+            f"rank {launch.rank} could not meet the others at {':'.join(map(str, _meeting_place(launch.url)))}: "
+            f"{str(error).splitlines()[0]}. All {launch.world_size} must start, and find each other there, within "
+            f"distributed.timeout_seconds={config.timeout_seconds:g}; see the others' logs"
+        ) from error
+    info.store = PrefixStore("distil_tl", store)
+
+
 def _leave(info: DistInfo, why: PreemptedError) -> None:
     """Take the group down before the others do, who may not know yet that this rank was asked to stop."""
     with suppress(dist.DistError):  # where the store lives elsewhere, it may be gone as soon as all are counted
@@ -149,13 +170,17 @@ def _left_because(info: DistInfo) -> PreemptedError | None:
 
 def _answers(url: str) -> bool:
     """Whether somebody listens where the ranks have met."""
-    where = urlsplit(url)
-    host, port = where.hostname or os.environ.get("MASTER_ADDR"), where.port or os.environ.get("MASTER_PORT")
     try:
-        socket.create_connection((host, int(port or 0)), timeout=2).close()
+        socket.create_connection(_meeting_place(url), timeout=2).close()
     except OSError:
         return False
     return True
+
+
+def _meeting_place(url: str) -> tuple[str, int]:
+    where = urlsplit(url)
+    host, port = where.hostname or os.environ.get("MASTER_ADDR"), where.port or os.environ.get("MASTER_PORT")
+    return str(host), int(port or 0)
 
 
 def _meet(store: Any, launch: Launch, timeout: float) -> str:

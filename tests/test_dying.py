@@ -58,6 +58,29 @@ def test_the_others_end_soon_and_say_when(
     assert left_over_processes(tmp_path) == []
 
 
+def gone_before(step: str, by: int) -> None:
+    """One rank is killed as it comes to a step of the ranks' meeting."""
+    module: Any = importlib.import_module("distil_tl.distributed")
+    owner = module if step == "rendezvous" else module.dist
+    if rank() == by:
+        setattr(owner, step, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.mark.parametrize("by", [0, 1])
+@pytest.mark.parametrize("step", ["rendezvous", "init_process_group"])
+def test_a_rank_that_is_not_there_to_meet_is_not_waited_for_for_ever(
+    small: list[str], tmp_path: Path, step: str, by: int
+) -> None:
+    prepare = functools.partial(gone_before, step, by)
+    ended = attempt(tmp_path / "scratch", quick(small, tmp_path), 2, patience=WITHIN, prepare=prepare)
+    assert ended.statuses[by] == -signal.SIGKILL
+    assert ended.statuses[1 - by] == 1, ended
+    said = ended.said[1 - by]
+    assert "Traceback" not in said
+    assert re.search(rf"rank {1 - by} could not meet the others at 127.0.0.1:\d+: .*see the others' logs", said)
+    assert not (tmp_path / "run").exists()
+
+
 def slow_start(seconds: float) -> None:
     """Rank 0 is slow in all that it does while the others wait."""
     module: Any = importlib.import_module("distil_tl.train")
