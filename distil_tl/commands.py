@@ -10,13 +10,13 @@ from distil_tl.errors import (
     EXIT_FAULT,
     EXIT_PREEMPTED,
     EXIT_USER_ERROR,
-    CheckpointError,
     LostRanksError,
     NonFiniteError,
     NoProgressError,
     PreemptedError,
     SupersededError,
     UserError,
+    WriteError,
 )
 from distil_tl.log import logger
 
@@ -38,7 +38,7 @@ def run_command(name: str, body: Callable[[], object]) -> int:
     except (NonFiniteError, NoProgressError) as error:
         _say(f"{name}: {error}")
         return EXIT_FAULT
-    except (LostRanksError, CheckpointError, SupersededError) as error:
+    except (LostRanksError, SupersededError, WriteError) as error:
         _say(f"{name}: {error}", always=True)
         return EXIT_FAULT
     except BrokenPipeError:  # the reader of our output, `head` say, has gone

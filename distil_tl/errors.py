@@ -41,8 +41,12 @@ class NoProgressError(RuntimeError):
     """A job was restarted time and again and got nowhere: exit status 1."""
 
 
-class CheckpointError(OSError):
-    """A checkpoint could not be written; those before it are as they were: exit status 1."""
+class WriteError(OSError):
+    """A file of the run could not be written; what was saved before is as it was: exit status 1."""
+
+
+class CheckpointError(WriteError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 class NonFiniteError(ArithmeticError):

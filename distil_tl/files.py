@@ -8,8 +8,12 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from distil_tl.errors import WriteError
 
 _NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP)
 
@@ -47,6 +51,17 @@ def write_json(path: str | Path, obj: object) -> None:
     text = json.dumps(json_safe(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # A file name that is not UTF-8 holds lone surrogates; their backslash form is JSON's own escape for them.
     write_atomic(path, text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says while `path` is written into a WriteError that names it."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except OSError as error:
+        raise WriteError(f"can't write {path}: {error.strerror or error}; what was saved before stays") from error
 
 
 def sha256_file(path: str | Path) -> str:

@@ -18,6 +18,7 @@ from distil_tl.data.splits import Splits
 from distil_tl.distributed import DistInfo, on_rank_zero
 from distil_tl.engine import StageRun
 from distil_tl.errors import PreemptedError, SupersededError
+from distil_tl.files import writing
 from distil_tl.log import add_rank_file, logger
 from distil_tl.metrics import ClassificationMetrics, Meter
 from distil_tl.models import TransferModel
@@ -100,7 +101,8 @@ class Job:
             "samples_seen": self.state.step * self.config.data.global_batch_size,
         }
         if self.tracker is not None:
-            self.tracker.log(line)
+            with writing(self.directory.path / "metrics.jsonl"):
+                self.tracker.log(line)
         return line
 
     def note_training(
@@ -206,7 +208,7 @@ class Job:
         except SupersededError:
             pass
         except OSError as error:
-            logger.error("can't write summary.json: %s", error)
+            logger.error("%s", error)
 
 
 def open_job(
@@ -222,6 +224,7 @@ def open_job(
 
     Raises:
         UserError: for stages that the model or the checkpoint can't take.
+        WriteError: the run directory can't be written to.
     """
     clock = time.monotonic()
     check_stages(model, config.stages)
@@ -240,6 +243,7 @@ def open_job(
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, directory.attempt.check)
     trackers: list[Tracker] = []
 
+    @writing(run_dir)
     def begin() -> None:
         directory.begin(source, splits.classes, info, state.step)
         if start.checkpoint is not None and state.best is not None and path.parent == checkpoints.folder:

@@ -9,12 +9,21 @@ from typing import Any
 
 from tqdm import tqdm
 
+from distil_tl.files import writing
+
 logger = logging.getLogger("distil_tl")
 
 
 def printable(name: str | Path) -> str:
     """A name from outside as it may stand in a line of text: line breaks and bytes that are not UTF-8 are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
+class _RankFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        # Else a full disk would bring a traceback for each line, and none would be the run's own word about it.
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _Formatter(logging.Formatter):
@@ -35,10 +44,15 @@ def setup_console(is_main: bool) -> None:
 
 
 def add_rank_file(run_dir: Path, rank: int) -> None:
-    """Append everything this rank says to RUN_DIR/logs/rank-N.log."""
+    """Append everything this rank says to RUN_DIR/logs/rank-N.log, for as long as there is room for it.
+
+    Raises:
+        WriteError: the file can't be opened.
+    """
     path = run_dir / "logs" / f"rank-{rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = logging.FileHandler(path, encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _RankFile(path, encoding="utf-8")
     file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
 

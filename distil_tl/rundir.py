@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import resource
 import socket
@@ -23,7 +24,7 @@ from distil_tl.checkpoint import Checkpoints, Position, find_fault, load_state
 from distil_tl.config import Config, interpolated, unsafe_changes
 from distil_tl.distributed import DistInfo, available_cpus
 from distil_tl.errors import UserError
-from distil_tl.files import write_atomic, write_json
+from distil_tl.files import write_atomic, write_json, writing
 from distil_tl.log import logger
 from distil_tl.settings import plain, to_yaml
 from distil_tl.version import __version__
@@ -101,12 +102,30 @@ def find_start(config: Config, source: DictConfig) -> Start:
     """Decide whether to begin, go on, or leave a finished run alone. Looks, and writes nothing.
 
     Raises:
-        UserError: for a change of configuration that the run in `run_dir` can't take, or a directory in use.
+        UserError: for a change of configuration that the run in `run_dir` can't take, or a directory in use, or one
+            that can't be written to.
     """
     assert config.run_dir is not None
-    run_dir = Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"run_dir={run_dir} is a file; choose another run_dir")
+    start = _find_start(config, source, Path(config.run_dir))
+    if not start.completed:
+        _refuse_unwritable(Path(config.run_dir))
+    return start
+
+
+def _refuse_unwritable(run_dir: Path) -> None:
+    """Before work is done that could not be kept."""
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"run_dir={run_dir}: {place} is a file; choose another run_dir")
+    for folder in (place, *(run_dir / name for name in ("checkpoints", "index", "logs"))):
+        if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(
+                f"run_dir={run_dir}: {folder} can't be written to, for its permissions or as its disk is mounted "
+                f"read-only; choose another run_dir"
+            )
+
+
+def _find_start(config: Config, source: DictConfig, run_dir: Path) -> Start:
     Attempt(run_dir).refuse_if_in_use()
     checkpoints = Checkpoints(run_dir / "checkpoints")
     here = checkpoints.newest_sound()
@@ -191,7 +210,8 @@ class RunDirectory:
     def write(self, name: str, content: dict[str, Any]) -> None:
         """A JSON file, unless another attempt has taken over."""
         self.attempt.check()
-        write_json(self.path / name, content)
+        with writing(self.path / name):
+            write_json(self.path / name, content)
 
     def write_summary(self, status: str, state: RunState, info: DistInfo, **more: Any) -> dict[str, Any]:
         summary = {
@@ -209,7 +229,8 @@ class RunDirectory:
             "peak_memory_mb": peak_memory_mb(info),
         }
         self.write("summary.json", summary)
-        self.attempt.end()
+        with writing(self.attempt.path):
+            self.attempt.end()
         return summary
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 import types
 from pathlib import Path
@@ -191,6 +192,34 @@ def test_a_full_disk_leaves_the_last_checkpoint(small: list[str], tmp_path: Path
         assert sorted(p.name for p in checkpoints.folder.iterdir() if p.name.startswith(".")) == []
         (tmp_path / "disk" / "ballast").unlink(missing_ok=True)
         assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
+
+
+NO_ROOM = """
+import resource, sys
+import distil_tl.train as train
+original, taken = train.check_finite, iter(range(1000))
+def check_finite(*args):
+    if next(taken) == 3:  # no file may get longer
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    return original(*args)
+train.check_finite = check_finite
+sys.exit(train.main())
+"""
+
+
+def test_whichever_file_meets_the_full_disk_it_is_said_in_a_sentence(small: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "no_room.py"
+    script.write_text(NO_ROOM)
+    args = quick(small, tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(script), *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    said = f"distil_tl.train: can't write {metrics}: File too large; what was saved before stays\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    assert "Traceback" not in done.stdout
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    assert attempt(tmp_path / "again", args, 1).statuses == [0]
 
 
 def dies_between(step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -251,6 +252,39 @@ def test_bad_input_is_named(
 ) -> None:
     assert message in refused([*small, f"run_dir={tmp_path}/run", change], capsys)
     assert not (tmp_path / "run").exists(), "refused before anything was written"
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints", "logs"])
+def test_a_run_directory_that_cannot_be_written_to_is_refused_before_any_work(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    closed = tmp_path / "run" / part
+    closed.mkdir(parents=True)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))  # root may write all
+    monkeypatch.setattr("distil_tl.train.open_splits", None)
+    message = refused([*small, f"run_dir={tmp_path}/run"], capsys)
+    assert f"run_dir={tmp_path}/run: {closed} can't be written to, for its permissions" in message
+
+
+def test_a_run_directory_below_a_file_is_refused(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for where in ("file", "file/run"):
+        message = refused([*small, f"run_dir={tmp_path}/{where}"], capsys)
+        assert f"run_dir={tmp_path}/{where}: {tmp_path}/file is a file; choose another run_dir" in message
+
+
+def test_a_run_directory_that_cannot_be_opened_is_said_in_a_sentence(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("distil_tl.attempt.write_json", full)
+    assert main([*small, f"run_dir={tmp_path}/run"]) == 1
+    assert f"can't write {tmp_path}/run: No space left on device" in capsys.readouterr().err
 
 
 def test_an_empty_class_and_a_class_that_train_lacks_are_named(
