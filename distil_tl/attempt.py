@@ -19,6 +19,7 @@ from distil_tl.errors import NoProgressError, SupersededError, UserError
 from distil_tl.files import write_json
 
 FILE = "attempt.json"
+FIELDS = {"token", "folder", "host", "pid", "process", "slurm_job_id", "restarts", "step", "stuck", "started_at"}
 MAX_STUCK = 3  # automatic restarts in a row that may begin at one and the same step
 
 
@@ -42,6 +43,8 @@ class Attempt:
         """
         other = read_attempt(self.path)
         if other is None or "ended_at" in other or other["pid"] == os.getpid():
+            return
+        if other["folder"] != _identity(self.path.parent):  # a copy of the directory where it trains
             return
         job, restarts = _slurm(environ)
         requeued = job is not None and other["slurm_job_id"] == job and other["restarts"] != restarts
@@ -70,6 +73,7 @@ class Attempt:
             )
         self._signed = {
             "token": secrets.token_hex(8),
+            "folder": _identity(self.path.parent),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "process": _process(os.getpid()),
@@ -106,7 +110,7 @@ def read_attempt(path: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "token" in found else None
+    return found if isinstance(found, dict) and found.keys() >= FIELDS else None
 
 
 def is_alive(signed: Mapping[str, Any]) -> bool:
@@ -128,6 +132,12 @@ def _process(pid: int) -> str | None:
     except OSError:
         return None
     return None if state in "ZX" else f"{boot} {namespace} {fields[18]}"
+
+
+def _identity(folder: Path) -> str:
+    """What tells a directory of this machine from a copy of it, by whichever path."""
+    status = folder.stat()
+    return f"{status.st_dev}:{status.st_ino}"
 
 
 def _now() -> str:

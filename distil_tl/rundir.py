@@ -201,6 +201,7 @@ class RunDirectory:
 
     def begin(self, source: DictConfig, classes: Sequence[str], info: DistInfo, step: int) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
+        self.attempt.refuse_if_in_use()  # by one that began while this one looked at the images
         self.attempt.begin(step)
         write_atomic(self.path / "config.yaml", to_yaml(source))
         write_json(self.path / "env.json", environment(info))

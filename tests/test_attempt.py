@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +19,7 @@ from distil_tl.errors import NoProgressError, SupersededError, UserError
 from distil_tl.train import main
 from tests.ranks import lines
 
+train: Any = importlib.import_module("distil_tl.train")
 JOB = {"SLURM_JOB_ID": "7"}
 
 
@@ -109,6 +113,61 @@ def test_what_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for change in ({"process": "another machine"}, {"process": None}, {"ended_at": "now"}):
         (tmp_path / "attempt.json").write_text(json.dumps({**signed, **change}))
         Attempt(tmp_path).refuse_if_in_use({})
+
+
+def test_a_copy_of_a_directory_in_use_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, link = tmp_path / "run", tmp_path / "link"
+    run_dir.mkdir()
+    link.symlink_to(run_dir)
+    Attempt(run_dir).begin(0)
+    shutil.copytree(run_dir, tmp_path / "copy")
+    monkeypatch.setattr("distil_tl.attempt.os.getpid", lambda: -1)
+    Attempt(tmp_path / "copy").refuse_if_in_use()
+    for path in (run_dir, link):
+        with pytest.raises(UserError, match="is in use"):
+            Attempt(path).refuse_if_in_use()
+
+
+FOREIGN = [b"", b"[1]", b"null", b'{"token": 1}', b'{"token": "a", "pid": 1, "process": ', b"\xff\xfe", b"{}"]
+
+
+@pytest.mark.parametrize("content", FOREIGN)
+def test_a_damaged_or_foreign_file_is_nobodys_claim(tmp_path: Path, content: bytes) -> None:
+    mine, path = Attempt(tmp_path), tmp_path / "attempt.json"
+    path.write_bytes(content)
+    mine.refuse_if_in_use({})
+    mine.begin(0, {**JOB, "SLURM_RESTART_COUNT": "1"})
+    assert read_attempt(path) is not None
+    path.write_bytes(content)
+    mine.check()
+    mine.end()
+    assert read_attempt(path) is not None
+
+
+def test_of_two_that_start_at_once_the_second_is_refused(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both find the directory free; while this one looks at the images, the other one begins."""
+    args = [*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=1"]
+    others: list[subprocess.Popen[str]] = []
+    original = train.open_splits
+
+    def open_splits(*args_: Any) -> Any:
+        others.append(slow_training(args))
+        wait_for_lines(tmp_path / "run", 1)
+        return original(*args_)
+
+    monkeypatch.setattr(train, "open_splits", open_splits)
+    try:
+        assert main(args) == 2
+        assert f"{tmp_path}/run is in use: process {others[0].pid}" in capsys.readouterr().err
+        signed = read_attempt(tmp_path / "run" / "attempt.json")
+        assert signed is not None
+        assert signed["pid"] == others[0].pid
+        assert others[0].poll() is None
+    finally:
+        others[0].kill()
+        others[0].communicate()
 
 
 def test_restarts_without_progress_are_capped(tmp_path: Path) -> None:
