@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torchvision
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from distil_tl.attempt import Attempt
 from distil_tl.checkpoint import Checkpoints, Position, find_fault, load_state
@@ -26,7 +26,7 @@ from distil_tl.distributed import DistInfo, available_cpus
 from distil_tl.errors import UserError
 from distil_tl.files import write_atomic, write_json, writing
 from distil_tl.log import logger
-from distil_tl.settings import plain, to_yaml
+from distil_tl.settings import plain, read_yaml, to_yaml
 from distil_tl.version import __version__
 
 MAX_LISTED = 1000  # bad images named in summary.json; the checkpoint and the logs have all
@@ -171,9 +171,9 @@ def _checkpoint_at(path: Path) -> Path:
 def _refuse_changes(config: Config, source: DictConfig, checkpoint: Path, run_dir: Path) -> None:
     saved = run_dir / "config.yaml"
     if not saved.exists():
+        logger.warning("there is no %s, so nobody can tell whether this is the configuration it was", saved)
         return
-    state = load_state(checkpoint)
-    before: Any = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
+    state, before = load_state(checkpoint), read_yaml(saved, ())
     digests = state.get("interpolated", {}), interpolated(config, source)
     changes = unsafe_changes(before, plain(source), list(state["run"]["stages"]), digests)
     if changes:
@@ -187,7 +187,7 @@ def _refuse_changes(config: Config, source: DictConfig, checkpoint: Path, run_di
 def _status(run_dir: Path) -> str | None:
     try:
         status: str = json.loads((run_dir / "summary.json").read_text())["status"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return status
 

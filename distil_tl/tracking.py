@@ -104,13 +104,13 @@ class Tracker:
 
 def _lines_up_to(path: Path, step: int, within_epoch: bool) -> list[str]:
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             found = json.loads(line)
             too_late = within_epoch and found["step"] == step and found["window"] == "epoch"
             if found["step"] <= step and not too_late:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):  # a line that a kill cut off
+        except (ValueError, KeyError, TypeError):  # a line that a kill cut off, or a power cut left in pieces
             continue
     return kept
 

@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 
 from distil_tl.config import load
+from distil_tl.data.index import scan
+from distil_tl.data.splits import Splits
+from distil_tl.errors import UserError
+from distil_tl.log import setup_console
 from distil_tl.rundir import find_start
 from distil_tl.train import main
 from tests.conftest import draw, small_args
@@ -128,7 +132,42 @@ def test_drift_is_told_from_the_images_that_training_began_with(
     assert f"(1 removed ('noise/{noise[1].name}'))" in message
 
 
+@pytest.mark.parametrize("content", [None, b"", b"junk", 300, -100], ids=["gone", "empty", "junk", "half", "nearly"])
+def test_a_damaged_list_of_images_names_no_differences_and_is_written_again(
+    run_dir: Path, data: Path, content: bytes | int | None
+) -> None:
+    lists = run_dir / "index" / "train.npz"
+    indexes = {split: scan(data / split) for split in ("train", "val")}
+    before = lists.read_bytes()
+    if content is None:
+        lists.unlink()
+    else:
+        lists.write_bytes(before[:content] if isinstance(content, int) else content)
+    state = json.loads(next((run_dir / "checkpoints").glob("step-*/state.json")).read_text())
+    splits = Splits(indexes["train"], indexes["val"], None)
+    splits.refuse_drift(state["data"], run_dir)
+    other = Splits(indexes["val"], indexes["val"], None)
+    with pytest.raises(UserError, match=r"began with \(files were added, removed or changed\), so going on"):
+        other.refuse_drift(state["data"], run_dir)
+    splits.remember(run_dir)
+    with pytest.raises(UserError, match="removed"):
+        other.refuse_drift(state["data"], run_dir)
+
+
 # Settings that have changed.
+
+
+def test_without_a_configuration_to_compare_with_it_is_said(
+    run_dir: Path, small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = run_dir / "config.yaml"
+    saved.write_text("stages: [head\n")
+    assert f"{saved} is not valid YAML" in refused([*small, f"run_dir={run_dir}"], capsys)
+    saved.unlink()
+    (run_dir / "summary.json").write_text("[]")
+    setup_console(True)
+    find_start(*load([*small, f"run_dir={run_dir}"]))
+    assert f"there is no {saved}, so nobody can tell" in capsys.readouterr().out
 
 
 def test_another_value_from_the_environment_is_refused_and_none_is_written(

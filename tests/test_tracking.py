@@ -81,14 +81,25 @@ def test_a_fresh_start_takes_back_everything(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "cut", ["", "{", '{"step": 1', '{"step": 15, "epoch": 0, "loss": 0.', '{"epoch": 0}', "\0\0\0"]
+    "cut",
+    [
+        "",
+        "{",
+        '{"step": 1',
+        '{"step": 15, "epoch": 0, "loss": 0.',
+        '{"epoch": 0}',
+        "\0\0\0",
+        "12",
+        '{"step": null}',
+        "\xff",
+    ],
 )
 def test_a_last_line_that_was_cut_off_goes(tmp_path: Path, cut: str):
     record = tracker(tmp_path)
     record.log(line(10))
     record.close({})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(cut)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(cut.encode("latin-1"))
     record = tracker(tmp_path, after_step=20)
     record.log(line(21))
     record.close({})

@@ -32,12 +32,12 @@ class BadImages:
         for batch in loader:
             for i, reason in batch.faults:
                 path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
-                if self.policy == "error" or reason.startswith(UNREADABLE):
-                    raise UserError(
-                        f"can't use the image {path} of class {name}: {reason}. Repair or remove it, or "
-                        f"leave such images out with data.on_bad_image=skip",
-                        one_rank=True,
-                    )
+                unreadable = reason.startswith(UNREADABLE)
+                if self.policy == "error" or unreadable:
+                    way_out = "Repair or remove it, or leave such images out with data.on_bad_image=skip"
+                    if unreadable:
+                        way_out = "That is no fault of the image, so it is not left out; see whether its disk is there"
+                    raise UserError(f"can't use the image {path} of class {name}: {reason}. {way_out}", one_rank=True)
                 met = self.found.setdefault(split, {})
                 if index.relative(i) not in met:
                     logger.warning("left out the image %s of class %s: %s", path, name, reason)

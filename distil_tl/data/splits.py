@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,8 @@ class Splits:
         (run_dir / "index").mkdir(exist_ok=True)
         for split in SPLITS:
             index, path = self[split], run_dir / "index" / f"{split}.npz"
-            if index is not None and (not path.exists() or _remembered(path).fingerprint != index.fingerprint):
+            before = _remembered(path)
+            if index is not None and (before is None or before.fingerprint != index.fingerprint):
                 packed = io.BytesIO()
                 np.savez(packed, **index.to_arrays())  # type: ignore[arg-type]
                 write_atomic(path, packed.getvalue())
@@ -55,17 +58,22 @@ class Splits:
             where, what = split, "files were added, removed or changed"
             if index is not None:
                 where = str(index.root)
-                if path.exists():
-                    what = str(differences(_remembered(path), index))
+                before = _remembered(path)
+                if before is not None:
+                    what = str(differences(before, index))
             raise UserError(
                 f"the images under {where} are not those that this run began with ({what}), so going on would not be "
                 f"the same training; put them back, or choose another run_dir"
             )
 
 
-def _remembered(path: Path) -> Index:
-    with np.load(path, allow_pickle=False) as arrays:
-        return Index.from_arrays(dict(arrays))
+def _remembered(path: Path) -> Index | None:
+    """The images written down at `path`; None if there is no such file, or it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Index.from_arrays(dict(arrays))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
 
 
 def open_splits(info: DistInfo, config: DataConfig) -> Splits:
