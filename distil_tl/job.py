@@ -181,6 +181,7 @@ class Job:
         """End on all ranks, when what was saved is on disk."""
         # A rank that ended sooner would have its launcher end the one that writes.
         on_rank_zero(self.info, f"writing the checkpoint of step {self.state.step}", self.checkpoints.wait)
+        on_rank_zero(self.info, "ending the tracking", lambda: self.abandon("preempted"))
         raise PreemptedError(
             f"stopped by a signal; everything up to step {self.state.step} is in {self.directory.path}, and the same "
             f"command goes on from there"
@@ -193,22 +194,27 @@ class Job:
         self.clock = now
 
     def close(self, status: str, **more: Any) -> dict[str, Any]:
-        """Write summary.json and end the tracking."""
+        """Write summary.json; on rank 0, what is in it."""
         self.tick()
         if self.tracker is None:
             return {}
-        summary = self.directory.write_summary(status, self.state, self.info, **more)
-        self.tracker.close(summary, exit_code=0 if status == "completed" else 1)
-        return summary
+        return self.directory.write_summary(status, self.state, self.info, **more)
 
     def abandon(self, status: str) -> None:
-        """`close` for a run that does not get to its end; what fails here must not hide why."""
+        """End the records of a run that does not get to its end; what fails here must not hide why."""
         try:
             self.close(status)
         except SupersededError:
-            pass
+            status = "superseded"
         except OSError as error:
             logger.error("%s", error)
+        self.end_tracking(status)
+
+    def end_tracking(self, status: str) -> None:
+        """Let the tracker send what is left, within bounds. Everything else is written by then."""
+        tracker, self.tracker = self.tracker, None
+        if tracker is not None:
+            tracker.close(status)
 
 
 def open_job(
@@ -257,7 +263,7 @@ def open_job(
             )
         )  # fmt: skip
 
-    on_rank_zero(info, "opening the run directory", begin)  # W&B may take minutes to answer
+    on_rank_zero(info, "opening the run directory", begin)
     add_rank_file(run_dir, info.rank)
     _say_start(start, state)
     return Job(

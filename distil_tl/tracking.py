@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from distil_tl.files import json_safe, write_atomic
 from distil_tl.log import logger
+from distil_tl.wandb_mirror import DONE, HOPELESS, Task, kill_tree
 
 WANDB_MODES = ("disabled", "offline", "online")
+HURRIED_SECONDS = 10.0  # for W&B, when the training stops before its end: others wait for this process
+RETRY_SECONDS = 60.0
 
 
 @dataclass
@@ -24,6 +31,9 @@ class WandbConfig:
     name: str | None = None  # null: the run directory's
     group: str | None = None  # runs to be shown together, such as a sweep's
     tags: list[str] = field(default_factory=list)  # as in [baseline,224px]
+    mistakes: int = 20  # of the surest wrong predictions, to show with a thumbnail at the end
+    artifact: bool = False  # also the best checkpoint's weights, at the end
+    finish_timeout_seconds: float = 60.0  # for what is left to send at the end; `launch.sync` sends what remains
 
 
 @dataclass
@@ -37,6 +47,10 @@ class TrackingConfig:
             found.append("tracking.log_every must be at least 1")
         if self.wandb.mode not in WANDB_MODES:
             found.append(f"tracking.wandb.mode is {self.wandb.mode!r}; choose one of {', '.join(WANDB_MODES)}")
+        if self.wandb.mistakes < 0:
+            found.append("tracking.wandb.mistakes can't be less than 0")
+        if self.wandb.finish_timeout_seconds <= 0:
+            found.append("tracking.wandb.finish_timeout_seconds must be more than 0")
         return found
 
 
@@ -66,40 +80,26 @@ class Tracker:
         if path.exists():
             write_atomic(path, "".join(_lines_up_to(path, after_step, within_epoch)))
         self._file = path.open("a", buffering=1)
-        self._wandb = _start_wandb(run_dir, settings.wandb, config)
+        self._patience = settings.wandb.finish_timeout_seconds
+        self._mirror: Mirror | None = None
+        if settings.wandb.mode != "disabled":
+            task = wandb_task(run_dir, settings.wandb, config)
+            self._mirror = Mirror(replace(task, pid=os.getpid()))
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one line; `step`, `stage` and `split` are in it."""
         self._check()
         line = {**line, "time": time.time()}
         self._file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
-        if self._wandb is not None:
-            self._to_wandb(line)
+        if self._mirror is not None:
+            self._mirror.look()
 
-    def _to_wandb(self, line: dict[str, Any]) -> None:
-        series = "train_epoch" if line["split"] == "train" and line.get("window") == "epoch" else line["split"]
-        numbers = {
-            f"{series}/{key}": value
-            for key, value in line.items()
-            if isinstance(value, (int, float)) and key not in ("step", "epoch", "time")
-        }
-        try:
-            self._wandb.log({**numbers, "epoch": line["epoch"], "stage": line["stage"]}, step=line["step"])
-        except Exception as error:  # whatever W&B does, training goes on
-            logger.warning("Weights & Biases stopped (%s); metrics.jsonl has everything", error)
-            self._wandb = None
-
-    def close(self, summary: dict[str, Any], exit_code: int = 0) -> None:
+    def close(self, status: str) -> None:
+        """End it: the run is completed, preempted or failed, or another attempt has superseded this one."""
         self._file.close()
-        if self._wandb is None:
-            return
-        try:
-            for split in ("best", "final", "test"):
-                for key, value in (summary.get(split) or {}).items():
-                    self._wandb.summary[f"{split}/{key}"] = value
-            self._wandb.finish(exit_code=exit_code)
-        except Exception as error:
-            logger.warning("Weights & Biases did not finish (%s); metrics.jsonl has everything", error)
+        mirror, self._mirror = self._mirror, None
+        if mirror is not None:
+            mirror.end(status, self._patience if status == "completed" else min(self._patience, HURRIED_SECONDS))
 
 
 def _lines_up_to(path: Path, step: int, within_epoch: bool) -> list[str]:
@@ -115,27 +115,129 @@ def _lines_up_to(path: Path, step: int, within_epoch: bool) -> list[str]:
     return kept
 
 
-def _start_wandb(run_dir: Path, settings: WandbConfig, config: dict[str, Any]) -> Any:
-    if settings.mode == "disabled":
-        return None
-    try:
-        import wandb
+def wandb_task(run_dir: Path, settings: WandbConfig, config: dict[str, Any]) -> Task:
+    """What W&B is to be told of a run. Its id is made when it is first asked for, and stays."""
+    id_file = run_dir / "wandb-id"
+    if not id_file.exists():
+        write_atomic(id_file, secrets.token_hex(4))
+    given = asdict(settings)
+    del given["finish_timeout_seconds"]
+    name = settings.name or run_dir.resolve().name
+    return Task(str(run_dir.resolve()), config=config, **{**given, "name": name})
 
-        id_file = run_dir / "wandb-id"
-        if not id_file.exists():
-            write_atomic(id_file, secrets.token_hex(4))
-        return wandb.init(
-            id=id_file.read_text(),
-            resume="allow" if settings.mode == "online" else None,
-            mode=cast(Any, settings.mode),
-            dir=run_dir,
-            project=settings.project,
-            entity=settings.entity,
-            name=settings.name or run_dir.resolve().name,
-            group=settings.group,
-            tags=settings.tags,
-            config=config,
-        )
-    except Exception as error:  # not installed, no key, no network: a run is worth more than its dashboard
-        logger.warning("Weights & Biases is off for this run: %s", error)
-        return None
+
+# Not `-m`, which would look for the package in the working directory first.
+_START = """
+import sys
+sys.path[:] = [sys.argv[1], *filter(None, sys.path)]
+from distil_tl.wandb_mirror import main
+main()
+"""
+
+
+class Mirror:
+    """The process that repeats metrics.jsonl to Weights & Biases. Whatever it does, nothing here raises or hangs."""
+
+    def __init__(self, task: Task, *, quiet: bool = False) -> None:
+        self._task, self._quiet = task, quiet
+        self._process: subprocess.Popen[bytes] | None = None
+        self._heard = b""
+        self._hopeless = False
+        self.url: str | None = None
+        self.reason: str | None = None  # the first of why W&B does not get everything
+        self._start()
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        root = str(Path(__file__).resolve().parents[1])
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _START, root],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            self._warn(f"no process can be started ({error})")
+            return
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        self._process = process
+        self._tell(json.dumps(asdict(self._task)))
+
+    def _tell(self, text: str) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(OSError):  # it has ended, as its status says
+            self._process.stdin.write(text.encode() + b"\n")
+            self._process.stdin.flush()
+
+    def look(self) -> None:
+        """Pass on what the process has to say; bring it back when it has ended, but not more than once a minute."""
+        self._listen()
+        if self._status() is not None and not self._hopeless and time.monotonic() - self._started > RETRY_SECONDS:
+            self._start()
+
+    def end(self, word: str, seconds: float) -> bool:
+        """Say how the training ended, and wait for what is left to be sent; whether it was."""
+        deadline = time.monotonic() + seconds
+        if self._status() is not None and not self._hopeless:
+            self._start()
+        self._say_word(word)
+        again = True
+        while time.monotonic() < deadline and not self._hopeless:
+            status = self._status()
+            if status == DONE:
+                return True
+            if status is not None:
+                if not again:
+                    break
+                again = False
+                self._start()
+                self._say_word(word)
+            self._listen()
+            time.sleep(0.02)
+        if self._status() is None and self._process is not None:
+            kill_tree(self._process.pid)
+            self._process.wait()
+            self._warn(f"it did not finish within {seconds:g} s")
+        return False
+
+    def _say_word(self, word: str) -> None:
+        if self._process is not None:
+            self._tell(word)
+
+    def _status(self) -> int | None:
+        """None while the process runs; else how it ended, which is said when it was not well."""
+        if self._process is None:
+            return -1
+        status = self._process.poll()
+        if status is not None:
+            self._listen()
+            if status != DONE:
+                self._warn(f"its process ended with status {status}")
+            self._hopeless = self._hopeless or status == HOPELESS
+        return status
+
+    def _listen(self) -> None:
+        if self._process is None or self._process.stdout is None:
+            return
+        with suppress(OSError):
+            while part := os.read(self._process.stdout.fileno(), 1 << 16):
+                self._heard += part
+        *lines, self._heard = self._heard.split(b"\n")
+        for line in lines:
+            kind, _, text = line.decode(errors="replace").partition(" ")
+            if kind == "warn":
+                self._warn(text)
+            elif kind == "url" and self.url is None:
+                self.url = text
+                logger.info("Weights & Biases: %s", text)
+
+    def _warn(self, reason: str) -> None:
+        if self.reason is None:
+            self.reason = reason
+            if self._quiet:
+                return
+            logger.warning(
+                "Weights & Biases does not get everything: %s. metrics.jsonl has it all, and what is missing is sent "
+                "when the run goes on, or by python -m launch.sync %s", reason, self._task.run_dir,
+            )  # fmt: skip

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -205,15 +206,22 @@ def finish(job: Job) -> None:
     job.bad_images.share(info)
     state.bad_images = job.bad_images.found
     state.best = shown
-    # Others wait without a collective: W&B may take longer to finish than one may last.
     more = {"test": test} if test else {}
-    written = on_rank_zero(info, "closing the run", lambda: job.close("completed", **more))
+    # Others wait without a collective: W&B may take longer to finish than one may last.
+    written = on_rank_zero(info, "closing the run", lambda: close(job, more))
     if info.is_main:
-        try:
-            write_report(job.directory.path)
-        except Exception as error:  # the run is complete whatever becomes of its picture
-            logger.warning("can't write report.html: %s", error)
         summary.say_result(job.directory.path, written)
+
+
+def close(job: Job, more: dict[str, Any]) -> dict[str, Any]:
+    """Write what a completed run leaves behind, and end its tracking; its summary."""
+    written = job.close("completed", **more)
+    try:
+        write_report(job.directory.path)
+    except Exception as error:  # the run is complete whatever becomes of its picture
+        logger.warning("can't write report.html: %s", error)
+    job.end_tracking("completed")
+    return written
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.slurm_cluster import Cluster, brought_up
+from tests.wandb_server import Server, serving
 
 CLASSES = ("circles", "noise", "stripes")
 
@@ -83,3 +84,17 @@ def slurm_cluster() -> Iterator[Cluster]:
     """A real Slurm of two nodes, for all tests with the marker `slurm`."""
     with brought_up() as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def wandb_server() -> Iterator[Server]:
+    """What W&B's client takes for its server."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def telling_server() -> Iterator[Server]:
+    """One that says, as W&B's own do, what it has of a run that goes on."""
+    with serving(tells=True) as server:
+        yield server

@@ -1,0 +1,62 @@
+"""What Weights & Biases shows of a completed run besides curves: tables, thumbnails, the best checkpoint."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from distil_tl.report.tables import thumbnail
+
+MAX_CHART_CLASSES = 50  # of a confusion matrix; report.html has larger ones
+
+
+def final_charts(evaluation: dict[str, Any], mistakes: int) -> dict[str, Any]:
+    """Charts and tables of evaluation.json, by their names at W&B; `mistakes` of the surest, each with a thumbnail."""
+    import wandb
+
+    charts: dict[str, Any] = {}
+    classes, matrix = evaluation.get("classes") or [], evaluation.get("confusion_matrix")
+    if matrix and len(classes) <= MAX_CHART_CLASSES:
+        cells = [
+            [classes[target], classes[predicted], count]
+            for target, row in enumerate(matrix)
+            for predicted, count in enumerate(row)
+        ]
+        names = ["Actual", "Predicted", "nPredictions"]
+        charts["evaluation/confusion_matrix"] = wandb.plot_table(
+            "wandb/confusion_matrix/v1",
+            wandb.Table(columns=names, data=cells),
+            {name: name for name in names},
+            {"title": f"best checkpoint on {evaluation.get('split')}"},
+        )
+    if worst := (evaluation.get("mistakes") or [])[:mistakes]:
+        columns = ["image", "path", "target", "prediction", "probability"]
+        rows = [[_picture(entry["path"]), *(entry[column] for column in columns[1:])] for entry in worst]
+        charts["evaluation/mistakes"] = wandb.Table(columns=columns, data=rows)
+    return charts
+
+
+def _picture(path: str) -> Any:
+    """A thumbnail; None when the image is gone or too large to be worth reading."""
+    import wandb
+    from PIL import Image
+
+    found = thumbnail(path)
+    return None if found is None else wandb.Image(Image.open(io.BytesIO(base64.b64decode(found.partition(",")[2]))))
+
+
+def add_artifact(run: Any, run_dir: Path, best: dict[str, Any]) -> None:
+    """The best checkpoint's weights, the class names and the configuration, as version `best` of model-ID."""
+    import wandb
+
+    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=best)
+    for path in (
+        run_dir / "checkpoints" / "best" / "weights.safetensors",
+        run_dir / "classes.json",
+        run_dir / "config.yaml",
+    ):
+        # They stay as they are, so W&B needs no copies in the home directory.
+        artifact.add_file(str(path.resolve()), name=path.name, skip_cache=True, policy="immutable")
+    run.log_artifact(artifact, aliases=["best"])
