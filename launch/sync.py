@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from distil_tl.attempt import FILE as ATTEMPT
 from distil_tl.attempt import is_alive, read_attempt
@@ -130,8 +129,8 @@ def read_settings(run_dir: Path) -> tuple[WandbConfig, dict[str, Any]]:
         shown: Any = OmegaConf.to_container(source, resolve=False)
         given = OmegaConf.merge(OmegaConf.structured(WandbConfig), source.tracking.wandb)
         settings = OmegaConf.to_object(given)
-    except (OSError, OmegaConfBaseException) as error:
-        raise UserError(f"can't read config.yaml: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the parsers' own errors share no public base
+        raise UserError(f"can't read config.yaml: {' '.join(str(error).split())}") from None
     assert isinstance(settings, WandbConfig)
     return settings, shown
 
