@@ -22,7 +22,7 @@ from distil_tl.models import ModelConfig, resolve_weights
 from distil_tl.optim import OptimConfig
 from distil_tl.precision import COMPILE, PRECISIONS
 from distil_tl.settings import apply, flatten, is_file, parse_overrides, plain, read_yaml, refuse, to_object
-from distil_tl.stages import StageConfig, default_stages
+from distil_tl.stages import StageConfig, default_stages, wants_features
 from distil_tl.tracking import TrackingConfig
 
 
@@ -199,6 +199,12 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
     yield from config.model.problems()
     for name, stage in config.stages.items():
         yield from stage.problems(name)
+        sought = stage.search.wanted and stage.epochs > 0
+        if sought and not wants_features(stage, stage.augment or config.data.augment):
+            yield (
+                f"stages.{name}.search needs a stage that trains on features: give it unfreeze=head, and where images "
+                f"are augmented features=on or views=N; or leave the search out"
+            )
     yield from config.optim.problems()
     yield from config.checkpoint.problems()
     yield from config.distributed.problems()

@@ -32,20 +32,13 @@ from distil_tl.log import Progress, logger
 from distil_tl.models import TransferModel
 from distil_tl.networks import Prefix
 from distil_tl.rundir import StageRecord
-from distil_tl.stages import StageConfig
+from distil_tl.stages import StageConfig, wants_features
 from distil_tl.stopping import Agreement
 
 BATCH = 32  # images that the frozen part sees at once, on a CPU
 BATCH_CUDA = 256  # and there
 FORMAT = 2
 OF_MEMORY = 0.5  # that `auto` lets maps take of what is free: read over and over, they should stay there
-
-
-def wanted(stage: StageConfig, augment: str) -> bool:
-    """Whether a stage's settings ask for features; `auto` does where the result is the same with and without."""
-    if stage.features == "auto":
-        return stage.unfreeze != "all" and (augment == "none" or stage.views is not None)
-    return stage.features == "on"
 
 
 def cache_key(
@@ -162,7 +155,7 @@ def open_features(
         StopAgreedError: on all ranks alike.
     """
     augment = stage.augment or data.augment
-    if not wanted(stage, augment) or (record.has_begun and not record.cached):
+    if not wants_features(stage, augment) or (record.has_begun and not record.cached):
         return None
     if isinstance(prefix, str):
         _do_without(stage, name, prefix)
@@ -243,6 +236,8 @@ def _gb(size: float) -> str:
 
 
 def _do_without(stage: StageConfig, name: str, reason: str) -> None:
+    if stage.search.wanted:
+        raise UserError(f"stages.{name}.search needs features: {reason}; leave the search out")
     if stage.features == "on" or stage.views is not None:
         raise UserError(f"stages.{name}.features: {reason}; use stages.{name}.features=off and views=null")
     logger.info("stage %s: the frozen part runs in each epoch, as %s", name, reason)

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distil_tl.features import BATCH_CUDA, Features, open_features, wanted
+from distil_tl.features import BATCH_CUDA, Features, open_features
 from distil_tl.job import Job
 from distil_tl.models.split import Split, split, undisturbed
 from distil_tl.networks import FeatureNetwork, Network, Prefix, SplitNetwork
 from distil_tl.precision import Compute, choose, ways_to_compute
 from distil_tl.rundir import StageRecord
-from distil_tl.stages import StageConfig, apply_stage
+from distil_tl.stages import StageConfig, apply_stage, wants_features
 
 TRIAL = 8  # images of a trial step on a CPU, where more change nothing
 
@@ -94,7 +94,7 @@ def _for_prefix(
     images = _images(BATCH_CUDA if job.info.device.type == "cuda" else TRIAL, size, job.info.device)
     count, val = len(job.splits.train), len(job.splits.val)
     augment = stage.augment or job.config.data.augment
-    cached = wanted(stage, augment)
+    cached = wants_features(stage, augment)
     times = stage.views or 1 if cached else _epochs_left(job, name, stage)
 
     def step(way: Compute) -> None:

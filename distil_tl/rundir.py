@@ -47,6 +47,7 @@ class StageRecord:
     trainable_parameters: int = 0
     train_top1: float | None = None  # over the last epoch, as it went
     top1: float | None = None  # on val, after the last epoch
+    search: dict[str, Any] | None = None  # what `search_heads` found
 
     @property
     def has_begun(self) -> bool:

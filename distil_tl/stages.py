@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,26 @@ FEATURES = ("auto", "on", "off")
 
 
 @dataclass
+class SearchConfig:
+    """All pairs are tried before the stage; a list that is empty stands for the value that the stage has anyway."""
+
+    lr: list[float] = field(default_factory=list)  # to choose the stage's from, by top-1 on val; []: no search
+    weight_decay: list[float] = field(default_factory=list)  # likewise, of optim.weight_decay
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.lr or self.weight_decay)
+
+    def problems(self, key: str) -> list[str]:
+        found = []
+        if not all(0 < lr < float("inf") for lr in self.lr):
+            found.append(f"{key}.lr must hold positive numbers")
+        if not all(0 <= decay < float("inf") for decay in self.weight_decay):
+            found.append(f"{key}.weight_decay must hold numbers of 0 or more")
+        return found
+
+
+@dataclass
 class StageConfig:
     unfreeze: Any = "all"  # head | all | the N last groups | [group names]
     epochs: int = 1  # 0 skips the stage
@@ -29,6 +49,7 @@ class StageConfig:
     image_size: int | None = None  # null: as data.image_size
     features: str = "auto"  # of the frozen part, computed once: on | off | auto: if all stays equal
     views: int | None = None  # augmented views of each image to compute features of; null: one without augmentation
+    search: SearchConfig = field(default_factory=SearchConfig)
 
     def problems(self, name: str) -> list[str]:
         found = []
@@ -56,7 +77,7 @@ class StageConfig:
             found.append(f"{key} trains everything, so it can't have features; leave out {key}.features and views")
         if self.image_size is not None and self.image_size < 8:
             found.append(f"{key}.image_size must be at least 8 pixels")
-        return found
+        return found + self.search.problems(f"{key}.search")
 
 
 def default_stages() -> dict[str, StageConfig]:
@@ -65,6 +86,13 @@ def default_stages() -> dict[str, StageConfig]:
         "head": StageConfig(unfreeze="head", epochs=3, lr=1e-2),
         "full": StageConfig(unfreeze="all", epochs=5, lr=3e-4, layer_decay=0.9),
     }
+
+
+def wants_features(stage: StageConfig, augment: str) -> bool:
+    """Whether a stage's settings ask for features; `auto` does where the result is the same with and without."""
+    if stage.features == "auto":
+        return stage.unfreeze != "all" and (augment == "none" or stage.views is not None)
+    return stage.features == "on"
 
 
 def _is_unfreeze(value: Any) -> bool:

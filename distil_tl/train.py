@@ -37,6 +37,7 @@ from distil_tl.models import build, prepare_weights
 from distil_tl.ready import get_ready
 from distil_tl.report import write_report
 from distil_tl.rundir import Start, find_start
+from distil_tl.search import known_choice, search_stage
 from distil_tl.stages import StageConfig, count_trainable
 from distil_tl.stopping import Request, StopAgreedError, StopRequest
 
@@ -91,9 +92,12 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         image_size=image_size, augment=augment, seed=job.config.seed, stage=name,
     )  # fmt: skip
     val_loader = eval_batches(info, data, job.splits.val, model.preprocess, image_size=image_size)
+    stage, optim = known_choice(stage, job.config.optim, job.state.stages.get(name))
     info.phase = f"the beginning of stage {name}"
     try:
         ready = get_ready(job, name, stage, loader.batch_size or 1)
+        if stage.search.wanted:
+            stage, optim = search_stage(job, name, stage, optim, ready)
     except StopAgreedError:
         job.preempt()
     network, record = ready.network, job.state.stages[name]
@@ -101,7 +105,7 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         loader = feature_loader(ready.features.train, loader)
         val_loader = feature_loader(ready.features.val, val_loader)
     total_steps = stage.epochs * sampler.steps_per_epoch
-    run = begin_stage(info, model, network, name, stage, job.config.optim, total_steps, remember=job.remembered_batches)
+    run = begin_stage(info, model, network, name, stage, optim, total_steps, remember=job.remembered_batches)
     record.trainable_parameters = count_trainable(job.network)
     summary.say_stage(job, name, stage, sampler)
 

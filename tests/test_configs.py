@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import re
 from pathlib import Path
 
@@ -111,8 +112,8 @@ def wanted_rows() -> list[str]:
     for key, (default, meaning) in usage.items():
         meaning = meaning.replace("|", "\\|")
         if key.startswith("stages.head."):
-            name = key.rpartition(".")[2]
-            own = getattr(StageConfig(), name)
+            name = key.removeprefix("stages.head.")
+            own = operator.attrgetter(name)(StageConfig())
             defaults = ["null" if own is None else str(own), default, usage[f"stages.full.{name}"][0]]
             rows.append(f"| `stages.NAME.{name}` | " + " | ".join(f"`{each}`" for each in defaults) + f" | {meaning} |")
         elif not key.startswith("stages."):

@@ -21,12 +21,12 @@ from distil_tl.data.index import scan
 from distil_tl.data.sampler import SampleKey
 from distil_tl.errors import UserError
 from distil_tl.feature_cache import Cache, FeatureDataset
-from distil_tl.features import cache_key, wanted
+from distil_tl.features import cache_key
 from distil_tl.models import ModelConfig, TransferModel, build
 from distil_tl.models.split import Split, split
 from distil_tl.networks import ImageNetwork, Prefix
 from distil_tl.precision import Compute
-from distil_tl.stages import StageConfig, apply_stage
+from distil_tl.stages import StageConfig, apply_stage, wants_features
 from distil_tl.train import main
 from tests.chaos import timeless
 from tests.conftest import small_args
@@ -288,13 +288,13 @@ def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
 
 
 def test_when_they_are_wanted() -> None:
-    assert wanted(HEAD, "none")
-    assert not wanted(HEAD, "light"), "it would be another training"
-    assert wanted(StageConfig(unfreeze="head", views=2), "light")
-    assert wanted(StageConfig(unfreeze="head", features="on"), "light")
-    assert not wanted(StageConfig(unfreeze="head", features="off", views=2), "none")
-    assert wanted(StageConfig(unfreeze=2), "none")
-    assert not wanted(StageConfig(unfreeze="all"), "none")
+    assert wants_features(HEAD, "none")
+    assert not wants_features(HEAD, "light"), "it would be another training"
+    assert wants_features(StageConfig(unfreeze="head", views=2), "light")
+    assert wants_features(StageConfig(unfreeze="head", features="on"), "light")
+    assert not wants_features(StageConfig(unfreeze="head", features="off", views=2), "none")
+    assert wants_features(StageConfig(unfreeze=2), "none")
+    assert not wants_features(StageConfig(unfreeze="all"), "none")
 
 
 def test_a_stage_that_can_not_have_them_is_refused(folder: Path, tmp_path: Path, cache: Path, capsys) -> None:
