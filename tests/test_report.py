@@ -259,6 +259,47 @@ def test_classes_come_worst_first_with_what_they_are_taken_for(run):
     assert re.findall("|".join(NAMES), table)[::2] == ranked
 
 
+def add_search(run: Path, rates: list[Any], decays: list[Any], chosen: tuple[Any, Any]) -> None:
+    """A search of the head stage whose every second head diverged."""
+    summary = json.loads((run / "summary.json").read_text())
+    pairs = [(rate, decay) for rate in rates for decay in decays]
+    heads = [
+        {"lr": rate, "weight_decay": decay, "top1": None if i % 2 else 0.8 + i / 1e4, "loss": None if i % 2 else 0.5}
+        for i, (rate, decay) in enumerate(pairs)
+    ]
+    summary["stages"]["head"]["search"] = {"lr": chosen[0], "weight_decay": chosen[1], "heads": heads}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_search_is_drawn_with_its_choice(run):
+    assert "<h2>Search" not in report(run)[0]
+    add_search(run, [0.1, 1e-4], [0, 0.5, 2], (1e-4, 0.5))
+    page, _ = report(run)
+    part = page[page.index("<h2>Search") : page.index("<h2>Evaluation")]
+    assert part.count("<rect") == 6
+    (frame,) = re.findall(r'<rect class="right chosen"[^>]*><title>([^<]*)', part)
+    assert frame == "lr 1e-4, weight decay 0.5: top-1 80.0\u202f%"
+    assert re.findall(r'class="count[^>]*>([^<]*)', part) == ["80.0", "\u2014", "80.0", "\u2014", "80.0", "\u2014"]
+
+
+def test_a_large_search_is_listed(run):
+    add_search(run, [1 / (i + 1) for i in range(80)], [0.5], (1.0, 0.5))
+    page, words = report(run)
+    assert "<rect" not in page[page.index("<h2>Search") : page.index("<h2>Evaluation")]
+    assert words[words.index("Learning rate Weight decay Val top-1") :].split()[6:9] == ["0.0126582", "0.5", "80.8"]
+
+
+def test_a_search_of_odd_values(run):
+    for rates in ([EVIL], [None, 0.1], [1e300, math.inf], []):
+        add_search(run, rates, [0.1], (EVIL, None))
+        assert EVIL not in report(run)[0]
+    summary = json.loads((run / "summary.json").read_text())
+    for search in (EVIL, [1], {"heads": EVIL}, {"heads": [EVIL, None]}):
+        summary["stages"]["head"]["search"] = search
+        (run / "summary.json").write_text(json.dumps(summary))
+        assert "<h2>Search" not in report(run)[0]
+
+
 def test_everything_from_data_is_escaped(tmp_path):
     run = build_run(tmp_path / "evil", [EVIL, '"><img src=x onerror=alert(1)>', "a&b", "\ud800lone"])
     lines = [line | {"stage": EVIL if line["stage"] == "head" else line["stage"]} for line in build_metrics()]

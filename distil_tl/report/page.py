@@ -11,6 +11,7 @@ from distil_tl.report import curves, tables, text
 from distil_tl.report.confusion import heat_map, pair_table, read_confusion
 from distil_tl.report.load import Run, section
 from distil_tl.report.markup import Child, Markup, h, join
+from distil_tl.report.search import search_maps
 from distil_tl.report.text import number
 
 STATES = {
@@ -63,6 +64,9 @@ def _body(run: Run) -> Markup:
         _notes(run),
         h("section", h("h2", "Training"), charts, curves.lr_chart(run)),
         h("section", h("h2", "Stages"), tables.stage_table(run)),
+        _part(
+            "Search", "Val top-1 of each head that was tried; the framed one was chosen.", search_maps(run), wide=True
+        ),
         h("section", h("h2", "Evaluation"), _evaluation(run)) if run.evaluation else None,
         _part("Classes", "Worst F1 first.", classes),
         _part(
