@@ -7,13 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
 from distil_tl import checkpoint as ckpt
 from distil_tl.checkpoint import Checkpoints, find_fault
 from distil_tl.config import Config, load
 from distil_tl.data.decode import decode, to_tensor
-from distil_tl.data.transforms import Normalize, Preprocess, eval_transform
+from distil_tl.data.transforms import Normalize, Preprocess, View, eval_transform
 from distil_tl.errors import UserError
 from distil_tl.models import TransferModel, build
 
@@ -23,7 +22,7 @@ class Transform:
 
     def __init__(self, preprocess: Preprocess, image_size: int) -> None:
         self.image_size = image_size
-        self._view: v2.Transform = eval_transform(preprocess, image_size)
+        self._view: View = eval_transform(preprocess, image_size)
         self._normalize = Normalize(preprocess)
 
     def __call__(self, image: str | Path | Image.Image | Tensor) -> Tensor:
@@ -33,7 +32,7 @@ class Transform:
     def view(self, image: str | Path | Image.Image | Tensor) -> Tensor:
         """Resized and cropped, still uint8 [3, S, S]."""
         if isinstance(image, (str, Path)):
-            image = decode(image)
+            image = decode(image, enough=self._view.enough)
         elif isinstance(image, Image.Image):
             image = to_tensor(image)
         view: Tensor = self._view(image)

@@ -26,6 +26,7 @@ from distil_tl.data import loader as loading
 from distil_tl.data.faults import BadImages
 from distil_tl.data.loader import Batch, ImageDataset, fitting_world_sizes, make_loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
+from distil_tl.data.transforms import View
 from distil_tl.distributed import DistInfo
 from distil_tl.engine import StageRun
 from distil_tl.errors import PreemptedError
@@ -140,7 +141,7 @@ def run_stage(job: Job, clock: Clock, name: str, stage: StageConfig, seen: Seen)
         len(job.splits.train.targets), global_batch_size=data.global_batch_size, world_size=info.world_size,
         rank=info.rank, seed=job.config.seed, stage=name,
     )  # fmt: skip
-    dataset = ImageDataset(job.splits.train, initial_seed, 8, seed=job.config.seed, stage=name)
+    dataset = ImageDataset(job.splits.train, View([InitialSeed()], 8), 8, seed=job.config.seed, stage=name)
     plan = plan_batches(data.global_batch_size, info.world_size, data.max_local_batch_size)
     loader = make_loader(dataset, sampler, batch_size=plan.micro, workers=0, pin_memory=False)
     network = Tiny()
@@ -162,9 +163,11 @@ def run_stage(job: Job, clock: Clock, name: str, stage: StageConfig, seen: Seen)
             raise PreemptedError
 
 
-def initial_seed(image: Tensor) -> Tensor:
+class InitialSeed(nn.Module):
     """In the place of an augmentation: what it would draw from."""
-    return torch.tensor([torch.initial_seed()])
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.tensor([torch.initial_seed()])
 
 
 def note(
@@ -222,7 +225,7 @@ def plans(draw: st.DrawFn) -> Plan:
 @pytest.fixture(autouse=True, scope="module")
 def _no_files() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "decode", lambda path: torch.zeros(1))
+        patch.setattr(loading, "decode", lambda path, enough: torch.zeros(1))
         yield
 
 

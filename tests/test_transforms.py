@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
@@ -148,8 +149,8 @@ def test_a_mirror_image_only_where_it_is_allowed():
 @pytest.mark.parametrize("augment", ["light", "strong"])
 def test_hflip_is_one_step_and_changes_no_other(augment: str):
     """TrivialAugment rotates far enough that a picture of a ramp would not tell a mirror image from it."""
-    plain = train_transform(PREPROCESS, 32, augment, hflip=False).transforms
-    mirroring = train_transform(PREPROCESS, 32, augment, hflip=True).transforms
+    plain = list(train_transform(PREPROCESS, 32, augment, hflip=False))
+    mirroring = list(train_transform(PREPROCESS, 32, augment, hflip=True))
     assert not any(isinstance(step, v2.RandomHorizontalFlip) for step in plain)
     assert [type(step) for step in mirroring if not isinstance(step, v2.RandomHorizontalFlip)] == list(map(type, plain))
     assert len(mirroring) == len(plain) + 1
@@ -160,7 +161,7 @@ def test_how_much_of_the_image_is_left(augment: str, least: float):
     """Each pixel of a 64x64 picture has a grey of its own row and column, so the crop's area can be read off."""
     column = torch.arange(64, dtype=torch.uint8) * 4
     image = torch.stack([column.expand(64, 64), column[:, None].expand(64, 64), torch.zeros(64, 64, dtype=torch.uint8)])
-    crop = train_transform(PREPROCESS, 64, augment, hflip=False).transforms[0]
+    crop = train_transform(PREPROCESS, 64, augment, hflip=False)[0]
     shares = []
     for seed in range(60):
         with torch.random.fork_rng():
@@ -171,3 +172,28 @@ def test_how_much_of_the_image_is_left(augment: str, least: float):
     assert min(shares) > least * 0.85  # resampling blurs the edges
     assert min(shares) < least + 0.15
     assert max(shares) > 0.9
+
+
+# How large an image it needs
+
+
+def test_enough_is_twice_what_the_evaluation_view_resizes_to():
+    assert eval_transform(PREPROCESS, 224).enough == 512
+    assert train_transform(PREPROCESS, 224, "none", hflip=True).enough == 512
+
+
+@pytest.mark.parametrize("augment", ["light", "strong"])
+@settings(deadline=None, max_examples=30)
+@given(st.integers(20, 200), st.integers(20, 200), st.integers(0, 2**60))
+def test_of_an_image_of_enough_even_the_closest_crop_is_made_smaller_by_two(
+    augment, height: int, width: int, seed: int
+):
+    """Images of any shape, as long as their shorter side is just enough for a view of 8 pixels."""
+    steps = train_transform(PREPROCESS, 8, augment, hflip=False)
+    scale = steps.enough / min(height, width)
+    shape = torch.empty(3, round(height * scale), round(width * scale), dtype=torch.uint8)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        crop: Any = steps[0]
+        box = crop.make_params([shape])
+    assert min(box["height"], box["width"]) >= 15.5  # a box has whole pixels

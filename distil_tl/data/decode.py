@@ -8,6 +8,10 @@
   is black.
 - 16 bits per colour channel, palettes, 1-bit, CMYK, YCCK, YCbCr, LAB and HSV are converted as Pillow does.
 - Of several frames or pages the first is taken.
+- A JPEG much larger than its user needs (`enough`) is decoded at 1/2, 1/4 or 1/8 of its size, by leaving out
+  frequencies: its shorter side stays at least `enough`, and the pixels are a function of the file and `enough`.
+- JPEGs of three channels or one are decoded by torchvision where it can, which is faster and gives Pillow's pixels,
+  as both use libjpeg-turbo; what is wrong with a damaged one is for Pillow to say.
 """
 
 from __future__ import annotations
@@ -21,21 +25,16 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # deprecated, and to leave torchvision some day
+    decode_jpeg = None
+
 # Where Pillow itself refuses by default: half a gigabyte as uint8 RGB, and three times a 60-megapixel camera.
 MAX_PIXELS = 178_956_970
 
 # What files named as images hold in fact. Short on purpose: some of Pillow's other plugins run programs.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageError(Exception):
@@ -50,20 +49,25 @@ class ImageError(Exception):
         return f"{str(self.path)!r}: {self.reason}"
 
 
-def decode(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode(path: str | Path, max_pixels: int = MAX_PIXELS, enough: int | None = None) -> Tensor:
     """The image at `path` as uint8 [3, H, W], RGB, upright; the module says how each kind gets there.
 
     In memory the channels lie innermost, as Pillow has them: that saves a copy, and torchvision resizes this
     layout at twice the speed.
 
+    Args:
+        enough: a shorter side in pixels that will do, or None for all there are.
+
     Raises:
         ImageError: no image, a damaged one, or more than `max_pixels`, found before any is decoded.
         OSError: the file cannot be read; that is not the image's fault.
     """
-    return decode_bytes(Path(path).read_bytes(), path, max_pixels)
+    return decode_bytes(Path(path).read_bytes(), path, max_pixels, enough)
 
 
-def decode_bytes(data: bytes, path: str | Path = "<bytes>", max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_bytes(
+    data: bytes, path: str | Path = "<bytes>", max_pixels: int = MAX_PIXELS, enough: int | None = None
+) -> Tensor:
     """`decode` of a file's content; `path` is only for the message of an ImageError."""
     if not data:
         raise ImageError(path, "the file is empty")
@@ -76,6 +80,12 @@ def decode_bytes(data: bytes, path: str | Path = "<bytes>", max_pixels: int = MA
             raise ImageError(
                 path, f"{width} x {height} pixels are more than the {max_pixels:,} allowed; make it smaller"
             )
+        if enough is not None:
+            image.draft(None, (enough, enough))  # a JPEG's size is then that which it will have
+        if image.size == (width, height):
+            pixels = _plain_jpeg(data, image)
+            if pixels is not None:
+                return _upright(pixels, image).permute(2, 0, 1)
         return to_tensor(image)
     except (ImageError, MemoryError):
         raise
@@ -86,7 +96,21 @@ def decode_bytes(data: bytes, path: str | Path = "<bytes>", max_pixels: int = MA
 def to_tensor(image: Image.Image) -> Tensor:
     """An opened Pillow image as `decode` gives it; raises what Pillow does for damaged ones."""
     image.load()
-    return torch.from_numpy(np.array(_upright(_rgb(image), image))).permute(2, 0, 1)
+    return _upright(torch.from_numpy(np.array(_rgb(image))), image).permute(2, 0, 1)
+
+
+def _plain_jpeg(data: bytes, image: Image.Image) -> Tensor | None:
+    """The pixels [H, W, 3] of a JPEG of which `image` is the header; None when it is for Pillow to decode."""
+    if decode_jpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return None
+    try:
+        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except MemoryError:
+        raise
+    except Exception:  # damaged, or a torchvision without libjpeg
+        return None
+    pixels = pixels.permute(1, 2, 0)
+    return pixels if pixels.shape == (image.height, image.width, 3) else None
 
 
 def _open(file: io.BytesIO) -> Image.Image | None:
@@ -111,14 +135,18 @@ def _plugins() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
-def _upright(rgb: Image.Image, source: Image.Image) -> Image.Image:
-    """`rgb` turned as the EXIF data of its source say."""
+def _upright(pixels: Tensor, source: Image.Image) -> Tensor:
+    """`pixels` [H, W, 3] turned as the EXIF data of their source say."""
     try:
-        orientation = source.getexif().get(ExifTags.Base.Orientation)
+        orientation = int(source.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata around an intact image
-        return rgb
-    method = _UPRIGHT.get(orientation or 1)
-    return rgb if method is None else rgb.transpose(method)
+        return pixels
+    if not 2 <= orientation <= 8:
+        return pixels
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(0, 1)
+    mirrored = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
+    return pixels.flip(mirrored).contiguous()
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -12,12 +12,11 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
 
 from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
-from distil_tl.data.transforms import AUGMENTATIONS
+from distil_tl.data.transforms import AUGMENTATIONS, View
 from distil_tl.distributed import available_cpus
 from distil_tl.keyed import keyed_seed
 
@@ -106,9 +105,7 @@ Loader: TypeAlias = "DataLoader[Batch]"
 class ImageDataset(Dataset[Item]):
     """Decoded, transformed images; what is random about one is drawn from its key."""
 
-    def __init__(
-        self, index: Index, transform: v2.Transform, image_size: int, *, seed: int = 0, stage: str = ""
-    ) -> None:
+    def __init__(self, index: Index, transform: View, image_size: int, *, seed: int = 0, stage: str = "") -> None:
         self.index = index
         self.image_size = image_size
         self.transform = transform
@@ -121,7 +118,7 @@ class ImageDataset(Dataset[Item]):
     def __getitem__(self, key: SampleKey) -> Item:
         target = int(self.index.targets[key.image])
         try:
-            image = decode(self.index.path(key.image))
+            image = decode(self.index.path(key.image), enough=self.transform.enough)
         except ImageError as error:  # as a value: raised in a worker it would arrive as a wall of text
             return Item(None, target, key.image, error.reason)
         except OSError as error:  # not the image's fault, so that leaving out bad images must not hide it

@@ -5,6 +5,7 @@ Everything up to the batch stays uint8; `Normalize` runs where the model runs, o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,17 +64,26 @@ class Normalize(nn.Module):
         return images.float().sub(self.mean).div_(self.std)
 
 
-def eval_transform(preprocess: Preprocess, image_size: int) -> v2.Transform:
+class View(nn.Sequential):
+    """Steps from a decoded image to what the model sees, and how large an image they need.
+
+    `enough` is a shorter side in pixels of which the steps, at their closest crop, still use two pixels or more for
+    each that they make: a larger image may be decoded at a fraction of its size, down to that.
+    """
+
+    def __init__(self, steps: list[nn.Module], enough: int) -> None:
+        super().__init__(*steps)
+        self.enough = enough
+
+
+def eval_transform(preprocess: Preprocess, image_size: int) -> View:
     """uint8 [3, H, W] of any size to uint8 [3, image_size, image_size]: resize the shorter side, crop the centre."""
-    return v2.Compose(
-        [
-            v2.Resize(preprocess.resize_for(image_size), interpolation=preprocess.mode, antialias=True),
-            v2.CenterCrop(image_size),
-        ]
-    )
+    resized = preprocess.resize_for(image_size)
+    steps = [v2.Resize(resized, interpolation=preprocess.mode, antialias=True), v2.CenterCrop(image_size)]
+    return View(steps, enough=2 * resized)
 
 
-def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip: bool) -> v2.Transform:
+def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip: bool) -> View:
     """The training view of an image, uint8 in and out; random draws come from torch's default CPU generator.
 
     `none` is the evaluation view. `light` is a random resized crop (at least half the area) and a mirror image.
@@ -83,8 +93,15 @@ def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip
     if augment == "none":
         return eval_transform(preprocess, image_size)
     smallest = {"light": 0.5, "strong": 0.2}[augment]
+    narrowest = 3 / 4
     steps: list[nn.Module] = [
-        v2.RandomResizedCrop(image_size, scale=(smallest, 1.0), interpolation=preprocess.mode, antialias=True)
+        v2.RandomResizedCrop(
+            image_size,
+            scale=(smallest, 1.0),
+            ratio=(narrowest, 1 / narrowest),
+            interpolation=preprocess.mode,
+            antialias=True,
+        )
     ]
     if hflip:
         steps.append(v2.RandomHorizontalFlip())
@@ -92,4 +109,5 @@ def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip
         fill = [round(255 * m) for m in preprocess.mean]
         steps.append(v2.TrivialAugmentWide(interpolation=preprocess.mode, fill=fill))
         steps.append(v2.RandomErasing(p=0.1, value=[float(level) for level in fill]))
-    return v2.Compose(steps)
+    # A crop's shorter side is at least this share of the image's: of all images, a square one has the smallest.
+    return View(steps, enough=math.ceil(2 * image_size / math.sqrt(smallest * narrowest)))
