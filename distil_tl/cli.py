@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "run the staged schedule (the same as python -m distil_tl.train)",
     "evaluate": "exact figures of a checkpoint, on any number of ranks",
     "predict": "classes of images, files or folders, as CSV",
+    "prepare": "a copy of an image folder with large images made smaller, to be read faster",
     "prefetch": "fetch and check the weights that a job will need, where there is a network",
     "report": "a run directory as one self-contained report.html",
 }

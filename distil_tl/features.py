@@ -37,7 +37,7 @@ from distil_tl.stopping import Agreement
 
 BATCH = 32  # images that the frozen part sees at once, on a CPU
 BATCH_CUDA = 256  # and there
-FORMAT = 2
+FORMAT = 3
 OF_MEMORY = 0.5  # that `auto` lets maps take of what is free: read over and over, they should stay there
 
 

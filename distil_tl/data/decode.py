@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import io
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -93,6 +94,18 @@ def decode_bytes(
         raise ImageError(path, f"damaged image: {error or type(error).__name__}") from error
 
 
+def read_size(path: str | Path) -> tuple[int, int]:
+    """Width and height that the header of an image file claims, as they lie on disk; raises as `decode` does."""
+    with Path(path).open("rb") as file:
+        try:
+            image = _open(file)
+        except Exception as error:
+            raise ImageError(path, f"damaged image: {error or type(error).__name__}") from error
+        if image is None:
+            raise ImageError(path, f"no image that can be read ({', '.join(_plugins())})")
+        return image.size
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An opened Pillow image as `decode` gives it; raises what Pillow does for damaged ones."""
     image.load()
@@ -113,7 +126,7 @@ def _plain_jpeg(data: bytes, image: Image.Image) -> Tensor | None:
     return pixels if pixels.shape == (image.height, image.width, 3) else None
 
 
-def _open(file: io.BytesIO) -> Image.Image | None:
+def _open(file: IO[bytes]) -> Image.Image | None:
     """Read the header only; None when no format fits.
 
     Does what `Image.open` does but for its check of the size, which goes by a limit global to the process:

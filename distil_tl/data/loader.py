@@ -166,14 +166,14 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         collate_fn=dataset.collate,
         prefetch_factor=4 if workers else None,
     )
     return loader
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     # Slurm and a terminal signal every process of a job; the rank decides when to stop, and ends its workers then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

@@ -64,6 +64,10 @@ class Normalize(nn.Module):
         return images.float().sub(self.mean).div_(self.std)
 
 
+_SMALLEST_CROP = {"light": 0.5, "strong": 0.2}  # share of the image's area
+_NARROWEST_CROP = 3 / 4  # of its own sides, the shorter to the longer
+
+
 class View(nn.Sequential):
     """Steps from a decoded image to what the model sees, and how large an image they need.
 
@@ -92,16 +96,9 @@ def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip
     """
     if augment == "none":
         return eval_transform(preprocess, image_size)
-    smallest = {"light": 0.5, "strong": 0.2}[augment]
-    narrowest = 3 / 4
+    scale, ratio = (_SMALLEST_CROP[augment], 1.0), (_NARROWEST_CROP, 1 / _NARROWEST_CROP)
     steps: list[nn.Module] = [
-        v2.RandomResizedCrop(
-            image_size,
-            scale=(smallest, 1.0),
-            ratio=(narrowest, 1 / narrowest),
-            interpolation=preprocess.mode,
-            antialias=True,
-        )
+        v2.RandomResizedCrop(image_size, scale=scale, ratio=ratio, interpolation=preprocess.mode, antialias=True)
     ]
     if hflip:
         steps.append(v2.RandomHorizontalFlip())
@@ -109,5 +106,10 @@ def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip
         fill = [round(255 * m) for m in preprocess.mean]
         steps.append(v2.TrivialAugmentWide(interpolation=preprocess.mode, fill=fill))
         steps.append(v2.RandomErasing(p=0.1, value=[float(level) for level in fill]))
-    # A crop's shorter side is at least this share of the image's: of all images, a square one has the smallest.
-    return View(steps, enough=math.ceil(2 * image_size / math.sqrt(smallest * narrowest)))
+    return View(steps, enough=math.ceil(2 * image_size / closest_crop(augment)))
+
+
+def closest_crop(augment: str) -> float:
+    """The shorter side that a crop of the training view has at least, as a share of the image's shorter side."""
+    # Of all images of the same shorter side, a square one has the smallest area, and so the smallest crops.
+    return 1.0 if augment == "none" else math.sqrt(_SMALLEST_CROP[augment] * _NARROWEST_CROP)

@@ -1,0 +1,125 @@
+"""One image of a folder, made smaller for a copy of that folder: by itself, and whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from distil_tl.data.decode import ImageError, decode_bytes
+from distil_tl.data.index import Index
+
+TEMPORARY = r"\.shrink-[0-9a-f]{16}\.tmp"  # what an end by force may leave
+LONGEST = 65_500  # pixels, of a JPEG
+_JPEG = (".jpg", ".jpeg", ".webp")  # what is not here was kept without loss, and stays so
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of image `index`: `done` is resized, copied or there; `fault` says why it is no image, and then
+    nothing is written; `error` what file could not be read or written, and why."""
+
+    index: int
+    done: str = ""
+    fault: str = ""
+    error: str = ""
+
+
+class ShrinkDataset(Dataset[Outcome]):
+    """Reading item i writes image i of `index` below `out`, whose folders must be there, if it is not there yet.
+
+    An image whose shorter side has more pixels than `resize` is made that large, by the rules of `decode`, and written
+    without metadata. Any other is copied byte for byte, one that is as narrow as no JPEG can be among them.
+    """
+
+    def __init__(self, index: Index, out: Path, resize: int, quality: int) -> None:
+        self.index = index
+        self.out = out
+        self.resize = resize
+        self.quality = quality
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Outcome:
+        name = self.index.relative(i)
+        new_name = name_of_resized(self.index.root, name)
+        try:
+            if (self.out / name).exists() or (self.out / new_name).exists():
+                return Outcome(i, "there")
+            data = self.index.path(i).read_bytes()
+            image = decode_bytes(data, self.index.path(i), enough=2 * self.resize)
+            shorter, longer = sorted(image.shape[1:])
+            if shorter <= self.resize or longer * self.resize > LONGEST * shorter:
+                _write(self.out / name, data)
+                return Outcome(i, "copied")
+            _write(self.out / new_name, _encoded(smaller(image, self.resize), new_name, self.quality))
+            return Outcome(i, "resized")
+        except ImageError as error:
+            return Outcome(i, fault=error.reason)
+        except OSError as error:
+            return Outcome(i, error=f"{error.filename or self.index.path(i)}: {error.strerror or error}")
+
+    def copy(self, i: int) -> Outcome:
+        """Copy image i as it is, whatever it is."""
+        try:
+            _write(self.out / self.index.relative(i), self.index.path(i).read_bytes())
+        except OSError as error:
+            return Outcome(i, error=f"{error.filename or self.index.path(i)}: {error.strerror or error}")
+        return Outcome(i, "copied")
+
+
+def name_of_resized(root: Path, name: str) -> str:
+    """What the image `name` below `root` is called when it was made smaller.
+
+    Its name stays where that says how it is written, as JPEG or PNG; else it grows: a/x.bmp becomes a/x.bmp.png.
+    """
+    suffix = Path(name).suffix.lower()
+    if suffix in (".jpg", ".jpeg", ".png"):
+        return name
+    ending = ".jpg" if suffix in _JPEG else ".png"
+    while os.path.lexists(root / (name + ending)):  # that is another image's name
+        name += "_"
+    return name + ending
+
+
+def smaller(image: Tensor, side: int) -> Tensor:
+    """An image uint8 [3, H, W] with a shorter side of `side` pixels, antialiased."""
+    small: Tensor = F.resize(image, [side], interpolation=InterpolationMode.BICUBIC, antialias=True)
+    return small
+
+
+def _encoded(image: Tensor, name: str, quality: int) -> bytes:
+    pixels = image.permute(1, 2, 0).contiguous()
+    red, green, blue = pixels.unbind(2)
+    if torch.equal(red, green) and torch.equal(red, blue):
+        pixels = red.contiguous()
+    file = io.BytesIO()
+    picture = Image.fromarray(pixels.numpy())
+    if name.lower().endswith(".png"):
+        picture.save(file, "PNG")
+    else:
+        picture.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    # Not synchronised to disk one by one, which would take longer than all the rest.
+    partial = path.with_name(f".shrink-{secrets.token_hex(8)}.tmp")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+        partial.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
