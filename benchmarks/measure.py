@@ -1,0 +1,218 @@
+"""What every benchmark needs: fresh processes one after the other, results that survive a stop, and tables."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distil_tl.distributed import available_cpus
+from distil_tl.errors import UserError
+from distil_tl.files import write_atomic, write_json
+from distil_tl.rundir import git_state
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a process cost, from its start to its end. `load` is the machine's, of one minute, before it."""
+
+    began: float  # seconds since 1970
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float  # MiB; of the largest of its processes
+    load: float
+
+
+def run_process(command: Sequence[str], env: Mapping[str, str], log: Path, timeout: float = 3600) -> Measured:
+    """Run a command to its end in a process of its own, with what it says in `log`.
+
+    Raises:
+        RuntimeError: it failed or took longer than `timeout` seconds; with the end of what it said.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `_end` comes about
+    load, began, clock = os.getloadavg()[0], time.time(), time.monotonic()
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            command, env={**os.environ, **env}, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+        )
+        try:
+            usage = _wait(process, clock + timeout)
+        except BaseException:
+            _end(process)
+            raise
+    seconds = time.monotonic() - clock
+    if usage is None or process.returncode:
+        _end(process)
+        how = f"took longer than {timeout:.0f} s" if usage is None else f"failed with status {process.returncode}"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"{' '.join(command)} {how}; it said at last:\n{tail}")
+    return Measured(began, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, load)
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> Any:
+    """The process's resources once it has ended; None when it has not by then."""
+    while time.monotonic() < deadline:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return usage
+        time.sleep(0.01)
+    return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that is still there, with all that it started."""
+    if process.returncode is None:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For processes that must find this checkout and say what they say at once."""
+    return {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **more}
+
+
+def interleaved(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
+    """(round, name): A B C, C B A, A B C, so that a drift of the machine meets all alike."""
+    for repeat in range(repeats):
+        for name in names if repeat % 2 == 0 else reversed(names):
+            yield repeat, name
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and range of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values), len(values))
+
+    def text(self, digits: int = 1) -> str:
+        if self.n == 1:
+            return f"{self.median:,.{digits}f}"
+        return f"{self.median:,.{digits}f} ({self.low:,.{digits}f}-{self.high:,.{digits}f})"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table; None is shown as a dash."""
+    lines = [list(header), ["---"] * len(header)]
+    lines += [["-" if cell is None else str(cell) for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine() -> dict[str, Any]:
+    """Which hardware and which versions; nothing that names the host."""
+    return {
+        "cpu": _cpu_name(),
+        "cpus": available_cpus(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "git": git_state(),
+    }
+
+
+def version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+    sys.stderr.flush()
+
+
+class Results:
+    """A JSON file that grows with each measurement; the same command again measures only what it lacks.
+
+    `task` is all that figures depend on. A file of another task is refused, as its figures are not these.
+
+    Raises:
+        UserError: `path` holds results of another task, or something else.
+    """
+
+    def __init__(self, path: Path, task: dict[str, Any], *, fresh: bool = False) -> None:
+        self.path = path
+        task = json.loads(json.dumps(task))
+        self.content: dict[str, Any] = {"task": task, "machine": machine(), "found": {}, "runs": []}
+        if path.exists() and not fresh:
+            content = _read(path)
+            if differing := [key for key in task if content["task"].get(key) != task[key]]:
+                raise UserError(
+                    f"{path} holds results of another task (it differs in {', '.join(differing)}); give another --out, "
+                    f"or --fresh to begin anew"
+                )
+            self.content = content
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+    def found(self, name: str, find: Callable[[], Any]) -> Any:
+        """What `find` gives, which is called once for this file."""
+        if name not in self.content["found"]:
+            self.content["found"][name] = find()
+            self.save()
+        return self.content["found"][name]
+
+    def has(self, name: str, repeat: int) -> bool:
+        return any(run["name"] == name and run["repeat"] == repeat for run in self.content["runs"])
+
+    def add(self, name: str, repeat: int, measured: Measured, **more: Any) -> None:
+        self.content["runs"].append({"name": name, "repeat": repeat, **asdict(measured), **more})
+        self.save()
+
+    def of(self, name: str) -> list[dict[str, Any]]:
+        return [run for run in self.content["runs"] if run["name"] == name]
+
+    def save(self) -> None:
+        write_json(self.path, self.content)
+
+    def write_report(self, text: str) -> Path:
+        """The tables, beside the JSON, under a line that says what measured them."""
+        what = self.content["machine"]
+        versions = ", ".join(f"{name} {number}" for name, number in what["versions"].items() if number)
+        head = f"{what['cpu']}, {what['cpus']} CPUs, {what['memory_gib']} GiB, GPU: {what['gpu'] or 'none'}; "
+        path = self.path.with_suffix(".md")
+        write_atomic(path, f"{head}Python {what['python']}, {versions}.\n\n{text}")
+        return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        if {"task", "machine", "found", "runs"} <= set(content):
+            return content
+    except (OSError, ValueError, TypeError):
+        pass
+    raise UserError(f"{path} is no file of this benchmark's results; give another --out, or --fresh to replace it")

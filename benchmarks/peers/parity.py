@@ -1,0 +1,69 @@
+"""Whether all contestants begin with the same: pixels of images of val, and the loss before the first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from benchmarks.peers.job import Job
+from distil_tl.data.index import Index, scan
+from distil_tl.data.loader import ImageDataset
+from distil_tl.data.sampler import SampleKey
+from distil_tl.data.transforms import eval_transform
+from distil_tl.engine import ImageNetwork
+from distil_tl.errors import UserError
+from distil_tl.models import ModelConfig, build
+
+IMAGES = 32
+# Pillow rounds between the two directions of a resize, and tensors are rounded once.
+MEAN_PIXEL, LOSS, LOSS_GIVEN = 1.0, 2e-2, 1e-4
+
+
+def our_view(job: Job) -> dict[str, Any]:
+    """What distil_tl begins with: names, uint8 pixels [32, 3, S, S], targets and the loss."""
+    config = ModelConfig(name=f"timm/{job.model}", weights=job.weights)
+    model = build(config, job.classes, image_size=job.image_size, seed=job.seed)
+    index = scan(Path(job.root) / "val", classes=scan(Path(job.root) / "train").classes)
+    chosen = sorted({round(i) for i in np.linspace(0, len(index) - 1, IMAGES)})
+    dataset = ImageDataset(index, eval_transform(model.preprocess, job.image_size), job.image_size)
+    batch = dataset.collate([dataset[SampleKey(i, 0, i)] for i in chosen])
+    network = ImageNetwork(model, None, torch.device("cpu")).eval()
+    with torch.no_grad():
+        loss = F.cross_entropy(network(batch.images), batch.targets).item()
+    return {"names": _names(index, chosen), "pixels": batch.images, "targets": batch.targets, "loss": loss}
+
+
+def _names(index: Index, chosen: list[int]) -> list[str]:
+    return [index.relative(i) for i in chosen]
+
+
+def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
+    difference = (theirs["pixels"] - ours["pixels"].float()).abs()
+    return {
+        "mean_pixel_difference": difference.mean().item(),
+        "largest_pixel_difference": difference.max().item(),
+        "same_targets": bool((theirs["targets"] == ours["targets"]).all()),
+        "loss": theirs["loss"],
+        "loss_on_our_pixels": theirs["loss_given"],
+        "our_loss": ours["loss"],
+    }
+
+
+def refuse_unequal(name: str, found: dict[str, Any]) -> None:
+    """Raises UserError when a peer would not do the same work."""
+    wrong = []
+    if not found["same_targets"]:
+        wrong.append("its classes come in another order")
+    if found["mean_pixel_difference"] > MEAN_PIXEL:
+        wrong.append(f"its pixels differ by {found['mean_pixel_difference']:.2f} of 255 on average")
+    if abs(found["loss"] - found["our_loss"]) > LOSS * found["our_loss"]:
+        wrong.append(f"its first loss is {found['loss']:.4f}, ours {found['our_loss']:.4f}")
+    if abs(found["loss_on_our_pixels"] - found["our_loss"]) > LOSS_GIVEN * found["our_loss"]:
+        wrong.append(f"on the same pixels its loss is {found['loss_on_our_pixels']:.6f}, ours {found['our_loss']:.6f}")
+    if wrong:
+        raise UserError(f"{name} would not do the same job: {'; '.join(wrong)}. Leave it out with --peers, or try "
+                        f"another --model")  # fmt: skip

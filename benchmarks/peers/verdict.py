@@ -1,0 +1,200 @@
+"""What the runs say: seconds to where, against the fastest tuned peer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.measure import Results, Spread, markdown
+from benchmarks.peers.job import Job
+
+OURS, OFF, SOONEST = "distil_tl", "distil_tl, features off", "distil_tl, to the accuracy"
+HEAD_ALONE = "distil_tl, head alone, k="
+VIEWS = "distil_tl, head on "  # light augmentation: from V views, or in each epoch anew
+
+
+@dataclass(frozen=True)
+class Point:
+    """An evaluation: seconds from the start of the process."""
+
+    stage: str
+    epoch: int
+    seconds: float
+    top1: float
+
+
+def curve(run: dict[str, Any]) -> list[Point]:
+    epochs = [event for event in run["events"] if event["event"] == "epoch"]
+    return [Point(e["stage"], e["epoch"], e["time"] - run["began"], e["top1"]) for e in epochs]
+
+
+def seconds_to(run: dict[str, Any], top1: float) -> float | None:
+    """When the first evaluation was known that reached `top1`; None if none did."""
+    return next((point.seconds for point in curve(run) if point.top1 >= top1), None)
+
+
+def seconds_to_epoch(run: dict[str, Any], stage: str, epoch: int) -> float:
+    return next(p.seconds for p in curve(run) if p.stage == stage and p.epoch == epoch)
+
+
+def stage_seconds_to_epoch(run: dict[str, Any], stage: str, epoch: int) -> float:
+    """As `seconds_to_epoch`, without what came before the stage began."""
+    began: float = next(e["time"] for e in run["events"] if e["event"] == "begin" and e["stage"] == stage)
+    return seconds_to_epoch(run, stage, epoch) - (began - float(run["began"]))
+
+
+def final_top1(run: dict[str, Any]) -> float:
+    return curve(run)[-1].top1
+
+
+def head_loss(run: dict[str, Any]) -> float:
+    """On val after the head stage: where the same work was done it agrees, but for the order of the images."""
+    return float([e["loss"] for e in run["events"] if e["event"] == "epoch" and e["stage"] == "head"][-1])
+
+
+def fastest(results: Results, names: Sequence[str]) -> str | None:
+    """The one of `names` with the smallest median, among those that have as many runs as the most measured."""
+    counted = {name: len(results.of(name)) for name in names}
+    most = max(counted.values(), default=0)
+    medians = {name: Spread.of([r["seconds"] for r in results.of(name)]).median for name in names if counted[name]}
+    full = [name for name in medians if counted[name] == most]
+    return min(full, key=lambda name: medians[name]) if full else None
+
+
+def report(results: Results, job: Job, tuned: Sequence[str], names: Sequence[str]) -> str:
+    """Everything as Markdown; `names` are all contestants in their order."""
+    best = fastest(results, tuned)
+    if best is None:
+        return "No tuned peer was measured.\n"
+    target = Spread.of([final_top1(run) for run in results.of(best)]).median
+    parts = [_whole(results, job, names, best, target), _head(results, job, best), _views(results, job, names)]
+    return "\n".join([*filter(None, parts), _goals(results, job, best, target), _settings(results)])
+
+
+def _whole(results: Results, job: Job, names: Sequence[str], best: str, target: float) -> str:
+    reference = Spread.of([run["seconds"] for run in results.of(best)]).median
+    rows = []
+    for name in names:
+        runs = results.of(name)
+        if not runs or name.startswith((HEAD_ALONE, VIEWS)):
+            continue
+        seconds = Spread.of([run["seconds"] for run in runs])
+        reached = [s for run in runs if (s := seconds_to(run, target)) is not None]
+        sooner = f"{Spread.of(reached).text()}, {len(reached)} of {len(runs)}" if reached else "not reached"
+        times = f"{reference / seconds.median:.2f}x"
+        top1 = Spread.of([final_top1(run) for run in runs])
+        load = Spread.of([run["load"] for run in runs])
+        losses = Spread.of([head_loss(run) for run in runs])
+        rows.append([name, len(runs), seconds.text(), times, losses.text(3), top1.text(3), sooner, load.text()])
+    header = ["", "runs", "seconds", f"faster than {best}", "loss after the head", "top-1", f"seconds to {target:.3f}",
+              "load before"]  # fmt: skip
+    head, full = job.stage("head").epochs, job.stage("full").epochs
+    return f"**{head} epochs of the head, then {full} of everything**, process start to end, median (range):\n\n" + (
+        markdown(header, rows)
+    )
+
+
+def _head(results: Results, job: Job, best: str) -> str:
+    rows = []
+    for epochs in head_epochs(job):
+        runs = results.of(f"{HEAD_ALONE}{epochs}")
+        if not runs:
+            continue
+        theirs = Spread.of([seconds_to_epoch(run, "head", epochs) for run in results.of(best)])
+        stage = Spread.of([stage_seconds_to_epoch(run, "head", epochs) for run in results.of(best)])
+        mine, mine_stage = _seconds(runs), Spread.of([run["stage_seconds"]["head"] for run in runs])
+        rows.append([
+            epochs, theirs.text(), mine.text(), f"{theirs.median / mine.median:.2f}x", stage.text(), mine_stage.text(),
+            f"{stage.median / mine_stage.median:.2f}x",
+        ])  # fmt: skip
+    if not rows:
+        return ""
+    header = ["k", f"{best}, to epoch k", "distil_tl, whole process", "", f"{best}, stage", "distil_tl, stage", ""]
+    return (
+        "**The head stage alone, k epochs.** Whole: start-up counts; stage: from when the stage begins, with the "
+        + (f"features computed and every evaluation:\n\n{markdown(header, rows)}")
+    )
+
+
+def _seconds(runs: Sequence[dict[str, Any]]) -> Spread:
+    return Spread.of([run["seconds"] for run in runs])
+
+
+def _views(results: Results, job: Job, names: Sequence[str]) -> str:
+    rows = []
+    for name in names:
+        if name.startswith(VIEWS) and (runs := results.of(name)):
+            top1 = Spread.of([max(p.top1 for p in curve(run)) for run in runs])
+            rows.append([name.removeprefix("distil_tl, "), len(runs), _seconds(runs).text(), top1.text(3)])
+    if not rows:
+        return ""
+    return "**What cached views cost in accuracy**, head alone, best top-1 of its epochs:\n\n" + markdown(
+        ["", "runs", "seconds", "top-1"], rows
+    )
+
+
+def head_epochs(job: Job) -> list[int]:
+    return sorted({1, job.stage("head").epochs})
+
+
+def _goals(results: Results, job: Job, best: str, target: float) -> str:
+    rows = []
+    for epochs in head_epochs(job):
+        runs = results.of(f"{HEAD_ALONE}{epochs}")
+        if runs:
+            theirs = Spread.of([stage_seconds_to_epoch(run, "head", epochs) for run in results.of(best)]).median
+            ratio = theirs / Spread.of([run["stage_seconds"]["head"] for run in runs]).median
+            whole = Spread.of([seconds_to_epoch(run, "head", epochs) for run in results.of(best)]).median
+            whole /= _seconds(runs).median
+            least = 1.0 if epochs == 1 else 0.9 * epochs
+            rows.append([f"head stage of {epochs}, the stage", f"{least:.1f}x", f"{ratio:.2f}x", _met(ratio, least)])
+            rows.append(
+                [f"head stage of {epochs}, whole process", f"{least:.1f}x", f"{whole:.2f}x", _met(whole, least)]
+            )
+    reference = _seconds(results.of(best)).median
+    if runs := results.of(OURS):
+        ratio = reference / _seconds(runs).median
+        rows.append(["the same schedule", "1.5x", f"{ratio:.2f}x", _met(ratio, 1.5)])
+    reached = [seconds_to(run, target) for run in results.of(SOONEST)]
+    if reached and None not in reached:
+        ratio = reference / Spread.of([s for s in reached if s is not None]).median
+        rows.append([f"to a top-1 of {target:.3f}", "5.0x", f"{ratio:.2f}x", _met(ratio, 5.0)])
+    elif reached:
+        rows.append([f"to a top-1 of {target:.3f}", "5.0x", "not reached in each run", "no"])
+    return f"**Goals**, against {best}:\n\n" + markdown(["", "at least", "measured", "met"], rows)
+
+
+def _met(ratio: float, least: float) -> str:
+    return "yes" if ratio >= least else "no"
+
+
+def _settings(results: Results) -> str:
+    found = results.content["found"]
+    lines = []
+    if "trial" in found:
+        rows = [[way, *[f"{speed:,.0f}" for speed in stages.values()]] for way, stages in found["trial"].items()]
+        lines.append(
+            "**The trial**, images/s of a training step:\n\n" + markdown(["", "head alone", "everything"], rows)
+        )
+    if "workers" in found:
+        rows = [[count, f"{seconds:.1f}"] for count, seconds in found["workers"].items()]
+        lines.append("Seconds of one head epoch by loader processes:\n\n" + markdown(["processes", "seconds"], rows))
+    if "speed" in found:
+        lines.append(f"Tuned peers ran with: {_said(found['speed'])}.\n")
+    if "parity" in found:
+        rows = [
+            [name, f"{p['mean_pixel_difference']:.3f}", f"{p['largest_pixel_difference']:.0f}", f"{p['loss']:.5f}",
+             f"{p['loss_on_our_pixels']:.6f}"]
+            for name, p in found["parity"].items()
+        ]  # fmt: skip
+        ours = next(iter(found["parity"].values()))["our_loss"] if rows else 0.0
+        header = ["", "mean pixel difference of 255", "largest", "first loss", "first loss on our pixels"]
+        lines.append(f"**Parity** on 32 images of val (our first loss is {ours:.6f}):\n\n" + markdown(header, rows))
+    return "\n".join(lines)
+
+
+def _said(speed: dict[str, Any]) -> str:
+    layout = "channels_last" if speed["channels_last"] else "NCHW"
+    bf16 = f"bf16 in stage {' and '.join(speed['bf16'])}" if speed["bf16"] else "fp32"
+    return f"{layout}, {bf16}, {speed['workers']} persistent loader processes, fused AdamW, BatchNorm statistics frozen"
