@@ -35,6 +35,7 @@ class Measured:
     seconds: float
     cpu_seconds: float
     peak_mb: float  # MiB; of the largest of its processes
+    disk_mb: float  # MiB that had to come from the disk, as they were not in the page cache
     load: float
 
 
@@ -61,7 +62,9 @@ def run_process(command: Sequence[str], env: Mapping[str, str], log: Path, timeo
         how = f"took longer than {timeout:.0f} s" if usage is None else f"failed with status {process.returncode}"
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)} {how}; it said at last:\n{tail}")
-    return Measured(began, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, load)
+    return Measured(
+        began, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, usage.ru_inblock / 2048, load
+    )
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import images, pipeline
 from benchmarks.measure import Measured, Results, Spread, interleaved, markdown, run_process
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import installs, ours, parity, plain, shared, trial, verdict, with_timm
@@ -32,7 +33,7 @@ def test_tables() -> None:
 def test_results_go_on_and_belong_to_one_task(tmp_path: Path) -> None:
     path = tmp_path / "out" / "r.json"
     first = Results(path, {"epochs": 1, "mean": (1, 2)})
-    first.add("a", 0, Measured(0.0, 1.5, 1.0, 10.0, 0.1), top1=0.5)
+    first.add("a", 0, Measured(0.0, 1.5, 1.0, 10.0, 0.0, 0.1), top1=0.5)
     assert first.found("trial", lambda: 7) == 7
     again = Results(path, {"epochs": 1, "mean": (1, 2)})
     assert again.has("a", 0)
@@ -260,7 +261,7 @@ def _pretend(command: list[str], env: dict[str, str], log: Path) -> Measured:
             events.begin(stage.name)
             for epoch in range(stage.epochs):
                 events.epoch(stage.name, epoch + 1, 0.5, 1.0)
-    return Measured(began, 1.0, 1.0, 1.0, 0.0)
+    return Measured(began, 1.0, 1.0, 1.0, 0.0, 0.0)
 
 
 def _pretend_ours(keys: dict[str, str], began: float) -> None:
@@ -271,3 +272,37 @@ def _pretend_ours(keys: dict[str, str], began: float) -> None:
     lines = [json.dumps({**line, "epoch": epoch + 1}) for epoch in range(epochs)]
     (run_dir / "metrics.jsonl").write_text("\n".join(lines))
     (run_dir / "summary.json").write_text(json.dumps({"stages": {"head": {"seconds": 1.0, "cached": True}}}))
+
+
+def test_pictures_are_as_large_as_imagenets(tmp_path: Path) -> None:
+    images.write_images(tmp_path, 20)
+    sizes = [path.stat().st_size for path in tmp_path.glob("train/*/*.jpg")]
+    assert len(sizes) == 20
+    assert 95_000 < sum(sizes) / len(sizes) < 125_000
+    assert len(list(tmp_path.glob("val/*/*.jpg"))) == 10
+
+
+@pytest.mark.parametrize("mode", pipeline.MODES)
+def test_the_pipeline_counts_what_it_did(mode: str, folder: Path) -> None:
+    task = pipeline.Task(str(folder), mode, 0, "shufflenet_v2_x0_5", 32, 8, "light", "fp32")
+    found = pipeline.run_one(task)
+    assert found["images"] == 48  # of 52, in whole batches
+    assert len(found["epoch_seconds"]) == 2
+    assert min(found["epoch_seconds"]) > 0
+
+
+def test_the_pipelines_report(tmp_path: Path) -> None:
+    options = pipeline.parse(["--workers", "1", "--cache", "cold", "--repeats", "1", "--out", str(tmp_path / "p.json")])
+    results = Results(options.out, {})
+    for key, seconds in (("synthetic", [9.0, 1.0]), ("loader, 1 workers, cold", [2.0, 1.0])):
+        results.add(key, 0, Measured(0.0, 9.0, 9.0, 9.0, 3.0, 0.0), images=100, epoch_seconds=seconds, device="cpu")
+    both = {"images": 100, "epoch_seconds": [4.0, 1.0], "device": "cpu"}
+    results.add("both, 1 workers, cold", 0, Measured(0.0, 9.0, 9.0, 9.0, 3.0, 0.0), **both)
+    assert "| 1 | cold, first epoch | 50 | 100 | 25 | 0.50 | 0.75 | 3 |" in pipeline.report(results, options)
+
+
+@pytest.mark.parametrize("args", [["--images", "8", "--batch", "16"], ["--workers", "-1"], ["--repeats", "0"]])
+def test_the_pipeline_refuses(args: list[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        pipeline.main(args)
+    assert refused.value.code == 2

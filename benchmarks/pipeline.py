@@ -1,0 +1,231 @@
+"""`python -m benchmarks.pipeline`: images a second of the loader alone, of training alone, and of both together."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.images import write_images
+from benchmarks.measure import Results, Spread, environment, interleaved, markdown, run_process, say
+from distil_tl.commands import run_command
+from distil_tl.data.loader import Batch, DataConfig
+from distil_tl.data.splits import open_splits, train_batches
+from distil_tl.distributed import DistInfo, DistributedConfig, available_cpus, session
+from distil_tl.engine import ImageNetwork, amp_dtype, begin_stage, train_epoch
+from distil_tl.errors import UserError
+from distil_tl.launched import read_launch
+from distil_tl.metrics import Meter
+from distil_tl.models import ModelConfig, build
+from distil_tl.optim import OptimConfig
+from distil_tl.stages import StageConfig
+
+MODES = ("loader", "synthetic", "both")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process measures: two epochs, of which the first also starts workers and warms up."""
+
+    root: str
+    mode: str  # loader: batches are made and thrown away | synthetic: one batch, again and again | both: training
+    workers: int
+    model: str
+    image_size: int
+    batch: int
+    augment: str
+    precision: str
+    epochs: int = 2
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if args is None else list(args)
+    if argv[:1] == ["--one"]:
+        found = run_one(Task(**json.loads(Path(argv[1]).read_text())))
+        Path(argv[2]).write_text(json.dumps(found))
+        return 0
+    options = parse(argv)
+    return run_command("benchmarks.pipeline", lambda: benchmark(options))
+
+
+def parse(args: list[str]) -> argparse.Namespace:
+    gpu, cpus = torch.cuda.is_available(), available_cpus()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
+    parser.add_argument("--images", type=int, default=20000 if gpu else 384)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=256 if gpu else 32)
+    parser.add_argument("--model", default="resnet50" if gpu else "mobilenet_v2", help="as model.name")
+    parser.add_argument("--augment", default="light", choices=["none", "light", "strong"])
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=sorted({0, 1, cpus // 2, cpus - 1, cpus} & {*range(17)})
+    )
+    parser.add_argument(
+        "--cache", nargs="*", default=["warm"], choices=["warm", "cold"], help="cold: emptied before each process"
+    )
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the images are written, and stay; else a temporary folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/pipeline.json"))
+    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever --out holds")
+    options = parser.parse_args(args)
+    if min(options.images, options.batch, options.repeats) < 1 or options.image_size < 8:
+        parser.error("images, batch and repeats must be at least 1, and images at least 8 pixels")
+    if options.images < options.batch:
+        parser.error("there must be at least one batch of images")
+    if not options.workers or min(options.workers) < 0:
+        parser.error("--workers needs numbers of 0 or more")
+    return options
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    keys = ("images", "image_size", "batch", "model", "augment", "precision")
+    results = Results(options.out, {key: getattr(options, key) for key in keys}, fresh=options.fresh)
+    with tempfile.TemporaryDirectory(prefix="distil-tl-pipeline-") as temporary:
+        folder = options.folder or Path(temporary)
+        say(f"{options.images:,} images in {folder}")
+        write_images(folder / "images", options.images)
+        tasks = {name(task, cache): (task, cache) for task, cache in combinations(options, folder / "images")}
+        for repeat, key in interleaved(list(tasks), options.repeats):
+            if not results.has(key, repeat):
+                measure(results, repeat, key, *tasks[key], Path(temporary))
+    text = report(results, options)
+    path = results.write_report(text)
+    sys.stdout.write(f"{text}\n{results.path}\n{path}\n")
+
+
+def combinations(options: argparse.Namespace, root: Path) -> Iterator[tuple[Task, str]]:
+    def task(mode: str, workers: int) -> Task:
+        return Task(
+            str(root), mode, workers, options.model, options.image_size, options.batch, options.augment,
+            options.precision,
+        )  # fmt: skip
+
+    yield task("synthetic", 0), "warm"
+    for workers in options.workers:
+        for cache in options.cache:
+            yield task("loader", workers), cache
+            yield task("both", workers), cache
+
+
+def name(task: Task, cache: str) -> str:
+    return "synthetic" if task.mode == "synthetic" else f"{task.mode}, {task.workers} workers, {cache}"
+
+
+def measure(results: Results, repeat: int, key: str, task: Task, cache: str, work: Path) -> None:
+    spec, out = work / "task.json", work / "found.json"
+    spec.write_text(json.dumps(asdict(task)))
+    set_page_cache(Path(task.root), warm=cache == "warm")
+    command = [sys.executable, "-m", "benchmarks.pipeline", "--one", str(spec), str(out)]
+    measured = run_process(command, environment(), work / "log")
+    found = json.loads(out.read_text())
+    results.add(key, repeat, measured, **found)
+    rates = " and ".join(f"{found['images'] / seconds:,.0f}" for seconds in found["epoch_seconds"])
+    say(f"round {repeat + 1}: {key}: {rates} images/s")
+
+
+def set_page_cache(root: Path, *, warm: bool) -> None:
+    """Read all files once, or ask the kernel to forget them."""
+    os.sync()
+    for path in root.rglob("*.jpg"):
+        with path.open("rb") as file:
+            if warm:
+                file.read()
+            else:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run_one(task: Task) -> dict[str, Any]:
+    """Images of an epoch, and the wall seconds of each epoch."""
+    config = DataConfig(
+        root=task.root, global_batch_size=task.batch, image_size=task.image_size, workers=task.workers,
+        augment=task.augment,
+    )  # fmt: skip
+    launch = read_launch(os.environ)
+    with session(launch, DistributedConfig()) as info:
+        splits = open_splits(info, config)
+        settings = ModelConfig(name=task.model, weights="none")
+        model = build(settings, len(splits.classes), image_size=task.image_size, seed=0)
+        sampler, loader = train_batches(
+            info, config, splits.train, model.preprocess,
+            image_size=task.image_size, augment=task.augment, seed=0, stage="full",
+        )  # fmt: skip
+        network = ImageNetwork(model, amp_dtype(task.precision, info.device), info.device)
+        stage, optim = StageConfig(epochs=task.epochs), OptimConfig()
+        total = task.epochs * sampler.steps_per_epoch
+        run = begin_stage(info, model, network, "full", stage, optim, total, remember=1)
+        seconds = []
+        for epoch in range(task.epochs):
+            sampler.set_position(epoch)
+            began = time.monotonic()
+            if task.mode == "loader":
+                for _ in loader:
+                    pass
+            else:
+                batches = iter(loader) if task.mode == "both" else synthetic(info, task, sampler.steps_per_epoch)
+                meter = Meter(info, len(splits.classes))
+                for _ in train_epoch(info, run, batches, sampler, meter, accumulation=1, optim=optim, seed=0):
+                    pass
+                meter.total()  # waits for the device
+            seconds.append(time.monotonic() - began)
+    return {"images": sampler.end, "epoch_seconds": seconds, "device": str(info.device)}
+
+
+def synthetic(info: DistInfo, task: Task, steps: int) -> Iterator[Batch]:
+    """The same batch, which lies where the network is."""
+    shape = (task.batch, 3, task.image_size, task.image_size)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, device=info.device)
+    zeros = torch.zeros(task.batch, dtype=torch.long, device=info.device)
+    valid = torch.ones(task.batch, dtype=torch.bool, device=info.device)
+    for _ in range(steps):
+        yield Batch(images, zeros, zeros.cpu(), valid, [])
+
+
+def rate(results: Results, key: str, epoch: int) -> Spread | None:
+    """Images a second of an epoch, over the repeats."""
+    runs = results.of(key)
+    return Spread.of([run["images"] / run["epoch_seconds"][epoch] for run in runs]) if runs else None
+
+
+def report(results: Results, options: argparse.Namespace) -> str:
+    alone = rate(results, "synthetic", 1)
+    if alone is None:
+        raise UserError("there is no measurement yet")
+    device = results.of("synthetic")[0]["device"]
+    rows = []
+    for cache in options.cache:
+        for workers in options.workers:
+            # A file that was read once is warm, so only the first epoch can be cold.
+            epoch = 0 if cache == "cold" else 1
+            keys = [f"{mode}, {workers} workers, {cache}" for mode in ("loader", "both")]
+            loader, both = (rate(results, key, epoch) for key in keys)
+            if loader is None or both is None:
+                continue
+            disk = Spread.of([run["disk_mb"] for run in results.of(keys[0])])
+            together = 1 / (1 / loader.median + 1 / alone.median)
+            rows.append([
+                workers, f"{cache}, {'first' if epoch == 0 else 'second'} epoch", loader.text(0), alone.text(0),
+                both.text(0), f"{both.median / min(loader.median, alone.median):.2f}", f"{both.median / together:.2f}",
+                disk.text(0),
+            ])  # fmt: skip
+    header = ["loader processes", "page cache", "loader alone", "training alone", "both", "of the lower one",
+              "of taking turns", "MiB from disk"]  # fmt: skip
+    what = f"{options.model} at {options.image_size} px on {device}, batches of {options.batch}, {options.augment}"
+    return (
+        f"Images/s (images by wall seconds) of {what}, {options.images:,} images; median (range) of "
+        f"{options.repeats}:\n\n{markdown(header, rows)}\n"
+        "*Of the lower one*: 1 is perfect overlap, where loading and training have processors of their own. *Of taking "
+        "turns*: 1 is none, which is all that can be had where both need the same cores.\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
