@@ -21,12 +21,14 @@ from distil_tl.commands import run_command
 from distil_tl.data.loader import Batch, DataConfig
 from distil_tl.data.splits import open_splits, train_batches
 from distil_tl.distributed import DistInfo, DistributedConfig, available_cpus, session
-from distil_tl.engine import ImageNetwork, amp_dtype, begin_stage, train_epoch
+from distil_tl.engine import begin_stage, train_epoch
 from distil_tl.errors import UserError
 from distil_tl.launched import read_launch
 from distil_tl.metrics import Meter
 from distil_tl.models import ModelConfig, build
+from distil_tl.networks import ImageNetwork
 from distil_tl.optim import OptimConfig
+from distil_tl.precision import usual_way
 from distil_tl.stages import StageConfig
 
 MODES = ("loader", "synthetic", "both")
@@ -158,7 +160,7 @@ def run_one(task: Task) -> dict[str, Any]:
             info, config, splits.train, model.preprocess,
             image_size=task.image_size, augment=task.augment, seed=0, stage="full",
         )  # fmt: skip
-        network = ImageNetwork(model, amp_dtype(task.precision, info.device), info.device)
+        network = ImageNetwork(model, usual_way(task.precision, model.module, info.device), info.device)
         stage, optim = StageConfig(epochs=task.epochs), OptimConfig()
         total = task.epochs * sampler.steps_per_epoch
         run = begin_stage(info, model, network, "full", stage, optim, total, remember=1)
