@@ -379,10 +379,10 @@ def test_a_file_that_cannot_be_read_is_never_skipped(
     loader: Any = importlib.import_module("distil_tl.data.loader")
     original = loader.decode
 
-    def decode(path: Path) -> torch.Tensor:
+    def decode(path: Path, *how: Any, **more: Any) -> torch.Tensor:
         if path.name == "0001.png" and "train" in str(path):
             raise PermissionError(13, "Permission denied")
-        image: torch.Tensor = original(path)
+        image: torch.Tensor = original(path, *how, **more)
         return image
 
     monkeypatch.setattr(loader, "decode", decode)
