@@ -35,17 +35,17 @@ def test_a_run_that_is_requeued_is_one_run(
     cluster = dataclasses.replace(slurm_cluster, environment=environment)
     (tmp_path / "slowly").mkdir()
     (tmp_path / "slowly" / "sitecustomize.py").write_text(SLOWLY)
-    args = [*small_args(folder), "stages.full.epochs=12", "checkpoint.every_steps=5", "tracking.wandb.mode=online"]
+    args = [*small_args(folder), "stages.full.epochs=5", "checkpoint.every_steps=5", "tracking.wandb.mode=online"]
     run = Run(cluster, tmp_path / "run", tmp_path / "slowly", args, 0.4)
-    wait_for_step(run.run_dir, 10)
+    wait_for_step(run.run_dir, 8)
     cluster.run("scontrol", "requeue", run.job)
     cluster.wait_for(run.job, "PENDING", "COMPLETED")
-    run.wait_for_step(30)
+    run.wait_for_step(18)
     cluster.run("scancel", "--signal=USR2", run.job)  # as Slurm warns of the end of its time
     cluster.wait_for(run.job, "COMPLETED", timeout=150)
     assert len(cluster.history(run.job)) == 3
     assert json.loads((run.run_dir / "summary.json").read_text())["status"] == "completed"
     steps = [line["step"] for line in lines(run.run_dir, window="interval")]
-    assert steps == list(range(1, 79))
+    assert steps == list(range(1, 37))
     assert server.steps(run.run_dir) == steps
     assert server.run(run.run_dir)["state"] == "finished"

@@ -14,11 +14,16 @@ import pytest
 from tests.chaos import Ended, attempt, left_over_processes
 from tests.conftest import small_args
 from tests.ranks import lines
-from tests.wandb_server import KEY, Server, serving, struck, tracked
+from tests.wandb_server import KEY, Server, serving, struck, tracked, with_variable
 
 ALL = list(range(1, 13))  # two epochs of 6 steps
 GOES_ON = ("kill it", "kill all", "warn it", "end all")
 GOES_WITHOUT = ("kill server", "stop server", "kill core", "stop core", "kill mirror", "stop mirror")
+
+
+def then(one: Callable[[], None], two: Callable[[], None]) -> None:
+    one()
+    two()
 
 
 class Run:
@@ -30,6 +35,7 @@ class Run:
         self.args += ["tracking.wandb.mode=online", "tracking.wandb.mistakes=0", *more]
 
     def attempt(self, prepare: Callable[[], None], world: int = 1) -> None:
+        prepare = partial(then, partial(tracked, {"TRACKED_RUN": str(self.folder)}), prepare)
         self.ended.append(attempt(self.folder / f"attempt-{len(self.ended)}", self.args, world, prepare=prepare))
 
     def finished(self) -> None:
@@ -40,6 +46,7 @@ class Run:
         assert [line["step"] for line in lines(self.dir, window="interval")] == ALL
         assert len(lines(self.dir, split="val")) == 2
         assert left_over_processes(self.folder) == []
+        assert with_variable(f"TRACKED_RUN={self.folder}") == [], "of W&B's"
 
     def warnings(self) -> list[str]:
         said = "".join(ended.said[0] for ended in self.ended)

@@ -114,6 +114,20 @@ def answers(url: str) -> bool:
     return False
 
 
+def with_variable(setting: str, wait: float = 20) -> list[str]:
+    """Processes that live on for longer than `wait` seconds and were started with `NAME=value` in their environment."""
+    deadline = time.monotonic() + wait
+    while True:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                if setting.encode() in path.read_bytes().split(b"\0"):
+                    found.append(f"{path.parent.name}: {path.with_name('cmdline').read_bytes()[:80]!r}")
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+
+
 # In a training.
 
 
