@@ -28,6 +28,7 @@ from launch.states import STATES, Standing, loss_of, number, stand
 from launch.trials import Values
 
 OVER = ("completed", "failed", "stopped", "pruned")
+WAITS = ("pending", "requeued")
 DEFAULT_METRIC = "top1"
 
 
@@ -147,7 +148,9 @@ def to_text(found: Overview) -> str:
                 at,
                 standing.job_id or "",
                 str(standing.restarts or ""),
-                standing.host or "",
+                printable(
+                    standing.host or (f"({standing.detail})" if standing.state in WAITS and standing.detail else "")
+                ),
             ]
         )
     used = [i for i in range(len(head)) if i < 5 or any(line[i] for line in lines)]

@@ -14,8 +14,8 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from launch.queue import SlurmUnavailableError, queued
 from launch.records import read_record, record
 from launch.resources import SlurmConfig
 from launch.snapshot import snapshot_path, take_snapshot
+from launch.states import is_starting
 
 CLUSTERS = ("slurm", "local", "debug")
 
@@ -132,6 +133,10 @@ def for_nodes(config: Config) -> Config:
 def refuse_live(run_dir: Path) -> None:
     """Refuse a run directory that a waiting or running job will write to."""
     before = read_record(run_dir)
+    if before is not None and is_starting(before):
+        raise UserError(
+            f"job {before['job_id']} of this machine works in {run_dir}; wait for it, or choose another run_dir"
+        )
     attempt = read_attempt(run_dir / ATTEMPT)
     jobs = {str(record["job_id"]) for record in (before,) if record is not None and record["cluster"] == "slurm"}
     if attempt is not None and "ended_at" not in attempt and attempt["slurm_job_id"] is not None:
@@ -174,6 +179,8 @@ def executor_for(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str,
         if cluster == "local":
             parameters["local_setup"] = [_in_bash(setup, executor.folder, slurm.gpus_per_node)]
     executor.update_parameters(**parameters)
+    if cluster == "slurm":  # submitit's default is its own name, which a cluster that accounts by such keys refuses
+        executor._executor.parameters["wckey"] = None
     return executor
 
 
@@ -213,13 +220,26 @@ def start(executor: Any, work: Sequence[Callable[[], int]]) -> list[Any]:
     import submitit
 
     try:
-        with executor.batch():
+        with _as_outside_jobs(), executor.batch():
             jobs = [executor.submit(task) for task in work]
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
     except submitit.core.utils.FailedSubmissionError as error:
         raise UserError(f"sbatch gave no job number: {str(error).splitlines()[0]}") from None
     return jobs
+
+
+@contextmanager
+def _as_outside_jobs() -> Iterator[None]:
+    """Without what the Slurm job around us was given, such as memory per CPU: srun would take it for the new one's."""
+    around = {}
+    if "SLURM_JOB_ID" in os.environ:
+        names = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_")) and name != "SLURM_CONF"]
+        around = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(around)
 
 
 def describe(slurm: SlurmConfig, cluster: str) -> str:

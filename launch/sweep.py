@@ -136,7 +136,7 @@ def make_plan(spec: Spec, cluster: str, trying: Sequence[Trial]) -> Plan:
     varied = same_keys(trying)
     twice = sorted({arg.partition("=")[0] for arg in spec.values} & set(varied))
     if twice:
-        raise UserError(f"{', '.join(twice)} is given for all trials, and the sweep varies it; leave it out of one")
+        raise UserError(f"for all trials there is a value of {', '.join(twice)}, which the sweep varies; leave out one")
     shared = [*([str(sweep.config)] if sweep.config is not None else []), *spec.values]
     # No trial trains on it; it is only what they have in common.
     images = ["data.root=null"] if "data.root" in varied else []

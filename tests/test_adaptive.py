@@ -453,7 +453,7 @@ def test_a_search_that_was_replaced_ends(slurm: FakeSlurm, jobs: Jobs, capsys) -
         (SPACE, ["--parallel=0"], "--parallel must be at least 1"),
         (SPACE, ["--poll=-1"], "--poll must be at least 0"),
         (SPACE, ["--trials=1001"], "--trials 1001 is more than max_trials=1000"),
-        (SPACE, ["seed=3"], "seed is given for all trials, and the sweep varies it"),
+        (SPACE, ["seed=3"], "for all trials there is a value of seed, which the sweep varies"),
         (SPACE, ["slurm.nods=3"], "unknown key `slurm.nods`, did you mean `nodes`?"),
         (SPACE, ["--frobnicate"], "usage: python -m launch.adaptive SWEEP.yaml"),
         ("{random: {optim.nam: {choice: [sgd]}}, count: 2}", [], "unknown key `optim.nam`, did you mean `name`?"),

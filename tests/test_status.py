@@ -188,8 +188,9 @@ def test_a_sweep_whose_trials_have_not_begun(slurm: FakeSlurm, tmp_path: Path, c
     for task in (0, 1):
         (folder / "ab"[task]).mkdir()
         record(folder / "ab"[task], f"7_{task}", "slurm")
-        slurm.add(f"7_{task}")
+        slurm.add(f"7_{task}", reason=["None", "PartitionConfig"][task])
     text = shown(capsys, folder)
+    assert column(text, "where") == ["", "(PartitionConfig)"]
     assert column(text, "state") == ["pending", "pending"]
     assert column(text, "job") == ["7_0", "7_1"]
 

@@ -80,6 +80,7 @@ def test_a_dry_run_prints_the_script_and_creates_nothing(slurm: FakeSlurm, capsy
     setup = text.partition("# setup\n")[2]
     assert setup.index("module load cuda") < setup.index("export PYTHONPATH=") < setup.index("cd ")
     assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in text
+    assert "wckey" not in text
     assert not list(Path().iterdir())
     assert not slurm.calls("sbatch")
 
@@ -303,6 +304,24 @@ def test_a_refusal_is_passed_on_and_nothing_is_recorded(slurm: FakeSlurm, capsys
     assert slurm.jobs == {}
 
 
+@pytest.mark.parametrize("within", [True, False])
+def test_a_job_submitted_from_within_a_job_has_nothing_of_that_one(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: bool
+) -> None:
+    """As from a notebook: `srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are ...`."""
+    script = (slurm.folder / "sbatch").read_text()
+    (slurm.folder / "sbatch").write_text(script.replace("\n", f"\nenv > {tmp_path}/env\n", 1))
+    given = {"SLURM_MEM_PER_CPU": "100", "SLURM_CONF": "here", "SBATCH_PARTITION": "gpu"}
+    given |= {"SLURM_JOB_ID": "5"} if within else {}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    submitted()
+    found = dict(line.partition("=")[::2] for line in (tmp_path / "env").read_text().splitlines())
+    lost = {"SLURM_JOB_ID", "SLURM_MEM_PER_CPU"} if within else set()
+    assert {name: found.get(name) for name in given} == {k: None if k in lost else v for k, v in given.items()}
+    assert {name: os.environ.get(name) for name in given} == given
+
+
 def test_an_answer_without_a_job_number(slurm: FakeSlurm, capsys) -> None:
     (slurm.folder / "sbatch").write_text("#!/bin/sh\necho welcome\n")
     assert "sbatch gave no job number" in refusal(capsys)
@@ -426,6 +445,19 @@ def test_a_process_of_this_machine_is_known_too(slurm: FakeSlurm, capsys, monkey
     Attempt(Path("runs/flowers")).begin(0, {})
     monkeypatch.setattr("distil_tl.attempt.os.getpid", lambda: -1)
     assert "is in use: process" in refusal(capsys)
+
+
+def test_a_job_of_this_machine_is_known_before_it_trains(slurm: FakeSlurm, capsys) -> None:
+    Path("runs/flowers").mkdir(parents=True)
+    code = "import time; time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, "submitit.local._local"])
+    try:
+        record(Path("runs/flowers"), str(process.pid), "local")
+        assert f"job {process.pid} of this machine works in" in refusal(capsys)
+    finally:
+        process.kill()
+        process.wait()
+    submitted()
 
 
 def test_when_slurm_cannot_be_asked_it_goes_on_with_a_warning(slurm: FakeSlurm, capsys) -> None:
