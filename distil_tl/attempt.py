@@ -35,6 +35,11 @@ class Attempt:
         self.path = run_dir / file
         self._signed: dict[str, Any] | None = None
 
+    @property
+    def token(self) -> str | None:
+        """What tells this attempt from others; None before `begin`."""
+        return None if self._signed is None else str(self._signed["token"])
+
     def refuse_if_in_use(self, environ: Mapping[str, str] = os.environ) -> None:
         """Look for a process of this machine that still trains here.
 

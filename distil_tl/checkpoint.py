@@ -158,10 +158,10 @@ class Checkpoints:
         for path in self.folder.glob(".step-*.partial"):  # of attempts that were killed while saving
             shutil.rmtree(path, ignore_errors=True)
 
-    def take_up(self, newest: Path, best: Path) -> None:
+    def take_up(self, newest: Path, best: Path | None) -> None:
         """Let `last` and `best` name what a run goes on with, wherever a kill or damage left them, and tidy up."""
         for name, path in (("last", newest), ("best", best)):
-            if path.is_dir() and self.named(name) != path:
+            if path is not None and path.is_dir() and self.named(name) != path:
                 self._point(name, path)
         for path in self.folder.glob(".*.partial"):
             if path.is_symlink():
@@ -180,11 +180,13 @@ class Checkpoints:
 
     def newest_sound(self) -> Path | None:
         """The newest checkpoint whose checksums hold; those passed over are said in the log."""
-        for path in reversed(self.all()):
+        found = self.all()
+        for path in reversed(found):
             fault = find_fault(path)
             if fault is None:
                 return path
-            logger.warning("checkpoint %s is damaged (%s); going back to the one before", path.name, fault)
+            before = "going back to the one before" if path != found[0] else "there is none before it to go back to"
+            logger.warning("checkpoint %s is damaged (%s); %s", path.name, fault, before)
         return None
 
 

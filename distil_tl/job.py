@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distil_tl import checkpoint as ckpt
+from distil_tl.attempt import read_attempt
 from distil_tl.checkpoint import Checkpoints, Position, find_fault
 from distil_tl.config import Config, interpolated
 from distil_tl.data.faults import BadImages
@@ -25,7 +26,7 @@ from distil_tl.models import TransferModel
 from distil_tl.networks import ImageNetwork
 from distil_tl.optim import current_lr
 from distil_tl.precision import Compute, usual_way
-from distil_tl.rundir import RunDirectory, RunState, Start
+from distil_tl.rundir import RunDirectory, RunState, Start, refuse_unseen
 from distil_tl.settings import plain
 from distil_tl.stages import StageConfig, check_stages
 from distil_tl.stopping import Agreement, Request, StopRequest
@@ -203,7 +204,10 @@ class Job:
     def abandon(self, status: str) -> None:
         """End the records of a run that does not get to its end; what fails here must not hide why."""
         try:
-            self.close(status)
+            try:
+                self.checkpoints.wait()
+            finally:  # not sooner: attempt.json then says that nobody writes here any more
+                self.close(status)
         except SupersededError:
             status = "superseded"
         except OSError as error:
@@ -229,7 +233,7 @@ def open_job(
     """Open the run directory, and put model and state where `start` says.
 
     Raises:
-        UserError: for stages that the model or the checkpoint can't take.
+        UserError: for stages that the model or the checkpoint can't take, or a run directory that a rank does not see.
         WriteError: the run directory can't be written to.
     """
     clock = time.monotonic()
@@ -238,11 +242,17 @@ def open_job(
     state, train_state = RunState(), None
     if start.checkpoint is not None:
         path = Path(start.checkpoint)
+        refuse_unseen(info, path, path.is_dir)
         saved = ckpt.load_state(path)
         state = RunState.from_json(saved["run"])
         splits.refuse_drift(saved["data"], path.parent.parent)
         if state.best is not None and find_fault(Checkpoints(run_dir / "checkpoints").path(state.best["step"])):
-            state.best = None  # pruned, damaged, or in the directory of the run that this one goes on from
+            # Pruned, damaged, or in the directory of the run that this one goes on from.
+            if path.parent == run_dir / "checkpoints":
+                logger.warning(
+                    "the best checkpoint, of step %d, is gone or damaged; best begins anew", state.best["step"]
+                )
+            state.best = None
         ckpt.load_weights(path, model.module)
         train_state = ckpt.load_train_state(path)
     directory = RunDirectory(run_dir)
@@ -250,11 +260,16 @@ def open_job(
     trackers: list[Tracker] = []
 
     @writing(run_dir)
-    def begin() -> None:
+    def begin() -> str | None:
         directory.begin(source, splits.classes, info, state.step)
-        if start.checkpoint is not None and state.best is not None and path.parent == checkpoints.folder:
-            checkpoints.take_up(path, checkpoints.path(state.best["step"]))
+        if start.checkpoint is not None and path.parent == checkpoints.folder:
+            lost = path if checkpoints.named("best") else None  # which stands in for it, until there is a better one
+            checkpoints.take_up(path, lost if state.best is None else checkpoints.path(state.best["step"]))
         splits.remember(run_dir)
+        return directory.attempt.token
+
+    @writing(run_dir / "metrics.jsonl")
+    def begin_records() -> None:
         within = state.position is not None and state.position.consumed > 0
         trackers.append(
             Tracker(
@@ -263,7 +278,9 @@ def open_job(
             )
         )  # fmt: skip
 
-    on_rank_zero(info, "opening the run directory", begin)
+    token = on_rank_zero(info, "opening the run directory", begin)
+    refuse_unseen(info, run_dir, lambda: (read_attempt(directory.attempt.path) or {}).get("token") == token)
+    on_rank_zero(info, "opening the records", begin_records)
     add_rank_file(run_dir, info.rank)
     _say_start(start, state)
     return Job(

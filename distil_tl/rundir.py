@@ -10,7 +10,8 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from omegaconf import DictConfig
 from distil_tl.attempt import Attempt
 from distil_tl.checkpoint import Checkpoints, Position, find_fault, load_state
 from distil_tl.config import Config, interpolated, unsafe_changes
-from distil_tl.distributed import DistInfo, available_cpus
+from distil_tl.distributed import DistInfo, available_cpus, gather_objects
 from distil_tl.errors import UserError
 from distil_tl.files import write_atomic, write_json, writing
 from distil_tl.log import logger
 from distil_tl.settings import plain, read_yaml, to_yaml
 from distil_tl.version import __version__
 
+SIGHT_S = 20.0  # that a file may need to be seen on other nodes
 MAX_LISTED = 1000  # bad images named in summary.json; the checkpoint and the logs have all
 
 
@@ -191,6 +193,23 @@ def _status(run_dir: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return status
+
+
+def refuse_unseen(info: DistInfo, path: Path, is_there: Callable[[], bool]) -> None:
+    """Make sure that what rank 0 sees, or has just written, is there on every rank. A collective.
+
+    Raises:
+        UserError: on all ranks, naming the hosts that do not see it.
+    """
+    deadline = time.monotonic() + SIGHT_S
+    while not (seen := is_there()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = {host for host in gather_objects(info, None if seen else socket.gethostname()) if host is not None}
+    if blind:
+        raise UserError(
+            f"{path} is not seen on {', '.join(sorted(blind))} as rank 0 sees it: run_dir must lie on storage that all "
+            f"nodes share, under one path (a relative one begins where each process was started)"
+        )
 
 
 class RunDirectory:

@@ -201,6 +201,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert "step-00000002 is damaged (weights.safetensors does not match its checksum)" in record.getMessage()
     truncate(sound / STATE)
     assert checkpoints.newest_sound() is None
+    assert warnings.records[-1].getMessage().endswith("; there is none before it to go back to")
 
 
 def test_there_may_be_none(checkpoints: Checkpoints):

@@ -126,6 +126,30 @@ def test_a_signal_to_every_process_does_not_break_the_save(small: list[str], tmp
     assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
 
 
+def on_a_node_of_its_own(folder: Path) -> None:
+    """A relative run_dir is another folder for each rank."""
+    importlib.import_module("distil_tl.rundir").SIGHT_S = 0.5  # type: ignore[attr-defined]
+    (folder / f"node{rank()}").mkdir(exist_ok=True)
+    os.chdir(folder / f"node{rank()}")
+
+
+def test_a_run_directory_that_a_rank_does_not_see_is_refused_at_once(small: list[str], tmp_path: Path) -> None:
+    prepare = functools.partial(on_a_node_of_its_own, tmp_path)
+    ended = attempt(tmp_path / "a", [*quick(small, tmp_path), "run_dir=run"], 2, prepare=prepare)
+    assert ended.statuses == [2, 2], ended
+    assert re.search(
+        r"run is not seen on \S+ as rank 0 sees it: run_dir must lie on storage that all nodes", ended.said[0]
+    )
+    assert not (tmp_path / "node0" / "run" / "checkpoints").exists()
+
+    run_dir = tmp_path / "node0" / "run"
+    assert attempt(tmp_path / "b", [*quick(small, tmp_path), f"run_dir={run_dir}"], 2).statuses == [0, 0]
+    (run_dir / "summary.json").unlink()
+    ended = attempt(tmp_path / "c", [*quick(small, tmp_path), "run_dir=run"], 2, prepare=prepare)
+    assert ended.statuses == [2, 2], ended
+    assert "run/checkpoints/step-00000018 is not seen on" in ended.said[0]
+
+
 def bad_loss(step: int, by: int) -> None:
     """On one rank the loss of one image is not finite in a step of the stage `full`."""
     engine: Any = importlib.import_module("distil_tl.engine")

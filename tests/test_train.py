@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import distil_tl
-from distil_tl.errors import UserError
+from distil_tl.checkpoint import Checkpoints
+from distil_tl.errors import NonFiniteError, UserError
+from distil_tl.files import sha256_file
 from distil_tl.train import main
 from tests.conftest import make_folder, small_args
 from tests.ranks import lines, rank, run_ranks, train
@@ -222,6 +224,45 @@ def test_divergence_stops_with_the_weights_before_it(
     assert summary_of(run_dir)["status"] == "failed"
     weights = load_file(run_dir / "checkpoints" / "last" / "weights.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+def test_what_the_last_save_met_is_said_though_the_run_fails_for_another_reason(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = iter(range(1000))
+
+    def check_finite(*args: object) -> None:
+        if next(looks) == 3:
+            raise NonFiniteError("the loss is not finite")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("distil_tl.train.check_finite", check_finite)
+    monkeypatch.setattr("distil_tl.checkpoint.save_file", full)
+    assert main([*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2"]) == 1
+    said = capsys.readouterr()
+    assert "can't write the checkpoint" in said.out
+    assert "the loss is not finite" in said.err
+    assert summary_of(tmp_path / "run")["status"] == "failed"
+
+
+def test_a_best_checkpoint_that_is_lost_is_said(
+    finished: Path, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir, symlinks=True)
+    (run_dir / "summary.json").unlink()
+    before, newest = (Checkpoints(run_dir / "checkpoints").path(step) for step in (12, 18))
+    state, sums = newest / "state.json", newest / "checksums"
+    digest, content = sha256_file(state), json.loads(state.read_text())
+    content["run"]["best"]["step"] = 12
+    state.write_text(json.dumps(content))
+    sums.write_text(sums.read_text().replace(digest, sha256_file(state)))
+    (before / "weights.safetensors").write_bytes(b"")
+    assert main([*small, f"run_dir={run_dir}"]) == 0
+    assert "the best checkpoint, of step 12, is gone or damaged; best begins anew" in capsys.readouterr().out
+    assert distil_tl.load(run_dir).classes == ["circles", "noise", "stripes"], "best names one that is sound"
 
 
 # Refusing.
