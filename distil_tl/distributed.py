@@ -402,6 +402,16 @@ def average_over_ranks(info: DistInfo, buffers: Sequence[Tensor]) -> None:
         buffer.copy_(average.view_as(buffer))
 
 
+def cpus_of_rank(launch: Launch) -> int:
+    """How many CPUs there are for this rank and its loader processes, at least 1.
+
+    Slurm may bind each task to CPUs of its own; otherwise the ranks of a node share what this process may run on.
+    """
+    cpus, step = available_cpus(), os.environ.get("SLURM_CPUS_ON_NODE", "")
+    bound = launch.launcher == "slurm" and step.isdigit() and cpus < int(step)
+    return cpus if bound else max(1, cpus // launch.local_world_size)
+
+
 def available_cpus() -> int:
     """How many CPUs this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

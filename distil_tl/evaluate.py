@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distil_tl import config as configuration
 from distil_tl.commands import run_command
+from distil_tl.data.device import to_device
 from distil_tl.data.faults import BadImages
 from distil_tl.data.index import Index, scan
 from distil_tl.data.splits import SPLITS, data_root, eval_batches, share_indexes
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
         )
         loader = eval_batches(info, config.data, index, restored.model.preprocess, image_size=restored.image_size)
         bad_images = BadImages(config.data.on_bad_image)
-        batches = bad_images.read(loader, options.split, index)
+        batches = bad_images.read(to_device(loader, info.device), options.split, index)
         result = evaluate(
             info,
             network,

@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from distil_tl.checkpoint import weights_hash
+from distil_tl.data.device import to_device
 from distil_tl.data.index import Index
-from distil_tl.data.loader import Batch, DataConfig, ImageDataset, default_workers, make_loader
+from distil_tl.data.loader import Batch, DataConfig, ImageDataset, choose_workers, make_loader
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.splits import Splits
 from distil_tl.data.transforms import train_transform
@@ -90,7 +91,8 @@ def compute(
     keys = [[SampleKey(image, view, image) for image in cache.rows(first)] for view, first in mine]
     parts = [chunk[i : i + batch_size] for chunk in keys for i in range(0, len(chunk), batch_size)]
     pinned = info.device.type == "cuda"
-    batches = iter(make_loader(dataset, parts, batch_size=None, workers=workers if parts else 0, pin_memory=pinned))
+    loader = make_loader(dataset, parts, batch_size=None, workers=workers if parts else 0, pin_memory=pinned)
+    batches = to_device(loader, info.device)
     turns = math.ceil(len(missing) / info.world_size)
     bar = Progress(f"features of {what}", turns, show=info.is_main)
     failed: OSError | None = None
@@ -221,7 +223,7 @@ def _fill(
         failed = compute(
             info, prefix, cache, [(view, first) for view, first in missing], dataset, what=what,
             batch_size=min(batch_size, data.max_local_batch_size or batch_size),
-            workers=data.workers if data.workers is not None else default_workers(info.launch.local_world_size),
+            workers=choose_workers(info.launch, data.workers),
             agreement=agreement,
         )  # fmt: skip
         if failed is not None:

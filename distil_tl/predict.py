@@ -19,6 +19,7 @@ from distil_tl.commands import run_command
 from distil_tl.data.decode import ImageError
 from distil_tl.data.index import IMG_EXTENSIONS
 from distil_tl.data.loader import default_workers
+from distil_tl.distributed import available_cpus
 from distil_tl.errors import UserError
 from distil_tl.inference import Transform, restore
 from distil_tl.log import Progress
@@ -37,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
     parser.add_argument("--all", action="store_true", help="also a column with the probability of each class")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=default_workers(1))
+    parser.add_argument("--workers", type=int, default=default_workers(available_cpus()))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return run_command("distil-tl predict", lambda: run(parser.parse_args(args)))
 

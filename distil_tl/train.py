@@ -21,6 +21,7 @@ from distil_tl import config as configuration
 from distil_tl.checkpoint import Position
 from distil_tl.commands import run_command
 from distil_tl.config import Config
+from distil_tl.data.device import to_device
 from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import eval_batches, open_splits, train_batches
@@ -123,7 +124,7 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         info.phase = f"the evaluation after epoch {position.epoch + 1} of stage {name}"
         began = time.monotonic()
         try:
-            batches = job.bad_images.read(val_loader, "val", job.splits.val)
+            batches = job.bad_images.read(to_device(val_loader, info.device), "val", job.splits.val)
             result = evaluate(info, network, val_loader, batches, job.num_classes, agreement=job.agreement).metrics
         except StopAgreedError:  # the epoch is trained, and its evaluation can be done again
             job.save(run, meter)
@@ -154,7 +155,7 @@ def train_one_epoch(
         show=info.is_main,
     )
     steps = train_epoch(
-        info, run, job.bad_images.read(loader, "train", job.splits.train), sampler, meter,
+        info, run, job.bad_images.read(to_device(loader, info.device), "train", job.splits.train), sampler, meter,
         accumulation=plan.accumulation, optim=config.optim, seed=config.seed,
     )  # fmt: skip
     meter.start()
@@ -194,7 +195,7 @@ def finish(job: Job) -> None:
             continue
         info.phase = f"the final evaluation on {split}"
         loader = eval_batches(info, data, index, job.model.preprocess, image_size=image_size)
-        batches = job.bad_images.read(loader, split, index)
+        batches = job.bad_images.read(to_device(loader, info.device), split, index)
         try:
             result = evaluate(
                 info, job.network, loader, batches, job.num_classes,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from distil_tl.data.index import Index
-from distil_tl.data.loader import UNREADABLE, Batch, Loader
+from distil_tl.data.loader import UNREADABLE, Batch
 from distil_tl.distributed import DistInfo, gather_objects
 from distil_tl.errors import UserError
 from distil_tl.log import logger, printable
@@ -23,13 +23,13 @@ class BadImages:
         self.policy = policy
         self.found: dict[str, dict[str, str]] = {split: dict(images) for split, images in (known or {}).items()}
 
-    def read(self, loader: Loader, split: str, index: Index) -> Iterator[Batch]:
-        """The loader's batches, with the policy applied to what is bad in them.
+    def read(self, batches: Iterable[Batch], split: str, index: Index) -> Iterator[Batch]:
+        """A loader's batches, with the policy applied to what is bad in them.
 
         Raises:
             UserError: an image can't be used, and the policy is `error`; named by path and class.
         """
-        for batch in loader:
+        for batch in batches:
             for i, reason in batch.faults:
                 path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
                 unreadable = reason.startswith(UNREADABLE)

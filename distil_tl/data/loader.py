@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import AUGMENTATIONS, View
-from distil_tl.distributed import available_cpus
+from distil_tl.distributed import available_cpus, cpus_of_rank
 from distil_tl.keyed import keyed_seed
+from distil_tl.launched import Launch
+from distil_tl.log import logger
 
 UNREADABLE = "the file can't be read"
 ON_BAD_IMAGE = ("error", "skip")
@@ -111,9 +114,24 @@ class ImageDataset(Dataset[Item]):
         self.transform = transform
         self.seed = seed
         self.stage = stage
+        self._shared: dict[str, Tensor] | None = None  # the index's arrays, once they are shared
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers that are not forked: the index lies in shared memory, and they get handles to it."""
+        if self._shared is None:
+            self._shared = {name: torch.from_numpy(array) for name, array in self.index.to_arrays().items()}
+            for tensor in self._shared.values():
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
+            self.index = Index.from_arrays({name: tensor.numpy() for name, tensor in self._shared.items()})
+        return {**vars(self), "index": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        assert self._shared is not None
+        self.index = Index.from_arrays({name: tensor.numpy() for name, tensor in self._shared.items()})
 
     def __getitem__(self, key: SampleKey) -> Item:
         target = int(self.index.targets[key.image])
@@ -140,9 +158,30 @@ class ImageDataset(Dataset[Item]):
         )
 
 
-def default_workers(local_world_size: int) -> int:
-    """Loader processes a rank: its share of the CPUs this process may run on, less one for the rank itself."""
-    return max(0, min(16, available_cpus() // local_world_size - 1))
+def default_workers(cpus: int) -> int:
+    """Loader processes for a rank that has so many CPUs: one stays for the rank itself."""
+    return max(0, min(16, cpus - 1))
+
+
+def choose_workers(launch: Launch, workers: int | None) -> int:
+    """Loader processes of this rank: `data.workers`, or by its CPUs."""
+    return default_workers(cpus_of_rank(launch)) if workers is None else workers
+
+
+def warn_of_few_cpus(launch: Launch, workers: int | None) -> None:
+    """Say so when the loader will want more CPUs than this rank may use. Slurm gives a task one, if not asked for more.
+
+    Not where the whole machine is small, as there is nothing to be done about that.
+    """
+    cpus, machine = cpus_of_rank(launch), os.cpu_count() or 1
+    if cpus >= (2 if workers is None else workers) or (workers is None and available_cpus() >= machine):
+        return
+    wanted = "none is left for loader processes" if workers is None else f"data.workers is {workers}"
+    logger.warning(
+        "each process may use %d of the machine's %d CPUs, and %s: training will wait for images. Ask for more CPUs "
+        "with slurm.cpus_per_task (launch.submit) or --cpus-per-task (srun), or set data.workers",
+        cpus, machine, wanted,
+    )  # fmt: skip
 
 
 def make_loader(

@@ -13,7 +13,15 @@ import numpy as np
 
 from distil_tl.data.demo import digits_folder
 from distil_tl.data.index import Index, differences, scan
-from distil_tl.data.loader import DataConfig, ImageDataset, Loader, default_workers, make_loader, plan_batches
+from distil_tl.data.loader import (
+    DataConfig,
+    ImageDataset,
+    Loader,
+    choose_workers,
+    make_loader,
+    plan_batches,
+    warn_of_few_cpus,
+)
 from distil_tl.data.sampler import EvalSampler, TrainSampler
 from distil_tl.data.transforms import Preprocess, eval_transform, train_transform
 from distil_tl.distributed import DistInfo, broadcast_arrays, on_rank_zero
@@ -97,6 +105,7 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
         return scanned
 
     indexes = share_indexes(info, work)
+    warn_of_few_cpus(info.launch, config.workers)
     for name, index in indexes.items():
         notes = f", {index.ignored} other files ignored" if index.ignored else ""
         notes += f", none of: {', '.join(map(printable, index.missing))}" if index.missing else ""
@@ -160,5 +169,5 @@ def _loader(
     sampler: TrainSampler | EvalSampler,
     batch_size: int,
 ) -> Loader:
-    workers = config.workers if config.workers is not None else default_workers(info.launch.local_world_size)
+    workers = choose_workers(info.launch, config.workers)
     return make_loader(dataset, sampler, batch_size=batch_size, workers=workers, pin_memory=info.device.type == "cuda")
