@@ -212,21 +212,26 @@ def test_the_report_compares_with_the_fastest_that_was_measured_to_the_end(job: 
     add("timm, tuned", 0, run(1.0, *points))  # once, and so no median of three
     for k in (1, 2):
         add(f"{verdict.HEAD_ALONE}{k}", 0, run(3.0, *points[:k], stage_seconds={"head": 1.0}))
+    add(f"{verdict.FIFTY}2", 0, run(3.3, *points[:2], stage_seconds={"head": 1.2}))
     add(verdict.SOONEST, 0, run(5.0, ("head", 1, 2.0, 0.71)))
     names = [verdict.OURS, "plain, tuned", "timm, tuned", verdict.SOONEST]
     text = verdict.report(results, job, ["plain, tuned", "timm, tuned"], names)
     assert "| distil_tl | 3 | 10.0 (10.0-10.0) | 2.00x |" in text
     assert "| head stage of 2, the stage | 1.8x | 4.00x | yes |" in text
     assert "| head stage of 1, whole process | 1.0x | 1.33x | yes |" in text
+    assert "| the best of 50 heads, to one | at most 1.2x | 1.10x | yes |" in text
     assert "| to a top-1 of 0.700 | 5.0x | 10.00x | yes |" in text
 
 
 def test_our_command_is_one_that_distil_tl_takes(job: Job, tmp_path: Path) -> None:
     from distil_tl import config
 
-    keys = ours.command(job, tmp_path / "run", ("stages.head.views=2",))[3:]
+    keys = ours.command(job, tmp_path / "run", ("stages.head.views=2", *peers.grid(10, 5)))[3:]
     read, _ = config.load(keys)
     config.check(read, 1)
+    search = read.stages["head"].search
+    assert len(search.lr) * len(search.weight_decay) == 50
+    assert (search.lr[0], search.lr[-1], search.weight_decay[0], search.weight_decay[-1]) == (5e-4, 5e-2, 0.0, 1.0)
     assert (read.stages["head"].epochs, read.stages["full"].epochs, read.stages["head"].views) == (2, 1, 2)
 
 

@@ -135,6 +135,14 @@ def make_job(options: argparse.Namespace, work: Path) -> Job:
     )
 
 
+def grid(rates: int, decays: int) -> tuple[str, ...]:
+    """Keys for a search over so many learning rates, from 5e-4 to 5e-2, and weight decays, from 0 and 1e-3 to 1."""
+    lr = [round(5e-4 * 100 ** (i / (rates - 1)), 6) for i in range(rates)]
+    decay = [0.0, *(round(1e-3 * 1000 ** (i / (decays - 2)), 6) for i in range(decays - 1))]
+    lists = {"lr": lr, "weight_decay": decay}
+    return tuple(f"stages.head.search.{key}=[{','.join(map(str, values))}]" for key, values in lists.items())
+
+
 def task(job: Job) -> dict[str, Any]:
     """What figures depend on, and not where files happen to lie."""
     fields = asdict(job)
@@ -231,16 +239,17 @@ class Contest:
             found[f"{verdict.HEAD_ALONE}{k}"] = ("ours", (self.job.with_epochs(head=k, full=0), ()))
         for peer in self.pythons:
             found[self.name(peer, tuned=True)] = ("peer", (peer, self.job.speed))
-        soonest = self.job.with_epochs(head=30, full=0)
+        alone = self.job.with_epochs(full=0)
         augment = self.job.stage("full").augment
         light = (f"stages.head.augment={augment}",)
-        found[verdict.SOONEST] = ("ours", (soonest, () if augment == "none" else (*light, "stages.head.views=4")))
+        four = () if augment == "none" else (*light, "stages.head.views=4")
+        found[verdict.SOONEST] = ("ours", (self.job.with_epochs(head=30, full=0), (*four, *grid(6, 4))))
+        found[f"{verdict.FIFTY}{verdict.head_epochs(self.job)[-1]}"] = ("ours", (alone, grid(10, 5)))
         found |= {name: ("ours", (self.job, tuple(shlex.split(keys)))) for name, keys in more.items()}
         found[verdict.OFF] = ("ours", (self.job, ("stages.head.features=off",)))
         for peer in self.pythons:
             found[self.name(peer, tuned=False)] = ("peer", (peer, DOCUMENTED))
         if views and augment != "none":
-            alone = self.job.with_epochs(full=0)
             found[f"{verdict.VIEWS}one view without augmentation"] = ("ours", (alone, ()))
             for v in (1, 2, 4):
                 found[f"{verdict.VIEWS}{v} cached views"] = ("ours", (alone, (*light, f"stages.head.views={v}")))

@@ -17,7 +17,7 @@ from distil_tl.data.transforms import eval_transform
 from distil_tl.errors import UserError
 from distil_tl.models import ModelConfig, build
 from distil_tl.networks import ImageNetwork
-from distil_tl.precision import usual_way
+from distil_tl.precision import Compute
 
 IMAGES = 32
 # Pillow rounds between the two directions of a resize, and tensors are rounded once.
@@ -32,7 +32,7 @@ def our_view(job: Job) -> dict[str, Any]:
     chosen = sorted({round(i) for i in np.linspace(0, len(index) - 1, IMAGES)})
     dataset = ImageDataset(index, eval_transform(model.preprocess, job.image_size), job.image_size)
     batch = dataset.collate([dataset[SampleKey(i, 0, i)] for i in chosen])
-    network = ImageNetwork(model, usual_way("fp32", model.module, torch.device("cpu")), torch.device("cpu")).eval()
+    network = ImageNetwork(model, Compute(None, True), torch.device("cpu")).eval()
     with torch.no_grad():
         loss = F.cross_entropy(network(batch.images), batch.targets).item()
     return {"names": _names(index, chosen), "pixels": batch.images, "targets": batch.targets, "loss": loss}
