@@ -114,7 +114,7 @@ def runs(
 
     with ThreadPoolExecutor(4) as pool:
         found = {what: pool.submit(goes_on, telling_server, what) for what in GOES_ON}
-        found["nothing said"] = pool.submit(goes_on, wandb_server, "kill all")
+        found["nothing said"] = pool.submit(goes_on, wandb_server, "kill it")
         yield found | {what: pool.submit(goes_without, what) for what in GOES_WITHOUT}
 
 
@@ -132,12 +132,10 @@ def test_a_run_that_goes_on_is_one_run(runs: dict[str, Future[Run]], telling_ser
 
 
 def test_no_step_comes_twice_to_a_server_that_says_nothing(runs: dict[str, Future[Run]], wandb_server: Server) -> None:
-    """Not even when all is killed; what W&B's client had not sent then may be lacking."""
+    """Steps 9 and 10 are trained twice, and the server would keep both."""
     run = runs["nothing said"].result()
     run.finished()
-    steps = wandb_server.steps(run.dir)
-    assert steps == sorted(set(steps))
-    assert steps[-3:] == ALL[-3:]
+    assert wandb_server.steps(run.dir) == ALL
 
 
 @pytest.mark.parametrize("what", GOES_WITHOUT)
