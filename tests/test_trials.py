@@ -335,3 +335,13 @@ def test_the_sweeps_in_configs_mean_what_their_headers_say(path: Path) -> None:
     header = path.read_text().split("\n\n")
     trials = sweep.all_trials()
     assert any(f"{len(trials)} trials" in part for part in header if part.startswith("#"))
+
+
+def test_the_sweep_of_the_documentation_is_one_of_40_trials(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/cluster.md").read_text()
+    (block,) = (part for part in text.split("```")[1::2] if part.startswith("yaml\nconfig:"))
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "resnet50.yaml").touch()
+    (tmp_path / "sweeps/x.yaml").write_text(block.removeprefix("yaml\n"))
+    assert "= 40 trials;" in text
+    assert len(read_sweep(tmp_path / "sweeps/x.yaml").all_trials()) == 40
