@@ -96,7 +96,8 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """End it: the run is completed, preempted or failed, or another attempt has superseded this one."""
-        self._file.close()
+        with suppress(OSError):  # a line that did not fit, as `log` has said
+            self._file.close()
         mirror, self._mirror = self._mirror, None
         if mirror is not None:
             mirror.end(status, self._patience if status == "completed" else min(self._patience, HURRIED_SECONDS))

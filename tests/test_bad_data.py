@@ -24,7 +24,8 @@ from distil_tl.train import main
 from tests.conftest import CLASSES, draw, make_folder, small_args
 from tests.ranks import lines, run_ranks, train
 from tests.test_ranks import evaluated, traced_train
-from tests.test_train import refusal, refused, stopped_train, summary_of
+from tests.test_refusals import refusal, refused
+from tests.test_train import stopped_train, summary_of
 
 HEAD_ALONE = ["stages.full.epochs=0"]
 

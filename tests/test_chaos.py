@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import KINDS, Fault, Plan, Reference, carry_out, make_reference, random_plan, table
+from tests.chaos import KINDS, Fault
+from tests.chaos_plans import Plan, carry_out, make_reference, random_plan, table
 from tests.conftest import small_args
+from tests.same_run import Reference
 
 JOB = """
 stages:

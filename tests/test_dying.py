@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from distil_tl.checkpoint import Checkpoints, find_fault
-from tests.chaos import Fault, attempt, left_over_processes, samples, small_disk
+from tests.chaos import Fault, attempt, left_over_processes, small_disk
 from tests.ranks import lines, rank
+from tests.same_run import samples
 from tests.test_torchrun import ENVIRONMENT, TORCHRUN, processes_of
 
 WITHIN = 45  # seconds, most of them for a machine under load

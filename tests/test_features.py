@@ -28,9 +28,9 @@ from distil_tl.networks import ImageNetwork, Prefix
 from distil_tl.precision import Compute
 from distil_tl.stages import StageConfig, apply_stage, wants_features
 from distil_tl.train import main
-from tests.chaos import timeless
 from tests.conftest import small_args
 from tests.ranks import lines, run_ranks, train
+from tests.same_run import timeless
 
 HEAD = StageConfig(unfreeze="head")
 CPU = torch.device("cpu")

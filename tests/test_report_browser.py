@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from distil_tl.report import write_report
-from tests.test_report import EVIL, build_run
+from tests.report_runs import EVIL, build_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

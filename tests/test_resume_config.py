@@ -22,7 +22,8 @@ from distil_tl.rundir import find_start
 from distil_tl.train import main
 from tests.conftest import draw, small_args
 from tests.ranks import lines, run_ranks, train
-from tests.test_train import refused, same_result, stopped_train
+from tests.test_refusals import refused
+from tests.test_train import same_result, stopped_train
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from distil_tl.optim import OptimConfig, clip_gradients
 from distil_tl.search import Heads, Settings, Step, grid
 from distil_tl.stages import SearchConfig, StageConfig
 from distil_tl.train import main
-from tests.chaos import timeless
 from tests.ranks import lines, run_ranks, train
+from tests.same_run import timeless
 from tests.test_features import head_args, losses, summary
 
 CPU = torch.device("cpu")

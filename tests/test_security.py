@@ -20,7 +20,8 @@ from distil_tl.train import main
 from tests.conftest import draw, small_args
 from tests.ranks import run_ranks, train
 from tests.test_ranks import evaluated
-from tests.test_train import refused, summary_of
+from tests.test_refusals import refused
+from tests.test_train import summary_of
 
 HEAD_ALONE = ["stages.full.epochs=0"]
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from distil_tl.attempt import MAX_STUCK, read_attempt
 from distil_tl.models import ModelConfig, build
 from launch.records import read_record
-from tests.chaos import differing, timeless
 from tests.conftest import small_args
 from tests.ranks import lines, run_ranks, train
+from tests.same_run import differing, timeless
 from tests.slurm_cluster import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]

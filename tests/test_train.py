@@ -20,8 +20,9 @@ from distil_tl.checkpoint import Checkpoints
 from distil_tl.errors import NonFiniteError, UserError
 from distil_tl.files import sha256_file
 from distil_tl.train import main
-from tests.conftest import make_folder, small_args
+from tests.conftest import small_args
 from tests.ranks import lines, rank, run_ranks, train
+from tests.test_refusals import refused
 
 
 @pytest.fixture(scope="module")
@@ -265,113 +266,7 @@ def test_a_best_checkpoint_that_is_lost_is_said(
     assert distil_tl.load(run_dir).classes == ["circles", "noise", "stripes"], "best names one that is sound"
 
 
-# Refusing.
-
-
-def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(args) == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("data.root=/nowhere/at/all", "data.root=/nowhere/at/all is not a folder"),
-        ("model.name=resnet81", "did you mean `resnet18`"),
-        ("stages.full.unfreeze=[layer5]", "layer5"),
-        ("stages.full.unfreeze=99", "groups"),
-        ("data.global_batch_size=64", "has 52 images, fewer than one global batch"),
-        ("model.weights=/nowhere.pth", "there is no file /nowhere.pth"),
-        ("precision=fp8", "precision is 'fp8'"),
-        ("resume=/nowhere", "resume=/nowhere does not exist"),
-    ],
-)
-def test_bad_input_is_named(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, message: str
-) -> None:
-    assert message in refused([*small, f"run_dir={tmp_path}/run", change], capsys)
-    assert not (tmp_path / "run").exists(), "refused before anything was written"
-
-
-@pytest.mark.parametrize("part", ["", "checkpoints", "logs"])
-def test_a_run_directory_that_cannot_be_written_to_is_refused_before_any_work(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, part: str
-) -> None:
-    closed = tmp_path / "run" / part
-    closed.mkdir(parents=True)
-    access = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))  # root may write all
-    monkeypatch.setattr("distil_tl.train.open_splits", None)
-    message = refused([*small, f"run_dir={tmp_path}/run"], capsys)
-    assert f"run_dir={tmp_path}/run: {closed} can't be written to, for its permissions" in message
-
-
-def test_a_run_directory_below_a_file_is_refused(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").touch()
-    for where in ("file", "file/run"):
-        message = refused([*small, f"run_dir={tmp_path}/{where}"], capsys)
-        assert f"run_dir={tmp_path}/{where}: {tmp_path}/file is a file; choose another run_dir" in message
-
-
-def test_a_run_directory_that_cannot_be_opened_is_said_in_a_sentence(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("distil_tl.attempt.write_json", full)
-    assert main([*small, f"run_dir={tmp_path}/run"]) == 1
-    assert f"can't write {tmp_path}/run: No space left on device" in capsys.readouterr().err
-
-
-def test_an_empty_class_and_a_class_that_train_lacks_are_named(
-    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = make_folder(tmp_path / "data", {"train": 12, "val": 6})
-    (root / "train" / "triangles").mkdir()
-    args = [*small, f"data.root={root}", f"run_dir={tmp_path}/run"]
-    assert "triangles" in refused(args, capsys)
-    (root / "train" / "triangles").rmdir()
-    make_folder(root, {"val": 1}, classes=("stripe",))
-    message = refused(args, capsys)
-    assert "stripe" in message
-    assert "stripes" in message
-
-
-def test_bad_input_is_said_once_by_two_ranks(small: list[str], tmp_path: Path, folder: Path) -> None:
-    root = tmp_path / "data"
-    shutil.copytree(folder, root)
-    (root / "train" / "empty").mkdir()
-    found = run_ranks(2, refusal, [*small, f"data.root={root}", f"run_dir={tmp_path}/run"])
-    assert [status for status, _ in found] == [2, 2]
-    assert "empty" in found[0][1]
-    assert found[1][1] == ""
-
-
-def refusal(args: list[str]) -> tuple[int, str]:
-    import contextlib
-    import io
-
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        status = train(args)
-    return status, said.getvalue()
-
-
-def test_a_damaged_image_is_named_with_its_class(
-    small: list[str], tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = tmp_path / "data"
-    shutil.copytree(folder, root)
-    image = next((root / "train" / "noise").iterdir())
-    image.write_bytes(image.read_bytes()[:60])
-    for workers in ("data.workers=0", "data.workers=1"):
-        message = refused([*small, f"data.root={root}", f"run_dir={tmp_path}/run", workers], capsys)
-        assert str(image) in message
-        assert "class noise" in message
+# Refusing; more of it in test_refusals.py.
 
 
 def test_changed_images_are_refused_on_resume(
