@@ -1,0 +1,214 @@
+"""`python -m benchmarks.scale`: start-up and memory by files and ranks, gradients by stage, a slow link."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Results, Spread, markdown, say
+from benchmarks.scale import link
+from benchmarks.scale.files import write_tree
+from benchmarks.scale.ranks import run_ranks
+from distil_tl.commands import run_command
+from distil_tl.data.index import scan
+from distil_tl.distributed import available_cpus
+
+PARTS = ("startup", "tree", "traffic", "link")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    options = parse(sys.argv[1:] if args is None else list(args))
+    return run_command("benchmarks.scale", lambda: benchmark(options))
+
+
+def parse(args: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--files", type=int, nargs="+", default=[1_000_000, 10_000_000], help="of the synthetic index")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--batches", type=int, default=256, help="of 512 samples, over which loader memory is watched")
+    parser.add_argument("--tree", type=int, default=200_000, help="files of the real tree")
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels; gradients don't depend on it")
+    parser.add_argument("--unfreeze", nargs="+", default=["head", "2", "3", "all"], help="as stages.NAME.unfreeze")
+    parser.add_argument("--mbit", type=int, nargs="+", default=[100, 1000, 10_000], help="of the link, megabits/s")
+    parser.add_argument("--steps", type=int, default=6, help="over the link, of 8 images a rank")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/scale.json"))
+    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever --out holds")
+    options = parser.parse_args(args)
+    least = [*options.files, *options.ranks, *options.mbit, options.tree, options.repeats, options.batches]
+    if min(least) < 1 or options.steps < 2:
+        parser.error("numbers must be at least 1, and --steps at least 2")
+    if min(options.files) < 512 * max(options.ranks):
+        parser.error(f"--files must be at least one batch of 512 a rank, {512 * max(options.ranks)}")
+    return options
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    keys = ("batches", "tree", "model", "image_size", "steps", "repeats")
+    results = Results(options.out, {key: getattr(options, key) for key in keys}, fresh=options.fresh)
+    with tempfile.TemporaryDirectory(prefix="distil-tl-scale-") as temporary:
+        parts = {"startup": startup, "tree": tree, "traffic": traffic, "link": slow_link}
+        text = "\n".join(parts[name](options, results, Path(temporary)) for name in options.parts)
+    path = results.write_report(text)
+    sys.stdout.write(f"{text}\n{results.path}\n{path}\n")
+
+
+def startup(options: argparse.Namespace, results: Results, work: Path) -> str:
+    rows, growth = [], []
+    for files in options.files:
+        for world in options.ranks:
+
+            def find(files: int = files, world: int = world) -> Any:
+                say(f"an index of {files:,} files, {world} ranks")
+                task = {"files": files, "batches": options.batches}
+                return [
+                    run_ranks(world, "benchmarks.scale.startup", task, work, OMP_NUM_THREADS="1")
+                    for _ in range(options.repeats)
+                ]
+
+            found = results.found(f"startup {files} {world}", find)
+            rows.append([f"{files:,}", world, *startup_row(found)])
+            marks = found[0][0]["workers"]
+            growth.append([f"{files:,}", world, *[f"{mark['private_mb']:.0f}" for mark in marks]])
+    marks = [mark["batches"] for mark in marks]
+    header = ["files", "ranks", "one copy, MiB", "s to share it", "s to order an epoch", "s to the first batch",
+              "all ranks, MiB more", "beyond one copy", "largest peak of a rank"]  # fmt: skip
+    return (
+        "**Start-up** with a synthetic index, on one node. Memory is the ranks' proportional shares, less what "
+        f"they had before the index:\n\n{markdown(header, rows)}\n"
+        "**Loader processes**: MiB of their own, the largest of rank 0's two, after so many batches of 512:\n\n"
+        + markdown(["files", "ranks", *map(str, marks)], growth)
+    )
+
+
+def startup_row(found: list[list[dict[str, Any]]]) -> list[str]:
+    """Over repeats; seconds of the slowest rank, memory over all ranks of a repeat."""
+    slowest = [
+        Spread.of([max(rank[key] for rank in ranks) for ranks in found]).text(2)
+        for key in ("share_seconds", "order_seconds", "first_batch_seconds")
+    ]
+    # Rank 0 has made the index before it is shared, so what it had before holds one copy; the others add to it.
+    copy = found[0][0]["one_copy_mb"]
+    more = [
+        copy + sum(rank["with_index"]["share_mb"] - rank["before"]["share_mb"] for rank in ranks) for ranks in found
+    ]
+    peak = Spread.of([max(rank["peak_mb"] for rank in ranks) for ranks in found])
+    total = Spread.of(more)
+    beyond = Spread.of([value - copy for value in more])
+    return [f"{copy:.0f}", *slowest, total.text(0), beyond.text(0), peak.text(0)]
+
+
+def tree(options: argparse.Namespace, results: Results, work: Path) -> str:
+    def find() -> dict[str, Any]:
+        say(f"writing {options.tree:,} files")
+        root = write_tree(work / "tree", options.tree)
+        cold = None
+        if os.geteuid() == 0:
+            cold = [_scan(root, cold=True) for _ in range(options.repeats)]
+        return {"cold": cold, "warm": [_scan(root, cold=False) for _ in range(options.repeats)]}
+
+    found = results.found("tree", find)
+    rows = []
+    for state in ("cold", "warm"):
+        if found[state] is None:
+            rows.append([state, "not measured: dropping the kernel's caches needs root", None])
+            continue
+        seconds = Spread.of([seconds for seconds, _ in found[state]])
+        rows.append([state, seconds.text(2), f"{found[state][0][1] / seconds.median:,.0f}"])
+    return f"**A scan of {options.tree:,} files** in class folders on a local disk:\n\n" + markdown(
+        ["the kernel's caches", "seconds", "files/s"], rows
+    )
+
+
+def _scan(root: Path, *, cold: bool) -> tuple[float, int]:
+    """Seconds, and how many files there were."""
+    if cold:
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    began = time.monotonic()
+    index = scan(root)
+    return time.monotonic() - began, len(index)
+
+
+def stages(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: int(name) if name.isdigit() else name for name in options.unfreeze}
+
+
+def traffic(options: argparse.Namespace, results: Results, work: Path) -> str:
+    def find() -> Any:
+        say("gradients of each stage, on 2 ranks")
+        task = {"model": options.model, "image_size": options.image_size, "steps": 2, "batch": 2, "count": True,
+                "stages": stages(options)}  # fmt: skip
+        return run_ranks(2, "benchmarks.scale.traffic", task, work, OMP_NUM_THREADS="1")[0]
+
+    found = results.found("traffic", find)
+    rows = [
+        [name, f"{stage['trainable_parameters']:,}", f"{stage['reduced_bytes']:,}"] for name, stage in found.items()
+    ]
+    return (
+        f"**Gradients** of {options.model} with 10 classes that all ranks reduce in each step, counted in DDP:\n\n"
+        + (markdown(["unfreeze", "trainable parameters", "bytes"], rows))
+    )
+
+
+def slow_link(options: argparse.Namespace, results: Results, work: Path) -> str:
+    reason = results.found("no link", link.missing)
+    if reason is not None:
+        return f"**Over a slow link**: skipped, as {reason}.\n"
+    rates: list[int | None] = [None, *sorted(options.mbit, reverse=True)]
+    found = {}
+    for mbit in rates:
+        for compression in ("none", "bf16"):
+            name = f"link {mbit} {compression}"
+
+            def find(mbit: int | None = mbit, compression: str = compression) -> Any:
+                say(f"training over a link of {mbit or 'unlimited'} Mbit/s, compression {compression}")
+                return [_over_link(options, work, mbit, compression) for _ in range(options.repeats)]
+
+            found[name] = results.found(name, find)
+    rows = []
+    for mbit in rates:
+        for compression in ("none", "bf16"):
+            rows.append([mbit or "as fast as it is", compression, *_efficiencies(found, mbit, compression)])
+    cpus = available_cpus()
+    return (
+        f"**Over a link** between two namespaces, one rank of one thread each ({cpus} CPUs), {options.model} at "
+        f"{options.image_size} px, 8 images a rank. Seconds of a step, and the efficiency against the link without a "
+        f"limit and without compression:\n\n"
+        + markdown(["Mbit/s", "compression", *[f"unfreeze {name}" for name in options.unfreeze]], rows)
+    )
+
+
+def _over_link(options: argparse.Namespace, work: Path, mbit: int | None, compression: str) -> dict[str, Any]:
+    task = {"model": options.model, "image_size": options.image_size, "steps": options.steps, "batch": 8,
+            "stages": stages(options), "compression": compression}  # fmt: skip
+    with link.link(mbit) as made:
+        return run_ranks(
+            2, "benchmarks.scale.traffic", task, work, prefixes=made.prefixes, address=made.address,
+            GLOO_SOCKET_IFNAME=made.interface, OMP_NUM_THREADS="1",
+        )[0]  # fmt: skip
+
+
+def _efficiencies(found: dict[str, Any], mbit: int | None, compression: str) -> list[str]:
+    cells = []
+    for name in found["link None none"][0]:
+        free = Spread.of([run[name]["step_seconds"] for run in found["link None none"]]).median
+        spread = Spread.of([run[name]["step_seconds"] for run in found[f"link {mbit} {compression}"]])
+        cells.append(f"{spread.text(3)}, {free / spread.median:.2f}")
+    return cells
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"benchmarks.scale: {error}: {error.stderr}")

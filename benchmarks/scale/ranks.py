@@ -1,0 +1,85 @@
+"""Ranks of one job as processes, with torchrun's environment, and what each of them found."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ROOT, environment
+
+
+def run_ranks(
+    world: int,
+    module: str,
+    task: dict[str, Any],
+    work: Path,
+    *,
+    timeout: float = 900,
+    prefixes: Sequence[Sequence[str]] | None = None,
+    address: str = "127.0.0.1",
+    **env: str,
+) -> list[dict[str, Any]]:
+    """`python -m MODULE TASK.json FOUND.json` on each rank; what they wrote, by rank.
+
+    `prefixes` come before the command of each rank, to run it somewhere else on this machine; the ranks then are of
+    that many nodes, of one rank each.
+
+    Raises:
+        RuntimeError: a rank failed, or they took longer than `timeout` seconds; with the end of what it said.
+    """
+    spec = work / "task.json"
+    spec.write_text(json.dumps(task))
+    port = str(_free_port())
+    processes, logs = [], []
+    try:
+        for rank in range(world):
+            found, log = work / f"found-{rank}.json", work / f"rank-{rank}.log"
+            found.unlink(missing_ok=True)
+            local = 0 if prefixes else rank
+            mine = environment(
+                RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local),
+                LOCAL_WORLD_SIZE="1" if prefixes else str(world), MASTER_ADDR=address, MASTER_PORT=port, **env,
+            )  # fmt: skip
+            command = [*(prefixes[rank] if prefixes else ()), sys.executable, "-m", module, str(spec), str(found)]
+            with log.open("wb") as said:
+                process = subprocess.Popen(
+                    command, env={**os.environ, **mine}, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT,
+                    start_new_session=True,
+                )  # fmt: skip
+            processes.append(process)
+            logs.append(log)
+        _wait(processes, logs, time.monotonic() + timeout)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return [json.loads((work / f"found-{rank}.json").read_text()) for rank in range(world)]
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], deadline: float) -> None:
+    while any(process.poll() is None for process in processes):
+        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
+        if failed or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    for rank, process in enumerate(processes):
+        if process.poll() != 0:
+            how = "took too long" if process.poll() is None else f"failed with status {process.poll()}"
+            tail = "\n".join(logs[rank].read_text(errors="replace").splitlines()[-15:])
+            raise RuntimeError(f"rank {rank} {how}; it said at last:\n{tail}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
