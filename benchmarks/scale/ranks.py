@@ -67,15 +67,20 @@ def run_ranks(
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], deadline: float) -> None:
     while any(process.poll() is None for process in processes):
-        failed = [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]
-        if failed or time.monotonic() > deadline:
+        if any(process.poll() not in (None, 0) for process in processes):
             break
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the ranks took too long; the first said at last:\n{_tail(logs[0])}")
         time.sleep(0.05)
     for rank, process in enumerate(processes):
-        if process.poll() != 0:
-            how = "took too long" if process.poll() is None else f"failed with status {process.poll()}"
-            tail = "\n".join(logs[rank].read_text(errors="replace").splitlines()[-15:])
-            raise RuntimeError(f"rank {rank} {how}; it said at last:\n{tail}")
+        if process.poll() not in (None, 0):
+            raise RuntimeError(
+                f"rank {rank} failed with status {process.poll()}; it said at last:\n{_tail(logs[rank])}"
+            )
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:])
 
 
 def _free_port() -> int:

@@ -27,8 +27,9 @@ SIZE, BATCH, WORKERS = 8, 512, 2
 
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
+    files, batches = task["files"], task["batches"]
     with session(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
-        found = measure(info, task["files"], task["batches"])
+        found = measure(info, files, batches)
     Path(sys.argv[2]).write_text(json.dumps(found))
 
 
