@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.checkpoint import CheckpointConfig
 from distil_tl.data.loader import DataConfig, fitting_world_sizes
+from distil_tl.data.staging import archive_problem, data_name
 from distil_tl.distributed import DistributedConfig
 from distil_tl.errors import UserError, did_you_mean
 from distil_tl.models import ModelConfig, resolve_weights
@@ -50,6 +51,7 @@ FREE_ON_RESUME = (
     "run_dir",
     "resume",
     "data.root",  # a moved folder is the same data; the index's fingerprint says whether it is
+    "data.stage_to",
     "data.workers",
     "data.on_bad_image",  # where nothing was bad it changed nothing, and where something was, `error` ended the run
     "data.max_local_batch_size",
@@ -127,7 +129,7 @@ def run_name(config: Config) -> str:
     matter = {k: v for k, v in flatten(dataclasses.asdict(config)).items() if not _is_free(k)}
     matter["data.root"] = str(Path(config.data.root).resolve()) if config.data.root else None
     digest = hashlib.sha256(json.dumps(matter, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    data = Path(config.data.root).resolve().name if config.data.root else "digits"
+    data = data_name(Path(config.data.root)) if config.data.root else "digits"
     return f"{data}-{config.model.name.rpartition('/')[2]}-{digest}"
 
 
@@ -189,7 +191,8 @@ def check_evaluation(config: Config) -> None:
     if config.precision not in PRECISIONS:
         found.append(f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}")
     if config.data.root is not None and not Path(config.data.root).is_dir():
-        found.append(f"data.root={config.data.root} is not a folder")
+        tar = "; unpack it and give the folder" if Path(config.data.root).is_file() else ""
+        found.append(f"data.root={config.data.root} is not a folder{tar}")
     refuse(found)
 
 
@@ -224,12 +227,16 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
             f"fit are {', '.join(fit)}, or use data.global_batch_size={larger}"
         )
     if config.data.root is not None:
-        yield from _root_problems(Path(config.data.root))
+        yield from _root_problems(Path(config.data.root), config.data.stage_to)
     if config.resume not in ("auto", "never") and not Path(config.resume).exists():
         yield f"resume={config.resume} does not exist; give auto, never, or the path of a run or checkpoint"
 
 
-def _root_problems(root: Path) -> Iterator[str]:
+def _root_problems(root: Path, stage_to: str | None) -> Iterator[str]:
+    if root.is_file():
+        if problem := archive_problem(root, stage_to):
+            yield problem
+        return
     if not root.is_dir():
         near = did_you_mean(root.name, [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else [])
         yield f"data.root={root} is not a folder{near}"

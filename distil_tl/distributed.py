@@ -35,7 +35,7 @@ class DistributedConfig:
     device: str = "auto"  # auto | cpu | cuda
     backend: str = "auto"  # auto | gloo | nccl
     timeout_seconds: float = 600.0  # of a collective, and of the rendezvous
-    prepare_timeout_seconds: float = 14400.0  # while one rank scans, downloads or writes the demo data
+    prepare_timeout_seconds: float = 14400.0  # while one rank scans, downloads, copies or writes the demo data
 
     def problems(self) -> list[str]:
         found = []
@@ -244,18 +244,34 @@ def once_per_node(info: DistInfo, phase: str, work: Callable[[], None]) -> None:
 
     For work that fills a cache: on a shared file system the other nodes find it done, on local disks they do it.
     """
+
+    def elsewhere() -> None:
+        if info.launch.node > 0:
+            work()
+
     on_rank_zero(info, f"{phase} on rank 0", work)
+    on_each_node(info, phase, elsewhere)
+
+
+def on_each_node(info: DistInfo, phase: str, work: Callable[[], Any]) -> Any:
+    """Run `work` on one rank of every node, all at once, and give its JSON-able result to the ranks of that node.
+
+    All ranks go on together. Otherwise as `on_rank_zero`: where `work` raises a UserError, they all do.
+    """
     if info.store is None:
-        return
+        return work()
+    here = f"{phase} on node {info.launch.node}"
+    result: Any = None
     error: UserError | None = None
     try:
-        if info.launch.node > 0 and info.launch.local_rank == 0:
-            _announce(info, f"{phase} on node {info.launch.node}", work, readers=info.launch.local_world_size - 1)
-        elif info.launch.node > 0:
-            _await(info, f"{phase} on node {info.launch.node}")
+        if info.launch.local_rank == 0:
+            result = _announce(info, here, work, readers=info.launch.local_world_size - 1)
+        else:
+            result = _await(info, here)
     except UserError as caught:
         error = caught
     _raise_together(info, phase, error)
+    return result
 
 
 def _raise_together(info: DistInfo, phase: str, error: UserError | None) -> None:

@@ -28,7 +28,7 @@ from distil_tl.optim import current_lr
 from distil_tl.precision import Compute, usual_way
 from distil_tl.rundir import RunDirectory, RunState, Start, refuse_unseen
 from distil_tl.settings import plain
-from distil_tl.stages import StageConfig, check_stages
+from distil_tl.stages import StageConfig
 from distil_tl.stopping import Agreement, Request, StopRequest
 from distil_tl.tracking import Tracker
 
@@ -233,11 +233,10 @@ def open_job(
     """Open the run directory, and put model and state where `start` says.
 
     Raises:
-        UserError: for stages that the model or the checkpoint can't take, or a run directory that a rank does not see.
+        UserError: for images that are not those of the checkpoint, or a run directory that a rank does not see.
         WriteError: the run directory can't be written to.
     """
     clock = time.monotonic()
-    check_stages(model, config.stages)
     run_dir = Path(start.run_dir)
     state, train_state = RunState(), None
     if start.checkpoint is not None:

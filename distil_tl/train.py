@@ -24,7 +24,7 @@ from distil_tl.config import Config
 from distil_tl.data.device import to_device
 from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
-from distil_tl.data.splits import eval_batches, open_splits, train_batches
+from distil_tl.data.splits import bring_near, eval_batches, open_splits, train_batches
 from distil_tl.distributed import on_rank_zero, once_per_node, session
 from distil_tl.engine import StageRun, begin_stage, check_finite, train_epoch
 from distil_tl.errors import PreemptedError
@@ -39,7 +39,7 @@ from distil_tl.ready import get_ready
 from distil_tl.report import write_report
 from distil_tl.rundir import Start, find_start
 from distil_tl.search import known_choice, search_stage
-from distil_tl.stages import StageConfig, count_trainable
+from distil_tl.stages import StageConfig, check_stages, count_trainable
 from distil_tl.stopping import Request, StopAgreedError, StopRequest
 
 
@@ -72,6 +72,8 @@ def train(config: Config, source: DictConfig) -> None:
         splits = open_splits(info, config.data)
         once_per_node(info, "weights", lambda: prepare_weights(config.model))
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
+        check_stages(model, config.stages)
+        splits = bring_near(info, config.data, splits)  # last of all that may be refused, as it may take long
         stop.hold()
         job = open_job(info, config, source, start, splits, model, stop)
         try:

@@ -37,6 +37,9 @@ class Index:
         ignored: how many files were left out: no image by their extension, or not inside a class folder.
         fingerprint: SHA-256, 64 hex digits, of classes, relative paths, targets and sizes. Neither `root` nor
             any time goes in, so a copied folder has the same one.
+        times: SHA-256 of when each file last changed, for telling whether a copy made earlier is still of these.
+        copy: where this process reads the split in place of `root`, which is the name it has in messages and
+            records; None: at `root`. It stays in the process.
     """
 
     root: Path
@@ -47,6 +50,8 @@ class Index:
     sizes: Array
     ignored: int
     fingerprint: str
+    times: str = ""
+    copy: Path | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -59,6 +64,10 @@ class Index:
     def path(self, i: int) -> Path:
         """Path of sample i; raises IndexError."""
         return self.root / self.relative(i)
+
+    def file(self, i: int) -> Path:
+        """Where this process reads sample i; raises IndexError."""
+        return (self.copy or self.root) / self.relative(i)
 
     @property
     def class_to_idx(self) -> dict[str, int]:
@@ -91,6 +100,7 @@ class Index:
             "sizes": self.sizes,
             "ignored": np.array([self.ignored], dtype=np.int64),
             "fingerprint": _bytes_array(self.fingerprint.encode()),
+            "times": _bytes_array(self.times.encode()),
         }
 
     @classmethod
@@ -104,6 +114,7 @@ class Index:
             sizes=arrays["sizes"],
             ignored=int(arrays["ignored"][0]),
             fingerprint=arrays["fingerprint"].tobytes().decode(),
+            times=arrays["times"].tobytes().decode() if "times" in arrays else "",
         )
 
 
@@ -178,6 +189,7 @@ def scan(split: str | Path, classes: Sequence[str] | None = None, threads: int =
         sizes=sizes,
         ignored=outside + sum(part.ignored for part in parts),
         fingerprint=_fingerprint(classes, names, offsets, targets, sizes),
+        times=hashlib.sha256(b"".join(part.times.astype("<i8").tobytes() for part in parts)).hexdigest(),
     )
 
 
@@ -205,6 +217,7 @@ class _Part(NamedTuple):
     names: Array  # uint8
     lengths: Array  # int64 [M], of the names in bytes
     sizes: Array  # int64 [M]
+    times: Array  # int64 [M], of the last change, in nanoseconds
     ignored: int
 
 
@@ -231,7 +244,7 @@ def _class_folders(split: Path) -> tuple[list[str], int]:
 def _scan_class(split: Path, name: str) -> _Part:
     """All images at any depth below one class folder, ordered as by a sorted `os.walk` that follows links."""
     ignored = 0
-    found: list[tuple[str, list[tuple[str, int]]]] = []
+    found: list[tuple[str, list[tuple[str, int, int]]]] = []
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [(name, (_identity(split),))]
     while pending:
         folder, ancestors = pending.pop()
@@ -240,23 +253,24 @@ def _scan_class(split: Path, name: str) -> _Part:
             raise UserError(
                 f"{_shown(split / folder)} is a folder around itself: remove the link that leads in a circle"
             )
-        images: list[tuple[str, int]] = []
+        images: list[tuple[str, int, int]] = []
         for entry in _entries(f"{split}/{folder}"):
             if _is_folder(entry):
                 pending.append((f"{folder}/{entry.name}", (*ancestors, here)))
             elif _is_image(entry.name):
-                images.append((entry.name, _image_size(entry)))
+                images.append((entry.name, *_size_and_time(entry)))
             else:
                 _refuse_lost_link(entry)
                 ignored += 1
         found.append((folder, sorted(images)))
     # By the whole path as a string, as os.walk's folders are sorted: "a-b" comes before "a/b".
     found.sort()
-    names = [os.fsencode(f"{folder}/{image}") for folder, images in found for image, _ in images]
+    names = [os.fsencode(f"{folder}/{image}") for folder, images in found for image, _, _ in images]
     return _Part(
         names=_bytes_array(b"".join(names)),
         lengths=np.fromiter(map(len, names), dtype=np.int64, count=len(names)),
-        sizes=np.array([size for _, images in found for _, size in images], dtype=np.int64),
+        sizes=np.array([size for _, images in found for _, size, _ in images], dtype=np.int64),
+        times=np.array([time for _, images in found for _, _, time in images], dtype=np.int64),
         ignored=ignored,
     )
 
@@ -286,14 +300,14 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS)
 
 
-def _image_size(entry: os.DirEntry[str]) -> int:
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
     try:
         status = entry.stat()
     except OSError as error:
         raise UserError(_about_link(entry) if entry.is_symlink() else f"cannot look at an image: {error}") from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{_shown(entry.path)} has the name of an image but is no regular file: remove it")
-    return status.st_size
+    return status.st_size, status.st_mtime_ns
 
 
 def _refuse_lost_link(entry: os.DirEntry[str]) -> None:

@@ -30,6 +30,7 @@ ON_BAD_IMAGE = ("error", "skip")
 @dataclass
 class DataConfig:
     root: str | None = None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; null: scikit-learn's digits
+    stage_to: str | None = None  # a folder on each node's own disk, as '$SLURM_TMPDIR', to bring the images to first
     global_batch_size: int = 32  # what the optimizer sees, over all ranks
     max_local_batch_size: int | None = None  # what fits one device; smaller than a rank's share: accumulate
     image_size: int | None = None  # pixels; null: what the weights were made for
@@ -136,11 +137,12 @@ class ImageDataset(Dataset[Item]):
     def __getitem__(self, key: SampleKey) -> Item:
         target = int(self.index.targets[key.image])
         try:
-            image = decode(self.index.path(key.image), enough=self.transform.enough)
+            image = decode(self.index.file(key.image), enough=self.transform.enough)
         except ImageError as error:  # as a value: raised in a worker it would arrive as a wall of text
             return Item(None, target, key.image, error.reason)
         except OSError as error:  # not the image's fault, so that leaving out bad images must not hide it
-            return Item(None, target, key.image, f"{UNREADABLE}: {error.strerror or error}")
+            where = f", at {self.index.file(key.image)}" if self.index.copy is not None else ""
+            return Item(None, target, key.image, f"{UNREADABLE}{where}: {error.strerror or error}")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(keyed_seed(self.seed, "augment", self.stage, key.epoch, key.position))
             image = self.transform(image)

@@ -6,7 +6,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from distil_tl.data.loader import (
     warn_of_few_cpus,
 )
 from distil_tl.data.sampler import EvalSampler, TrainSampler
+from distil_tl.data.staging import stage_archive, stage_folder
 from distil_tl.data.transforms import Preprocess, eval_transform, train_transform
 from distil_tl.distributed import DistInfo, broadcast_arrays, on_rank_zero
 from distil_tl.errors import UserError
@@ -85,14 +86,17 @@ def _remembered(path: Path) -> Index | None:
 
 
 def open_splits(info: DistInfo, config: DataConfig) -> Splits:
-    """Scan train/, val/ and test/ (if there) on rank 0 and give every rank the result.
+    """Scan train/, val/ and test/ (if there) on rank 0 and give every rank the result; a tar file is unpacked first.
 
     Raises:
-        UserError: on all ranks: empty classes, classes that train lacks, fewer images than one global batch.
+        UserError: on all ranks: empty classes, classes that train lacks, fewer images than one global batch, a tar
+            file that a node can't unpack.
     """
+    archive = Path(config.root) if config.root is not None and Path(config.root).is_file() else None
+    unpacked = stage_archive(info, config.stage_to, archive) if archive and config.stage_to else None
 
     def work() -> dict[str, Index]:
-        root = data_root(config)
+        root = unpacked or data_root(config)
         scanned = {"train": scan(root / "train")}
         for split in SPLITS[1:]:
             if split == "val" or (root / split).is_dir():
@@ -104,12 +108,29 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
             )
         return scanned
 
-    indexes = share_indexes(info, work)
+    try:
+        indexes = share_indexes(info, work)
+    except UserError as error:
+        raise UserError(f"{error} (unpacked from {archive})" if unpacked else str(error)) from error
     warn_of_few_cpus(info.launch, config.workers)
     for name, index in indexes.items():
         notes = f", {index.ignored} other files ignored" if index.ignored else ""
         notes += f", none of: {', '.join(map(printable, index.missing))}" if index.missing else ""
         logger.info("%s: %s images of %d classes%s", name, f"{len(index):,}", len(index.classes), notes)
+    if archive and unpacked:  # by the name of the file, which is the same on all nodes, and outlives their disks
+        indexes = {name: replace(index, root=archive / name, copy=unpacked / name) for name, index in indexes.items()}
+    return Splits(indexes["train"], indexes["val"], indexes.get("test"))
+
+
+def bring_near(info: DistInfo, config: DataConfig, splits: Splits) -> Splits:
+    """The same splits, read from a copy on each node's own disk where `data.stage_to` names one and they fit."""
+    if config.stage_to is None or splits.train.copy is not None:
+        return splits
+    indexes = {name: index for name in SPLITS if (index := splits[name]) is not None}
+    copy = stage_folder(info, config.stage_to, indexes)
+    if copy is None:
+        return splits
+    indexes = {name: replace(index, copy=copy / name) for name, index in indexes.items()}
     return Splits(indexes["train"], indexes["val"], indexes.get("test"))
 
 
