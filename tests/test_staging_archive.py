@@ -21,9 +21,10 @@ from distil_tl.errors import UserError
 from distil_tl.train import main
 from tests.conftest import make_folder, small_args
 from tests.ranks import lines, run_ranks
+from tests.test_refusals import refused
 from tests.test_staging import ALONE, folders_of
 from tests.test_staging_ranks import SHORT, fingerprints, watched_train
-from tests.test_train import refused, same_result
+from tests.test_train import same_result
 
 
 @pytest.fixture

@@ -22,9 +22,10 @@ from distil_tl.errors import UserError
 from distil_tl.launched import read_launch
 from tests.conftest import small_args
 from tests.ranks import rank, run_ranks, train
+from tests.test_refusals import refused
 from tests.test_staging import content, folders_of, struck
 from tests.test_torchrun import ENVIRONMENT, TORCHRUN
-from tests.test_train import refused, same_result, stopped_train
+from tests.test_train import same_result, stopped_train
 
 SHORT = ["stages.full.epochs=0", "stages.head.features=off"]
 
