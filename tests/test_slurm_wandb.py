@@ -16,7 +16,7 @@ from tests.slurm_cluster import Cluster
 from tests.test_slurm import SLOWLY, Run
 from tests.wandb_server import Server, serving, wait_for_step
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
 
 @pytest.fixture
