@@ -88,6 +88,8 @@ def _problems(sweep: Sweep, wanted: int, parallel: int, poll: float) -> list[str
     found = []
     if not sweep.random:
         found.append("the sweep has no `random`, which is the space to search")
+    if "seed" in sweep.set:
+        found.append("set: each trial has a `seed` of its own, counted from the sweep's; set that, beside `random`")
     if others:
         found.append(f"the search is of `random` alone; leave out `{'` and `'.join(others)}`, or use launch.sweep")
     if sweep.random and wanted < 1:

@@ -49,10 +49,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Spec:
-    """A sweep as it is asked for: `values` are `key=value` that all its trials share, over those of its `config`."""
+    """A sweep as it is asked for: `given` are `key=value` of the command line, for all its trials."""
 
     sweep: Sweep
-    values: list[str]
+    given: list[str]
     folder: Path
     slurm: SlurmConfig
 
@@ -123,7 +123,7 @@ def read_spec(program: str, args: Sequence[str], folder: Path | None) -> Spec:
     if tree is None or (isinstance(below, dict) and isinstance(tree, dict)):
         tree = overlay(below or {}, tree or {})
     folder = (folder or Path("sweeps") / sweep.name).absolute()
-    return Spec(sweep, [*as_arguments(sweep.set), *rest], folder, options.read_slurm(tree, pairs))
+    return Spec(sweep, rest, folder, options.read_slurm(tree, pairs))
 
 
 def make_plan(spec: Spec, cluster: str, trying: Sequence[Trial]) -> Plan:
@@ -134,10 +134,11 @@ def make_plan(spec: Spec, cluster: str, trying: Sequence[Trial]) -> Plan:
     """
     sweep, folder, slurm = spec.sweep, spec.folder, spec.slurm
     varied = same_keys(trying)
-    twice = sorted({arg.partition("=")[0] for arg in spec.values} & set(varied))
+    twice = sorted({arg.partition("=")[0] for arg in spec.given} & set(varied))
     if twice:
         raise UserError(f"for all trials there is a value of {', '.join(twice)}, which the sweep varies; leave out one")
-    shared = [*([str(sweep.config)] if sweep.config is not None else []), *spec.values]
+    config = [str(sweep.config)] if sweep.config is not None else []
+    shared = [*config, *as_arguments(sweep.set), *spec.given]
     # No trial trains on it; it is only what they have in common.
     images = ["data.root=null"] if "data.root" in varied else []
     common = configuration.load([*shared, *images, f"run_dir={folder}"])[1]

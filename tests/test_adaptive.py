@@ -449,6 +449,7 @@ def test_a_search_that_was_replaced_ends(slurm: FakeSlurm, jobs: Jobs, capsys) -
         ("{random: {seed: {choice: [1]}}, count: 1, seeds: [0]}", [], "`seed` is varied twice"),
         (SPACE[:-1] + ", seeds: [0, 1]}", [], "leave out `seeds`, or use launch.sweep"),
         (SPACE[:-1] + ", grid: {precision: [fp32]}}", [], "leave out `grid`, or use launch.sweep"),
+        (SPACE[:-1] + ", set: {seed: 5}}", [], "each trial has a `seed` of its own"),
         (SPACE, ["--trials=0"], "--trials must be at least 1"),
         (SPACE, ["--parallel=0"], "--parallel must be at least 1"),
         (SPACE, ["--poll=-1"], "--poll must be at least 0"),

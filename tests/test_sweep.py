@@ -132,6 +132,12 @@ def test_what_all_share_is_said_on_the_command_line(slurm: FakeSlurm) -> None:
     assert "#SBATCH --nodes=2\n" in slurm.jobs["7"]["script"]
 
 
+def test_a_trial_may_change_what_the_others_keep_of_set(slurm: FakeSlurm) -> None:
+    submitted(yaml_file("{set: {optim.momentum: 0.5}, trials: {low: {optim.momentum: 0.1}, as_set: {}}}"))
+    found = {path.parents[1].name[:3]: path.read_text() for path in Path("sweeps/rates").glob("*/slurm/config.yaml")}
+    assert {name: yaml.safe_load(text)["optim"]["momentum"] for name, text in found.items()} == {"low": 0.1, "as_": 0.5}
+
+
 # Submitted again
 
 
