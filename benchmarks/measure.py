@@ -179,7 +179,17 @@ class Results:
                     f"or --fresh to begin anew"
                 )
             self.content = content
+        self.commit = _short(git_state())
+        self._refuse_another_machine(machine())
         path.parent.mkdir(parents=True, exist_ok=True)
+
+    def _refuse_another_machine(self, here: dict[str, Any]) -> None:
+        there = self.content["machine"]
+        if differing := [key for key in ("cpu", "cpus", "gpu", "python", "versions") if there[key] != here[key]]:
+            raise UserError(
+                f"{self.path} was measured on another machine or with other software (it differs in "
+                f"{', '.join(differing)}); give another --out, or --fresh to begin anew"
+            )
 
     def found(self, name: str, find: Callable[[], Any]) -> Any:
         """What `find` gives, which is called once for this file."""
@@ -192,7 +202,8 @@ class Results:
         return any(run["name"] == name and run["repeat"] == repeat for run in self.content["runs"])
 
     def add(self, name: str, repeat: int, measured: Measured, **more: Any) -> None:
-        self.content["runs"].append({"name": name, "repeat": repeat, **asdict(measured), **more})
+        run = {"name": name, "repeat": repeat, "commit": self.commit, **asdict(measured), **more}
+        self.content["runs"].append(run)
         self.save()
 
     def of(self, name: str) -> list[dict[str, Any]]:
@@ -206,9 +217,15 @@ class Results:
         what = self.content["machine"]
         versions = ", ".join(f"{name} {number}" for name, number in what["versions"].items() if number)
         head = f"{what['cpu']}, {what['cpus']} CPUs, {what['memory_gib']} GiB, GPU: {what['gpu'] or 'none'}; "
+        commits = dict.fromkeys([_short(what["git"]), *[run["commit"] for run in self.content["runs"]]])
         path = self.path.with_suffix(".md")
-        write_atomic(path, f"{head}Python {what['python']}, {versions}.\n\n{text}")
+        write_atomic(path, f"{head}Python {what['python']}, {versions}; commit {', '.join(commits)}.\n\n{text}")
         return path
+
+
+def _short(git: dict[str, Any] | None) -> str:
+    """A commit as people write it; `+` where files were changed since."""
+    return "unknown" if git is None else git["commit"][:10] + ("+" if git["dirty"] else "")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import images, pipeline
+from benchmarks import images, measure, pipeline
 from benchmarks.measure import Measured, Results, Spread, interleaved, markdown, run_process
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import installs, ours, parity, plain, shared, trial, verdict, with_timm
@@ -30,7 +30,7 @@ def test_tables() -> None:
     assert markdown(["a", "b"], [[1, None]]) == "| a | b |\n| --- | --- |\n| 1 | - |\n"
 
 
-def test_results_go_on_and_belong_to_one_task(tmp_path: Path) -> None:
+def test_results_go_on_and_belong_to_one_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out" / "r.json"
     first = Results(path, {"epochs": 1, "mean": (1, 2)})
     first.add("a", 0, Measured(0.0, 1.5, 1.0, 10.0, 0.0, 0.1), top1=0.5)
@@ -43,6 +43,9 @@ def test_results_go_on_and_belong_to_one_task(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="differs in epochs"):
         Results(path, {"epochs": 2, "mean": (1, 2)})
     assert not Results(path, {"epochs": 2}, fresh=True).has("a", 0)
+    monkeypatch.setattr(measure, "machine", lambda: {**first.content["machine"], "cpu": "another"})
+    with pytest.raises(UserError, match="another machine or .* differs in cpu"):
+        Results(path, {"epochs": 1, "mean": (1, 2)})
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(UserError, match="no file of this benchmark"):
         Results(tmp_path / "other.json", {})
@@ -204,7 +207,7 @@ def test_the_report_compares_with_the_fastest_that_was_measured_to_the_end(job: 
     points = (("head", 1, 4.0, 0.3), ("head", 2, 6.0, 0.5), ("full", 1, 19.0, 0.7))
 
     def add(name: str, repeat: int, found: dict[str, Any]) -> None:
-        results.content["runs"].append({"name": name, "repeat": repeat, **found})
+        results.content["runs"].append({"name": name, "repeat": repeat, "commit": "c", **found})
 
     for repeat in range(3):
         add("plain, tuned", repeat, run(20.0, *points))

@@ -27,7 +27,7 @@ from distil_tl.distributed import available_cpus
 from distil_tl.errors import UserError
 from distil_tl.models import ModelConfig, build
 
-KEEP = 1.2  # a tuned peer that takes so much longer than the fastest after two rounds is not measured on
+KEEP = 1.15  # a tuned peer that takes so much longer than the fastest after two rounds is not measured on
 
 
 def main(args: Sequence[str] | None = None) -> int:
