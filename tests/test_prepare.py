@@ -156,12 +156,14 @@ def test_a_run_that_is_killed_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     written = {name: data for name, data in contents(out).items() if name.endswith(".jpg")}
     assert len(written) >= 3
     assert manifest(out)["complete"] is False
+    files = {name: (out / name).stat().st_ino for name in written}
     left = out / "train/a" / ".shrink-0123456789abcdef.tmp"
     left.write_bytes(b"half")
     assert main(arguments(source, out)) == 0
     assert manifest(out)["complete"] is True
     assert not left.exists()
     assert contents(out).items() >= written.items()
+    assert {name: (out / name).stat().st_ino for name in written} == files  # not made again
     assert main(arguments(source, tmp_path / "whole")) == 0
     assert contents(out) == contents(tmp_path / "whole")
 
