@@ -130,6 +130,15 @@ def test_a_job_is_what_its_file_says(job: Job, tmp_path: Path) -> None:
     assert "weights" not in peers.task(job)
 
 
+def test_each_round_has_another_head_that_all_begin_with(job: Job, folder: Path, tmp_path: Path) -> None:
+    options = peers.parse(["--weights", "none"])
+    second = peers.with_seed(job, 1, options, tmp_path)
+    view = parity.our_view(second)
+    assert view["loss"] != parity.our_view(job)["loss"]
+    parity.refuse_unequal("plain", parity.compare(view, shared.check(second, shared.network, shared.folder_view, view)))
+    assert "seed=1" in ours.command(second, tmp_path / "run")
+
+
 @pytest.mark.parametrize("peer", [plain, with_timm])
 def test_a_peer_does_the_job(peer: Any, job: Job, tmp_path: Path) -> None:
     speed = Speed(channels_last=True, workers=0, fused=True, frozen_statistics=True)

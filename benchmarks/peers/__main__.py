@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from distil_tl.data.demo import digits_folder
 from distil_tl.data.index import scan
 from distil_tl.distributed import available_cpus
 from distil_tl.errors import UserError
-from distil_tl.models import ModelConfig, build
+from distil_tl.models import ModelConfig, TransferModel, build
 
 KEEP = 1.15  # a tuned peer that takes so much longer than the fastest after two rounds is not measured on
 
@@ -82,7 +82,7 @@ def benchmark(options: argparse.Namespace) -> None:
         work = Path(folder)
         job = make_job(options, work)
         results = Results(options.out, task(job), fresh=options.fresh)
-        contest = Contest(job, results, pythons, work)
+        contest = Contest(job, results, pythons, work, lambda job, seed: with_seed(job, seed, options, work))
         contest.check_parity()
         job = contest.job = job.with_speed(contest.choose_speed())
         rows = contest.rows(dict(options.ours), views=not options.quick)
@@ -107,12 +107,10 @@ def make_job(options: argparse.Namespace, work: Path) -> Job:
     model = build(config, classes, image_size=size, seed=0)
     if len(model.heads) != 1:
         raise UserError(f"--model {options.model} has several heads; choose one with a single classifier")
-    weights = work / "first.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in model.module.state_dict().items()}, weights)
     return Job(
         root=str(root),
         model=options.model,
-        weights=str(weights),
+        weights=str(save_first_state(model, work / "first-0.safetensors")),
         head=model.heads[0],
         classes=classes,
         image_size=size,
@@ -135,6 +133,20 @@ def make_job(options: argparse.Namespace, work: Path) -> Job:
     )
 
 
+def save_first_state(model: TransferModel, path: Path) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in model.module.state_dict().items()}, path)
+    return path
+
+
+def with_seed(job: Job, seed: int, options: argparse.Namespace, work: Path) -> Job:
+    """The job with another order, other augmentations and another head: the same ones for all contestants."""
+    path = work / f"first-{seed}.safetensors"
+    if not path.exists():
+        config = ModelConfig(name=f"timm/{job.model}", weights=options.weights)
+        save_first_state(build(config, job.classes, image_size=job.image_size, seed=seed), path)
+    return replace(job, seed=seed, weights=str(path))
+
+
 def grid(rates: int, decays: int) -> tuple[str, ...]:
     """Keys for a search over so many learning rates, from 5e-4 to 5e-2, and weight decays, from 0 and 1e-3 to 1."""
     lr = [round(5e-4 * 100 ** (i / (rates - 1)), 6) for i in range(rates)]
@@ -155,8 +167,16 @@ def task(job: Job) -> dict[str, Any]:
 class Contest:
     """Runs contestants, each time in a fresh process, and keeps what came of it."""
 
-    def __init__(self, job: Job, results: Results, pythons: dict[str, str], work: Path) -> None:
+    def __init__(
+        self,
+        job: Job,
+        results: Results,
+        pythons: dict[str, str],
+        work: Path,
+        seeded: Callable[[Job, int], Job],
+    ) -> None:
         self.job = job
+        self.seeded = seeded
         self.results = results
         self.pythons = pythons
         self.work = work
@@ -266,10 +286,12 @@ class Contest:
 
     def _measure(self, name: str, repeat: int, kind: str, what: Any) -> None:
         if kind == "ours":
-            measured, found = self._run_ours(*what)
+            job, keys = what
+            measured, found = self._run_ours(self.seeded(job, repeat), keys)
         else:
             peer, speed = what
-            measured, found = self._run_peer(peer, self.pythons[peer], self.job.with_speed(speed))
+            job = self.seeded(self.job, repeat).with_speed(speed)
+            measured, found = self._run_peer(peer, self.pythons[peer], job)
         self.results.add(name, repeat, measured, **found)
         top1 = found["events"][-1]["top1"]
         say(f"round {repeat + 1}: {name}: {measured.seconds:.1f} s, top-1 {top1:.3f}, load before {measured.load:.1f}")
