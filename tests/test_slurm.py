@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tests.conftest import small_args
 from tests.ranks import lines, run_ranks, train
 from tests.same_run import differing, timeless
 from tests.slurm_cluster import Cluster
+from tests.wandb_server import Server, serving
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 ROOT = Path(__file__).parents[1]
@@ -40,23 +43,38 @@ if "SECONDS_A_STEP" in os.environ and any("submitit" in word or "launch.task" in
 """
 
 
+@dataclass(frozen=True)
+class Tracked(Cluster):
+    """With a server for Weights & Biases, where nodes can reach it."""
+
+    server: Server
+
+
+@pytest.fixture(scope="module")
+def server(slurm_cluster: Cluster) -> Iterator[Server]:
+    with serving(slurm_cluster.address(socket.gethostname()), tells=True) as found:
+        yield found
+
+
 @pytest.fixture
-def cluster(slurm_cluster: Cluster) -> Iterator[Cluster]:
-    yield slurm_cluster
+def cluster(slurm_cluster: Cluster, server: Server) -> Iterator[Tracked]:
+    known = {field.name: getattr(slurm_cluster, field.name) for field in fields(slurm_cluster)}
+    known["environment"] = {**slurm_cluster.environment, **server.environment}
+    yield Tracked(**known, server=server)
     slurm_cluster.restore()
 
 
 @pytest.fixture(scope="module")
 def job_args(folder: Path) -> list[str]:
-    """12 epochs of 6 steps after one of the head, and a checkpoint every 5 steps."""
-    return [*small_args(folder), "stages.full.epochs=12", "checkpoint.every_steps=5"]
+    """12 epochs of 6 steps after one of the head, and a checkpoint every 5 steps; followed by Weights & Biases."""
+    return [*small_args(folder), "stages.full.epochs=12", "checkpoint.every_steps=5", "tracking.wandb.mode=online"]
 
 
 @pytest.fixture(scope="module")
 def reference(job_args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What comes out on two ranks when nothing happens."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
-    assert run_ranks(2, train, [*job_args, f"run_dir={run_dir}"]) == [0, 0]
+    assert run_ranks(2, train, [*job_args, f"run_dir={run_dir}", "tracking.wandb.mode=disabled"]) == [0, 0]
     return run_dir
 
 
@@ -103,10 +121,12 @@ class Run:
         """Wait for its end, and compare it with a run to which nothing happened."""
         self.cluster.wait_for(self.job, "COMPLETED", timeout=timeout)
         same_run(self.run_dir, reference)
+        if isinstance(self.cluster, Tracked) and (self.run_dir / "wandb-id").exists():
+            one_run_of_wandb(self.cluster.server, self.run_dir)
 
 
 @contextlib.contextmanager
-def only_on(cluster: Cluster, node: str) -> Iterator[None]:
+def only_on(cluster: Tracked, node: str) -> Iterator[None]:
     """Jobs begin on that node alone, and may go on anywhere."""
     others = [name for name in cluster.node_states() if name != node]
     cluster.run("scontrol", "update", f"nodename={','.join(others)}", "state=drain", "reason=test")
@@ -126,8 +146,15 @@ def same_run(run_dir: Path, reference: Path) -> None:
     assert differing("weights", *weights) + differing("state", *states) == []
 
 
+def one_run_of_wandb(server: Server, run_dir: Path) -> None:
+    """The server has each step once, in order, in a single run that has ended."""
+    steps = [line["step"] for line in lines(run_dir, window="interval")]
+    assert server.steps(run_dir) == steps == list(range(1, len(steps) + 1))
+    assert server.run(run_dir)["state"] == "finished"
+
+
 def test_two_nodes_give_the_metrics_of_torchrun_on_one(
-    cluster: Cluster, small: list[str], tmp_path: Path, slowly: Path
+    cluster: Tracked, small: list[str], tmp_path: Path, slowly: Path
 ) -> None:
     run = Run(cluster, tmp_path / "slurm", slowly, small, 0, nodes=2)
     alone = tmp_path / "torchrun"
@@ -146,7 +173,7 @@ def test_two_nodes_give_the_metrics_of_torchrun_on_one(
     assert "completed" in launched(cluster, "status", run.run_dir)
 
 
-def test_the_script_of_a_dry_run_is_one_that_sbatch_takes(cluster: Cluster, small: list[str], tmp_path: Path) -> None:
+def test_the_script_of_a_dry_run_is_one_that_sbatch_takes(cluster: Tracked, small: list[str], tmp_path: Path) -> None:
     options = ["slurm.nodes=2", "slurm.gpus_per_node=2", "slurm.cpus_per_task=1", "slurm.time=1:00:00", "slurm.mem=1GB"]
     options += ["slurm.partition=batch", "slurm.extra.comment=mine", "slurm.exclude=null"]
     said = launched(cluster, "submit", *small, f"run_dir={tmp_path}/run", *options, "--dry-run")
@@ -155,7 +182,7 @@ def test_the_script_of_a_dry_run_is_one_that_sbatch_takes(cluster: Cluster, smal
     assert not (tmp_path / "run").exists()
 
 
-def test_a_preempted_run_goes_on(cluster: Cluster, reference: Path, job_args, slowly: Path, tmp_path: Path) -> None:
+def test_a_preempted_run_goes_on(cluster: Tracked, reference: Path, job_args, slowly: Path, tmp_path: Path) -> None:
     run = Run(cluster, tmp_path / "run", slowly, job_args, 0.12, extra="{nodelist: n2}")
     run.wait_for_step(20)
     urgent = cluster.sbatch("sleep 2", "--partition=urgent", "--nodelist=n2", "--exclusive", "--time=1")
@@ -166,7 +193,7 @@ def test_a_preempted_run_goes_on(cluster: Cluster, reference: Path, job_args, sl
 
 
 def test_a_run_that_is_preempted_with_grace_requeues_itself(
-    cluster: Cluster, reference: Path, job_args, slowly: Path, tmp_path: Path
+    cluster: Tracked, reference: Path, job_args, slowly: Path, tmp_path: Path
 ) -> None:
     run = Run(cluster, tmp_path / "run", slowly, job_args, 0.12, partition="grace", extra="{nodelist: n2}")
     run.wait_for_step(20)
@@ -177,7 +204,7 @@ def test_a_run_that_is_preempted_with_grace_requeues_itself(
 
 
 def test_requeued_by_hand_and_cancelled(
-    cluster: Cluster, reference: Path, job_args, slowly: Path, tmp_path: Path
+    cluster: Tracked, reference: Path, job_args, slowly: Path, tmp_path: Path
 ) -> None:
     by_hand = Run(cluster, tmp_path / "by hand", slowly, job_args, 0.12)
     cancelled = Run(cluster, tmp_path / "cancelled", slowly, job_args, 0.12)
@@ -198,7 +225,7 @@ def test_requeued_by_hand_and_cancelled(
 
 
 def test_a_node_is_cut_off_and_the_time_of_a_job_on_the_other_is_up(
-    cluster: Cluster, reference: Path, job_args, slowly: Path, tmp_path: Path
+    cluster: Tracked, reference: Path, job_args, slowly: Path, tmp_path: Path
 ) -> None:
     """Ranks on the node live on, and find each other there; the run goes on elsewhere, and only that one may write."""
     with only_on(cluster, "n1"):
@@ -219,7 +246,7 @@ def test_a_node_is_cut_off_and_the_time_of_a_job_on_the_other_is_up(
     assert f"job {limited.job} goes back into the queue" in limited.said()
 
 
-def test_a_node_whose_daemon_dies(cluster: Cluster, reference: Path, job_args, slowly: Path, tmp_path: Path) -> None:
+def test_a_node_whose_daemon_dies(cluster: Tracked, reference: Path, job_args, slowly: Path, tmp_path: Path) -> None:
     with only_on(cluster, "n2"):
         run = Run(cluster, tmp_path / "run", slowly, job_args, 0.5)
         run.wait_for_step(6)
@@ -228,7 +255,7 @@ def test_a_node_whose_daemon_dies(cluster: Cluster, reference: Path, job_args, s
     run.finished(reference, timeout=200)
 
 
-def test_a_run_that_gets_nowhere_is_given_up(cluster: Cluster, job_args, slowly: Path, tmp_path: Path) -> None:
+def test_a_run_that_gets_nowhere_is_given_up(cluster: Tracked, job_args, slowly: Path, tmp_path: Path) -> None:
     run = Run(cluster, tmp_path / "run", slowly, [*job_args, "checkpoint.every_steps=1000"], 30)
     path = run.run_dir / "attempt.json"
     deadline = time.monotonic() + 60
@@ -258,7 +285,7 @@ def trials(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "sweep.yaml"
 
 
-def wait_for_all(cluster: Cluster, folder: Path) -> dict[str, Any]:
+def wait_for_all(cluster: Tracked, folder: Path) -> dict[str, Any]:
     deadline = time.monotonic() + 200
     while True:
         found: dict[str, Any] = json.loads(launched(cluster, "status", folder, "--json"))
@@ -268,7 +295,7 @@ def wait_for_all(cluster: Cluster, folder: Path) -> dict[str, Any]:
         time.sleep(1)
 
 
-def test_a_sweep_with_two_failures(cluster: Cluster, trials: Path, small: list[str], tmp_path: Path) -> None:
+def test_a_sweep_with_two_failures(cluster: Tracked, trials: Path, small: list[str], tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     said = launched(cluster, "sweep", trials, "--dir", folder)
     assert "12 trials" in said
@@ -295,7 +322,7 @@ def test_a_sweep_with_two_failures(cluster: Cluster, trials: Path, small: list[s
     assert "nothing to submit" in launched(cluster, "sweep", trials, "--dir", folder, "--resubmit-failed")
 
 
-def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, reference: Path, job_args, slowly, tmp_path) -> None:
+def test_one_task_of_an_array_is_requeued_alone(cluster: Tracked, reference: Path, job_args, slowly, tmp_path) -> None:
     values = [arg for arg in job_args if not arg.startswith("seed=")]
     (tmp_path / "sweep.yaml").write_text(
         "name: pair\nseeds: [0, 1]\nslurm:\n  {gpus_per_node: 2, cpus_per_task: 1, time: 10,"
@@ -315,12 +342,13 @@ def test_one_task_of_an_array_is_requeued_alone(cluster: Cluster, reference: Pat
     restarts = [read_attempt(path / "attempt.json")["restarts"] for path in (first, second)]  # type: ignore[index]
     assert restarts == [0, 1]
     same_run(first, reference)
+    one_run_of_wandb(cluster.server, second)
 
 
 # Without submitit.
 
 
-def template(cluster: Cluster, name: str, options: list[str], args: list[str], cwd: Path, **environ: str) -> str:
+def template(cluster: Tracked, name: str, options: list[str], args: list[str], cwd: Path, **environ: str) -> str:
     environment = {**cluster.environment, "PYTHONPATH": str(ROOT), **environ}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
@@ -333,7 +361,7 @@ def template(cluster: Cluster, name: str, options: list[str], args: list[str], c
 
 @pytest.mark.parametrize("name", ["train.sbatch", "torchrun.sbatch"])
 def test_the_templates_for_one_run(
-    cluster: Cluster, reference: Path, job_args, slowly: Path, tmp_path: Path, name: str
+    cluster: Tracked, reference: Path, job_args, slowly: Path, tmp_path: Path, name: str
 ) -> None:
     """Two nodes of one process each. Warned by USR2 to everything in the job, it saves and comes back."""
     options = ["--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1"]
@@ -348,9 +376,10 @@ def test_the_templates_for_one_run(
     cluster.wait_for(job, "COMPLETED", timeout=120)
     assert len(cluster.history(job)) == 2
     same_run(tmp_path / "run", reference)
+    one_run_of_wandb(cluster.server, tmp_path / "run")
 
 
-def test_the_template_for_arrays(cluster: Cluster, small: list[str], tmp_path: Path) -> None:
+def test_the_template_for_arrays(cluster: Tracked, small: list[str], tmp_path: Path) -> None:
     (tmp_path / "trials.txt").write_text("stages.head.lr=0.02\nstages.head.lr=0.03 seed=1\n")
     options = ["--array=1-2", "--gpus-per-node=1"]
     job = template(cluster, "array.sbatch", options, ["trials.txt", *small], tmp_path)
