@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,8 @@ def test_an_index_holds_no_object_for_each_image(folder: Path) -> None:
     for name, value in vars(index).items():
         if name == "classes":
             assert len(value) == 3
+        elif name == "copy":
+            assert value is None
         else:
             assert isinstance(value, (np.ndarray, int, str, Path)), name
             assert not isinstance(value, np.ndarray) or value.dtype != object
@@ -49,11 +52,13 @@ class _WhereIs(ImageDataset):
         assert get_worker_info() is not None
         assert self._shared is not None
         self.index.targets[key.image] += 100  # seen by the others, if the memory is one
+        assert self.index.copy == Path("/copy")
         return self.index.relative(key.image), all(tensor.is_shared() for tensor in self._shared.values())  # type: ignore[no-untyped-call]
 
 
 def test_workers_that_are_not_forked_share_the_index(folder: Path) -> None:
-    dataset = _WhereIs(scan(folder / "train"), eval_transform(Preprocess(), 32), 32)
+    index = dataclasses.replace(scan(folder / "train"), copy=Path("/copy"))
+    dataset = _WhereIs(index, eval_transform(Preprocess(), 32), 32)
     names, before = [dataset.index.relative(i) for i in range(6)], dataset.index.targets[:6].tolist()
     keys: Any = [SampleKey(i, 0, i) for i in range(6)]
     loader: Any = DataLoader(
@@ -68,7 +73,7 @@ def test_workers_that_are_not_forked_share_the_index(folder: Path) -> None:
 def test_an_index_is_shared_once_for_all_workers(folder: Path) -> None:
     dataset = dataset_of(scan(folder / "train"))
     first, second = dataset.__getstate__(), dataset.__getstate__()
-    assert first["index"] is None
+    assert first["index"] is None  # where a copy lies: nowhere
     for name, tensor in first["_shared"].items():
         assert tensor is second["_shared"][name]
         assert tensor.is_shared()

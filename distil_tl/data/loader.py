@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -126,13 +127,16 @@ class ImageDataset(Dataset[Item]):
             self._shared = {name: torch.from_numpy(array) for name, array in self.index.to_arrays().items()}
             for tensor in self._shared.values():
                 tensor.share_memory_()  # type: ignore[no-untyped-call]
-            self.index = Index.from_arrays({name: tensor.numpy() for name, tensor in self._shared.items()})
-        return {**vars(self), "index": None}
+            self.index = self._from_shared(self.index.copy)
+        return {**vars(self), "index": self.index.copy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self.index = self._from_shared(state["index"])
+
+    def _from_shared(self, copy: Path | None) -> Index:
         assert self._shared is not None
-        self.index = Index.from_arrays({name: tensor.numpy() for name, tensor in self._shared.items()})
+        return replace(Index.from_arrays({name: tensor.numpy() for name, tensor in self._shared.items()}), copy=copy)
 
     def __getitem__(self, key: SampleKey) -> Item:
         target = int(self.index.targets[key.image])
