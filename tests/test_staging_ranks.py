@@ -69,9 +69,9 @@ def reading_train(args: list[str]) -> tuple[int, list[str], str]:
     loader: Any = importlib.import_module("distil_tl.data.loader")
     decode, roots = loader.decode, set()
 
-    def noted(path: Path) -> Any:
+    def noted(path: Path, *args: Any, **kwargs: Any) -> Any:
         roots.add(str(path.parents[2]))
-        return decode(path)
+        return decode(path, *args, **kwargs)
 
     loader.decode = noted
     with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
