@@ -217,7 +217,7 @@ class Results:
         what = self.content["machine"]
         versions = ", ".join(f"{name} {number}" for name, number in what["versions"].items() if number)
         head = f"{what['cpu']}, {what['cpus']} CPUs, {what['memory_gib']} GiB, GPU: {what['gpu'] or 'none'}; "
-        commits = dict.fromkeys([_short(what["git"]), *[run["commit"] for run in self.content["runs"]]])
+        commits = dict.fromkeys([_short(what["git"]), *[run.get("commit", "unknown") for run in self.content["runs"]]])
         path = self.path.with_suffix(".md")
         write_atomic(path, f"{head}Python {what['python']}, {versions}; commit {', '.join(commits)}.\n\n{text}")
         return path

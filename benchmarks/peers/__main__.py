@@ -271,8 +271,8 @@ class Contest:
             found[self.name(peer, tuned=False)] = ("peer", (peer, DOCUMENTED))
         if views and augment != "none":
             found[f"{verdict.VIEWS}one view without augmentation"] = ("ours", (alone, ()))
-            for v in (1, 2, 4):
-                found[f"{verdict.VIEWS}{v} cached views"] = ("ours", (alone, (*light, f"stages.head.views={v}")))
+            for v, said in ((1, "1 cached view"), (2, "2 cached views"), (4, "4 cached views")):
+                found[f"{verdict.VIEWS}{said}"] = ("ours", (alone, (*light, f"stages.head.views={v}")))
             found[f"{verdict.VIEWS}a new view each epoch"] = ("ours", (alone, (*light, "stages.head.features=off")))
         return found
 
