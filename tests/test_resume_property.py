@@ -115,7 +115,7 @@ def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: S
     config.checkpoint.every_steps = plan.every
     config.seed = plan.seed
     info = DistInfo(Launch(rank=rank, world_size=attempt.world), torch.device("cpu"), 1.0)
-    index: Any = SimpleNamespace(targets=[i % 2 for i in range(plan.images)], path=lambda i: i)
+    index: Any = SimpleNamespace(targets=[i % 2 for i in range(plan.images)], file=lambda i: i, copy=None)
     nothing: Any = SimpleNamespace(wait=lambda: None, path=Path())
     job = Simulated(
         info=info, config=config, splits=SimpleNamespace(train=index, classes=("a", "b")), model=nothing,  # type: ignore[arg-type]
