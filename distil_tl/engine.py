@@ -25,6 +25,7 @@ from distil_tl.keyed import keyed_seed
 from distil_tl.log import printable
 from distil_tl.metrics import Meter
 from distil_tl.models import TransferModel
+from distil_tl.models.split import undisturbed
 from distil_tl.networks import Network
 from distil_tl.optim import OptimConfig, build_optimizer, clip_gradients, lr_factor, set_lr
 from distil_tl.stages import StageConfig, apply_stage
@@ -100,6 +101,19 @@ def begin_stage(
         first_bad_step=torch.full((), torch.inf, device=info.device),
         recent=collections.deque(maxlen=remember),
     )
+
+
+def settle_buckets(info: DistInfo, run: StageRun, inputs: Tensor) -> None:
+    """Have DDP pack the gradients as it will from now on, by a step on `inputs` that leaves no trace.
+
+    It packs them anew after its first step, in the order in which they came, and where there are more than two ranks
+    the order of a sum depends on that: a run that goes on must add as one that was never interrupted.
+    """
+    if not isinstance(run.network, DistributedDataParallel):
+        return
+    with undisturbed(run.network, info.device):
+        run.network(inputs).sum().backward()
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 def train_epoch(

@@ -25,6 +25,7 @@ class Ready:
 
     network: Network
     features: Features | None
+    example: Tensor  # two of what it trains on, of the right size and type, and of no meaning
 
 
 def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
@@ -65,7 +66,8 @@ def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
         prefix.use(prefix.compute)
     if config.compile != "none":
         _compile(config.compile, trained)
-    return Ready(trained, features)
+    example = images[:2] if features is None else features.train.example(2).to(info.device)
+    return Ready(trained, features, example)
 
 
 def _compile(what: str, network: Network) -> None:

@@ -26,7 +26,7 @@ from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import bring_near, eval_batches, open_splits, train_batches
 from distil_tl.distributed import on_rank_zero, once_per_node, session
-from distil_tl.engine import StageRun, begin_stage, check_finite, train_epoch
+from distil_tl.engine import StageRun, begin_stage, check_finite, settle_buckets, train_epoch
 from distil_tl.errors import PreemptedError
 from distil_tl.evaluation import evaluate
 from distil_tl.feature_cache import feature_loader
@@ -109,6 +109,7 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         val_loader = feature_loader(ready.features.val, val_loader)
     total_steps = stage.epochs * sampler.steps_per_epoch
     run = begin_stage(info, model, network, name, stage, optim, total_steps, remember=job.remembered_batches)
+    settle_buckets(info, run, ready.example)
     record.trainable_parameters = count_trainable(job.network)
     summary.say_stage(job, name, stage, sampler)
 

@@ -169,6 +169,16 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_exactly(
     same_result(run_dir, finished)
 
 
+def test_on_four_ranks_too_where_the_order_of_a_sum_matters(small: list[str], tmp_path: Path) -> None:
+    """Gradients are added in the order in which DDP packs them, which it settles after a first step."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    args = [*small, "stages.full.unfreeze=all", "stages.full.epochs=1"]
+    assert run_ranks(4, train, [*args, f"run_dir={whole}"]) == [0] * 4
+    assert run_ranks(4, stopped_train, [*args, f"run_dir={again}"], 9, 1, signal.SIGTERM) == [3] * 4
+    assert run_ranks(4, train, [*args, f"run_dir={again}"]) == [0] * 4
+    same_result(again, whole)
+
+
 def test_a_killed_run_goes_on_from_its_last_epoch(finished: Path, small: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = [*small, f"run_dir={run_dir}"]
