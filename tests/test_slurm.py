@@ -149,6 +149,9 @@ def same_run(run_dir: Path, reference: Path) -> None:
 def one_run_of_wandb(server: Server, run_dir: Path) -> None:
     """The server has each step once, in order, in a single run that has ended."""
     steps = [line["step"] for line in lines(run_dir, window="interval")]
+    deadline = time.monotonic() + 90  # summary.json, by which a run is known as completed, comes before W&B's end
+    while server.run(run_dir)["state"] != "finished" and time.monotonic() < deadline:
+        time.sleep(0.5)
     assert server.steps(run_dir) == steps == list(range(1, len(steps) + 1))
     assert server.run(run_dir)["state"] == "finished"
 
