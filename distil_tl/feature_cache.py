@@ -55,6 +55,16 @@ class Cache:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
+    def is_there(self, view: int, first: int) -> bool:
+        """Whether this process finds a chunk in its full length; `is_sound` reads it as well."""
+        path = self.path(view, first)
+        try:
+            return bool(
+                path.with_suffix(".npy").stat().st_size == json.loads(path.with_suffix(".json").read_text())["bytes"]
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def write(self, view: int, first: int, features: Tensor, faults: dict[int, str]) -> None:
         """The array first, then the note that says what it must be, each under its name only when it is whole."""
         path = self.path(view, first)
@@ -64,11 +74,11 @@ class Cache:
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.npy")
         try:
             np.save(partial, array, allow_pickle=False)
-            digest = sha256_file(partial)
+            digest, size = sha256_file(partial), partial.stat().st_size
             partial.replace(path.with_suffix(".npy"))
         finally:
             partial.unlink(missing_ok=True)
-        note = {"sha256": digest, "rows": len(array), "dtype": dtype, "faults": faults}
+        note = {"sha256": digest, "bytes": size, "rows": len(array), "dtype": dtype, "faults": faults}
         write_json(path.with_suffix(".json"), note)
 
     def open(self, targets: np.ndarray) -> FeatureDataset:

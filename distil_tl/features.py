@@ -38,7 +38,7 @@ from distil_tl.stopping import Agreement
 
 BATCH = 32  # images that the frozen part sees at once, on a CPU
 BATCH_CUDA = 256  # and there
-FORMAT = 3
+FORMAT = 4
 OF_MEMORY = 0.5  # that `auto` lets maps take of what is free: read over and over, they should stay there
 
 
@@ -228,7 +228,8 @@ def _fill(
         )  # fmt: skip
         if failed is not None:
             return f"they can't be written to {cache.folder}: {failed.strerror or failed}"
-    if max_over_ranks(info, float(not all(cache.is_sound(*chunk) for chunk in cache.chunks()))):
+    # Rank 0 has read what was there before, and the rest was just written: no rank has to read all of it again.
+    if max_over_ranks(info, float(not all(cache.is_there(*chunk) for chunk in cache.chunks()))):
         return f"not all ranks find them in {cache.folder}; let DISTIL_TL_CACHE be on shared storage"
     return None
 

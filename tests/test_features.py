@@ -241,6 +241,16 @@ def test_a_full_disk_is_no_reason_to_stop_unless_they_are_asked_for(
     assert not [path for path in cache.rglob("*") if path.is_file()]
 
 
+def test_a_chunk_that_a_rank_does_not_find_is_noticed(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 5, 1)
+    assert not cache.is_there(0, 0)
+    cache.write(0, 0, torch.zeros(5, 2), {})
+    assert cache.is_there(0, 0)
+    array = next(tmp_path.glob("*.npy"))
+    array.write_bytes(array.read_bytes()[:-1])
+    assert not cache.is_there(0, 0)
+
+
 def test_two_jobs_at_once(folder: Path, tmp_path: Path) -> None:
     variables = {"DISTIL_TL_CACHE": str(tmp_path / "cache")}
     ended: dict[str, list[int]] = {}

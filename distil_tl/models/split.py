@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+ALL_TRAINED = "what it trains takes the images themselves"
 QUESTIONS = 32  # that a network's code may ask; each makes it be followed anew
 TOLERANCE = 1e-4  # of the largest logit: what folding and reordering may change in float32
 
@@ -40,6 +41,8 @@ def split(module: nn.Module, images: Tensor) -> Split | str:
     Args:
         images: normalised [N, 3, H, W], at least two, to try both parts on. What depends on their size is settled.
     """
+    if all(p.requires_grad for p in module.parameters()):  # most stages that are long: spare them the search
+        return ALL_TRAINED
     module = nn.Sequential(module)  # which calls it with images alone, whatever else it could take
     found: Split | str = "its code can't be followed"
     for tracer in (_Layers, _FrozenBlocks, _Blocks):
@@ -120,7 +123,7 @@ def _cut(module: nn.Module, graph: fx.Graph) -> Split | str:
             continue
         if _is_all_there_is(where, nodes[0], nodes[-1]):
             return Split(_prefix(module, graph, where), _suffix(module, graph, where))
-    return "what it trains takes the images themselves"
+    return ALL_TRAINED
 
 
 def _moves(module: nn.Module, node: fx.Node) -> bool:
