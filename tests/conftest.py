@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.fake_slurm import FakeSlurm, instead_of_slurm
 from tests.slurm_cluster import Cluster, brought_up
 from tests.wandb_server import Server, serving
 
@@ -51,6 +53,25 @@ def _cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """52 training images, 31 for validation (which divides by no small number), 3 classes."""
     return make_folder(tmp_path_factory.mktemp("images"), {"train": 52, "val": 31})
+
+
+@pytest.fixture
+def data(folder: Path, tmp_path: Path) -> Path:
+    """The images, in a folder to change."""
+    shutil.copytree(folder, tmp_path / "flowers")
+    return tmp_path / "flowers"
+
+
+@pytest.fixture
+def near(tmp_path: Path) -> Path:
+    """Where images may be staged to."""
+    return tmp_path / "near"
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """Commands in place of Slurm's, and a current folder of the test's own."""
+    return instead_of_slurm(tmp_path, monkeypatch)
 
 
 @pytest.fixture

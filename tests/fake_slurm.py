@@ -74,6 +74,19 @@ class FakeSlurm:
         self.file.write_text(json.dumps(content))
 
 
+def instead_of_slurm(tmp_path: Path, monkeypatch: Any) -> FakeSlurm:
+    """For a test alone: these commands, nothing of a job that surrounds it, and an empty current folder, `here`."""
+    fake = FakeSlurm(tmp_path / "slurm-bin")
+    monkeypatch.setenv("PATH", fake.path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in [*os.environ]:
+        if name.startswith(("SLURM_", "SUBMITIT_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH"):
+            monkeypatch.delenv(name)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return fake
+
+
 def fake_training(source: Path, body: str) -> Path:
     """A copy of the packages in which training is only `body`, of `args`; for jobs that take a second."""
     for package in ("distil_tl", "launch"):

@@ -38,18 +38,6 @@ ALONE = DistInfo(Launch(), torch.device("cpu"), 60.0)
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
-@pytest.fixture
-def data(folder: Path, tmp_path: Path) -> Path:
-    """The images, in a folder to change."""
-    shutil.copytree(folder, tmp_path / "flowers")
-    return tmp_path / "flowers"
-
-
-@pytest.fixture
-def near(tmp_path: Path) -> Path:
-    return tmp_path / "near"
-
-
 def indexes(root: Path) -> dict[str, Index]:
     train = scan(root / "train")
     return {"train": train, "val": scan(root / "val", classes=train.classes)}

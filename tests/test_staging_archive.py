@@ -27,11 +27,6 @@ from tests.test_staging_ranks import SHORT, fingerprints, watched_train
 from tests.test_train import same_result
 
 
-@pytest.fixture
-def near(tmp_path: Path) -> Path:
-    return tmp_path / "near"
-
-
 @pytest.fixture(scope="module")
 def unstaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("unstaged") / "run"

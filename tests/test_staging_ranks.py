@@ -7,7 +7,6 @@ import importlib
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -28,18 +27,6 @@ from tests.test_torchrun import ENVIRONMENT, TORCHRUN
 from tests.test_train import same_result, stopped_train
 
 SHORT = ["stages.full.epochs=0", "stages.head.features=off"]
-
-
-@pytest.fixture
-def data(folder: Path, tmp_path: Path) -> Path:
-    """The images, in a folder to change."""
-    shutil.copytree(folder, tmp_path / "flowers")
-    return tmp_path / "flowers"
-
-
-@pytest.fixture
-def near(tmp_path: Path) -> Path:
-    return tmp_path / "near"
 
 
 @pytest.fixture(scope="module")

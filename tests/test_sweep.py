@@ -22,20 +22,6 @@ from tests.fake_slurm import FakeSlurm, fake_training
 PLAIN = ["data.root=null", "model.name=shufflenet_v2_x0_5", "model.weights=none"]
 
 
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """And an empty current folder, `here`."""
-    fake = FakeSlurm(tmp_path / "slurm-bin")
-    monkeypatch.setenv("PATH", fake.path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in [*os.environ]:
-        if name.startswith(("SLURM_", "SUBMITIT_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH"):
-            monkeypatch.delenv(name)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return fake
-
-
 def yaml_file(text: str, name: str = "rates.yaml") -> str:
     Path(name).write_text(text)
     return name
