@@ -10,16 +10,14 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
@@ -349,73 +347,6 @@ def _await(info: DistInfo, phase: str) -> Any:
     if "fault" in answer:
         raise LostRanksError(f"another rank failed: {phase}: {answer['fault']}")
     return answer["result"]
-
-
-def broadcast_arrays(info: DistInfo, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
-    """Rank 0's arrays on every rank, without pickling and with one copy on the way."""
-    if info.store is None:
-        assert arrays is not None
-        return arrays
-    if arrays is not None:
-        layout: Any = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
-    else:
-        layout = None
-    header = [json.dumps(layout)]
-    dist.broadcast_object_list(header, src=0, device=torch.device("cpu"))
-    received: dict[str, np.ndarray] = {}
-    for name, dtype, shape in json.loads(header[0]):
-        array = np.ascontiguousarray(arrays[name]) if arrays is not None else np.empty(shape, dtype)
-        if array.size:
-            dist.broadcast(torch.from_numpy(array.reshape(-1).view(np.uint8)), src=0)
-        received[name] = array
-    return received
-
-
-def sum_over_ranks(info: DistInfo, tensor: Tensor) -> Tensor:
-    """The element-wise sum of `tensor` over all ranks, in place."""
-    if info.store is not None:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-    return tensor
-
-
-def max_over_ranks(info: DistInfo, value: float) -> float:
-    if info.store is None:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor)
-
-
-def gather_objects(info: DistInfo, value: Any) -> list[Any]:
-    """JSON-able values of all ranks, by rank."""
-    if info.store is None:
-        return [value]
-    texts: list[Any] = [None] * info.world_size
-    dist.all_gather_object(texts, json.dumps(value))
-    return [json.loads(text) for text in texts]
-
-
-def gather_rows(info: DistInfo, rows: Tensor, at_most: int) -> Tensor:
-    """All ranks' rows one after the other: CPU float tensors [n, k] with n up to `at_most` and different by rank."""
-    if info.store is None:
-        return rows
-    padded = rows.new_full((at_most, rows.shape[1]), float("nan"))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(info.world_size)]
-    dist.all_gather(parts, padded)
-    everything = torch.cat(parts)
-    return everything[~everything.isnan().all(dim=1)]
-
-
-def average_over_ranks(info: DistInfo, buffers: Sequence[Tensor]) -> None:
-    """Average float tensors of one dtype over the ranks, in place, all in one reduction."""
-    if info.store is None or not buffers:
-        return
-    flat = torch.cat([buffer.reshape(-1) for buffer in buffers]) / info.world_size
-    dist.all_reduce(flat, op=dist.ReduceOp.SUM)
-    averages = torch.split(flat, [buffer.numel() for buffer in buffers])
-    for buffer, average in zip(buffers, averages, strict=True):
-        buffer.copy_(average.view_as(buffer))
 
 
 def cpus_of_rank(launch: Launch) -> int:

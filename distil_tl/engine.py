@@ -16,10 +16,11 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from distil_tl.collectives import average_over_ranks, gather_objects, max_over_ranks
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
-from distil_tl.distributed import DistInfo, average_over_ranks, gather_objects, max_over_ranks
+from distil_tl.distributed import DistInfo
 from distil_tl.errors import NonFiniteError
 from distil_tl.keyed import keyed_seed
 from distil_tl.log import printable

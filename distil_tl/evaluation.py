@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distil_tl.collectives import gather_rows
 from distil_tl.data.loader import Batch, Loader
-from distil_tl.distributed import DistInfo, gather_rows
+from distil_tl.distributed import DistInfo
 from distil_tl.log import Progress
 from distil_tl.metrics import ClassificationMetrics
 from distil_tl.networks import Network

@@ -19,13 +19,14 @@ from dataclasses import asdict, dataclass
 import torch
 
 from distil_tl.checkpoint import weights_hash
+from distil_tl.collectives import max_over_ranks
 from distil_tl.data.device import to_device
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, DataConfig, ImageDataset, choose_workers, make_loader
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.splits import Splits
 from distil_tl.data.transforms import train_transform
-from distil_tl.distributed import DistInfo, max_over_ranks, on_rank_zero
+from distil_tl.distributed import DistInfo, on_rank_zero
 from distil_tl.errors import UserError
 from distil_tl.feature_cache import Cache, FeatureDataset, available_memory, free_space
 from distil_tl.files import cache_dir

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_tl.distributed import DistInfo, sum_over_ranks
+from distil_tl.collectives import sum_over_ranks
+from distil_tl.distributed import DistInfo
 
 # A confusion matrix grows with the square of the classes: 4,096 of them make 128 MiB.
 MAX_CONFUSION_CLASSES = 4096

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distil_tl.distributed import DistInfo, max_over_ranks, on_rank_zero
+from distil_tl.collectives import max_over_ranks
+from distil_tl.distributed import DistInfo, on_rank_zero
 from distil_tl.files import cache_dir, write_json
 from distil_tl.log import logger
 

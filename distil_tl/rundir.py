@@ -22,8 +22,9 @@ from omegaconf import DictConfig
 
 from distil_tl.attempt import Attempt
 from distil_tl.checkpoint import Checkpoints, Position, find_fault, load_state
+from distil_tl.collectives import gather_objects
 from distil_tl.config import Config, interpolated, unsafe_changes
-from distil_tl.distributed import DistInfo, available_cpus, gather_objects
+from distil_tl.distributed import DistInfo, available_cpus
 from distil_tl.errors import UserError
 from distil_tl.files import write_atomic, write_json, writing
 from distil_tl.log import logger

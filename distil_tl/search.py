@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distil_tl.collectives import gather_objects
 from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import SampleKey, TrainSampler
-from distil_tl.distributed import gather_objects
 from distil_tl.errors import NonFiniteError, UserError
 from distil_tl.feature_cache import FeatureDataset
 from distil_tl.features import Features

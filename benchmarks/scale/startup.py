@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scale.files import synthetic_index
+from distil_tl.collectives import gather_objects
 from distil_tl.data.loader import ImageDataset, make_loader
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import share_indexes
 from distil_tl.data.transforms import Preprocess, eval_transform
-from distil_tl.distributed import DistInfo, DistributedConfig, gather_objects, session
+from distil_tl.distributed import DistInfo, DistributedConfig, session
 from distil_tl.launched import read_launch
 
 SIZE, BATCH, WORKERS = 8, 512, 2

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from distil_tl.collectives import gather_objects
 from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
-from distil_tl.distributed import DistInfo, DistributedConfig, gather_objects, session
+from distil_tl.distributed import DistInfo, DistributedConfig, session
 from distil_tl.engine import begin_stage, train_epoch
 from distil_tl.launched import read_launch
 from distil_tl.metrics import Meter

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from distil_tl.collectives import gather_objects
 from distil_tl.data.index import Index
 from distil_tl.data.loader import UNREADABLE, Batch
-from distil_tl.distributed import DistInfo, gather_objects
+from distil_tl.distributed import DistInfo
 from distil_tl.errors import UserError
 from distil_tl.log import logger, printable
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distil_tl.collectives import share_arrays
 from distil_tl.data.demo import digits_folder
 from distil_tl.data.index import Index, differences, scan
 from distil_tl.data.loader import (
@@ -25,7 +26,7 @@ from distil_tl.data.loader import (
 from distil_tl.data.sampler import EvalSampler, TrainSampler
 from distil_tl.data.staging import stage_archive, stage_folder
 from distil_tl.data.transforms import Preprocess, eval_transform, train_transform
-from distil_tl.distributed import DistInfo, broadcast_arrays, on_rank_zero
+from distil_tl.distributed import DistInfo, on_rank_zero
 from distil_tl.errors import UserError
 from distil_tl.files import write_atomic
 from distil_tl.log import logger, printable
@@ -144,7 +145,7 @@ def share_indexes(info: DistInfo, work: Callable[[], dict[str, Index]]) -> dict[
     scanned: dict[str, Index] = {}
     names = on_rank_zero(info, "scanning the data", lambda: scanned.update(work()) or list(scanned))
     arrays = ((name, scanned[name].to_arrays() if info.is_main else None) for name in names)
-    return {name: Index.from_arrays(broadcast_arrays(info, packed)) for name, packed in arrays}
+    return {name: Index.from_arrays(share_arrays(info, packed)) for name, packed in arrays}
 
 
 def train_batches(

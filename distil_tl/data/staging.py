@@ -31,8 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from distil_tl.collectives import gather_objects
 from distil_tl.data.index import Index
-from distil_tl.distributed import DistInfo, gather_objects, on_each_node
+from distil_tl.distributed import DistInfo, on_each_node
 from distil_tl.errors import UserError
 from distil_tl.files import write_json
 from distil_tl.log import Progress, logger, printable

@@ -1,0 +1,166 @@
+"""What ranks tell each other in collectives: arrays, sums, the values of each."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distil_tl.distributed import DistInfo
+
+
+class Place(NamedTuple):
+    """Where among the bytes of all arrays one of them lies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def share_arrays(info: DistInfo, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    """Rank 0's `arrays` on every rank, without pickling; the ranks of a node hold one copy of them together.
+
+    What a rank writes to becomes its own, and the others don't see it. The copy is in no folder, so that nothing is
+    left of it however the ranks end. A rank that can't reach it, as from another container, gets a copy of its own.
+    """
+    if info.store is None:
+        assert arrays is not None
+        return arrays
+    header = [json.dumps(_places(arrays)) if arrays is not None else ""]
+    dist.broadcast_object_list(header, src=0, device=torch.device("cpu"))
+    places = [Place(*fields) for fields in json.loads(header[0])]
+    fill, memory, receivers = _memory_of_node(info, max([1, *(place.end for place in places)]))
+    group: Any = dist.new_group(receivers, backend="gloo")
+    if fill is not None:
+        for place, array in zip(places, (arrays or {}).values(), strict=arrays is not None):
+            fill[place.start : place.end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        dist.broadcast(torch.from_numpy(fill), src=0, group=group)
+        dist.destroy_process_group(group)
+    dist.barrier()
+    return {place.name: memory[place.start : place.end].view(place.dtype).reshape(place.shape) for place in places}
+
+
+def _places(arrays: dict[str, np.ndarray]) -> list[Place]:
+    places, end = list[Place](), 0
+    for name, array in arrays.items():
+        start = -(-end // 64) * 64  # aligned for every dtype
+        end = start + array.nbytes
+        places.append(Place(name, array.dtype.str, array.shape, start, end))
+    return places
+
+
+def _memory_of_node(info: DistInfo, size: int) -> tuple[np.ndarray | None, np.ndarray, list[int]]:
+    """What this rank is to fill, for its node or for itself, and what it reads, uint8 [size]; then which ranks fill."""
+    leads = info.launch.local_rank == 0 and info.launch.local_world_size > 1
+    made = _new_memory(size) if leads else None
+    try:
+        offers = gather_objects(info, None if made is None else [info.launch.node, *_address(made)])
+        offer = next((offer[1:] for offer in offers if offer and offer[0] == info.launch.node), None)
+        fill, memory = None, None
+        if made is not None:
+            fill, memory = _mapped(made, size, mmap.ACCESS_WRITE), _mapped(made, size, mmap.ACCESS_COPY)
+        elif offer is not None and not info.is_main:
+            memory = _reached(offer, size)
+        if memory is None:
+            fill = memory = np.empty(size, np.uint8)
+        fills = gather_objects(info, fill is not None)  # by now the others have opened what was offered
+    finally:
+        if made is not None:
+            os.close(made)
+    return fill, memory, [rank for rank, one in enumerate(fills) if one]
+
+
+def _new_memory(size: int) -> int | None:
+    """A file of `size` bytes in memory alone; None where there is none to be had."""
+    try:
+        made = os.memfd_create("distil_tl")
+    except (AttributeError, OSError):  # not Linux
+        return None
+    try:
+        os.posix_fallocate(made, 0, size)  # what is missing shows now, and not as a bus error later
+    except OSError:
+        os.close(made)
+        return None
+    return made
+
+
+def _address(made: int) -> tuple[int, int, int, int]:
+    """Where processes of the same machine and user find a file of this one, and by what they know it again."""
+    status = os.fstat(made)
+    return os.getpid(), made, status.st_dev, status.st_ino
+
+
+def _reached(address: Sequence[int], size: int) -> np.ndarray | None:
+    """What another process offers; None where it can't be seen, as its number means another process here."""
+    process, number, device, inode = address
+    try:
+        found = os.open(f"/proc/{process}/fd/{number}", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(found)
+        if (status.st_dev, status.st_ino, status.st_size) != (device, inode, size):
+            return None
+        return _mapped(found, size, mmap.ACCESS_COPY)
+    finally:
+        os.close(found)
+
+
+def _mapped(file: int, size: int, access: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(file, size, access=access), np.uint8)
+
+
+def sum_over_ranks(info: DistInfo, tensor: Tensor) -> Tensor:
+    """The element-wise sum of `tensor` over all ranks, in place."""
+    if info.store is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def max_over_ranks(info: DistInfo, value: float) -> float:
+    if info.store is None:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def gather_objects(info: DistInfo, value: Any) -> list[Any]:
+    """JSON-able values of all ranks, by rank."""
+    if info.store is None:
+        return [value]
+    texts: list[Any] = [None] * info.world_size
+    dist.all_gather_object(texts, json.dumps(value))
+    return [json.loads(text) for text in texts]
+
+
+def gather_rows(info: DistInfo, rows: Tensor, at_most: int) -> Tensor:
+    """All ranks' rows one after the other: CPU float tensors [n, k] with n up to `at_most` and different by rank."""
+    if info.store is None:
+        return rows
+    padded = rows.new_full((at_most, rows.shape[1]), float("nan"))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(info.world_size)]
+    dist.all_gather(parts, padded)
+    everything = torch.cat(parts)
+    return everything[~everything.isnan().all(dim=1)]
+
+
+def average_over_ranks(info: DistInfo, buffers: Sequence[Tensor]) -> None:
+    """Average float tensors of one dtype over the ranks, in place, all in one reduction."""
+    if info.store is None or not buffers:
+        return
+    flat = torch.cat([buffer.reshape(-1) for buffer in buffers]) / info.world_size
+    dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+    averages = torch.split(flat, [buffer.numel() for buffer in buffers])
+    for buffer, average in zip(buffers, averages, strict=True):
+        buffer.copy_(average.view_as(buffer))
