@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Three processes share the rooms of tests, as many of them mostly wait.
+PARALLEL ?= --numprocesses=3 --dist=loadscope --no-loadscope-reorder
 
 .PHONY: demo test lint format clean
 
@@ -10,7 +12,7 @@ demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m distil_tl.train run_dir=runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from distil_tl.distributed import DistInfo
 
+PIECE = 64 << 20  # bytes
+
 
 class Place(NamedTuple):
     """Where among the bytes of all arrays one of them lies."""
@@ -38,14 +40,19 @@ def share_arrays(info: DistInfo, arrays: dict[str, np.ndarray] | None) -> dict[s
     header = [json.dumps(_places(arrays)) if arrays is not None else ""]
     dist.broadcast_object_list(header, src=0, device=torch.device("cpu"))
     places = [Place(*fields) for fields in json.loads(header[0])]
-    fill, memory, receivers = _memory_of_node(info, max([1, *(place.end for place in places)]))
-    group: Any = dist.new_group(receivers, backend="gloo")
-    if fill is not None:
-        for place, array in zip(places, (arrays or {}).values(), strict=arrays is not None):
-            fill[place.start : place.end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        dist.broadcast(torch.from_numpy(fill), src=0, group=group)
-        dist.destroy_process_group(group)
-    dist.barrier()
+    size = max([1, *(place.end for place in places)])
+    file, fill = _memory_of_node(info, size)
+    try:
+        if fill is not None:
+            for place, array in zip(places, (arrays or {}).values(), strict=arrays is not None):
+                fill[place.start : place.end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        _broadcast(fill, size)
+        gather_objects(info, None)  # now it is filled on every node
+        memory = fill if file is None else _mapped(file, size, mmap.ACCESS_COPY)
+    finally:
+        if file is not None:
+            os.close(file)
+    assert memory is not None
     return {place.name: memory[place.start : place.end].view(place.dtype).reshape(place.shape) for place in places}
 
 
@@ -58,25 +65,30 @@ def _places(arrays: dict[str, np.ndarray]) -> list[Place]:
     return places
 
 
-def _memory_of_node(info: DistInfo, size: int) -> tuple[np.ndarray | None, np.ndarray, list[int]]:
-    """What this rank is to fill, for its node or for itself, and what it reads, uint8 [size]; then which ranks fill."""
+def _memory_of_node(info: DistInfo, size: int) -> tuple[int | None, np.ndarray | None]:
+    """The file that this node shares, if it does, and what this rank is to fill, uint8 [size]: that, or its own."""
     leads = info.launch.local_rank == 0 and info.launch.local_world_size > 1
-    made = _new_memory(size) if leads else None
-    try:
-        offers = gather_objects(info, None if made is None else [info.launch.node, *_address(made)])
+    file = _new_memory(size) if leads else None
+    fill = None if file is None else _mapped(file, size, mmap.ACCESS_WRITE)
+    offers = gather_objects(info, None if file is None else [info.launch.node, *_address(file)])
+    if fill is None:
         offer = next((offer[1:] for offer in offers if offer and offer[0] == info.launch.node), None)
-        fill, memory = None, None
-        if made is not None:
-            fill, memory = _mapped(made, size, mmap.ACCESS_WRITE), _mapped(made, size, mmap.ACCESS_COPY)
-        elif offer is not None and not info.is_main:
-            memory = _reached(offer, size)
-        if memory is None:
-            fill = memory = np.empty(size, np.uint8)
-        fills = gather_objects(info, fill is not None)  # by now the others have opened what was offered
-    finally:
-        if made is not None:
-            os.close(made)
-    return fill, memory, [rank for rank, one in enumerate(fills) if one]
+        file = None if offer is None or info.is_main else _opened(offer, size)
+        fill = np.empty(size, np.uint8) if file is None else None
+    gather_objects(info, None)  # until here nobody closes what others may open
+    return file, fill
+
+
+def _broadcast(fill: np.ndarray | None, size: int) -> None:
+    """Rank 0's bytes into those of all ranks that fill some. The others take part, and throw away what comes.
+
+    A group of those that fill would spare that, but making groups takes other paths than collectives do: on CUDA, in
+    some versions of torch, one that waits for every rank (pytorch#197568).
+    """
+    spare = np.empty(min(size, PIECE), np.uint8)
+    for start in range(0, size, PIECE):
+        piece = spare if fill is None else fill[start:]
+        dist.broadcast(torch.from_numpy(piece[: min(PIECE, size - start)]), src=0)
 
 
 def _new_memory(size: int) -> int | None:
@@ -99,20 +111,17 @@ def _address(made: int) -> tuple[int, int, int, int]:
     return os.getpid(), made, status.st_dev, status.st_ino
 
 
-def _reached(address: Sequence[int], size: int) -> np.ndarray | None:
+def _opened(address: Sequence[int], size: int) -> int | None:
     """What another process offers; None where it can't be seen, as its number means another process here."""
     process, number, device, inode = address
+    path, expected = f"/proc/{process}/fd/{number}", (device, inode, size)
     try:
-        found = os.open(f"/proc/{process}/fd/{number}", os.O_RDONLY)
+        status = os.stat(path)  # noqa: PTH116 - before it is opened, which of a pipe or a terminal would have effects
+        if (status.st_dev, status.st_ino, status.st_size) != expected:
+            return None
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return None
-    try:
-        status = os.fstat(found)
-        if (status.st_dev, status.st_ino, status.st_size) != (device, inode, size):
-            return None
-        return _mapped(found, size, mmap.ACCESS_COPY)
-    finally:
-        os.close(found)
 
 
 def _mapped(file: int, size: int, access: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from PIL import Image
 from tests.fake_slurm import FakeSlurm, instead_of_slurm
 from tests.slurm_cluster import Cluster, brought_up
 from tests.wandb_server import Server, serving
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `make test`, where several processes share the rooms: the one that takes longest, and mostly waits, first."""
+    items.sort(key=lambda item: item.path.stem != "test_slurm")
+
 
 CLASSES = ("circles", "noise", "stripes")
 
@@ -47,6 +54,13 @@ def _cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTIL_TL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_heard() -> None:
+    """A shell starts what is to run in the background with SIGINT ignored, and processes inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

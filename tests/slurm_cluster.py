@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -127,4 +128,8 @@ def brought_up(*options: object) -> Iterator[Cluster]:
                 environment[name] = value
             yield Cluster(directory, {**environment, "OMP_NUM_THREADS": "1"})
         finally:
-            dev_cluster("down", "--dir", directory)
+            heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # its folder goes next, and nothing else knows of it
+            try:
+                dev_cluster("down", "--dir", directory)
+            finally:
+                signal.signal(signal.SIGINT, heard)

@@ -37,7 +37,8 @@ def shared(nodes: list[int], fault: str | None = None) -> tuple[bool, list[int],
     elif fault == "no memory on a node" and rank() == 0:
         collectives._new_memory = lambda size: None
     elif fault == "elsewhere" and rank() == 1:  # another process has that number here
-        collectives._reached = lambda address, size, real=collectives._reached: real([os.getppid(), *address[1:]], size)  # type: ignore[misc]
+        collectives._opened = lambda address, size, real=collectives._opened: real([os.getppid(), *address[1:]], size)  # type: ignore[misc]
+    collectives.PIECE = 3 << 20  # so that there are several
     launch: Launch = read_launch(os.environ)
     here = nodes[rank()]
     launch = replace(launch, node=here, local_rank=nodes[: rank()].count(here), local_world_size=nodes.count(here))

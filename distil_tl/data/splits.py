@@ -144,7 +144,8 @@ def share_indexes(info: DistInfo, work: Callable[[], dict[str, Index]]) -> dict[
     """What `work`, run on rank 0 alone, scanned: on every rank."""
     scanned: dict[str, Index] = {}
     names = on_rank_zero(info, "scanning the data", lambda: scanned.update(work()) or list(scanned))
-    arrays = ((name, scanned[name].to_arrays() if info.is_main else None) for name in names)
+    # Each split goes as it is shared, so that rank 0 does not hold all of them twice.
+    arrays = ((name, scanned.pop(name).to_arrays() if info.is_main else None) for name in names)
     return {name: Index.from_arrays(share_arrays(info, packed)) for name, packed in arrays}
 
 
