@@ -71,6 +71,8 @@ def main(args: list[str]) -> int:
     parts.enter("start, after the imports")
     status: int = train.main(args)
     parts.enter(None)
+    if status:
+        return status
 
     text = "**Imports**, seconds on top of those before:\n\n"
     text += markdown(["package", "seconds"], [(name, f"{seconds:.2f}") for name, seconds in imports])

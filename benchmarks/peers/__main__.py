@@ -262,8 +262,10 @@ class Contest:
         alone = self.job.with_epochs(full=0)
         augment = self.job.stage("full").augment
         light = (f"stages.head.augment={augment}",)
-        four = () if augment == "none" else (*light, "stages.head.views=4")
-        found[verdict.SOONEST] = ("ours", (self.job.with_epochs(head=30, full=0), (*four, *grid(6, 4))))
+        found[verdict.SOONEST] = ("ours", (self.job.with_epochs(head=20, full=0), grid(6, 4)))
+        if augment != "none":
+            four = (*light, "stages.head.views=4", *grid(6, 4))
+            found[verdict.FOUR_VIEWS] = ("ours", (self.job.with_epochs(head=30, full=0), four))
         found[f"{verdict.FIFTY}{verdict.head_epochs(self.job)[-1]}"] = ("ours", (alone, grid(10, 5)))
         found |= {name: ("ours", (self.job, tuple(shlex.split(keys)))) for name, keys in more.items()}
         found[verdict.OFF] = ("ours", (self.job, ("stages.head.features=off",)))

@@ -10,6 +10,7 @@ from benchmarks.measure import Results, Spread, markdown
 from benchmarks.peers.job import Job
 
 OURS, OFF, SOONEST = "distil_tl", "distil_tl, features off", "distil_tl, to the accuracy"
+FOUR_VIEWS = "distil_tl, best of 24 heads on 4 views"
 HEAD_ALONE, FIFTY = "distil_tl, head alone, k=", "distil_tl, best of 50 heads, k="
 VIEWS = "distil_tl, head on "  # light augmentation: from V views, or in each epoch anew
 

@@ -1,0 +1,37 @@
+"""The profile of a run: each part of it has its own, and all of them together are the run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks import measure
+
+PARTS = [
+    "start, after the imports", "stage head, all else", "stage head, getting ready", "stage head, training",
+    "stage head, evaluation", "stage full, all else", "stage full, getting ready", "stage full, training",
+    "stage full, evaluation", "the end", "the end, evaluation",
+]  # fmt: skip
+
+
+def profiled(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.profiles", *args],
+        cwd=measure.ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_each_part_of_a_run_has_a_profile(small: list[str], tmp_path: Path) -> None:
+    done = profiled(*small, f"run_dir={tmp_path}/run", "data.workers=1")  # a forked loader process is not in it
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^\*\*(.*)\*\*, [\d.]+ s:$", done.stdout, re.MULTILINE) == PARTS
+    training = done.stdout.partition("**stage full, training**")[2].partition("**")[0]
+    assert "run_backward" in training
+
+
+def test_a_run_that_is_refused_has_none() -> None:
+    done = profiled("optim.nam=sgd")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean `name`?" in done.stderr
