@@ -96,11 +96,14 @@ def startup_row(found: list[list[dict[str, Any]]]) -> list[str]:
         Spread.of([max(rank[key] for rank in ranks) for ranks in found]).text(2)
         for key in ("share_seconds", "order_seconds", "first_batch_seconds")
     ]
-    # Rank 0 has made the index before it is shared, so what it had before holds one copy; the others add to it.
+    # Rank 0 has made the index before it is shared, so what it had before holds one copy. The ranks' common one lies in
+    # files in memory, which are of all of them.
     copy = found[0][0]["one_copy_mb"]
     more = [
-        copy + sum(rank["with_index"]["share_mb"] - rank["before"]["share_mb"] for rank in ranks) for ranks in found
-    ]
+        copy + ranks[0]["with_index"]["files_mb"]
+        + sum(rank["with_index"]["share_mb"] - rank["before"]["share_mb"] for rank in ranks)
+        for ranks in found
+    ]  # fmt: skip
     peak = Spread.of([max(rank["peak_mb"] for rank in ranks) for ranks in found])
     total = Spread.of(more)
     beyond = Spread.of([value - copy for value in more])

@@ -93,12 +93,26 @@ def watch(steps: Iterator[Any], batches: int) -> Iterator[dict[str, Any]]:
 
 
 def memory(pid: int) -> dict[str, float]:
-    """MiB that are a process's alone, and its proportional share of all that it maps, which adds up over processes."""
-    fields: dict[str, float] = {}
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
-        name, _, rest = line.partition(":")
-        fields[name] = float(rest.split()[0]) / 1024
-    return {"private_mb": fields["Private_Clean"] + fields["Private_Dirty"], "share_mb": fields["Pss"]}
+    """MiB of a process: its alone; its proportional share of what it maps, which adds up; and files in memory it maps.
+
+    These last, which the ranks of a node share, are not in the first two: what a process has touched of them says
+    little.
+    """
+    found = {"private_mb": 0.0, "share_mb": 0.0}
+    files: dict[str, float] = {}
+    shared = False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, *fields = line.split()
+        if not name.endswith(":"):  # the line with which a mapping begins
+            shared = "/memfd:distil_tl" in line
+            if shared:
+                first, last = (int(address, 16) for address in name.split("-"))
+                files[fields[3]] = (last - first) / 2**20
+        elif not shared and name in ("Private_Clean:", "Private_Dirty:"):
+            found["private_mb"] += float(fields[0]) / 1024
+        elif not shared and name == "Pss:":
+            found["share_mb"] += float(fields[0]) / 1024
+    return {**found, "files_mb": sum(files.values())}
 
 
 if __name__ == "__main__":
