@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Three processes share the rooms of tests, as many of them mostly wait.
-PARALLEL ?= --numprocesses=3 --dist=loadscope --no-loadscope-reorder
+# With PARALLEL="--numprocesses=3 --dist=loadscope --no-loadscope-reorder" three processes share the rooms of tests.
+PARALLEL ?=
 
 .PHONY: demo test lint format clean
 

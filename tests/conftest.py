@@ -15,7 +15,7 @@ from tests.wandb_server import Server, serving
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `make test`, where several processes share the rooms: the one that takes longest, and mostly waits, first."""
+    """Where several processes share the rooms, the one that takes longest, and mostly waits, is to come first."""
     items.sort(key=lambda item: item.path.stem != "test_slurm")
 
 
