@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
-import secrets
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,11 +15,10 @@ from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 
 from distil_tl.errors import LostRanksError, PreemptedError, UserError
 from distil_tl.launched import Launch
+from distil_tl.store import Store, connect, within
 
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
@@ -61,7 +57,7 @@ class DistInfo:
     launch: Launch
     device: torch.device
     prepare_timeout: float
-    store: Any = None  # a torch.distributed store, where there are several ranks
+    store: Store | None = None  # where there are several ranks
     phase: str = "start-up"
     begun: bool = False  # all ranks have begun to train, and leave together from here on
 
@@ -108,7 +104,7 @@ def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
         asks = not info.begun and not isinstance(error, dist.DistError) and _answers(launch.url)
         left = None
         with suppress(dist.DistError):
-            left = _left_because(info) if asks else None
+            left = _left_because(info.store) if asks and info.store is not None else None
         if left is not None:
             _leave(info, left)
             raise left from error
@@ -126,22 +122,25 @@ def _join(info: DistInfo, config: DistributedConfig) -> None:
         LostRanksError: they are not there in time, or end before all have met.
     """
     launch, device = info.launch, info.device
-    timeout = datetime.timedelta(seconds=config.timeout_seconds)
     backend = config.backend if config.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
     assert launch.url is not None
-    try:
-        store, _, _ = next(iter(rendezvous(launch.url, launch.rank, launch.world_size, timeout=timeout)))
-        if launch.launcher == "torchrun":
-            store = PrefixStore(_meet(PrefixStore("meeting", store), launch, config.timeout_seconds), store)
+
+    def form_group() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has a current device of its own
         dist.init_process_group(
             # CPU tensors (stop flags, the index, counts) always travel over gloo, so they never wait for a GPU.
             "gloo" if backend == "gloo" else "cpu:gloo,cuda:nccl",
-            store=store,
+            store=store.inner,
             rank=launch.rank,
             world_size=launch.world_size,
-            timeout=timeout,
+            timeout=datetime.timedelta(seconds=config.timeout_seconds),
             device_id=device if backend == "nccl" else None,
         )
+
+    try:
+        store = connect(launch, config.timeout_seconds)
+        within(2 * config.timeout_seconds, form_group)  # longer than torch itself takes to say what it misses
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
@@ -150,20 +149,21 @@ def _join(info: DistInfo, config: DistributedConfig) -> None:
             f"{str(error).splitlines()[0]}. All {launch.world_size} must start, and find each other there, within "
             f"distributed.timeout_seconds={config.timeout_seconds:g}; see the others' logs"
         ) from error
-    info.store = PrefixStore("distil_tl", store)
+    info.store = store.below("distil_tl")
 
 
 def _leave(info: DistInfo, why: PreemptedError) -> None:
     """Take the group down before the others do, who may not know yet that this rank was asked to stop."""
     with suppress(dist.DistError):  # where the store lives elsewhere, it may be gone as soon as all are counted
+        assert info.store is not None
         info.store.set("preempted", str(why))
         dist.destroy_process_group()  # who waits for this rank in a collective finds that out now, and looks here
-        _count(info, "leaving", info.world_size, 10, leaving=True)  # the store may live here: let them
+        _count(info.store, "leaving", info.world_size, 10, leaving=True)  # the store may live here: let them
 
 
-def _left_because(info: DistInfo) -> PreemptedError | None:
+def _left_because(store: Store) -> PreemptedError | None:
     """What another rank said when a signal made it leave, if one did. Raises DistError when the store is gone."""
-    return PreemptedError(info.store.get("preempted").decode()) if info.store.check(["preempted"]) else None
+    return PreemptedError(*store.get("preempted")) if store.check("preempted") else None
 
 
 def _answers(url: str) -> bool:
@@ -179,27 +179,6 @@ def _meeting_place(url: str) -> tuple[str, int]:
     where = urlsplit(url)
     host, port = where.hostname or os.environ.get("MASTER_ADDR"), where.port or os.environ.get("MASTER_PORT")
     return str(host), int(port or 0)
-
-
-def _meet(store: Any, launch: Launch, timeout: float) -> str:
-    """A name for this attempt that all its ranks agree on.
-
-    After a restart torchrun's store still holds what the ranks of the attempt before wrote, and its count of restarts
-    differs between nodes. The name is made from a word of each rank; what is left of earlier ranks can't agree on it.
-    """
-    here, agreed = ([f"{word} {rank}" for rank in range(launch.world_size)] for word in ("here", "agreed"))
-    store.set(here[launch.rank], secrets.token_hex(8))
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if store.check(here):
-            name = hashlib.sha256(b"".join(store.multi_get(here))).hexdigest()
-            store.set(agreed[launch.rank], name)
-            if store.check(agreed) and set(store.multi_get(agreed)) == {name.encode()}:
-                return name
-        time.sleep(0.05)
-    raise LostRanksError(
-        f"rank {launch.rank} did not meet the other ranks within distributed.timeout_seconds={timeout:g}; see their log"
-    )
 
 
 def _gpu(launch: Launch, visible: int) -> int:
@@ -274,25 +253,26 @@ def on_each_node(info: DistInfo, phase: str, work: Callable[[], Any]) -> Any:
 
 def _raise_together(info: DistInfo, phase: str, error: UserError | None) -> None:
     """Meet all ranks at the store, however long some of them need, and raise on all what any of them brings."""
+    assert info.store is not None
     if error is not None:
         info.store.set(f"{phase}: error", str(error))
-    _count(info, f"{phase}: finished", info.world_size, info.prepare_timeout)
-    if info.store.check([f"{phase}: error"]):
-        message = info.store.get(f"{phase}: error").decode()
+    _count(info.store, f"{phase}: finished", info.world_size, info.prepare_timeout)
+    if info.store.check(f"{phase}: error"):
+        (message,) = info.store.get(f"{phase}: error")
         with suppress(dist.DistError):  # as when leaving: the store may be gone as soon as all are counted
-            _count(info, f"{phase}: read", info.world_size, 10)
+            _count(info.store, f"{phase}: read", info.world_size, 10)
         raise UserError(message)
 
 
-def _count(info: DistInfo, key: str, expected: int, timeout: float, *, leaving: bool = False) -> None:
+def _count(store: Store, key: str, expected: int, timeout: float, *, leaving: bool = False) -> None:
     """Be counted under `key`, and wait until so many are or time is up. Raises PreemptedError when a rank leaves."""
     deadline = time.monotonic() + timeout
-    here = info.store.add(key, 1)
+    here = store.add(key, 1)
     while here < expected and time.monotonic() < deadline:
-        if not leaving and (left := _left_because(info)) is not None:
+        if not leaving and (left := _left_because(store)) is not None:
             raise left
         time.sleep(0.05)
-        here = info.store.add(key, 0)
+        here = store.add(key, 0)
 
 
 def _announce(info: DistInfo, phase: str, work: Callable[[], Any], readers: int) -> Any:
@@ -314,30 +294,17 @@ def _announce(info: DistInfo, phase: str, work: Callable[[], Any], readers: int)
 
 def _await(info: DistInfo, phase: str) -> Any:
     assert info.store is not None
-    store, answers, faults = info.store, list[Any](), list[BaseException]()
-
-    def ask() -> None:
-        try:
-            while not store.check([phase]):
-                if (left := _left_because(info)) is not None:
-                    raise left
-                time.sleep(0.05)
-            answers.append(json.loads(store.get(phase)))
-        except BaseException as error:
-            faults.append(error)
-
-    # In a thread, because asking a store whose process is frozen does not end.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(info.prepare_timeout)
-    if faults:
-        raise faults[0]
-    if not answers:
-        raise LostRanksError(
-            f"rank {info.rank} waited {info.prepare_timeout:g} s for another rank: {phase}; "
-            f"raise distributed.prepare_timeout_seconds if the work is that long"
-        )
-    (answer,) = answers
+    store, deadline = info.store, time.monotonic() + info.prepare_timeout
+    while not store.check(phase):
+        if (left := _left_because(store)) is not None:
+            raise left
+        if time.monotonic() > deadline:
+            raise LostRanksError(
+                f"rank {info.rank} waited {info.prepare_timeout:g} s for another rank: {phase}; "
+                f"raise distributed.prepare_timeout_seconds if the work is that long"
+            )
+        time.sleep(0.05)
+    answer = json.loads(*store.get(phase))
     if "result" not in answer:
         store.add(f"{phase}: read", 1)
     if "user_error" in answer:

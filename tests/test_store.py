@@ -1,0 +1,118 @@
+"""The store the ranks meet in: what it answers, and that it is not waited for once its process is frozen."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+
+from distil_tl.errors import LostRanksError
+from distil_tl.launched import Launch
+from distil_tl.store import Store, connect, within
+from tests.ranks import free_port
+
+
+def test_within_gives_what_the_work_gives() -> None:
+    assert within(5, lambda: 3) == 3
+    assert within(5, lambda: None) is None
+
+
+def test_within_raises_what_the_work_raises() -> None:
+    with pytest.raises(ZeroDivisionError):
+        within(5, lambda: 1 / 0)
+
+
+def test_work_that_takes_too_long_is_left_behind() -> None:
+    hold = threading.Event()
+    with pytest.raises(dist.DistStoreError, match=r"no answer in 0\.1 s"):
+        within(0.1, hold.wait)
+    hold.set()
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store(HashStore(), 5.0)
+
+
+def test_words_and_counts(store: Store) -> None:
+    assert not store.check("a")
+    store.set("a", "grüße")
+    store.set("b", "2")
+    assert store.check("a", "b")
+    assert not store.check("a", "c")
+    assert store.get("b", "a") == ["2", "grüße"]
+    assert [store.add("n", 1), store.add("n", 2), store.add("n", 0)] == [1, 3, 3]
+
+
+def test_below_another_name_keys_are_others(store: Store) -> None:
+    store.set("a", "1")
+    store.below("x").set("a", "2")
+    assert store.get("a") == ["1"]
+    assert store.below("x").get("a") == ["2"]
+
+
+def host(port: int, ready: Connection) -> None:
+    kept = TCPStore("127.0.0.1", port, 1, is_master=True)
+    kept.set("a", "1")
+    ready.send(True)
+    signal.pause()
+    del kept
+
+
+@pytest.fixture
+def frozen() -> Iterator[Callable[[], int]]:
+    """Starts a process that holds a store; the first call gives its port, the next one freezes it."""
+    context = multiprocessing.get_context("spawn")
+    port, (here, there) = free_port(), context.Pipe()
+    process = context.Process(target=host, args=(port, there), daemon=True)
+
+    def call() -> int:
+        if process.pid is None:
+            process.start()
+            assert here.recv()
+        else:
+            os.kill(process.pid, signal.SIGSTOP)
+        return port
+
+    yield call
+    process.kill()
+    process.join()
+
+
+QUESTIONS: dict[str, Callable[[Store], Any]] = {  # what is set is only sent: there is no answer to wait for
+    "get": lambda store: store.get("a"),
+    "check": lambda store: store.check("a"),
+    "add": lambda store: store.add("n", 1),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_frozen_store_is_not_waited_for(frozen: Callable[[], int], question: str) -> None:
+    store = Store(TCPStore("127.0.0.1", frozen(), is_master=False), 1.0)
+    QUESTIONS[question](store)
+    frozen()
+    with pytest.raises(dist.DistStoreError):
+        QUESTIONS[question](store)
+
+
+def test_nor_is_it_waited_for_to_connect(frozen: Callable[[], int]) -> None:
+    launch = Launch(1, 2, 1, 2, url=f"tcp://127.0.0.1:{frozen()}", launcher="slurm")
+    frozen()
+    with pytest.raises(dist.DistStoreError):
+        connect(launch, 1.0)
+
+
+def test_ranks_that_do_not_come_are_missed(frozen: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun the store is there before any rank is."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    launch = Launch(1, 2, 1, 2, url=f"tcp://127.0.0.1:{frozen()}", launcher="torchrun")
+    with pytest.raises(LostRanksError, match="rank 1 did not meet the other ranks within"):
+        connect(launch, 1.0)
