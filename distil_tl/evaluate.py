@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
         index = share_indexes(info, work)[options.split]
         network = ImageNetwork(
             restored.model, usual_way(restored.precision, restored.model.module, info.device), info.device
-        )
+        ).fold(restored.image_size)
         loader = eval_batches(info, config.data, index, restored.model.preprocess, image_size=restored.image_size)
         bad_images = BadImages(config.data.on_bad_image)
         batches = bad_images.read(to_device(loader, info.device), options.split, index)

@@ -7,8 +7,15 @@ from torch import Tensor, nn
 
 from distil_tl.data.transforms import Normalize
 from distil_tl.models import TransferModel
+from distil_tl.models.fold import folded
 from distil_tl.models.split import Split
 from distil_tl.precision import Compute
+
+
+def any_images(count: int, size: int, device: torch.device) -> Tensor:
+    """Images uint8 [count, 3, size, size] to try a network on, always the same, and of no meaning."""
+    drawn = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return drawn.to(device)
 
 
 class Network(nn.Module):
@@ -31,13 +38,20 @@ class ImageNetwork(Network):
         super().__init__(compute)
         self.normalize = Normalize(model.preprocess)
         self.module = model.module
+        self.folded = self.module
         self.to(device)
         self.use(compute)
+
+    def fold(self, image_size: int) -> ImageNetwork:
+        """Run with BatchNorm folded, where that can be done, on images of this size, until called again."""
+        images = any_images(3, image_size, self.normalize.mean.device)
+        self.folded = folded(self.module, self.normalize(images))
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         images = self.normalize(images).contiguous(memory_format=self.compute.memory_format)
         with self.compute.autocast(images.device):
-            logits: Tensor = self.module(images)
+            logits: Tensor = self.folded(images)
         return logits.float()
 
 

@@ -59,7 +59,8 @@ def run(options: argparse.Namespace) -> None:
     restored = restore(options.run_dir, options.checkpoint)
     cuda = torch.cuda.is_available() if options.device == "auto" else options.device == "cuda"
     device = torch.device("cuda" if cuda else "cpu")
-    network = ImageNetwork(restored.model, usual_way(restored.precision, restored.model.module, device), device).eval()
+    network = ImageNetwork(restored.model, usual_way(restored.precision, restored.model.module, device), device)
+    network.fold(restored.image_size).eval()
     dataset = _Images(paths, Transform(restored.model.preprocess, restored.image_size))
     loader = DataLoader(
         dataset, batch_size=options.batch_size, num_workers=options.workers, collate_fn=list, pin_memory=False

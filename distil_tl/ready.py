@@ -10,8 +10,9 @@ from torch import Tensor
 
 from distil_tl.features import BATCH_CUDA, Features, open_features
 from distil_tl.job import Job
-from distil_tl.models.split import Split, split, undisturbed
-from distil_tl.networks import FeatureNetwork, Network, Prefix, SplitNetwork
+from distil_tl.models.split import Split, split
+from distil_tl.models.tracing import undisturbed
+from distil_tl.networks import FeatureNetwork, Network, Prefix, SplitNetwork, any_images
 from distil_tl.precision import Compute, choose, ways_to_compute
 from distil_tl.rundir import StageRecord
 from distil_tl.stages import StageConfig, apply_stage, wants_features
@@ -44,7 +45,7 @@ def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
     record = job.state.stages.setdefault(name, StageRecord())
     ways = ways_to_compute(config.precision, job.model.module, info.device)
     network.use(Compute(None, ways[0].channels_last))
-    images = _images(3, image_size, info.device)
+    images = any_images(3, image_size, info.device)
     parts = split(job.model.module, network.normalize(images))
     prefix: Prefix | str = parts if isinstance(parts, str) else Prefix(network, parts, ways[0])
     if isinstance(prefix, Prefix):
@@ -58,6 +59,8 @@ def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
     if isinstance(parts, Split) and isinstance(prefix, Prefix):
         rest = FeatureNetwork(parts, ways[0])
         trained = rest if features is not None else SplitNetwork(prefix, rest)
+    else:
+        network.fold(image_size)
     compute = _for_training(job, name, stage, record, ways, trained, features, micro)
     record.precision = str(compute)
     network.use(compute)  # all of it: what the suffix shares, and what a final evaluation runs
@@ -78,11 +81,6 @@ def _compile(what: str, network: Network) -> None:
         network.prefix.compile(dynamic=False)
 
 
-def _images(count: int, size: int, device: torch.device) -> Tensor:
-    drawn = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return drawn.to(device)
-
-
 def _epochs_left(job: Job, name: str, stage: StageConfig) -> int:
     return stage.epochs - job.position(name).epoch
 
@@ -93,7 +91,7 @@ def _for_prefix(
     if record.prefix_precision is not None:
         return Compute.parse(record.prefix_precision)
     size = job.image_size(stage)
-    images = _images(BATCH_CUDA if job.info.device.type == "cuda" else TRIAL, size, job.info.device)
+    images = any_images(BATCH_CUDA if job.info.device.type == "cuda" else TRIAL, size, job.info.device)
     count, val = len(job.splits.train), len(job.splits.val)
     augment = stage.augment or job.config.data.augment
     cached = wants_features(stage, augment)
@@ -128,7 +126,7 @@ def _for_training(
     if device.type != "cuda":
         micro = min(micro, TRIAL)
     if features is None:
-        inputs = _images(micro, job.image_size(stage), device)
+        inputs = any_images(micro, job.image_size(stage), device)
     else:
         inputs = features.train.example(micro).to(device)
         if inputs.ndim == 2:

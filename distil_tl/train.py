@@ -189,8 +189,8 @@ def finish(job: Job) -> None:
         checkpoint.load_weights(job.checkpoints.path(state.best["step"]), job.model.module)
     shown = state.best or state.final
     assert shown is not None
-    job.network.use(job.compute(shown["stage"]))
     image_size = job.image_size(job.config.stages[shown["stage"]])
+    job.network.fold(image_size).use(job.compute(shown["stage"]))
     test: dict[str, float] | None = None
     for split in ("test", "val"):
         index = job.splits[split]
