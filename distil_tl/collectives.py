@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distil_tl.distributed import DistInfo
+from distil_tl.shared_arrays import Place, SharedArrays, fill, mapped, new_memory, places_of, size_of, views
 
 PIECE = 64 << 20  # bytes
 
 
-class Place(NamedTuple):
-    """Where among the bytes of all arrays one of them lies."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def share_arrays(info: DistInfo, arrays: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+def share_arrays(info: DistInfo, arrays: Mapping[str, np.ndarray] | None) -> Mapping[str, np.ndarray]:
     """Rank 0's `arrays` on every rank, without pickling; the ranks of a node hold one copy of them together.
 
     What a rank writes to becomes its own, and the others don't see it. The copy is in no folder, so that nothing is
@@ -37,39 +28,31 @@ def share_arrays(info: DistInfo, arrays: dict[str, np.ndarray] | None) -> dict[s
     if info.store is None:
         assert arrays is not None
         return arrays
-    header = [json.dumps(_places(arrays)) if arrays is not None else ""]
+    header = [json.dumps(places_of(arrays)) if arrays is not None else ""]
     dist.broadcast_object_list(header, src=0, device=torch.device("cpu"))
     places = [Place(*fields) for fields in json.loads(header[0])]
-    size = max([1, *(place.end for place in places)])
-    file, fill = _memory_of_node(info, size)
+    size = size_of(places)
+    file, memory = _memory_of_node(info, size)
     try:
-        if fill is not None:
-            for place, array in zip(places, (arrays or {}).values(), strict=arrays is not None):
-                fill[place.start : place.end] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        _broadcast(fill, size)
+        if memory is not None and arrays is not None:
+            fill(memory, places, arrays)
+        _broadcast(memory, size)
         gather_objects(info, None)  # now it is filled on every node
-        memory = fill if file is None else _mapped(file, size, mmap.ACCESS_COPY)
-    finally:
+    except BaseException:
         if file is not None:
             os.close(file)
+        raise
+    if file is not None:
+        return SharedArrays(file, places)
     assert memory is not None
-    return {place.name: memory[place.start : place.end].view(place.dtype).reshape(place.shape) for place in places}
-
-
-def _places(arrays: dict[str, np.ndarray]) -> list[Place]:
-    places, end = list[Place](), 0
-    for name, array in arrays.items():
-        start = -(-end // 64) * 64  # aligned for every dtype
-        end = start + array.nbytes
-        places.append(Place(name, array.dtype.str, array.shape, start, end))
-    return places
+    return views(memory, places)
 
 
 def _memory_of_node(info: DistInfo, size: int) -> tuple[int | None, np.ndarray | None]:
     """The file that this node shares, if it does, and what this rank is to fill, uint8 [size]: that, or its own."""
     leads = info.launch.local_rank == 0 and info.launch.local_world_size > 1
-    file = _new_memory(size) if leads else None
-    fill = None if file is None else _mapped(file, size, mmap.ACCESS_WRITE)
+    file = new_memory(size) if leads else None
+    fill = None if file is None else mapped(file, size, mmap.ACCESS_WRITE)
     offers = gather_objects(info, None if file is None else [info.launch.node, *_address(file)])
     if fill is None:
         offer = next((offer[1:] for offer in offers if offer and offer[0] == info.launch.node), None)
@@ -91,20 +74,6 @@ def _broadcast(fill: np.ndarray | None, size: int) -> None:
         dist.broadcast(torch.from_numpy(piece[: min(PIECE, size - start)]), src=0)
 
 
-def _new_memory(size: int) -> int | None:
-    """A file of `size` bytes in memory alone; None where there is none to be had."""
-    try:
-        made = os.memfd_create("distil_tl")
-    except (AttributeError, OSError):  # not Linux
-        return None
-    try:
-        os.posix_fallocate(made, 0, size)  # what is missing shows now, and not as a bus error later
-    except OSError:
-        os.close(made)
-        return None
-    return made
-
-
 def _address(made: int) -> tuple[int, int, int, int]:
     """Where processes of the same machine and user find a file of this one, and by what they know it again."""
     status = os.fstat(made)
@@ -122,10 +91,6 @@ def _opened(address: Sequence[int], size: int) -> int | None:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError:
         return None
-
-
-def _mapped(file: int, size: int, access: int) -> np.ndarray:
-    return np.frombuffer(mmap.mmap(file, size, access=access), np.uint8)
 
 
 def sum_over_ranks(info: DistInfo, tensor: Tensor) -> Tensor:

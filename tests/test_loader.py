@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import Preprocess, eval_transform
 from distil_tl.launched import Launch
 from distil_tl.log import setup_console
+from tests.test_collectives import files_in_memory
 
 CPU = torch.device("cpu")
 
@@ -38,7 +40,7 @@ def test_an_index_holds_no_object_for_each_image(folder: Path) -> None:
     for name, value in vars(index).items():
         if name == "classes":
             assert len(value) == 3
-        elif name == "copy":
+        elif name in ("copy", "shared"):
             assert value is None
         else:
             assert isinstance(value, (np.ndarray, int, str, Path)), name
@@ -50,35 +52,56 @@ class _WhereIs(ImageDataset):
 
     def __getitem__(self, key: SampleKey) -> Any:
         assert get_worker_info() is not None
-        assert self._shared is not None
-        self.index.targets[key.image] += 100  # seen by the others, if the memory is one
         assert self.index.copy == Path("/copy")
-        return self.index.relative(key.image), all(tensor.is_shared() for tensor in self._shared.values())  # type: ignore[no-untyped-call]
+        self.index.targets[key.image] += 100  # which no other process may see
+        return self.index.relative(key.image), os.getpid(), files_in_memory()
 
 
-def test_workers_that_are_not_forked_share_the_index(folder: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_share_the_index(folder: Path, method: str) -> None:
     index = dataclasses.replace(scan(folder / "train"), copy=Path("/copy"))
     dataset = _WhereIs(index, eval_transform(Preprocess(), 32), 32)
-    names, before = [dataset.index.relative(i) for i in range(6)], dataset.index.targets[:6].tolist()
+    names, before = [index.relative(i) for i in range(6)], index.targets[:6].tolist()
     keys: Any = [SampleKey(i, 0, i) for i in range(6)]
+    others = files_in_memory()
     loader: Any = DataLoader(
-        dataset, sampler=keys, batch_size=1, num_workers=2, multiprocessing_context="spawn", collate_fn=list
+        dataset, sampler=keys, batch_size=1, num_workers=2, multiprocessing_context=method, collate_fn=list
     )
     found = [row for rows in loader for row in rows]
-    assert [name for name, _ in found] == names
-    assert all(shared for _, shared in found)
-    assert dataset.index.targets[:6].tolist() == [target + 100 for target in before]
+    assert [name for name, _, _ in found] == names
+    assert len({process for _, process, _ in found} - {os.getpid()}) == 2
+    here = files_in_memory() - others
+    assert len(here) == 1
+    assert all(there == here for _, _, there in found)
+    assert dataset.index.targets[:6].tolist() == before
 
 
 def test_an_index_is_shared_once_for_all_workers(folder: Path) -> None:
     dataset = dataset_of(scan(folder / "train"))
-    first, second = dataset.__getstate__(), dataset.__getstate__()
-    assert first["index"] is None  # where a copy lies: nowhere
-    for name, tensor in first["_shared"].items():
-        assert tensor is second["_shared"][name]
-        assert tensor.is_shared()
-    names = dataset.index.names
-    assert names.ctypes.data == first["_shared"]["names"].data_ptr()  # and nothing of it twice
+    first, second = dataset.__getstate__()["index"], dataset.__getstate__()["index"]
+    assert first is second is first.to_share()
+    assert set(first.__getstate__()) & {"names", "offsets", "targets", "sizes"} == set()
+
+
+def test_an_index_under_another_name_stays_shared(folder: Path) -> None:
+    shared = scan(folder / "train").to_share()
+    other = dataclasses.replace(shared, root=Path("/else"))
+    assert other.to_share() is other
+    again = Index.__new__(Index)
+    again.__setstate__(other.__getstate__())
+    assert again.root == Path("/else")
+    assert again.fingerprint == shared.fingerprint
+    assert again.names.ctypes.data == shared.names.ctypes.data
+
+
+def test_where_nothing_can_be_shared_an_index_is_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distil_tl.shared_arrays.new_memory", lambda size: None)
+    index = scan(folder / "train")
+    assert index.to_share() is index
+    again = pickle.loads(pickle.dumps(index))
+    assert again.relative(3) == index.relative(3)
+    assert again.sizes.tolist() == index.sizes.tolist()
 
 
 # CPUs.

@@ -6,9 +6,9 @@ import hashlib
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from distil_tl.errors import UserError, did_you_mean
+from distil_tl.shared_arrays import SharedArrays
 
 # The very list of torchvision.datasets.ImageFolder, so that both see the same images.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 Array = npt.NDArray[Any]
+ARRAYS = ("names", "offsets", "targets", "sizes")  # the fields of an Index that grow with it
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,9 @@ class Index:
             any time goes in, so a copied folder has the same one.
         times: SHA-256 of when each file last changed, for telling whether a copy made earlier is still of these.
         copy: where this process reads the split in place of `root`, which is the name it has in messages and
-            records; None: at `root`. It stays in the process.
+            records; None: at `root`.
+        shared: the memory that the arrays are in where other processes can have it, too; pickled for a process that
+            starts, they stay there.
     """
 
     root: Path
@@ -52,6 +56,7 @@ class Index:
     fingerprint: str
     times: str = ""
     copy: Path | None = None
+    shared: SharedArrays | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -104,7 +109,7 @@ class Index:
         }
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, Array]) -> Index:
+    def from_arrays(cls, arrays: Mapping[str, Array]) -> Index:
         return cls(
             root=Path(os.fsdecode(arrays["root"].tobytes())),
             classes=tuple(os.fsdecode(arrays["classes"].tobytes()).split("\0")),
@@ -115,7 +120,23 @@ class Index:
             ignored=int(arrays["ignored"][0]),
             fingerprint=arrays["fingerprint"].tobytes().decode(),
             times=arrays["times"].tobytes().decode() if "times" in arrays else "",
+            shared=arrays if isinstance(arrays, SharedArrays) else None,
         )
+
+    def to_share(self) -> Index:
+        """The same in memory that processes can share, where there is such: itself, if it is there already."""
+        if self.shared is not None:
+            return self
+        shared = SharedArrays.copied({name: getattr(self, name) for name in ARRAYS})
+        return self if shared is None else replace(self, **shared, shared=shared)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ARRAYS if self.shared is not None else ()
+        return {name: value for name, value in vars(self).items() if name not in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        shared = state["shared"]
+        vars(self).update(state if shared is None else {**state, **{name: shared[name] for name in ARRAYS}})
 
 
 @dataclass(frozen=True)

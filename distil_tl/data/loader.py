@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -116,27 +115,14 @@ class ImageDataset(Dataset[Item]):
         self.transform = transform
         self.seed = seed
         self.stage = stage
-        self._shared: dict[str, Tensor] | None = None  # the index's arrays, once they are shared
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For workers that are not forked: the index lies in shared memory, and they get handles to it."""
-        if self._shared is None:
-            self._shared = {name: torch.from_numpy(array) for name, array in self.index.to_arrays().items()}
-            for tensor in self._shared.values():
-                tensor.share_memory_()  # type: ignore[no-untyped-call]
-            self.index = self._from_shared(self.index.copy)
-        return {**vars(self), "index": self.index.copy}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self.index = self._from_shared(state["index"])
-
-    def _from_shared(self, copy: Path | None) -> Index:
-        assert self._shared is not None
-        return replace(Index.from_arrays({name: tensor.numpy() for name, tensor in self._shared.items()}), copy=copy)
+        """For loader processes that are not forked: they share the memory that the index is in."""
+        self.index = self.index.to_share()
+        return vars(self)
 
     def __getitem__(self, key: SampleKey) -> Item:
         target = int(self.index.targets[key.image])
