@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable
 
 from distil_tl.errors import (
@@ -20,6 +22,8 @@ from distil_tl.errors import (
 )
 from distil_tl.log import logger
 
+STUCK = "may be stuck in C++"  # the name of a thread that is not waited for
+
 
 def run_command(name: str, body: Callable[[], object]) -> int:
     """Run `body` and turn what it raises into an exit status and, on rank 0, one readable message.
@@ -27,6 +31,17 @@ def run_command(name: str, body: Callable[[], object]) -> int:
     0 done; 2 the user's input is wrong; 3 asked to stop, and saved; 1 a fault (with its traceback, unless it is
     one that explains itself).
     """
+    status = _status_of(name, body)
+    if any(thread.name == STUCK for thread in threading.enumerate()):
+        # Should its call return while Python takes itself down, the process aborts, with another status.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _status_of(name: str, body: Callable[[], object]) -> int:
     try:
         body()
     except UserError as error:

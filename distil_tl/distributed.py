@@ -22,6 +22,7 @@ from distil_tl.store import Store, connect, within
 
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
+NCCL_STARTS_IN = 600  # seconds, at most
 
 
 @dataclass
@@ -125,7 +126,7 @@ def _join(info: DistInfo, config: DistributedConfig) -> None:
     backend = config.backend if config.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
     assert launch.url is not None
 
-    def form_group() -> None:
+    def form_group(store: Store) -> None:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has a current device of its own
         dist.init_process_group(
@@ -140,7 +141,9 @@ def _join(info: DistInfo, config: DistributedConfig) -> None:
 
     try:
         store = connect(launch, config.timeout_seconds)
-        within(2 * config.timeout_seconds, form_group)  # longer than torch itself takes to say what it misses
+        # Longer than torch itself takes to say what it misses; NCCL's start is no collective, and may take long.
+        patience = max(2 * config.timeout_seconds, NCCL_STARTS_IN if backend == "nccl" else 0)
+        within(patience, lambda: form_group(store), asking="the other ranks, when forming a group with them")
     except RuntimeError as error:
         if not _is_lost_contact(error):
             raise
@@ -154,16 +157,17 @@ def _join(info: DistInfo, config: DistributedConfig) -> None:
 
 def _leave(info: DistInfo, why: PreemptedError) -> None:
     """Take the group down before the others do, who may not know yet that this rank was asked to stop."""
+    assert info.store is not None
+    store = info.store.waiting(10)
     with suppress(dist.DistError):  # where the store lives elsewhere, it may be gone as soon as all are counted
-        assert info.store is not None
-        info.store.set("preempted", str(why))
+        store.set("preempted", str(why))
         dist.destroy_process_group()  # who waits for this rank in a collective finds that out now, and looks here
-        _count(info.store, "leaving", info.world_size, 10, leaving=True)  # the store may live here: let them
+        _count(store, "leaving", info.world_size, 10, leaving=True)  # the store may live here: let them
 
 
 def _left_because(store: Store) -> PreemptedError | None:
     """What another rank said when a signal made it leave, if one did. Raises DistError when the store is gone."""
-    return PreemptedError(*store.get("preempted")) if store.check("preempted") else None
+    return PreemptedError(store.get("preempted")) if store.check("preempted") else None
 
 
 def _answers(url: str) -> bool:
@@ -258,9 +262,9 @@ def _raise_together(info: DistInfo, phase: str, error: UserError | None) -> None
         info.store.set(f"{phase}: error", str(error))
     _count(info.store, f"{phase}: finished", info.world_size, info.prepare_timeout)
     if info.store.check(f"{phase}: error"):
-        (message,) = info.store.get(f"{phase}: error")
+        message = info.store.get(f"{phase}: error")
         with suppress(dist.DistError):  # as when leaving: the store may be gone as soon as all are counted
-            _count(info.store, f"{phase}: read", info.world_size, 10)
+            _count(info.store.waiting(10), f"{phase}: read", info.world_size, 10)
         raise UserError(message)
 
 
@@ -282,10 +286,11 @@ def _announce(info: DistInfo, phase: str, work: Callable[[], Any], readers: int)
     except BaseException as error:
         kinds: dict[type[BaseException], str] = {UserError: "user_error", PreemptedError: "preempted"}
         kind = kinds.get(type(error), "fault")
-        info.store.set(phase, json.dumps({kind: str(error) or repr(error)}))
+        store = info.store.waiting(10)
+        store.set(phase, json.dumps({kind: str(error) or repr(error)}))
         # The store may live in this process: let the others read the reason before it ends.
         deadline = time.monotonic() + 10
-        while info.store.add(f"{phase}: read", 0) < readers and time.monotonic() < deadline:
+        while store.add(f"{phase}: read", 0) < readers and time.monotonic() < deadline:
             time.sleep(0.05)
         raise
     info.store.set(phase, json.dumps({"result": result}))
@@ -304,7 +309,7 @@ def _await(info: DistInfo, phase: str) -> Any:
                 f"raise distributed.prepare_timeout_seconds if the work is that long"
             )
         time.sleep(0.05)
-    answer = json.loads(*store.get(phase))
+    answer = json.loads(store.get(phase))
     if "result" not in answer:
         store.add(f"{phase}: read", 1)
     if "user_error" in answer:

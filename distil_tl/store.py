@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,14 +14,15 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from distil_tl.commands import STUCK
 from distil_tl.errors import LostRanksError
 from distil_tl.launched import Launch
 
 Result = TypeVar("Result")
 
 
-def within(seconds: float, work: Callable[[], Result]) -> Result:
-    """What `work` returns or raises, in a thread that is left behind when it takes longer.
+def within(seconds: float, work: Callable[[], Result], *, asking: str = "the process that the ranks meet in") -> Result:
+    """What `work` returns or raises, in a thread that is left behind when it takes longer, or a signal comes first.
 
     A store lives in one of the processes. Once that one is frozen torch reads from it for ever, whatever the timeout
     it was given: when it connects, when a process group is made, and in every question.
@@ -37,13 +38,13 @@ def within(seconds: float, work: Callable[[], Result]) -> Result:
         except BaseException as error:
             faults.append(error)
 
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(seconds)
+    thread = threading.Thread(target=ask, name=STUCK, daemon=True)
+    thread.start()
+    thread.join(seconds)
     if faults:
         raise faults[0]
     if not results:
-        raise dist.DistStoreError(f"no answer in {seconds:g} s from the process that the ranks meet in")
+        raise dist.DistStoreError(f"no answer in {seconds:g} s from {asking}")
     return results[0]
 
 
@@ -57,7 +58,10 @@ class Store:
     def set(self, key: str, value: str) -> None:
         within(self.seconds, lambda: self.inner.set(key, value))
 
-    def get(self, *keys: str) -> list[str]:
+    def get(self, key: str) -> str:
+        return self.get_all([key])[0]
+
+    def get_all(self, keys: Sequence[str]) -> list[str]:
         return within(self.seconds, lambda: [value.decode() for value in self.inner.multi_get(list(keys))])
 
     def check(self, *keys: str) -> bool:
@@ -65,6 +69,10 @@ class Store:
 
     def add(self, key: str, amount: int) -> int:
         return within(self.seconds, lambda: int(self.inner.add(key, amount)))
+
+    def waiting(self, seconds: float) -> Store:
+        """The same store, asked for so long at most."""
+        return Store(self.inner, min(seconds, self.seconds))
 
     def below(self, name: str) -> Store:
         """The same store, with keys of its own."""
@@ -99,11 +107,11 @@ def _attempt(store: Store, launch: Launch, timeout: float) -> str:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if store.check(*here):
-            name = hashlib.sha256("".join(store.get(*here)).encode()).hexdigest()
+            name = hashlib.sha256("".join(store.get_all(here)).encode()).hexdigest()
             store.set(agreed[launch.rank], name)
-            if store.check(*agreed) and set(store.get(*agreed)) == {name}:
+            if store.check(*agreed) and set(store.get_all(agreed)) == {name}:
                 return name
-        time.sleep(0.05)
+        time.sleep(0.05 + launch.world_size / 2000)  # each asks for all keys
     raise LostRanksError(
         f"rank {launch.rank} did not meet the other ranks within distributed.timeout_seconds={timeout:g}; see their log"
     )

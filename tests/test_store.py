@@ -5,7 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -37,6 +40,56 @@ def test_work_that_takes_too_long_is_left_behind() -> None:
     hold.set()
 
 
+class AskedToStopError(BaseException):
+    pass
+
+
+def test_a_signal_gets_through() -> None:
+    def raises(*_: object) -> None:
+        raise AskedToStopError
+
+    before = signal.signal(signal.SIGALRM, raises)
+    hold, began = threading.Event(), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(AskedToStopError):
+            within(60, hold.wait)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        hold.set()
+    assert time.monotonic() - began < 30
+
+
+LEAVES_A_THREAD = """
+import atexit, sys, time
+from distil_tl.commands import run_command
+from distil_tl.errors import PreemptedError
+from distil_tl.store import within
+
+def work():
+    try:
+        within(0.1, lambda: time.sleep(60))
+    except Exception as error:
+        print(error)
+        raise PreemptedError("stopped") from error
+
+atexit.register(lambda: print("in order"))
+sys.exit(run_command("test", work))
+"""
+
+
+def test_the_exit_status_does_not_hang_on_a_thread_that_is_left_behind() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES_A_THREAD], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3, done
+    assert done.stdout.splitlines() == [
+        "no answer in 0.1 s from the process that the ranks meet in",
+        "in order",
+    ]
+    assert done.stderr == "test: stopped\n"
+
+
 @pytest.fixture
 def store() -> Store:
     return Store(HashStore(), 5.0)
@@ -48,15 +101,18 @@ def test_words_and_counts(store: Store) -> None:
     store.set("b", "2")
     assert store.check("a", "b")
     assert not store.check("a", "c")
-    assert store.get("b", "a") == ["2", "grüße"]
+    assert store.get("a") == "grüße"
+    assert store.get_all(["b", "a"]) == ["2", "grüße"]
     assert [store.add("n", 1), store.add("n", 2), store.add("n", 0)] == [1, 3, 3]
 
 
 def test_below_another_name_keys_are_others(store: Store) -> None:
     store.set("a", "1")
     store.below("x").set("a", "2")
-    assert store.get("a") == ["1"]
-    assert store.below("x").get("a") == ["2"]
+    assert store.get("a") == "1"
+    assert store.below("x").get("a") == "2"
+    assert store.waiting(1).get("a") == "1"
+    assert (store.waiting(1).seconds, store.waiting(9).seconds) == (1, 5)
 
 
 def host(port: int, ready: Connection) -> None:
@@ -80,6 +136,7 @@ def frozen() -> Iterator[Callable[[], int]]:
             assert here.recv()
         else:
             os.kill(process.pid, signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)  # until it has
         return port
 
     yield call
