@@ -26,7 +26,7 @@ from distil_tl.keyed import keyed_seed
 from distil_tl.log import printable
 from distil_tl.metrics import Meter
 from distil_tl.models import TransferModel
-from distil_tl.models.tracing import undisturbed
+from distil_tl.models.trying import undisturbed
 from distil_tl.networks import Network
 from distil_tl.optim import OptimConfig, build_optimizer, clip_gradients, lr_factor, set_lr
 from distil_tl.stages import StageConfig, apply_stage

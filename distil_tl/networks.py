@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distil_tl.data.transforms import Normalize
+from distil_tl.log import logger
 from distil_tl.models import TransferModel
-from distil_tl.models.fold import folded
+from distil_tl.models.fold import ConvNorm, folding
 from distil_tl.models.split import Split
 from distil_tl.precision import Compute
 
@@ -29,6 +31,16 @@ class Network(nn.Module):
         """Compute in another way from now on. Parameters stay the same objects."""
         self.compute = compute
         self.to(memory_format=compute.memory_format)
+        # In less than float32 the gradients of BatchNorm's scales would be made of rounded sums.
+        folds = compute.dtype is None and self.folds_at_each_call
+        for part in self.modules():
+            if isinstance(part, ConvNorm):
+                part.folds = folds
+
+    @property
+    def folds_at_each_call(self) -> bool:
+        """Whether that pays: on CPUs it was found to."""
+        return next(self.parameters()).device.type == "cpu"
 
 
 class ImageNetwork(Network):
@@ -37,21 +49,34 @@ class ImageNetwork(Network):
     def __init__(self, model: TransferModel, compute: Compute, device: torch.device) -> None:
         super().__init__(compute)
         self.normalize = Normalize(model.preprocess)
-        self.module = model.module
-        self.folded = self.module
+        self.module = model.module  # before what shares its layers: DDP and trackers take the first name of each
+        self.folded: nn.Module | None = None
+        self.folded_size = 0
         self.to(device)
         self.use(compute)
 
-    def fold(self, image_size: int) -> ImageNetwork:
-        """Run with BatchNorm folded, where that can be done, on images of this size, until called again."""
-        images = any_images(3, image_size, self.normalize.mean.device)
-        self.folded = folded(self.module, self.normalize(images))
+    def fold(self, image_size: int, *, trains: bool = False) -> ImageNetwork:
+        """Fold BatchNorm into convolutions where that pays and can be done, for images of this size.
+
+        Args:
+            trains: whether it will run in training mode, too.
+        """
+        self.folded = None
+        if self.folds_at_each_call and any(isinstance(part, _BatchNorm) for part in self.module.modules()):
+            images = self.normalize(any_images(3, image_size, self.normalize.mean.device))
+            found = folding(self.module, images, trains=trains)
+            if isinstance(found, str):
+                logger.info("BatchNorm is not folded into convolutions: %s", found)
+            else:
+                self.folded, self.folded_size = found, image_size
+        self.use(self.compute)
         return self
 
     def forward(self, images: Tensor) -> Tensor:
+        fits = self.folded is not None and images.shape[-1] == self.folded_size
         images = self.normalize(images).contiguous(memory_format=self.compute.memory_format)
         with self.compute.autocast(images.device):
-            logits: Tensor = self.folded(images)
+            logits: Tensor = self.folded(images) if self.folded is not None and fits else self.module(images)
         return logits.float()
 
 

@@ -29,6 +29,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("none", "prefix", "all")
 ROUNDS = 3  # steps of each way that are timed, after one that is not
 MARGIN = 1.15  # how much faster another way must be to be taken instead of the first
+FORMAT = 2  # counted up when networks compute otherwise, so that what was found before is not believed
 WORTH = 20  # a trial of n images is made where n times this are to come
 
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -146,7 +147,13 @@ def _time(info: DistInfo, ways: Sequence[Compute], step: Callable[[Compute], Non
 
 def _memory(device: torch.device, matter: dict[str, Any]) -> Path:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    matter = {**matter, "machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    matter = {
+        **matter,
+        "format": FORMAT,
+        "machine": machine,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     digest = hashlib.sha256(json.dumps(matter, sort_keys=True).encode()).hexdigest()[:24]
     return cache_dir() / "precision" / f"{digest}.json"
 

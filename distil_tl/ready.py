@@ -11,7 +11,7 @@ from torch import Tensor
 from distil_tl.features import BATCH_CUDA, Features, open_features
 from distil_tl.job import Job
 from distil_tl.models.split import Split, split
-from distil_tl.models.tracing import undisturbed
+from distil_tl.models.trying import undisturbed
 from distil_tl.networks import FeatureNetwork, Network, Prefix, SplitNetwork, any_images
 from distil_tl.precision import Compute, choose, ways_to_compute
 from distil_tl.rundir import StageRecord
@@ -60,7 +60,7 @@ def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
         rest = FeatureNetwork(parts, ways[0])
         trained = rest if features is not None else SplitNetwork(prefix, rest)
     else:
-        network.fold(image_size)
+        network.fold(image_size, trains=True)
     compute = _for_training(job, name, stage, record, ways, trained, features, micro)
     record.precision = str(compute)
     network.use(compute)  # all of it: what the suffix shares, and what a final evaluation runs

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distil_tl.models import ModelConfig, TransferModel, build
-from distil_tl.models.fold import ConvNorm, folded
+from distil_tl.models.fold import ConvNorm, folding
 from distil_tl.networks import ImageNetwork
 from distil_tl.precision import Compute
-from distil_tl.stages import StageConfig, apply_stage
 from tests.test_split import built, parts_of
 
 TARGETS = torch.tensor([0, 1, 2, 0])
@@ -22,6 +21,12 @@ TARGETS = torch.tensor([0, 1, 2, 0])
 
 def images(size: int = 64) -> Tensor:
     return torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(3))
+
+
+def folded(module: nn.Module, of: Tensor) -> nn.Module:
+    network = folding(module, of, trains=True)
+    assert isinstance(network, nn.Module), network
+    return network
 
 
 def gradients(network: Callable[[Tensor], Tensor], model: TransferModel, of: Tensor) -> dict[str, Tensor]:
@@ -164,9 +169,15 @@ class Small(nn.Module):
 )
 def test_only_what_is_alone_after_a_convolution_is_folded(how: str) -> None:
     module = Small(how)
-    network = folded(module, images(8))
-    assert joined(network) == (how == "nothing")
-    torch.testing.assert_close(network(images(8)), module(images(8)))
+    network = folding(module, images(8), trains=True)
+    if how == "nothing":
+        assert isinstance(network, nn.Module)
+        assert joined(network) == 1
+        torch.testing.assert_close(network(images(8)), module(images(8)))
+    elif how == "the code asks":
+        assert network == "its code can't be followed (TypeError)"
+    else:
+        assert network == "no convolution of it has a BatchNorm alone behind it"
 
 
 class Standardised(nn.Conv2d):
@@ -180,24 +191,90 @@ def test_what_would_be_another_function_is_left_alone() -> None:
     module = Small("nothing")
     module.conv = Standardised(3, 3, 1)
     nn.init.constant_(module.norm.running_var, 9)  # type: ignore[arg-type]
-    assert folded(module, images(8)) is module
+    assert folding(module, images(8), trains=True) == "what it was made into gives something else"
+
+
+def test_what_is_no_number_proves_nothing() -> None:
+    module = Small("nothing")
+    nn.init.constant_(module.last.bias, float("nan"))
+    assert folding(module, images(8), trains=False) == "what it was made into gives something else"
+
+
+def test_a_trial_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = built("resnet18", "all", batch_norm="train").module
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    modes = [part.training for part in module.modules()]
+
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ConvNorm, "forward", fails)
+    assert folding(module, images(), trains=True) == "its code can't be followed (MemoryError)"
+    assert [part.training for part in module.modules()] == modes
+    assert {k: torch.equal(v, before[k]) for k, v in module.state_dict().items()} == dict.fromkeys(before, True)
+
+
+def test_for_evaluation_only_that_is_tried() -> None:
+    module = Small("nothing").train()
+    module.last = nn.Sequential(module.last, OtherInTraining())  # type: ignore[assignment]
+    assert isinstance(folding(module, images(8), trains=False), nn.Module)
+    assert isinstance(folding(module, images(8), trains=True), str)
+
+
+class OtherInTraining(nn.Module):
+    """What torch.fx sees of it, once and for all, is what it does in evaluation or in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = nn.Identity()
+
+    def forward(self, logits: Tensor) -> Tensor:
+        below: Tensor = self.below(logits)
+        return below * 2 if self.training else below
+
+
+def image_network(model: TransferModel, dtype: torch.dtype | None = None) -> ImageNetwork:
+    return ImageNetwork(model, Compute(dtype, True), torch.device("cpu"))
+
+
+def drawn(size: int = 64) -> Tensor:
+    return torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
 def test_a_network_without_norms_is_left_alone() -> None:
     model = build(ModelConfig("squeezenet1_1", weights="none"), 3, image_size=64, seed=0)
-    assert folded(model.module, images()) is model.module
+    assert image_network(model).fold(64).folded is None
 
 
 def test_an_image_network_folds_and_names_no_parameter_twice() -> None:
     model = built("resnet18", "all")
-    network = ImageNetwork(model, Compute(None, True), torch.device("cpu"))
-    drawn = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    network = image_network(model).eval()
     with torch.no_grad():
-        wanted = network(drawn)
-        found = network.fold(64)(drawn)
-    assert joined(network) == 20
-    assert not torch.equal(found, wanted), "something was folded"
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-    assert len(list(network.parameters())) == len(list(model.module.parameters()))
-    apply_stage(model, StageConfig(unfreeze="head"))
-    assert joined(network.fold(96)) == 20
+        wanted = network(drawn())
+        found = network.fold(64, trains=True)(drawn())
+        assert not torch.equal(found, wanted), "something was folded"
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+        assert torch.equal(network(drawn(96)), image_network(model).eval()(drawn(96))), "of another size nothing is"
+    assert [name for name, _ in network.named_parameters()] == [
+        f"module.{name}" for name, _ in model.module.named_parameters()
+    ]
+
+
+def test_in_bfloat16_nothing_is_folded() -> None:
+    model = built("resnet18", "all")
+    network = image_network(model, torch.bfloat16).fold(64).eval()
+    with torch.no_grad():
+        assert torch.equal(network(drawn()), image_network(model, torch.bfloat16).eval()(drawn()))
+        network.use(Compute(None, True))
+        assert not torch.equal(network(drawn()), image_network(model).eval()(drawn()))
+
+
+def test_it_compiles() -> None:
+    model = built("mobilenet_v3_small", "all")
+    network = image_network(model).fold(64, trains=True)
+    wanted = gradients(network, model, drawn())
+    network.compile(dynamic=False, backend="aot_eager")
+    found = gradients(network, model, drawn())
+    assert found.keys() == wanted.keys()
+    for key, gradient in wanted.items():
+        assert (found[key] - gradient).norm() <= 1e-2 * gradient.norm(), key

@@ -1,14 +1,15 @@
 """BatchNorm as part of the convolution before it, which spares a pass over the largest tensors there are.
 
 While its statistics stand still BatchNorm scales and shifts each channel, and so does a convolution with other weights
-and a bias. What is frozen is folded once. What trains is folded anew in each call, which costs as much as the weights
-are large and not as the maps are; its parameters stay what they are and get the gradients that they would get.
+and a bias. What is frozen is folded for good. What trains is folded at each call, by a few operations on the weights,
+which are small next to the maps; its parameters stay what they are, and in float32 get the gradients that they would
+get, to rounding.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,21 +17,23 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from distil_tl.models.tracing import Layers, difference, trace
+from distil_tl.models.tracing import Layers, trace
+from distil_tl.models.trying import fault_of, undisturbed
 
 
 class ConvNorm(nn.Module):
-    """A convolution and the BatchNorm after it, in one where its statistics stand still."""
+    """A convolution and the BatchNorm after it, in one where `folds` and its statistics stand still."""
 
     def __init__(self, conv: nn.Conv2d, norm: _BatchNorm) -> None:
         super().__init__()
         self.conv, self.norm, self.after = conv, norm, _after(norm)
+        self.folds = True
 
     def forward(self, maps: Tensor) -> Tensor:
         conv, norm = self.conv, self.norm
-        if norm.training:
-            moved: Tensor = norm(conv(maps))
-            return moved
+        if norm.training or not self.folds:
+            apart: Tensor = norm(conv(maps))
+            return apart
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = (norm.running_var + norm.eps).rsqrt()
@@ -44,37 +47,40 @@ class ConvNorm(nn.Module):
         return result
 
 
-def folded(module: nn.Module, images: Tensor) -> nn.Module:
-    """What does as `module` does, in training and in evaluation, to rounding, with its modules, each BatchNorm folded.
-
-    That is `module` itself, if there is nothing to fold or its code can't be followed.
+def folding(module: nn.Module, images: Tensor, *, trains: bool) -> nn.Module | str:
+    """What does as `module` does, to rounding, with its layers, but folds at each call; or why there is no such.
 
     Args:
         images: normalised [N, 3, H, W], at least two, to try it on. What depends on their size is settled.
+        trains: whether it will run in training mode, too.
     """
-    if not any(isinstance(part, _BatchNorm) for part in module.modules()):
-        return module
     whole = nn.Sequential(module)  # which calls it with images alone, whatever else it could take
     try:
-        found = fold_as_it_trains(fx.GraphModule(whole, trace(Layers, whole, images[:-1])))
-        return module if difference(whole, found, images) else found
-    except Exception:  # whatever the code of some model does with the stand-in for an image
-        return module
+        with undisturbed(whole, images.device):
+            if not trains:
+                whole.eval()
+            found = fold_at_each_call(fx.GraphModule(whole, trace(Layers, whole, images[:-1])))
+        if not any(isinstance(part, ConvNorm) for part in found.modules()):
+            return "no convolution of it has a BatchNorm alone behind it"
+        return fault_of(found, whole, images, (True, False) if trains else (False,)) or found
+    except Exception as error:  # whatever the code of some model does with the stand-in for an image
+        return f"its code can't be followed ({type(error).__name__})"
 
 
-def fold_as_it_trains(network: fx.GraphModule) -> fx.GraphModule:
-    """Make each BatchNorm right after a convolution one module with it. In place; the layers themselves are shared."""
+def fold_at_each_call(network: fx.GraphModule) -> fx.GraphModule:
+    """Make each convolution and the BatchNorm right after it one module. In place; the layers themselves are shared."""
+    for conv_at, conv, norm_at, norm in _pairs(network):
+        _replace(network, conv_at, ConvNorm(conv, norm))
+        _replace(network, norm_at, nn.Identity())
+    network.recompile()
+    return network
 
-    def joined(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[nn.Module, nn.Module]:
-        return ConvNorm(conv, norm), nn.Identity()
 
-    return _join(network, lambda _: True, joined)
-
-
-def fold_frozen(network: fx.GraphModule) -> fx.GraphModule:
-    """Make each BatchNorm right after a convolution part of a copy of it, once and for all. In place, but for those."""
-
-    def joined(conv: nn.Conv2d, norm: _BatchNorm) -> tuple[nn.Module, nn.Module]:
+def fold_for_good(network: fx.GraphModule) -> fx.GraphModule:
+    """Make each BatchNorm right after a convolution, both frozen, part of a copy of that. In place, but for those."""
+    for conv_at, conv, norm_at, norm in _pairs(network):
+        if norm.training or conv.training:
+            continue
         conv = copy.deepcopy(conv)
         assert norm.running_mean is not None
         assert norm.running_var is not None
@@ -83,34 +89,25 @@ def fold_frozen(network: fx.GraphModule) -> fx.GraphModule:
         )
         conv.register_parameter("bias", bias)
         conv.requires_grad_(False)
-        return conv, _after(norm)
+        _replace(network, conv_at, conv)
+        _replace(network, norm_at, _after(norm))
+    network.recompile()
+    return network
 
-    return _join(network, lambda part: not part.training, joined)
 
-
-def _join(
-    network: fx.GraphModule,
-    wanted: Callable[[nn.Module], bool],
-    joined: Callable[[nn.Conv2d, _BatchNorm], tuple[nn.Module, nn.Module]],
-) -> fx.GraphModule:
-    """Put what `joined` gives in the places of each convolution and the BatchNorm that alone takes its result."""
+def _pairs(network: fx.GraphModule) -> Iterator[tuple[str, nn.Conv2d, str, _BatchNorm]]:
+    """Each convolution with the BatchNorm that alone takes its result, and where they are."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
         before = node.args[0] if norm is not None and node.args else None
-        if not isinstance(norm, _BatchNorm) or not wanted(norm) or norm.running_mean is None:
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None:
             continue
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         conv = modules[str(before.target)]
-        if not isinstance(conv, nn.Conv2d) or not wanted(conv):
-            continue
-        if _calls(network, before) > 1 or _calls(network, node) > 1:
-            continue
-        for place, part in zip((before, node), joined(conv, norm), strict=True):
-            _replace(network, str(place.target), part)
-    network.recompile()
-    return network
+        if isinstance(conv, nn.Conv2d) and _calls(network, before) == 1 and _calls(network, node) == 1:
+            yield str(before.target), conv, str(node.target), norm
 
 
 def _after(norm: _BatchNorm) -> nn.Module:

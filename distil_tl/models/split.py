@@ -12,18 +12,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from distil_tl.models.fold import fold_as_it_trains, fold_frozen
-from distil_tl.models.tracing import (
-    Blocks,
-    FrozenBlocks,
-    Layers,
-    ancestors,
-    difference,
-    in_full_float32,
-    trace,
-    undisturbed,
-    up_to,
-)
+from distil_tl.models.fold import fold_at_each_call, fold_for_good
+from distil_tl.models.tracing import Blocks, FrozenBlocks, Layers, ancestors, trace, up_to
+from distil_tl.models.trying import fault_of, in_full_float32, undisturbed
 
 ALL_TRAINED = "what it trains takes the images themselves"
 
@@ -35,7 +26,7 @@ class Split:
     Attributes:
         prefix: holds no parameter that is trained and draws nothing. BatchNorm is folded into copies of convolutions,
             everything else is the network's own.
-        suffix: holds the network's own modules. BatchNorm is folded as they train.
+        suffix: holds the network's own modules. BatchNorm is folded at each call where it can be.
     """
 
     prefix: nn.Module
@@ -58,15 +49,16 @@ def split(module: nn.Module, images: Tensor) -> Split | str:
         except Exception as error:  # whatever the code of some model does with the stand-in for an image
             found = f"its code can't be followed ({type(error).__name__})"
             continue
-        found = _cut(module, graph)
-        if isinstance(found, Split):
-            found = _compared(module, found, images)
-        if isinstance(found, Split):
-            return found
+        for folds in (True, False):
+            found = _cut(module, graph, folds)
+            if isinstance(found, Split):
+                found = _compared(module, found, images)
+            if isinstance(found, Split):
+                return found
     return found
 
 
-def _cut(module: nn.Module, graph: fx.Graph) -> Split | str:
+def _cut(module: nn.Module, graph: fx.Graph, folds: bool) -> Split | str:
     nodes = list(graph.nodes)
     first = next((i for i, node in enumerate(nodes) if _moves(module, node)), None)
     if first is None:
@@ -75,7 +67,7 @@ def _cut(module: nn.Module, graph: fx.Graph) -> Split | str:
         if where.op in ("placeholder", "get_attr"):
             continue
         if _is_all_there_is(where, nodes[0], nodes[-1]):
-            return Split(_prefix(module, graph, where), _suffix(module, graph, where))
+            return Split(_prefix(module, graph, where), _suffix(module, graph, where, folds))
     return ALL_TRAINED
 
 
@@ -117,10 +109,10 @@ def _is_all_there_is(where: fx.Node, images: fx.Node, output: fx.Node) -> bool:
 
 
 def _prefix(module: nn.Module, graph: fx.Graph, where: fx.Node) -> nn.Module:
-    return fold_frozen(fx.GraphModule(module, up_to(graph, where)))
+    return fold_for_good(fx.GraphModule(module, up_to(graph, where)))
 
 
-def _suffix(module: nn.Module, graph: fx.Graph, where: fx.Node) -> nn.Module:
+def _suffix(module: nn.Module, graph: fx.Graph, where: fx.Node, folds: bool) -> nn.Module:
     copied: dict[fx.Node, fx.Node] = {}
     suffix = fx.Graph()
     copied[where] = suffix.placeholder("features")
@@ -130,13 +122,15 @@ def _suffix(module: nn.Module, graph: fx.Graph, where: fx.Node) -> nn.Module:
             copied[node] = suffix.node_copy(node, copied.__getitem__)
     output = list(graph.nodes)[-1]
     suffix.output(fx.node.map_arg(output.args[0], copied.__getitem__))
-    folded = fold_as_it_trains(fx.GraphModule(module, suffix))
+    found = fx.GraphModule(module, suffix)
+    if folds:
+        fold_at_each_call(found)
     modules = [node for node in suffix.nodes if node.op == "call_module"]
     if len(modules) == len(suffix.nodes) - 2 and all(len(n.args) == 1 and not n.kwargs for n in modules):
         in_order = all(n.args[0] is n.prev for n in modules)
         if in_order and output.args[0] in copied:  # a chain of layers, such as a dropout and a head
-            return nn.Sequential(*[folded.get_submodule(str(n.target)) for n in modules])
-    return folded
+            return nn.Sequential(*[found.get_submodule(str(n.target)) for n in modules])
+    return found
 
 
 def _needed(output: fx.Node, where: fx.Node) -> set[fx.Node]:
@@ -163,4 +157,4 @@ def _compared(module: nn.Module, parts: Split, images: Tensor) -> Split | str:
         if not torch.equal(features, parts.prefix(images)):
             return "its frozen part does not give the same twice"
     # It may begin with an operation in place.
-    return difference(module, lambda _: parts.suffix(features.clone()), images) or parts
+    return fault_of(lambda _: parts.suffix(features.clone()), module, images) or parts

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from distil_tl.models.trying import undisturbed
+
 QUESTIONS = 32  # that a network's code may ask; each makes it be followed anew
-TOLERANCE = 1e-4  # of the largest logit: what folding and reordering may change in float32
 
 
 class Layers(fx.Tracer):
@@ -88,46 +86,3 @@ def up_to(graph: fx.Graph, where: fx.Node) -> fx.Graph:
             copied[node] = part.node_copy(node, copied.__getitem__)
     part.output(copied[where])
     return part
-
-
-@contextlib.contextmanager
-def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run the network, in whatever mode, without moving its statistics or the random numbers."""
-    modes = [(m, m.training) for m in module.modules()]
-    moving = [m for m in module.modules() if isinstance(m, _NormBase) and m.training]
-    buffers = [(buffer, buffer.clone()) for m in moving for buffer in m.buffers(recurse=False)]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    for part, mode in modes:
-        part.training = mode
-    for buffer, value in buffers:
-        buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def in_full_float32() -> Iterator[None]:
-    """CUDA computes convolutions in TF32 otherwise, whose rounding is coarser than what is to be compared."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
-@torch.no_grad()
-@in_full_float32()
-def difference(module: nn.Module, other: Callable[[Tensor], Tensor], images: Tensor) -> str | None:
-    """How `other`, which holds the modules of `module`, does not do what that does, in training or in evaluation."""
-    with undisturbed(module, images.device):
-        for mode in (True, False):
-            module.train(mode)
-            torch.manual_seed(0)
-            whole = module(images)
-            torch.manual_seed(0)
-            found = other(images)
-            if not isinstance(whole, Tensor) or not isinstance(found, Tensor) or found.shape != whole.shape:
-                return "its output is not one tensor of logits"
-            if (found - whole).abs().max() > TOLERANCE * whole.abs().max().clamp(min=1e-3):
-                return "its two parts don't give what the whole does"
-    return None

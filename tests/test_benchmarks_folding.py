@@ -1,0 +1,16 @@
+"""The benchmark of folding measures both, and what it is told to."""
+
+from __future__ import annotations
+
+from benchmarks.folding import measure
+
+
+def test_training_and_evaluation_are_measured_folded_and_apart() -> None:
+    rows = measure("resnet18", image_size=32, batch=2, rounds=2)
+    assert [(row["step"], row["folded"]) for row in rows] == [
+        ("training", True),
+        ("training", False),
+        ("evaluation", True),
+        ("evaluation", False),
+    ]
+    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
