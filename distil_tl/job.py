@@ -19,6 +19,7 @@ from distil_tl.data.splits import Splits
 from distil_tl.distributed import DistInfo, on_rank_zero
 from distil_tl.engine import StageRun
 from distil_tl.errors import PreemptedError, SupersededError
+from distil_tl.evaluation import Evaluation
 from distil_tl.files import writing
 from distil_tl.log import add_rank_file, logger
 from distil_tl.metrics import ClassificationMetrics, Meter
@@ -52,6 +53,7 @@ class Job:
     clock: float
     saved_at: float
     interpolated: dict[str, str] = field(default_factory=dict)
+    best_evaluation: Evaluation | None = None  # of the best checkpoint in full, if it was made here
     agreement: Agreement = field(init=False)
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from distil_tl.data.splits import bring_near, eval_batches, open_splits, train_b
 from distil_tl.distributed import on_rank_zero, once_per_node, session
 from distil_tl.engine import StageRun, begin_stage, check_finite, settle_buckets, train_epoch
 from distil_tl.errors import PreemptedError
-from distil_tl.evaluation import evaluate
+from distil_tl.evaluation import Evaluation, evaluate
 from distil_tl.feature_cache import feature_loader
 from distil_tl.job import Job, open_job
 from distil_tl.launched import read_launch
@@ -41,6 +41,8 @@ from distil_tl.rundir import Start, find_start
 from distil_tl.search import known_choice, search_stage
 from distil_tl.stages import StageConfig, check_stages, count_trainable
 from distil_tl.stopping import Request, StopAgreedError, StopRequest
+
+IN_FULL: dict[str, Any] = {"confusion": True, "keep_mistakes": 50}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -128,13 +130,19 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         began = time.monotonic()
         try:
             batches = job.bad_images.read(to_device(val_loader, info.device), "val", job.splits.val)
-            result = evaluate(info, network, val_loader, batches, job.num_classes, agreement=job.agreement).metrics
+            # Of the whole network on images in full, as it would be done again at the end for the best one.
+            result = evaluate(
+                info, network, val_loader, batches, job.num_classes,
+                agreement=job.agreement, **(IN_FULL if network is job.network else {}),
+            )  # fmt: skip
         except StopAgreedError:  # the epoch is trained, and its evaluation can be done again
             job.save(run, meter)
             job.preempt()
-        job.bad_images.refuse_none_left(result.count, "val", job.splits.val)
+        job.bad_images.refuse_none_left(result.metrics.count, "val", job.splits.val)
         job.note_epoch(run, position.epoch, trained)
-        is_best = job.note_evaluation(run, position.epoch, result, time.monotonic() - began)
+        is_best = job.note_evaluation(run, position.epoch, result.metrics, time.monotonic() - began)
+        if is_best:
+            job.best_evaluation = result if network is job.network else None
         summary.say_epoch(job, name)
         position = job.state.position = Position(name, position.epoch + 1, 0, position.step)
         meter = Meter(info, job.num_classes)
@@ -182,43 +190,49 @@ def train_one_epoch(
 
 
 def finish(job: Job) -> None:
-    """Evaluate the best checkpoint once more, in full, and leave the run directory complete."""
-    info, data, state = job.info, job.config.data, job.state
+    """See that the best checkpoint is evaluated in full, and leave the run directory complete."""
+    info, state = job.info, job.state
     on_rank_zero(info, "writing the last checkpoint", job.checkpoints.wait)
-    if state.best is not None:  # else the run went on from a checkpoint whose best is not here: take what there is
-        checkpoint.load_weights(job.checkpoints.path(state.best["step"]), job.model.module)
     shown = state.best or state.final
     assert shown is not None
-    image_size = job.image_size(job.config.stages[shown["stage"]])
-    job.network.fold(image_size).use(job.compute(shown["stage"]))
-    test: dict[str, float] | None = None
-    for split in ("test", "val"):
-        index = job.splits[split]
-        if index is None:
-            continue
-        info.phase = f"the final evaluation on {split}"
-        loader = eval_batches(info, data, index, job.model.preprocess, image_size=image_size)
-        batches = job.bad_images.read(to_device(loader, info.device), split, index)
-        try:
-            result = evaluate(
-                info, job.network, loader, batches, job.num_classes,
-                agreement=job.agreement, confusion=True, keep_mistakes=50,
-            )  # fmt: skip
-        except StopAgreedError:
-            job.preempt()
-        job.bad_images.refuse_none_left(result.metrics.count, split, index)
-        if split == "test":
-            test = result.metrics.compute()
-        elif info.is_main:
-            job.directory.write("evaluation.json", summary.evaluation(split, index, result))
+    found = {} if job.best_evaluation is None else {"val": job.best_evaluation}
+    missing = [split for split in ("test", "val") if split not in found and job.splits[split] is not None]
+    if missing:
+        found |= evaluate_best(job, shown["stage"], missing)
+    if info.is_main:
+        job.directory.write("evaluation.json", summary.evaluation("val", job.splits.val, found["val"]))
     job.bad_images.share(info)
     state.bad_images = job.bad_images.found
     state.best = shown
-    more = {"test": test} if test else {}
+    more = {"test": found["test"].metrics.compute()} if "test" in found else {}
     # Others wait without a collective: W&B may take longer to finish than one may last.
     written = on_rank_zero(info, "closing the run", lambda: close(job, more))
     if info.is_main:
         summary.say_result(job.directory.path, written)
+
+
+def evaluate_best(job: Job, stage: str, splits: list[str]) -> dict[str, Evaluation]:
+    """The best checkpoint, which is of `stage`, on each of `splits`."""
+    info, data, best = job.info, job.config.data, job.state.best
+    if best is not None:  # else the run went on from a checkpoint whose best is not here: take what there is
+        checkpoint.load_weights(job.checkpoints.path(best["step"]), job.model.module)
+    image_size = job.image_size(job.config.stages[stage])
+    job.network.fold(image_size).use(job.compute(stage))
+    found: dict[str, Evaluation] = {}
+    for split in splits:
+        index = job.splits[split]
+        assert index is not None
+        info.phase = f"the final evaluation on {split}"
+        loader = eval_batches(info, data, index, job.model.preprocess, image_size=image_size)
+        batches = job.bad_images.read(to_device(loader, info.device), split, index)
+        try:
+            found[split] = evaluate(
+                info, job.network, loader, batches, job.num_classes, agreement=job.agreement, **IN_FULL
+            )
+        except StopAgreedError:
+            job.preempt()
+        job.bad_images.refuse_none_left(found[split].metrics.count, split, index)
+    return found
 
 
 def close(job: Job, more: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def shared(nodes: list[int], fault: str | None = None) -> tuple[bool, list[int],
     if fault == "no memory":
         os.posix_fallocate = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     elif fault == "no memory on a node" and rank() == 0:
-        collectives.new_memory = lambda size: None
+        vars(collectives)["new_memory"] = lambda size: None
     elif fault == "elsewhere" and rank() == 1:  # another process has that number here
         collectives._opened = lambda address, size, real=collectives._opened: real([os.getppid(), *address[1:]], size)  # type: ignore[misc]
     collectives.PIECE = 3 << 20  # so that there are several

@@ -128,7 +128,10 @@ class Index:
         if self.shared is not None:
             return self
         shared = SharedArrays.copied({name: getattr(self, name) for name in ARRAYS})
-        return self if shared is None else replace(self, **shared, shared=shared)
+        if shared is None:
+            return self
+        moved: dict[str, Any] = dict(shared)
+        return replace(self, **moved, shared=shared)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = ARRAYS if self.shared is not None else ()
