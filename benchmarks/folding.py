@@ -60,6 +60,8 @@ def measure(name: str, image_size: int, batch: int, rounds: int = ROUNDS) -> lis
     model = build(ModelConfig(name, weights="none"), CLASSES, image_size=image_size, seed=0)
     apply_stage(model, StageConfig(unfreeze="all"))
     network = ImageNetwork(model, Compute(None, True), torch.device("cpu")).fold(image_size, trains=True)
+    if network.folded is None:
+        raise SystemExit(f"{name} has nothing to fold, or can't be")
     images, targets = any_images(batch, image_size, torch.device("cpu")), torch.arange(batch) % CLASSES
     rates: dict[tuple[str, bool], list[float]] = {}
     for turn in range(rounds + 1):

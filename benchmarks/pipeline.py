@@ -161,6 +161,7 @@ def run_one(task: Task) -> dict[str, Any]:
             image_size=task.image_size, augment=task.augment, seed=0, stage="full",
         )  # fmt: skip
         network = ImageNetwork(model, usual_way(task.precision, model.module, info.device), info.device)
+        network.fold(task.image_size, trains=True)
         stage, optim = StageConfig(epochs=task.epochs), OptimConfig()
         total = task.epochs * sampler.steps_per_epoch
         run = begin_stage(info, model, network, "full", stage, optim, total, remember=1)

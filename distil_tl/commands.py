@@ -7,6 +7,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from typing import NoReturn
 
 from distil_tl.errors import (
     EXIT_FAULT,
@@ -22,7 +24,7 @@ from distil_tl.errors import (
 )
 from distil_tl.log import logger
 
-STUCK = "may be stuck in C++"  # the name of a thread that is not waited for
+STUCK = "may be stuck in C++"  # the name of a thread that nobody waits for
 
 
 def run_command(name: str, body: Callable[[], object]) -> int:
@@ -31,17 +33,6 @@ def run_command(name: str, body: Callable[[], object]) -> int:
     0 done; 2 the user's input is wrong; 3 asked to stop, and saved; 1 a fault (with its traceback, unless it is
     one that explains itself).
     """
-    status = _status_of(name, body)
-    if any(thread.name == STUCK for thread in threading.enumerate()):
-        # Should its call return while Python takes itself down, the process aborts, with another status.
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
-
-
-def _status_of(name: str, body: Callable[[], object]) -> int:
     try:
         body()
     except UserError as error:
@@ -65,6 +56,22 @@ def _status_of(name: str, body: Callable[[], object]) -> int:
         logger.exception("%s: a fault", name)
         return EXIT_FAULT
     return 0
+
+
+def leave(status: int) -> NoReturn:
+    """End the process with `status`, also when a thread that is named STUCK is left behind.
+
+    Should its call return while Python takes itself down, the process aborts, with another status.
+    """
+    if all(thread.name != STUCK for thread in threading.enumerate()):
+        sys.exit(status)
+    try:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # its reader has gone
+                stream.flush()
+    finally:
+        os._exit(status)
 
 
 def _say(message: str, *, always: bool = False) -> None:

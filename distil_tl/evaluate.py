@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from distil_tl import config as configuration
-from distil_tl.commands import run_command
+from distil_tl.commands import leave, run_command
 from distil_tl.data.device import to_device
 from distil_tl.data.faults import BadImages
 from distil_tl.data.index import Index, scan
@@ -98,4 +97,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -55,14 +55,14 @@ class ImageNetwork(Network):
         self.to(device)
         self.use(compute)
 
-    def fold(self, image_size: int, *, trains: bool = False) -> ImageNetwork:
-        """Fold BatchNorm into convolutions where that pays and can be done, for images of this size.
+    def fold(self, image_size: int, *, trains: bool = False, wanted: bool = True) -> ImageNetwork:
+        """Fold BatchNorm into convolutions where that is wanted, pays and can be done, for images of this size.
 
         Args:
             trains: whether it will run in training mode, too.
         """
         self.folded = None
-        if self.folds_at_each_call and any(isinstance(part, _BatchNorm) for part in self.module.modules()):
+        if wanted and self.folds_at_each_call and any(isinstance(part, _BatchNorm) for part in self.module.modules()):
             images = self.normalize(any_images(3, image_size, self.normalize.mean.device))
             found = folding(self.module, images, trains=trains)
             if isinstance(found, str):

@@ -60,7 +60,8 @@ def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
         rest = FeatureNetwork(parts, ways[0])
         trained = rest if features is not None else SplitNetwork(prefix, rest)
     else:
-        network.fold(image_size, trains=True)
+        network.fold(image_size, trains=True, wanted=record.folded is not False)
+        record.folded = network.folded is not None
     compute = _for_training(job, name, stage, record, ways, trained, features, micro)
     record.precision = str(compute)
     network.use(compute)  # all of it: what the suffix shares, and what a final evaluation runs

@@ -47,6 +47,7 @@ class StageRecord:
     cached: bool = False
     precision: str | None = None  # that it trains in, from when it has begun
     prefix_precision: str | None = None  # that its frozen part computes in
+    folded: bool | None = None  # whether BatchNorm of the whole network, where that trains, is folded
     trainable_parameters: int = 0
     train_top1: float | None = None  # over the last epoch, as it went
     top1: float | None = None  # on val, after the last epoch

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from distil_tl import checkpoint, summary
 from distil_tl import config as configuration
 from distil_tl.checkpoint import Position
-from distil_tl.commands import run_command
+from distil_tl.commands import leave, run_command
 from distil_tl.config import Config
 from distil_tl.data.device import to_device
 from distil_tl.data.loader import Loader, plan_batches
@@ -130,10 +130,12 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         began = time.monotonic()
         try:
             batches = job.bad_images.read(to_device(val_loader, info.device), "val", job.splits.val)
-            # Of the whole network on images in full, as it would be done again at the end for the best one.
+            # What would be evaluated once more at the end is evaluated in full. (Not on CUDA, where to note mistakes
+            # is to wait for the device.)
+            in_full = network is job.network and info.device.type == "cpu"
             result = evaluate(
                 info, network, val_loader, batches, job.num_classes,
-                agreement=job.agreement, **(IN_FULL if network is job.network else {}),
+                agreement=job.agreement, **(IN_FULL if in_full else {}),
             )  # fmt: skip
         except StopAgreedError:  # the epoch is trained, and its evaluation can be done again
             job.save(run, meter)
@@ -142,7 +144,7 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
         job.note_epoch(run, position.epoch, trained)
         is_best = job.note_evaluation(run, position.epoch, result.metrics, time.monotonic() - began)
         if is_best:
-            job.best_evaluation = result if network is job.network else None
+            job.best_evaluation = result if in_full else None
         summary.say_epoch(job, name)
         position = job.state.position = Position(name, position.epoch + 1, 0, position.step)
         meter = Meter(info, job.num_classes)
@@ -217,7 +219,7 @@ def evaluate_best(job: Job, stage: str, splits: list[str]) -> dict[str, Evaluati
     if best is not None:  # else the run went on from a checkpoint whose best is not here: take what there is
         checkpoint.load_weights(job.checkpoints.path(best["step"]), job.model.module)
     image_size = job.image_size(job.config.stages[stage])
-    job.network.fold(image_size).use(job.compute(stage))
+    job.network.fold(image_size, wanted=job.state.stages[stage].folded is not False).use(job.compute(stage))
     found: dict[str, Evaluation] = {}
     for split in splits:
         index = job.splits[split]
@@ -247,4 +249,4 @@ def close(job: Job, more: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -62,6 +62,9 @@ def compare(run_dir: Path, reference: Reference, folder: Path, *, exact: bool) -
         if metrics[0] != metrics[1]:
             first = next((i for i, pair in enumerate(zip(*metrics, strict=False)) if pair[0] != pair[1]), "the end")
             found.append(f"{len(metrics[0])} lines of metrics, not {len(metrics[1])}; they differ from {first} on")
+        evaluations = [json.loads((path / "evaluation.json").read_text()) for path in (run_dir, reference.run_dir)]
+        if evaluations[0] != evaluations[1]:
+            found.append("another evaluation.json")
         for key in ("best", "final"):
             if summaries[0][key] != summaries[1][key]:
                 found.append(f"{key}: {summaries[0][key]}, not {summaries[1][key]}")

@@ -191,13 +191,13 @@ def test_what_would_be_another_function_is_left_alone() -> None:
     module = Small("nothing")
     module.conv = Standardised(3, 3, 1)
     nn.init.constant_(module.norm.running_var, 9)  # type: ignore[arg-type]
-    assert folding(module, images(8), trains=True) == "what it was made into gives something else"
+    assert folding(module, images(8), trains=True) == "its layers, folded, don't give what the whole does"
 
 
 def test_what_is_no_number_proves_nothing() -> None:
     module = Small("nothing")
     nn.init.constant_(module.last.bias, float("nan"))
-    assert folding(module, images(8), trains=False) == "what it was made into gives something else"
+    assert folding(module, images(8), trains=False) == "its layers, folded, don't give what the whole does"
 
 
 def test_a_trial_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import Preprocess, eval_transform
 from distil_tl.launched import Launch
 from distil_tl.log import setup_console
-from tests.test_collectives import files_in_memory
+from tests.test_collectives import LINUX, files_in_memory
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ class _WhereIs(ImageDataset):
         return self.index.relative(key.image), os.getpid(), files_in_memory()
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+@LINUX
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_workers_that_are_not_forked_share_the_index(folder: Path, method: str) -> None:
     index = dataclasses.replace(scan(folder / "train"), copy=Path("/copy"))
@@ -77,6 +77,13 @@ def test_workers_that_are_not_forked_share_the_index(folder: Path, method: str) 
     assert dataset.index.targets[:6].tolist() == before
 
 
+@pytest.fixture
+def as_a_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distil_tl.data.index.get_spawning_popen", lambda: "one that starts")
+
+
+@LINUX
+@pytest.mark.usefixtures("as_a_process_starts")
 def test_an_index_is_shared_once_for_all_workers(folder: Path) -> None:
     dataset = dataset_of(scan(folder / "train"))
     first, second = dataset.__getstate__()["index"], dataset.__getstate__()["index"]
@@ -84,6 +91,25 @@ def test_an_index_is_shared_once_for_all_workers(folder: Path) -> None:
     assert set(first.__getstate__()) & {"names", "offsets", "targets", "sizes"} == set()
 
 
+@LINUX
+@pytest.mark.usefixtures("as_a_process_starts")
+def test_an_index_with_other_arrays_is_not_taken_for_what_is_shared(folder: Path) -> None:
+    other = dataclasses.replace(scan(folder / "train").to_share(), targets=np.array([7]))
+    state = other.__getstate__()
+    assert state["targets"] is other.targets
+    assert state["shared"] is None
+
+
+@LINUX
+def test_an_index_that_is_copied_holds_its_arrays(folder: Path) -> None:
+    shared = scan(folder / "train").to_share()
+    again = pickle.loads(pickle.dumps(shared))
+    assert again.shared is None
+    assert again.targets.tolist() == shared.targets.tolist()
+
+
+@LINUX
+@pytest.mark.usefixtures("as_a_process_starts")
 def test_an_index_under_another_name_stays_shared(folder: Path) -> None:
     shared = scan(folder / "train").to_share()
     other = dataclasses.replace(shared, root=Path("/else"))

@@ -133,9 +133,9 @@ class Small(nn.Module):
     ("how", "reason"),
     [
         ("images later", "what it trains takes the images themselves"),
-        ("functional dropout", "what it was made into gives something else"),  # as `training` is settled by then
+        ("functional dropout", "its two parts don't give what the whole does"),  # as `training` is settled by then
         ("random", "its frozen part does not give the same twice"),
-        ("state", "what it was made into gives something else"),
+        ("state", "its two parts don't give what the whole does"),
         ("value", "its code can't be followed (TypeError)"),
         ("two", "its output is not one tensor of logits"),
     ],

@@ -61,8 +61,8 @@ def test_a_signal_gets_through() -> None:
 
 
 LEAVES_A_THREAD = """
-import atexit, sys, time
-from distil_tl.commands import run_command
+import atexit, sys, threading, time
+from distil_tl.commands import leave, run_command
 from distil_tl.errors import PreemptedError
 from distil_tl.store import within
 
@@ -74,7 +74,9 @@ def work():
         raise PreemptedError("stopped") from error
 
 atexit.register(lambda: print("in order"))
-sys.exit(run_command("test", work))
+status = run_command("test", work)
+threading.Thread(target=time.sleep, args=(600,)).start()  # which Python would wait for as it takes itself down
+leave(status)
 """
 
 

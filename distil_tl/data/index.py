@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +43,8 @@ class Index:
         times: SHA-256 of when each file last changed, for telling whether a copy made earlier is still of these.
         copy: where this process reads the split in place of `root`, which is the name it has in messages and
             records; None: at `root`.
-        shared: the memory that the arrays are in where other processes can have it, too; pickled for a process that
-            starts, they stay there.
+        shared: the memory that the arrays are in where other processes can have it, too: one that is being started
+            gets that, and no copy.
     """
 
     root: Path
@@ -134,8 +135,11 @@ class Index:
         return replace(self, **moved, shared=shared)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ARRAYS if self.shared is not None else ()
-        return {name: value for name, value in vars(self).items() if name not in kept}
+        state = dict(vars(self))
+        shared = self.shared
+        if shared is None or get_spawning_popen() is None or any(state[name] is not shared[name] for name in ARRAYS):
+            return {**state, "shared": None}
+        return {name: value for name, value in state.items() if name not in ARRAYS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         shared = state["shared"]

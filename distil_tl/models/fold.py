@@ -60,11 +60,17 @@ def folding(module: nn.Module, images: Tensor, *, trains: bool) -> nn.Module | s
             if not trains:
                 whole.eval()
             found = fold_at_each_call(fx.GraphModule(whole, trace(Layers, whole, images[:-1])))
-        if not any(isinstance(part, ConvNorm) for part in found.modules()):
+        if not folds(found):
             return "no convolution of it has a BatchNorm alone behind it"
-        return fault_of(found, whole, images, (True, False) if trains else (False,)) or found
+        modes = (True, False) if trains else (False,)
+        return fault_of(found, whole, images, called="its layers, folded,", modes=modes) or found
     except Exception as error:  # whatever the code of some model does with the stand-in for an image
         return f"its code can't be followed ({type(error).__name__})"
+
+
+def folds(network: nn.Module) -> bool:
+    """Whether anything of it is folded at each call."""
+    return any(isinstance(part, ConvNorm) for part in network.modules())
 
 
 def fold_at_each_call(network: fx.GraphModule) -> fx.GraphModule:

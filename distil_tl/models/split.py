@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from distil_tl.models.fold import fold_at_each_call, fold_for_good
+from distil_tl.models.fold import fold_at_each_call, fold_for_good, folds
 from distil_tl.models.tracing import Blocks, FrozenBlocks, Layers, ancestors, trace, up_to
 from distil_tl.models.trying import fault_of, in_full_float32, undisturbed
 
@@ -49,16 +49,17 @@ def split(module: nn.Module, images: Tensor) -> Split | str:
         except Exception as error:  # whatever the code of some model does with the stand-in for an image
             found = f"its code can't be followed ({type(error).__name__})"
             continue
-        for folds in (True, False):
-            found = _cut(module, graph, folds)
-            if isinstance(found, Split):
-                found = _compared(module, found, images)
+        for folded in (True, False):
+            cut = _cut(module, graph, folded)
+            found = _compared(module, cut, images) if isinstance(cut, Split) else cut
             if isinstance(found, Split):
                 return found
+            if isinstance(cut, str) or not folds(cut.suffix):
+                break
     return found
 
 
-def _cut(module: nn.Module, graph: fx.Graph, folds: bool) -> Split | str:
+def _cut(module: nn.Module, graph: fx.Graph, folded: bool) -> Split | str:
     nodes = list(graph.nodes)
     first = next((i for i, node in enumerate(nodes) if _moves(module, node)), None)
     if first is None:
@@ -67,7 +68,7 @@ def _cut(module: nn.Module, graph: fx.Graph, folds: bool) -> Split | str:
         if where.op in ("placeholder", "get_attr"):
             continue
         if _is_all_there_is(where, nodes[0], nodes[-1]):
-            return Split(_prefix(module, graph, where), _suffix(module, graph, where, folds))
+            return Split(_prefix(module, graph, where), _suffix(module, graph, where, folded))
     return ALL_TRAINED
 
 
@@ -112,7 +113,7 @@ def _prefix(module: nn.Module, graph: fx.Graph, where: fx.Node) -> nn.Module:
     return fold_for_good(fx.GraphModule(module, up_to(graph, where)))
 
 
-def _suffix(module: nn.Module, graph: fx.Graph, where: fx.Node, folds: bool) -> nn.Module:
+def _suffix(module: nn.Module, graph: fx.Graph, where: fx.Node, folded: bool) -> nn.Module:
     copied: dict[fx.Node, fx.Node] = {}
     suffix = fx.Graph()
     copied[where] = suffix.placeholder("features")
@@ -123,7 +124,7 @@ def _suffix(module: nn.Module, graph: fx.Graph, where: fx.Node, folds: bool) -> 
     output = list(graph.nodes)[-1]
     suffix.output(fx.node.map_arg(output.args[0], copied.__getitem__))
     found = fx.GraphModule(module, suffix)
-    if folds:
+    if folded:
         fold_at_each_call(found)
     modules = [node for node in suffix.nodes if node.op == "call_module"]
     if len(modules) == len(suffix.nodes) - 2 and all(len(n.args) == 1 and not n.kwargs for n in modules):
@@ -157,4 +158,4 @@ def _compared(module: nn.Module, parts: Split, images: Tensor) -> Split | str:
         if not torch.equal(features, parts.prefix(images)):
             return "its frozen part does not give the same twice"
     # It may begin with an operation in place.
-    return fault_of(lambda _: parts.suffix(features.clone()), module, images) or parts
+    return fault_of(lambda _: parts.suffix(features.clone()), module, images, called="its two parts") or parts

@@ -42,11 +42,17 @@ def in_full_float32() -> Iterator[None]:
 @torch.no_grad()
 @in_full_float32()
 def fault_of(
-    other: Callable[[Tensor], Tensor], module: nn.Module, images: Tensor, modes: Sequence[bool] = (True, False)
+    other: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    images: Tensor,
+    *,
+    called: str,
+    modes: Sequence[bool] = (True, False),
 ) -> str | None:
     """Why `other`, made of the modules of `module`, does not stand for it; None where it does.
 
     Args:
+        called: what `other` is, in the plural.
         modes: of training (True) and evaluation, in which both are run.
     """
     with undisturbed(module, images.device):
@@ -60,5 +66,5 @@ def fault_of(
                 return "its output is not one tensor of logits"
             close = (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max().clamp(min=1e-3)
             if not close:  # nor where either is not a number
-                return "what it was made into gives something else"
+                return f"{called} don't give what the whole does"
     return None
