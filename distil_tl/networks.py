@@ -73,10 +73,10 @@ class ImageNetwork(Network):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        fits = self.folded is not None and images.shape[-1] == self.folded_size
+        folded = self.folded if images.shape[-1] == self.folded_size else None
         images = self.normalize(images).contiguous(memory_format=self.compute.memory_format)
         with self.compute.autocast(images.device):
-            logits: Tensor = self.folded(images) if self.folded is not None and fits else self.module(images)
+            logits: Tensor = (self.module if folded is None else folded)(images)
         return logits.float()
 
 
