@@ -22,7 +22,7 @@ from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.distributed import DistInfo
 from distil_tl.errors import NonFiniteError
-from distil_tl.keyed import keyed_seed
+from distil_tl.keyed import seed_draws
 from distil_tl.log import printable
 from distil_tl.metrics import Meter
 from distil_tl.models import TransferModel
@@ -144,7 +144,7 @@ def train_epoch(
             batch = next(batches)
             # Dropout and stochastic depth draw from here; keyed, so that a resumed run draws the same. Not before the
             # batch is there: a loader that begins draws too.
-            torch.manual_seed(keyed_seed(seed, "step", run.name, stage_step, micro, info.rank))
+            seed_draws(info.device, seed, "step", run.name, stage_step, micro, info.rank)
             run.recent.append((stage_step, batch.indices))
             targets = batch.targets.to(info.device, non_blocking=True)
             valid = batch.valid.to(info.device, non_blocking=True)

@@ -105,7 +105,7 @@ class FeatureDataset(Dataset[Batch]):
         targets: np.ndarray,
     ) -> None:
         self.cache = cache
-        self.arrays = arrays
+        self.arrays = [np.asarray(array) for array in arrays]  # a memmap's own indexing costs more than the reading
         self.dtype = dtype
         self.faults = faults
         self.per_view = len(arrays) // cache.views

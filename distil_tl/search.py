@@ -26,7 +26,7 @@ from distil_tl.errors import NonFiniteError, UserError
 from distil_tl.feature_cache import FeatureDataset
 from distil_tl.features import Features
 from distil_tl.job import Job
-from distil_tl.keyed import keyed_seed
+from distil_tl.keyed import seed_draws
 from distil_tl.log import Progress, logger
 from distil_tl.networks import FeatureNetwork, Network
 from distil_tl.optim import OptimConfig, lr_factor
@@ -168,7 +168,7 @@ class _Search:
         parts = zip(*(torch.split(column, size) for column in columns), strict=True)
         steps = []
         for number, (part, target, share) in enumerate(parts, start=epoch * self.sampler.steps_per_epoch + first):
-            torch.manual_seed(keyed_seed(self.seed, "step", self.name, number, 0, 0))  # as one rank would draw
+            seed_draws(self.device, self.seed, "step", self.name, number, 0, 0)  # as one rank would draw
             factor = lr_factor(number, total, self.optim.warmup, self.optim.schedule)
             steps.append(Step(self.with_ones(self.dropout(part)), target, share, factor))
         return steps
