@@ -39,13 +39,18 @@ class Measured:
     load: float
 
 
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process as an error would, so that what it started ends with it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def run_process(command: Sequence[str], env: Mapping[str, str], log: Path, timeout: float = 3600) -> Measured:
     """Run a command to its end in a process of its own, with what it says in `log`.
 
     Raises:
         RuntimeError: it failed or took longer than `timeout` seconds; with the end of what it said.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that `_end` comes about
+    end_on_sigterm()
     load, began, clock = os.getloadavg()[0], time.time(), time.monotonic()
     with log.open("wb") as said:
         process = subprocess.Popen(

@@ -96,3 +96,15 @@ def lines(run_dir: Path, **having: Any) -> list[dict[str, Any]]:
 
     found = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in found if all(line[key] == value for key, value in having.items())]
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes whose command line names a folder, those of loader workers too."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found

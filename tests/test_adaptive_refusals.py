@@ -30,7 +30,7 @@ from tests.adaptive_jobs import (
     trials,
 )
 from tests.fake_slurm import FakeSlurm, fake_training, instead_of_slurm
-from tests.test_torchrun import processes_of
+from tests.ranks import processes_of
 
 
 @pytest.fixture

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.measure import ROOT
 from benchmarks.scale import __main__ as scale
 from benchmarks.scale import files, link, ranks, startup, traffic
 from distil_tl.data.index import scan
 from distil_tl.distributed import DistributedConfig, session
 from distil_tl.launched import read_launch
-from tests.ranks import run_ranks
+from tests.ranks import processes_of, run_ranks
 
 
 def test_a_synthetic_index_is_one_that_a_scan_could_give() -> None:
@@ -75,11 +79,16 @@ def test_without_root_there_is_no_link(monkeypatch: pytest.MonkeyPatch) -> None:
     assert link.missing() == "network namespaces need root"
 
 
-@pytest.mark.skipif(link.missing() is not None, reason=f"no link: {link.missing()}")
-def test_a_link_leaves_nothing_behind() -> None:
-    def namespaces() -> str:
-        return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+def namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
 
+
+NO_LINK = link.missing()
+needs_link = pytest.mark.skipif(NO_LINK is not None, reason=f"no link: {NO_LINK}")
+
+
+@needs_link
+def test_a_link_leaves_nothing_behind() -> None:
     with link.link(100) as made:
         shown = subprocess.run(
             [*made.prefixes[1], "tc", "qdisc", "show", "dev", made.interface],
@@ -89,6 +98,40 @@ def test_a_link_leaves_nothing_behind() -> None:
         ).stdout
         assert "rate 100Mbit" in shown
     assert f"distil-tl-{os.getpid()}-" not in namespaces()
+
+
+@needs_link
+def test_a_benchmark_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
+    options = [
+        "--parts",
+        "link",
+        "--mbit",
+        "10",
+        "--model",
+        "shufflenet_v2_x0_5",
+        "--out",
+        str(tmp_path / "found.json"),
+    ]
+    log = tmp_path / "log"
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.scale", *options, "--out", str(tmp_path / "found.json")],
+            env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while len(processes_of(tmp_path)) < 3:  # it, and a rank on each side of the link
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        finally:
+            process.terminate()
+            status = process.wait(timeout=60)
+    left = processes_of(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert status == 128 + signal.SIGTERM, log.read_text()
+    assert not left
+    assert f"distil-tl-{process.pid}-" not in namespaces()
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from distil_tl.checkpoint import Checkpoints, find_fault
 from tests.chaos import Fault, attempt, left_over_processes, small_disk
-from tests.ranks import lines, rank
+from tests.ranks import lines, processes_of, rank
 from tests.same_run import samples
-from tests.test_torchrun import ENVIRONMENT, TORCHRUN, processes_of
+from tests.test_torchrun import ENVIRONMENT, TORCHRUN
 
 WITHIN = 45  # seconds, most of them for a machine under load
 

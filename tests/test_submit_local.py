@@ -20,9 +20,8 @@ from launch import snapshot, states, submit
 from launch.records import read_record
 from tests.conftest import small_args
 from tests.fake_slurm import FakeSlurm, fake_training
-from tests.ranks import lines
+from tests.ranks import lines, processes_of
 from tests.test_submit import HERE, refusal
-from tests.test_torchrun import processes_of
 
 ROOT = Path(__file__).parents[1]
 

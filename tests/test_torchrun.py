@@ -16,23 +16,11 @@ import pytest
 
 from distil_tl.train import main
 from tests.conftest import small_args
-from tests.ranks import lines
+from tests.ranks import lines, processes_of
 
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def processes_of(run_dir: Path) -> list[int]:
-    """Processes whose command line names the run directory, those of loader workers too."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and str(run_dir).encode() in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def test_ctrl_c_leaves_no_process_and_a_run_that_goes_on(small: list[str], tmp_path: Path) -> None:

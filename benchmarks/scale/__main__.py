@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Results, Spread, markdown, say
+from benchmarks.measure import Results, Spread, end_on_sigterm, markdown, say
 from benchmarks.scale import link
 from benchmarks.scale.files import write_tree
 from benchmarks.scale.ranks import run_ranks
@@ -53,6 +53,7 @@ def parse(args: list[str]) -> argparse.Namespace:
 
 
 def benchmark(options: argparse.Namespace) -> None:
+    end_on_sigterm()
     keys = ("batches", "tree", "model", "image_size", "steps", "repeats")
     results = Results(options.out, {key: getattr(options, key) for key in keys}, fresh=options.fresh)
     with tempfile.TemporaryDirectory(prefix="distil-tl-scale-") as temporary:
