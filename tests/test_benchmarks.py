@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from benchmarks import images, measure, pipeline
 from benchmarks.measure import Measured, Results, Spread, interleaved, markdown, run_process
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import installs, ours, parity, plain, shared, trial, verdict, with_timm
+from benchmarks.peers import installs, ours, parity, picture, plain, shared, trial, verdict, with_timm
 from benchmarks.peers.job import Events, Job, Speed, lr_factor, read_events
 from distil_tl import optim
 from distil_tl.errors import UserError
@@ -235,6 +236,24 @@ def test_the_report_compares_with_the_fastest_that_was_measured_to_the_end(job: 
     assert "| to a top-1 of 0.700 | 5.0x | 10.00x | yes |" in text
 
 
+def test_the_picture_shows_where_the_time_goes(tmp_path: Path) -> None:
+    results = Results(tmp_path / "r.json", {})
+    theirs = [run(s, ("head", 1, 6.0, 0.5), ("full", 1, s - 2, 0.7)) for s in (18.0, 20.0, 30.0)]
+    assert picture.parts(theirs[0]) == [("start", 0, 2), ("head", 2, 6), ("full", 6, 16), ("end", 16, 18)]
+    assert picture.typical(theirs) == [("start", 0, 2), ("head", 2, 6), ("full", 6, 18), ("end", 18, 20)]
+    ours = run(10.0, ("head", 1, 4.0, 0.5), stage_seconds={"head": 1.0})
+    ours["events"].pop(0)  # distil_tl says how long a stage took, and not when it began
+    assert picture.parts(ours) == [("start", 0, 3), ("head", 3, 4), ("end", 4, 10)]
+    runs = [("plain, tuned", theirs), (verdict.OURS, [ours])]
+    results.content["runs"] += [{"name": name, "repeat": i, **r} for name, found in runs for i, r in enumerate(found)]
+    drawn = ElementTree.fromstring(picture.picture(results, ["plain, tuned", "timm, tuned"]))
+    assert [text.text for text in drawn.iterfind(".//{*}desc")] == [
+        "distil_tl: 10.0 s, top-1 0.500; plain, tuned: 20.0 s, top-1 0.700"
+    ]
+    widths = [float(bar.get("width", 0)) for bar in drawn.iterfind(".//{*}rect") if bar.get("height") == "20"]
+    assert [round(w / widths[0] * 3, 3) for w in widths] == [3, 1, 6, 2, 4, 12, 2]
+
+
 def test_our_command_is_one_that_distil_tl_takes(job: Job, tmp_path: Path) -> None:
     from distil_tl import config
 
@@ -258,6 +277,7 @@ def test_a_short_contest(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     content = json.loads((tmp_path / "r.json").read_text())
     assert {r["name"] for r in content["runs"]} >= {verdict.OURS, verdict.OFF, "plain, tuned", "more"}
     assert (tmp_path / "r.md").read_text().count("Goals") == 1
+    assert "distil_tl: 1.0 s" in (tmp_path / "r.svg").read_text()
     monkeypatch.setattr(peers, "run_process", None)  # nothing is left to be run
     assert peers.main(args) == 0
 

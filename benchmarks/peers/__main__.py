@@ -20,11 +20,13 @@ from benchmarks.measure import Results, Spread, environment, interleaved, run_pr
 from benchmarks.peers import ours, parity, trial, verdict
 from benchmarks.peers.installs import PEERS, interpreters
 from benchmarks.peers.job import DOCUMENTED, Job, Speed, Stage, read_events
+from benchmarks.peers.picture import picture
 from distil_tl.commands import run_command
 from distil_tl.data.demo import digits_folder
 from distil_tl.data.index import scan
 from distil_tl.distributed import available_cpus
 from distil_tl.errors import UserError
+from distil_tl.files import write_atomic
 from distil_tl.models import ModelConfig, TransferModel, build
 
 KEEP = 1.15  # a tuned peer that takes so much longer than the fastest after two rounds is not measured on
@@ -89,8 +91,9 @@ def benchmark(options: argparse.Namespace) -> None:
         contest.measure(rows, options.repeats, options.documented)
         tuned = [contest.name(peer, tuned=True) for peer in pythons]
         text = verdict.report(results, job, tuned, list(rows))
-    path = results.write_report(text)
-    sys.stdout.write(f"{text}\n{results.path}\n{path}\n")
+    path, drawn = results.write_report(text), results.path.with_suffix(".svg")
+    write_atomic(drawn, picture(results, tuned))
+    sys.stdout.write(f"{text}\n{results.path}\n{path}\n{drawn}\n")
 
 
 def make_job(options: argparse.Namespace, work: Path) -> Job:
