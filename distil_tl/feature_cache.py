@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distil_tl.data.loader import Batch, Loader
 from distil_tl.data.sampler import SampleKey
+from distil_tl.errors import UserError
 from distil_tl.files import sha256_file, write_json
 
 CHUNK = 256  # images whose features are written, and can be lost, at once
@@ -82,15 +83,37 @@ class Cache:
         write_json(path.with_suffix(".json"), note)
 
     def open(self, targets: np.ndarray) -> FeatureDataset:
+        """All of it, as images with these targets.
+
+        Raises:
+            UserError: the kernel maps no more files into this process.
+        """
         arrays, faults = [], dict[tuple[int, int], str]()
         dtype = "float32"
         for view, first in self.chunks():
             path = self.path(view, first)
             note = json.loads(path.with_suffix(".json").read_text())
             dtype = note["dtype"]
-            arrays.append(np.load(path.with_suffix(".npy"), mmap_mode="r", allow_pickle=False))
+            arrays.append(_mapped(path.with_suffix(".npy")))
             faults |= {(view, int(image)): reason for image, reason in note["faults"].items()}
         return FeatureDataset(self, arrays, getattr(torch, dtype), faults, targets)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The array in an .npy file, mapped. Unlike np.load's, the map keeps no descriptor open: there may be thousands."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        begin, size = file.tell(), os.fstat(file.fileno()).st_size
+    try:
+        content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
+    except RuntimeError as error:
+        raise UserError(
+            f"the features in {path.parent} can't be mapped into memory: {str(error).splitlines()[0]}. Leave them out "
+            f"with stages.NAME.features=off",
+            one_rank=True,
+        ) from None
+    return content[begin:].view(dtype).reshape(shape)
 
 
 class FeatureDataset(Dataset[Batch]):
@@ -105,7 +128,7 @@ class FeatureDataset(Dataset[Batch]):
         targets: np.ndarray,
     ) -> None:
         self.cache = cache
-        self.arrays = [np.asarray(array) for array in arrays]  # a memmap's own indexing costs more than the reading
+        self.arrays = arrays
         self.dtype = dtype
         self.faults = faults
         self.per_view = len(arrays) // cache.views

@@ -11,16 +11,18 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.utils.data import Sampler
 
 from distil_tl.checkpoint import weights_hash
 from distil_tl.collectives import max_over_ranks
 from distil_tl.data.device import to_device
+from distil_tl.data.faults import BadImages
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, DataConfig, ImageDataset, choose_workers, make_loader
 from distil_tl.data.sampler import SampleKey
@@ -39,7 +41,7 @@ from distil_tl.stopping import Agreement
 
 BATCH = 32  # images that the frozen part sees at once, on a CPU
 BATCH_CUDA = 256  # and there
-FORMAT = 4
+FORMAT = 5
 OF_MEMORY = 0.5  # that `auto` lets maps take of what is free: read over and over, they should stay there
 
 
@@ -53,8 +55,9 @@ def cache_key(
         "format": FORMAT,
         "weights": weights_hash(prefix.prefix),
         "code": getattr(prefix.prefix, "code", ""),
+        "layers": re.sub(r" at 0x[0-9a-f]+", "", repr(prefix.prefix)),  # with paddings, activations, epsilons
         "architecture": [type(model.module).__qualname__, getattr(library, "__version__", "")],
-        "images": index.fingerprint,
+        "images": [index.fingerprint, index.times],  # contents are not read: a file that changed has another time
         "image_size": image_size,
         "augment": augment,
         "hflip": hflip if augment != "none" else None,
@@ -76,7 +79,9 @@ def compute(
     missing: list[tuple[int, int]],
     dataset: ImageDataset,
     *,
+    split: str,
     what: str,
+    bad_images: BadImages,
     batch_size: int,
     workers: int,
     agreement: Agreement,
@@ -86,14 +91,15 @@ def compute(
     Batches are the same whichever rank computes them, so features do not depend on how many there are.
 
     Raises:
+        UserError: an image can't be used, and the policy does not leave it out, or its file can't be read now, which is
+            not kept; or the device has no memory for a batch.
         StopAgreedError: on all ranks alike. What is computed is kept.
     """
     mine = missing[info.rank :: info.world_size]
-    keys = [[SampleKey(image, view, image) for image in cache.rows(first)] for view, first in mine]
-    parts = [chunk[i : i + batch_size] for chunk in keys for i in range(0, len(chunk), batch_size)]
     pinned = info.device.type == "cuda"
-    loader = make_loader(dataset, parts, batch_size=None, workers=workers if parts else 0, pin_memory=pinned)
-    batches = to_device(loader, info.device)
+    parts = _Parts(cache, mine, batch_size)
+    loader = make_loader(dataset, parts, batch_size=None, workers=workers if mine else 0, pin_memory=pinned)
+    batches = bad_images.read(to_device(loader, info.device), split, dataset.index)
     turns = math.ceil(len(missing) / info.world_size)
     bar = Progress(f"features of {what}", turns, show=info.is_main)
     failed: OSError | None = None
@@ -101,13 +107,34 @@ def compute(
         for turn in range(turns):
             agreement.check()
             if turn < len(mine) and failed is None:
-                count = math.ceil(len(cache.rows(mine[turn][1])) / batch_size)
-                failed = _compute_chunk(info, prefix, cache, mine[turn], itertools.islice(batches, count))
+                own = itertools.islice(batches, parts.per_chunk(mine[turn]))
+                failed = _compute_chunk(info, prefix, cache, mine[turn], own)
             bar.advance()
     finally:
         bar.close()
     any_failed = max_over_ranks(info, float(failed is not None))
     return failed or (OSError("another rank could not write") if any_failed else None)
+
+
+class _Parts(Sampler[list[SampleKey]]):
+    """The batches of some chunks, made as they are asked for: keys of millions of images at once would fill memory."""
+
+    def __init__(self, cache: Cache, chunks: list[tuple[int, int]], batch_size: int) -> None:
+        self.cache = cache
+        self.chunks = chunks
+        self.batch_size = batch_size
+
+    def per_chunk(self, chunk: tuple[int, int]) -> int:
+        return math.ceil(len(self.cache.rows(chunk[1])) / self.batch_size)
+
+    def __len__(self) -> int:
+        return sum(map(self.per_chunk, self.chunks))
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for view, first in self.chunks:
+            rows = self.cache.rows(first)
+            for i in range(0, len(rows), self.batch_size):
+                yield [SampleKey(image, view, image) for image in rows[i : i + self.batch_size]]
 
 
 def _compute_chunk(
@@ -116,7 +143,15 @@ def _compute_chunk(
     """Compute a chunk and write it; the error if the disk did not take it."""
     features, faults = [], dict[int, str]()
     for batch in batches:
-        features.append(prefix(batch.images.to(info.device, non_blocking=True)).cpu())
+        try:
+            features.append(prefix(batch.images.to(info.device, non_blocking=True)).cpu())
+        except torch.OutOfMemoryError:
+            count = len(batch.images)
+            raise UserError(
+                f"the frozen part of the network needs more than the device's memory for {count} images; let it see "
+                f"fewer at once, for example with data.max_local_batch_size={max(1, count // 4)}",
+                one_rank=True,
+            ) from None
         faults |= dict(batch.faults)
     try:
         cache.write(*chunk, torch.cat(features), faults)
@@ -145,6 +180,7 @@ def open_features(
     *,
     image_size: int,
     seed: int,
+    bad_images: BadImages,
     agreement: Agreement,
 ) -> Features | None:
     """Features for a stage, whose freezing is applied, computed as far as they are not there; None to do without.
@@ -154,7 +190,7 @@ def open_features(
         record: of the stage. One that began without features goes on without.
 
     Raises:
-        UserError: the stage wants them whatever happens, and can't have them.
+        UserError: the stage wants them whatever happens, and can't have them; or an image can't be used.
         StopAgreedError: on all ranks alike.
     """
     augment = stage.augment or data.augment
@@ -165,7 +201,6 @@ def open_features(
         return None
     if stage.views is None:
         augment = "none"
-    began = time.monotonic()
     found = {}
     for split, views, how in (("train", stage.views or 1, augment), ("val", 1, "none")):
         index = splits[split]
@@ -176,14 +211,13 @@ def open_features(
         transform = train_transform(model.preprocess, image_size, how, data.hflip)
         dataset = ImageDataset(index, transform, image_size, seed=seed, stage="features")
         for_memory = stage.features == "auto" and not record.cached
-        reason = _fill(info, data, prefix, cache, dataset, what=f"{split} for stage {name}", for_memory=for_memory,
-                       agreement=agreement)  # fmt: skip
+        reason = _fill(info, data, prefix, cache, dataset, split=split, name=name, bad_images=bad_images,
+                       for_memory=for_memory, agreement=agreement)  # fmt: skip
         if reason is not None:
             _do_without(stage, name, reason)
             return None
         found[split] = cache.open(index.targets)
     record.cached = True
-    record.seconds += time.monotonic() - began
     return Features(found["train"], found["val"])
 
 
@@ -194,11 +228,14 @@ def _fill(
     cache: Cache,
     dataset: ImageDataset,
     *,
-    what: str,
+    split: str,
+    name: str,
+    bad_images: BadImages,
     for_memory: bool,
     agreement: Agreement,
 ) -> str | None:
     """Make a cache complete; the reason, on all ranks alike, why it is not."""
+    what = f"{split} for stage {name}"
     blank = torch.zeros(1, 3, dataset.image_size, dataset.image_size, dtype=torch.uint8, device=info.device)
     example = prefix(blank)
     size = example.numel() * example.element_size()
@@ -222,7 +259,8 @@ def _fill(
     else:
         batch_size = BATCH_CUDA if info.device.type == "cuda" else BATCH
         failed = compute(
-            info, prefix, cache, [(view, first) for view, first in missing], dataset, what=what,
+            info, prefix, cache, [(view, first) for view, first in missing], dataset, split=split, what=what,
+            bad_images=bad_images,
             batch_size=min(batch_size, data.max_local_batch_size or batch_size),
             workers=choose_workers(info.launch, data.workers),
             agreement=agreement,

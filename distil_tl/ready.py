@@ -53,7 +53,7 @@ def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
         record.prefix_precision = str(prefix.compute)
     features = open_features(
         info, config.data, job.model, prefix, job.splits, name, stage, record,
-        image_size=image_size, seed=config.seed, agreement=job.agreement,
+        image_size=image_size, seed=config.seed, bad_images=job.bad_images, agreement=job.agreement,
     )  # fmt: skip
     trained: Network = network
     if isinstance(parts, Split) and isinstance(prefix, Prefix):

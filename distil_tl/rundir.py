@@ -37,7 +37,7 @@ MAX_LISTED = 1000  # bad images named in summary.json; the checkpoint and the lo
 
 @dataclass
 class StageRecord:
-    """What a stage did so far. `seconds` includes its evaluations, `train_seconds` does not."""
+    """What a stage did so far. `seconds` includes getting ready and evaluations, `train_seconds` does not."""
 
     epochs: int = 0
     seconds: float = 0.0

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -211,7 +211,6 @@ def search_stage(
     search = _Search(name, stage, optim, ready.features, dropout, head, sampler, job.config.seed, info.device)
     found = search_heads(job, search)
     record.search = {**found, "seconds": time.monotonic() - began}
-    record.seconds += record.search["seconds"]
     logger.info(
         "\nsearch for stage %s: %d heads in %.1f s; lr %g with weight decay %g is best, top-1 %.4f on val",
         name, len(found["heads"]), record.search["seconds"], found["lr"], found["weight_decay"], found["top1"],
@@ -253,7 +252,7 @@ def _parts(network: Network, name: str) -> tuple[nn.Sequential, nn.Linear]:
         return layers[:-1], layers[-1]
     raise UserError(
         f"stages.{name}.search: the stage trains something else than a single linear layer on features; give it "
-        f"unfreeze=head, or leave the search out"
+        f"unfreeze=head, or, if this model's head is something else, leave the search out"
     )
 
 
@@ -264,9 +263,10 @@ def _pieces(heads: int, size: int, device: torch.device) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
-def _blocks(keys: list[SampleKey], multiple: int) -> Iterator[list[SampleKey]]:
-    size = max(1, BLOCK // multiple) * multiple
-    return (keys[i : i + size] for i in range(0, len(keys), size))
+def _blocks(keys: Iterable[SampleKey], multiple: int) -> Iterator[list[SampleKey]]:
+    size, left = max(1, BLOCK // multiple) * multiple, iter(keys)
+    while block := list(itertools.islice(left, size)):
+        yield block
 
 
 def _train(search: _Search, pieces: list[Heads], agreement: Agreement, *, show: bool) -> None:
@@ -275,7 +275,7 @@ def _train(search: _Search, pieces: list[Heads], agreement: Agreement, *, show: 
     for epoch in range(search.stage.epochs):
         search.sampler.set_position(epoch)
         done = 0
-        for keys in _blocks(list(search.sampler), search.sampler.global_batch_size):
+        for keys in _blocks(search.sampler, search.sampler.global_batch_size):
             agreement.check()
             steps = search.steps(epoch, keys, done) if pieces else []
             for heads in pieces:
@@ -290,7 +290,7 @@ def _scores(search: _Search, pieces: list[Heads], agreement: Agreement) -> list[
     """For each piece and head, top-1 and mean loss on val, from counts; None where a number was not finite."""
     sums = [torch.zeros(2, len(heads.weight), dtype=torch.float64, device=search.device) for heads in pieces]
     count = 0
-    for keys in _blocks([SampleKey(i, 0, i) for i in range(len(search.features.val))], 1):
+    for keys in _blocks((SampleKey(i, 0, i) for i in range(len(search.features.val))), 1):
         agreement.check()
         if pieces:
             features, batch = search.read(search.features.val, keys)

@@ -99,6 +99,7 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
     val_loader = eval_batches(info, data, job.splits.val, model.preprocess, image_size=image_size)
     stage, optim = known_choice(stage, job.config.optim, job.state.stages.get(name))
     info.phase = f"the beginning of stage {name}"
+    began = time.monotonic()
     try:
         ready = get_ready(job, name, stage, loader.batch_size or 1)
         if stage.search.wanted:
@@ -112,6 +113,7 @@ def run_stage(job: Job, name: str, stage: StageConfig) -> None:
     total_steps = stage.epochs * sampler.steps_per_epoch
     run = begin_stage(info, model, network, name, stage, optim, total_steps, remember=job.remembered_batches)
     settle_buckets(info, run, ready.example)
+    record.seconds += time.monotonic() - began
     record.trainable_parameters = count_trainable(job.network)
     summary.say_stage(job, name, stage, sampler)
 

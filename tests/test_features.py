@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from distil_tl import feature_cache
 from distil_tl import features as module
 from distil_tl.config import check, load
+from distil_tl.data import loader
 from distil_tl.data.index import scan
 from distil_tl.data.sampler import SampleKey
 from distil_tl.errors import UserError
@@ -295,6 +297,77 @@ def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
         model.module.get_submodule(model.heads[0]).weight.add_(1)  # type: ignore[operator]
     assert key() == keys[-1], "the head may change"
     assert key(augment="none", seed=3, hflip=False) == key(augment="none"), "where nothing is drawn"
+
+
+def test_what_a_layer_does_is_part_of_the_key_even_if_its_weights_are_the_same(folder: Path) -> None:
+    index = scan(folder / "train")
+
+    def key(padding_mode: str) -> str:
+        model, network = built("resnet18")
+        model.module.get_submodule("layer1.0.conv1").padding_mode = padding_mode  # type: ignore[assignment]
+        prefix = prefix_of(model, network)
+        return cache_key(model, prefix, index, image_size=64, augment="none", hflip=True, seed=0, views=1)
+
+    assert key("zeros") == key("zeros")
+    assert key("zeros") != key("reflect")
+
+
+def test_images_that_were_changed_in_place_have_other_features(data: Path) -> None:
+    model, network = built()
+    settings = {"image_size": 64, "augment": "none", "hflip": True, "seed": 0, "views": 1}
+    keys = []
+    for moment in (10**9, 10**9 + 1):
+        os.utime(next((data / "train").rglob("*.png")), (moment, moment))
+        keys.append(cache_key(model, prefix_of(model, network), scan(data / "train"), **settings))  # type: ignore[arg-type]
+    assert keys[0] != keys[1]
+
+
+def test_a_file_that_cannot_be_read_now_may_be_later(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = loader.decode  # type: ignore[attr-defined]
+
+    def decode(path: Path, **how: Any) -> torch.Tensor:
+        if path.name == "0040.png":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(path, **how)
+
+    args = head_args(folder, tmp_path / "run", "data.on_bad_image=skip")
+    with monkeypatch.context() as broken:
+        broken.setattr("distil_tl.data.loader.decode", decode)
+        assert main(args) == 2
+    assert "see whether its disk is there" in capsys.readouterr().err
+    assert list(cache.rglob("*.npy")), "what could be read is kept"
+    assert main(args) == 0
+    assert not summary(tmp_path / "run").get("bad_images")
+
+
+def test_a_device_that_is_too_small_says_what_to_do(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = Prefix.forward
+
+    def forward(self: Prefix, images: torch.Tensor) -> torch.Tensor:
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, images)
+
+    monkeypatch.setattr(Prefix, "forward", forward)
+    args = head_args(folder, tmp_path / "run", "precision=fp32")
+    assert main(args) == 2
+    assert "data.max_local_batch_size=2" in capsys.readouterr().err
+    assert main([*args, "data.max_local_batch_size=4"]) == 0
+
+
+def test_chunks_keep_no_file_open(tmp_path: Path, cache: Path) -> None:
+    found = Cache(tmp_path / "f", 16 * 20, 2)
+    for view, first in found.chunks():
+        found.write(view, first, torch.full((16, 3), float(first + view)), {})
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    features = found.open(np.zeros(16 * 20, dtype=np.int64))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    batch = features.__getitems__([SampleKey(17, 0, 0), SampleKey(319, 1, 1)])
+    assert batch.images.tolist() == [[16.0] * 3, [305.0] * 3]
 
 
 def test_when_they_are_wanted() -> None:

@@ -189,9 +189,8 @@ class Standardised(nn.Conv2d):
 
 def test_what_would_be_another_function_is_left_alone() -> None:
     module = Small("nothing")
-    module.conv = Standardised(3, 3, 1)
-    nn.init.constant_(module.norm.running_var, 9)  # type: ignore[arg-type]
-    assert folding(module, images(8), trains=True) == "its layers, folded, don't give what the whole does"
+    module.conv = Standardised(3, 3, 1)  # and its BatchNorm, which is new, changes nothing yet
+    assert folding(module, images(8), trains=True) == "no convolution of it has a BatchNorm alone behind it"
 
 
 def test_what_is_no_number_proves_nothing() -> None:

@@ -29,6 +29,12 @@ def parts_of(model: TransferModel, size: int = 64) -> Split:
     return found
 
 
+def test_a_linear_head_is_one_though_a_layer_that_does_nothing_is_behind_it() -> None:
+    suffix = parts_of(built("timm/regnety_002")).suffix
+    assert isinstance(suffix, nn.Sequential)
+    assert isinstance(suffix[-1], nn.Linear)
+
+
 @pytest.mark.parametrize("unfreeze", ["head", 2])
 @pytest.mark.parametrize(
     ("name", "size"),

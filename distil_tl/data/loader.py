@@ -6,7 +6,6 @@ import atexit
 import multiprocessing
 import os
 import signal
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -178,7 +177,7 @@ def warn_of_few_cpus(launch: Launch, workers: int | None) -> None:
 
 def make_loader(
     dataset: ImageDataset,
-    sampler: Sampler[SampleKey] | Sequence[Sequence[SampleKey]],
+    sampler: Sampler[SampleKey] | Sampler[list[SampleKey]],
     *,
     batch_size: int | None,
     workers: int,

@@ -112,8 +112,23 @@ def _pairs(network: fx.GraphModule) -> Iterator[tuple[str, nn.Conv2d, str, _Batc
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         conv = modules[str(before.target)]
-        if isinstance(conv, nn.Conv2d) and _calls(network, before) == 1 and _calls(network, node) == 1:
+        if not isinstance(conv, nn.Conv2d) or not _takes_weight_as_it_is(conv):
+            continue
+        if _calls(network, before) == 1 and _calls(network, node) == 1:
             yield str(before.target), conv, str(node.target), norm
+
+
+@torch.no_grad()
+def _takes_weight_as_it_is(conv: nn.Conv2d) -> bool:
+    """Whether twice the weight makes twice the maps. One that standardises it undoes what is folded into it."""
+    if type(conv).forward is nn.Conv2d.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    sides = [2 * d * k for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    maps = torch.randn(1, conv.in_channels, *sides, generator=generator).to(conv.weight)
+    bias = {} if conv.bias is None else {"bias": torch.zeros_like(conv.bias)}
+    once, twice = (functional_call(conv, {"weight": factor * conv.weight, **bias}, (maps,)) for factor in (1, 2))
+    return torch.allclose(2 * once, twice, rtol=1e-3, atol=1e-6)
 
 
 def _after(norm: _BatchNorm) -> nn.Module:

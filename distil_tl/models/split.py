@@ -130,7 +130,8 @@ def _suffix(module: nn.Module, graph: fx.Graph, where: fx.Node, folded: bool) ->
     if len(modules) == len(suffix.nodes) - 2 and all(len(n.args) == 1 and not n.kwargs for n in modules):
         in_order = all(n.args[0] is n.prev for n in modules)
         if in_order and output.args[0] in copied:  # a chain of layers, such as a dropout and a head
-            return nn.Sequential(*[found.get_submodule(str(n.target)) for n in modules])
+            layers = [found.get_submodule(str(n.target)) for n in modules]
+            return nn.Sequential(*[layer for layer in layers if not isinstance(layer, nn.Identity)])
     return found
 
 
