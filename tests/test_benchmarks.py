@@ -233,7 +233,8 @@ def test_the_report_compares_with_the_fastest_that_was_measured_to_the_end(job: 
     assert "| head stage of 2, the stage | 1.8x | 4.00x | yes |" in text
     assert "| head stage of 1, whole process | 1.0x | 1.33x | yes |" in text
     assert "| the best of 50 heads, to one | at most 1.2x | 1.10x | yes |" in text
-    assert "| to a top-1 of 0.700 | 5.0x | 10.00x | yes |" in text
+    assert "| to a top-1 of 0.700, from its whole schedule | 5.0x | 10.00x | yes |" in text
+    assert "| the same, from when it first had it | - | 9.50x | - |" in text
 
 
 def test_the_picture_shows_where_the_time_goes(tmp_path: Path) -> None:

@@ -158,11 +158,14 @@ def _goals(results: Results, job: Job, best: str, target: float) -> str:
         ratio = reference / _seconds(runs).median
         rows.append(["the same schedule", "1.5x", f"{ratio:.2f}x", _met(ratio, 1.5)])
     reached = [seconds_to(run, target) for run in results.of(SOONEST)]
+    what = f"to a top-1 of {target:.3f}, from its whole schedule"
     if reached and None not in reached:
-        ratio = reference / Spread.of([s for s in reached if s is not None]).median
-        rows.append([f"to a top-1 of {target:.3f}", "5.0x", f"{ratio:.2f}x", _met(ratio, 5.0)])
+        soonest = Spread.of([s for s in reached if s is not None]).median
+        rows.append([what, "5.0x", f"{reference / soonest:.2f}x", _met(reference / soonest, 5.0)])
+        first = [s for run in results.of(best) if (s := seconds_to(run, target)) is not None]
+        rows.append(["the same, from when it first had it", "-", f"{Spread.of(first).median / soonest:.2f}x", "-"])
     elif reached:
-        rows.append([f"to a top-1 of {target:.3f}", "5.0x", "not reached in each run", "no"])
+        rows.append([what, "5.0x", "not reached in each run", "no"])
     longest = head_epochs(job)[-1]
     fifty, one = results.of(f"{FIFTY}{longest}"), results.of(f"{HEAD_ALONE}{longest}")
     if fifty and one:
