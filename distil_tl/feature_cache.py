@@ -6,10 +6,13 @@ the same features share the work.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import secrets
 import shutil
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from distil_tl.data.loader import Batch, Loader
 from distil_tl.data.sampler import SampleKey
-from distil_tl.errors import UserError
 from distil_tl.files import sha256_file, write_json
+
+# Python's own mmap keeps a descriptor for each map before 3.13.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 CHUNK = 256  # images whose features are written, and can be lost, at once
 
@@ -86,7 +94,7 @@ class Cache:
         """All of it, as images with these targets.
 
         Raises:
-            UserError: the kernel maps no more files into this process.
+            OSError: the kernel maps no more files into this process.
         """
         arrays, faults = [], dict[tuple[int, int], str]()
         dtype = "float32"
@@ -100,20 +108,24 @@ class Cache:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    """The array in an .npy file, mapped. Unlike np.load's, the map keeps no descriptor open: there may be thousands."""
+    """The array in an .npy file, mapped. Unlike np.load's, the map keeps no descriptor open: there may be thousands.
+
+    Raises:
+        OSError: it can't be mapped.
+    """
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         begin, size = file.tell(), os.fstat(file.fileno()).st_size
-    try:
-        content = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
-    except RuntimeError as error:
-        raise UserError(
-            f"the features in {path.parent} can't be mapped into memory: {str(error).splitlines()[0]}. Leave them out "
-            f"with stages.NAME.features=off",
-            one_rank=True,
-        ) from None
-    return content[begin:].view(dtype).reshape(shape)
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    content = (ctypes.c_ubyte * size).from_address(address)
+    weakref.finalize(content, _libc.munmap, address, size).atexit = False
+    array: np.ndarray = np.frombuffer(memoryview(content), dtype, offset=begin)
+    array = array.reshape(shape, order="F" if fortran else "C")
+    array.flags.writeable = False  # nor is the memory
+    return array
 
 
 class FeatureDataset(Dataset[Batch]):
@@ -136,6 +148,10 @@ class FeatureDataset(Dataset[Batch]):
 
     def __len__(self) -> int:
         return self.cache.length
+
+    def bad(self) -> dict[int, str]:
+        """Images that can't be used in one view or another, with the reason."""
+        return {image: reason for (_, image), reason in self.faults.items()}
 
     def example(self, count: int) -> Tensor:
         """A batch [count, ...] of this shape and type, for a trial."""

@@ -201,13 +201,19 @@ def open_features(
         return None
     if stage.views is None:
         augment = "none"
+
+    def key_for(split: str, index: Index, augment: str, views: int) -> str:
+        def named() -> str:
+            return cache_key(model, prefix, index, image_size=image_size, augment=augment, hflip=data.hflip,
+                             seed=seed, views=views)  # fmt: skip
+
+        return str(on_rank_zero(info, f"naming the features of {split} for stage {name}", named))
+
     found = {}
     for split, views, how in (("train", stage.views or 1, augment), ("val", 1, "none")):
         index = splits[split]
         assert index is not None
-        key = cache_key(model, prefix, index, image_size=image_size, augment=how, hflip=data.hflip, seed=seed,
-                        views=views)  # fmt: skip
-        cache = Cache(cache_dir() / "features" / key, len(index), views)
+        cache = Cache(cache_dir() / "features" / key_for(split, index, how, views), len(index), views)
         transform = train_transform(model.preprocess, image_size, how, data.hflip)
         dataset = ImageDataset(index, transform, image_size, seed=seed, stage="features")
         for_memory = stage.features == "auto" and not record.cached
@@ -216,7 +222,12 @@ def open_features(
         if reason is not None:
             _do_without(stage, name, reason)
             return None
-        found[split] = cache.open(index.targets)
+        mapped = _open(info, cache, index)
+        if isinstance(mapped, str):
+            _do_without(stage, name, mapped)
+            return None
+        bad_images.meet(mapped.bad().items(), split, index)
+        found[split] = mapped
     record.cached = True
     return Features(found["train"], found["val"])
 
@@ -271,6 +282,18 @@ def _fill(
     if max_over_ranks(info, float(not all(cache.is_there(*chunk) for chunk in cache.chunks()))):
         return f"not all ranks find them in {cache.folder}; let DISTIL_TL_CACHE be on shared storage"
     return None
+
+
+def _open(info: DistInfo, cache: Cache, index: Index) -> FeatureDataset | str:
+    """The features; or, on all ranks alike, why a rank can't have them in its memory."""
+    mapped, reason = None, ""
+    try:
+        mapped = cache.open(index.targets)
+    except OSError as error:
+        reason = f": {error.strerror or error}"
+    if max_over_ranks(info, float(mapped is None)) or mapped is None:
+        return f"they can't be mapped from {cache.folder} into memory{reason}"
+    return mapped
 
 
 def _gb(size: float) -> str:

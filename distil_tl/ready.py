@@ -92,7 +92,8 @@ def _for_prefix(
     if record.prefix_precision is not None:
         return Compute.parse(record.prefix_precision)
     size = job.image_size(stage)
-    images = any_images(BATCH_CUDA if job.info.device.type == "cuda" else TRIAL, size, job.info.device)
+    at_once = min(BATCH_CUDA, job.config.data.max_local_batch_size or BATCH_CUDA)
+    images = any_images(at_once if job.info.device.type == "cuda" else TRIAL, size, job.info.device)
     count, val = len(job.splits.train), len(job.splits.val)
     augment = stage.augment or job.config.data.augment
     cached = wants_features(stage, augment)

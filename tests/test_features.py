@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -368,6 +369,35 @@ def test_chunks_keep_no_file_open(tmp_path: Path, cache: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     batch = features.__getitems__([SampleKey(17, 0, 0), SampleKey(319, 1, 1)])
     assert batch.images.tolist() == [[16.0] * 3, [305.0] * 3]
+    assert not any(array.flags.writeable for array in features.arrays)
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 2, 2), (1, 3, 5, 1)])  # the second lies in Fortran's order
+def test_a_chunk_is_read_as_it_was_written(tmp_path: Path, cache: Path, shape: tuple[int, ...]) -> None:
+    content = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    found = Cache(tmp_path / "f", shape[0], 1)
+    found.write(0, 0, content, {})
+    assert np.array_equal(found.open(np.zeros(shape[0])).arrays[0], content.numpy())
+
+
+def test_memory_that_does_not_take_them_is_a_reason_to_do_without(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(feature_cache._libc, "mmap", lambda *args: ctypes.c_void_p(-1).value)
+    assert main(head_args(folder, tmp_path / "auto")) == 0
+    assert summary(tmp_path / "auto")["stages"]["head"]["cached"] is False
+    assert main(head_args(folder, tmp_path / "on", "stages.head.features=on")) == 2
+    assert "they can't be mapped from" in capsys.readouterr().err
+
+
+def test_a_bad_image_is_known_from_features_that_are_found(data: Path, tmp_path: Path, cache: Path) -> None:
+    bad = data / "train" / "noise" / "0001.png"
+    bad.write_bytes(b"no image")
+    for name in ("first", "second"):
+        args = head_args(data, tmp_path / name, "data.on_bad_image=skip", "stages.full.epochs=0")
+        assert main(args) == 0
+        assert summary(tmp_path / name)["bad_images"]["train"]["count"] == 1
+    assert main(head_args(data, tmp_path / "third", "stages.full.epochs=0")) == 2
 
 
 def test_when_they_are_wanted() -> None:

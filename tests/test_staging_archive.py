@@ -69,11 +69,12 @@ def test_a_tar_file_is_a_folder(
     (place,) = folders_of(near)
     assert place.name.startswith("a-")
     config = DataConfig(root=str(archive), stage_to=str(near))
-    open_splits(ALONE, config)
+    before = open_splits(ALONE, config).train
     assert "where they were already" in capsys.readouterr().out
     next(place.rglob("*.png")).unlink()
-    open_splits(ALONE, config)
+    after = open_splits(ALONE, config).train
     assert "images: 83 files, " in capsys.readouterr().out
+    assert (before.fingerprint, before.times) == (after.fingerprint, after.times), "so that features are found again"
 
 
 def test_two_nodes_unpack_and_a_run_goes_on_from_a_tar_file_only_with_the_same_images(

@@ -31,19 +31,23 @@ class BadImages:
             UserError: an image can't be used, and the policy is `error`; named by path and class.
         """
         for batch in batches:
-            for i, reason in batch.faults:
-                path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
-                unreadable = reason.startswith(UNREADABLE)
-                if self.policy == "error" or unreadable:
-                    way_out = "Repair or remove it, or leave such images out with data.on_bad_image=skip"
-                    if unreadable:
-                        way_out = "That is no fault of the image, so it is not left out; see whether its disk is there"
-                    raise UserError(f"can't use the image {path} of class {name}: {reason}. {way_out}", one_rank=True)
-                met = self.found.setdefault(split, {})
-                if index.relative(i) not in met:
-                    logger.warning("left out the image %s of class %s: %s", path, name, reason)
-                    met[index.relative(i)] = reason
+            self.meet(batch.faults, split, index)
             yield batch
+
+    def meet(self, faults: Iterable[tuple[int, str]], split: str, index: Index) -> None:
+        """Apply the policy to bad images, by their places in the index, with the reasons. Raises as `read` does."""
+        for i, reason in faults:
+            path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
+            unreadable = reason.startswith(UNREADABLE)
+            if self.policy == "error" or unreadable:
+                way_out = "Repair or remove it, or leave such images out with data.on_bad_image=skip"
+                if unreadable:
+                    way_out = "That is no fault of the image, so it is not left out; see whether its disk is there"
+                raise UserError(f"can't use the image {path} of class {name}: {reason}. {way_out}", one_rank=True)
+            met = self.found.setdefault(split, {})
+            if index.relative(i) not in met:
+                logger.warning("left out the image %s of class %s: %s", path, name, reason)
+                met[index.relative(i)] = reason
 
     def refuse_none_left(self, counted: int, split: str, index: Index) -> None:
         """Raises UserError when nothing was counted, over all ranks: not one image read of a split could be used."""

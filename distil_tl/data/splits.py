@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 import zlib
@@ -107,6 +108,10 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
                 f"{root / 'train'} has {len(scanned['train'])} images, fewer than one global batch; set "
                 f"data.global_batch_size to at most that"
             )
+        if archive:  # its files were written just now, and on each node at another time
+            changed = archive.stat()
+            digest = hashlib.sha256(f"{archive.name} {changed.st_size} {changed.st_mtime_ns}".encode()).hexdigest()
+            scanned = {split: replace(index, times=digest) for split, index in scanned.items()}
         return scanned
 
     try:
