@@ -102,16 +102,7 @@ def test_a_link_leaves_nothing_behind() -> None:
 
 @needs_link
 def test_a_benchmark_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
-    options = [
-        "--parts",
-        "link",
-        "--mbit",
-        "10",
-        "--model",
-        "shufflenet_v2_x0_5",
-        "--out",
-        str(tmp_path / "found.json"),
-    ]
+    options = ["--parts", "link", "--mbit", "10", "--model", "shufflenet_v2_x0_5"]
     log = tmp_path / "log"
     with log.open("wb") as said:
         process = subprocess.Popen(

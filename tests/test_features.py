@@ -360,26 +360,6 @@ def test_a_device_that_is_too_small_says_what_to_do(
     assert main([*args, "data.max_local_batch_size=4"]) == 0
 
 
-def test_chunks_keep_no_file_open(tmp_path: Path, cache: Path) -> None:
-    found = Cache(tmp_path / "f", 16 * 20, 2)
-    for view, first in found.chunks():
-        found.write(view, first, torch.full((16, 3), float(first + view)), {})
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    features = found.open(np.zeros(16 * 20, dtype=np.int64))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-    batch = features.__getitems__([SampleKey(17, 0, 0), SampleKey(319, 1, 1)])
-    assert batch.images.tolist() == [[16.0] * 3, [305.0] * 3]
-    assert not any(array.flags.writeable for array in features.arrays)
-
-
-@pytest.mark.parametrize("shape", [(16, 3, 2, 2), (1, 3, 5, 1)])  # the second lies in Fortran's order
-def test_a_chunk_is_read_as_it_was_written(tmp_path: Path, cache: Path, shape: tuple[int, ...]) -> None:
-    content = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    found = Cache(tmp_path / "f", shape[0], 1)
-    found.write(0, 0, content, {})
-    assert np.array_equal(found.open(np.zeros(shape[0])).arrays[0], content.numpy())
-
-
 def test_memory_that_does_not_take_them_is_a_reason_to_do_without(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
