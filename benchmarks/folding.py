@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 
 from distil_tl.models import ModelConfig, build
-from distil_tl.models.fold import ConvNorm
-from distil_tl.networks import ImageNetwork, any_images
-from distil_tl.precision import Compute
-from distil_tl.stages import StageConfig, apply_stage
+from distil_tl.models.graph.fold_batchnorm import ConvNorm
+from distil_tl.training.network import ImageNetwork, any_images
+from distil_tl.training.precision import Compute
+from distil_tl.training.stage import StageConfig, apply_stage
 
 MODELS = ["timm/tf_efficientnet_lite0", "mobilenet_v2", "resnet18", "resnet50"]
 ROUNDS = 9

@@ -30,7 +30,7 @@ from PIL import Image
 from distil_tl.data import decode as decoding
 from distil_tl.data.decode import decode_bytes
 from distil_tl.data.index import scan
-from distil_tl.data.shrink import smaller
+from distil_tl.data.resize import smaller
 from distil_tl.data.transforms import Preprocess, train_transform
 
 ROUNDS = 9

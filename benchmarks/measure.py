@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from distil_tl.distributed import available_cpus
-from distil_tl.errors import UserError
-from distil_tl.files import write_atomic, write_json
-from distil_tl.rundir import git_state
+from distil_tl.distributed.process_group import available_cpus
+from distil_tl.rundir.directory import git_state
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import write_atomic, write_json
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")

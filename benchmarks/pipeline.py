@@ -17,19 +17,19 @@ import torch
 
 from benchmarks.images import write_images
 from benchmarks.measure import Results, Spread, environment, interleaved, markdown, run_process, say
-from distil_tl.commands import run_command
 from distil_tl.data.loader import Batch, DataConfig
 from distil_tl.data.splits import open_splits, train_batches
-from distil_tl.distributed import DistInfo, DistributedConfig, available_cpus, session
-from distil_tl.engine import begin_stage, train_epoch
-from distil_tl.errors import UserError
-from distil_tl.launched import read_launch
-from distil_tl.metrics import Meter
+from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.process_group import DistInfo, DistributedConfig, available_cpus, session
 from distil_tl.models import ModelConfig, build
-from distil_tl.networks import ImageNetwork
-from distil_tl.optim import OptimConfig
-from distil_tl.precision import usual_way
-from distil_tl.stages import StageConfig
+from distil_tl.training.metrics import Meter
+from distil_tl.training.network import ImageNetwork
+from distil_tl.training.optim import OptimConfig
+from distil_tl.training.precision import usual_way
+from distil_tl.training.stage import StageConfig
+from distil_tl.training.step import begin_stage, train_epoch
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import UserError
 
 MODES = ("loader", "synthetic", "both")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distil_tl.version import __version__
+from distil_tl.utils.version import __version__
 
 if TYPE_CHECKING:
     from distil_tl.inference import Trained
@@ -27,7 +27,7 @@ def load(run_dir: str | Path, checkpoint: str = "best") -> Trained:
         checkpoint: `best`, `last`, or the name of a folder in RUN_DIR/checkpoints.
 
     Raises:
-        distil_tl.errors.UserError: there is no such run or checkpoint, or it is damaged.
+        distil_tl.utils.errors.UserError: there is no such run or checkpoint, or it is damaged.
     """
     from distil_tl.inference import load_trained  # torch takes seconds to import, and the version needs none of it
 

@@ -14,17 +14,17 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.checkpoint import CheckpointConfig
 from distil_tl.data.loader import DataConfig, fitting_world_sizes
-from distil_tl.data.staging import archive_problem, data_name
-from distil_tl.distributed import DistributedConfig
-from distil_tl.errors import UserError, did_you_mean
+from distil_tl.data.local_copy import archive_problem, data_name
+from distil_tl.distributed.process_group import DistributedConfig
 from distil_tl.models import ModelConfig, resolve_weights
-from distil_tl.optim import OptimConfig
-from distil_tl.precision import COMPILE, PRECISIONS
-from distil_tl.settings import apply, flatten, is_file, parse_overrides, plain, read_yaml, refuse, to_object
-from distil_tl.stages import StageConfig, default_stages, wants_features
-from distil_tl.tracking import TrackingConfig
+from distil_tl.rundir.checkpoint import CheckpointConfig
+from distil_tl.tracking.tracker import TrackingConfig
+from distil_tl.training.optim import OptimConfig
+from distil_tl.training.precision import COMPILE, PRECISIONS
+from distil_tl.training.stage import StageConfig, default_stages, wants_features
+from distil_tl.utils.args import apply, flatten, is_file, parse_overrides, plain, read_yaml, refuse, to_object
+from distil_tl.utils.errors import UserError, did_you_mean
 
 
 @dataclass

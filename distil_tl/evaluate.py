@@ -8,21 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distil_tl import config as configuration
-from distil_tl.commands import leave, run_command
+from distil_tl.data.bad_images import BadImages
 from distil_tl.data.device import to_device
-from distil_tl.data.faults import BadImages
 from distil_tl.data.index import Index, scan
 from distil_tl.data.splits import SPLITS, data_root, eval_batches, share_indexes
-from distil_tl.distributed import session
-from distil_tl.errors import UserError
-from distil_tl.evaluation import evaluate
-from distil_tl.files import write_json
+from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.process_group import session
 from distil_tl.inference import restore
-from distil_tl.launched import read_launch
-from distil_tl.log import logger, printable, setup_console, table
-from distil_tl.networks import ImageNetwork
-from distil_tl.precision import usual_way
-from distil_tl.summary import evaluation
+from distil_tl.training.console import evaluation
+from distil_tl.training.evaluation import evaluate
+from distil_tl.training.network import ImageNetwork
+from distil_tl.training.precision import usual_way
+from distil_tl.utils.command import leave, run_command
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import write_json
+from distil_tl.utils.log import logger, printable, setup_console, table
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -8,13 +8,13 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor, nn
 
-from distil_tl import checkpoint as ckpt
-from distil_tl.checkpoint import Checkpoints, find_fault
 from distil_tl.config import Config, load
 from distil_tl.data.decode import decode, to_tensor
 from distil_tl.data.transforms import Normalize, Preprocess, View, eval_transform
-from distil_tl.errors import UserError
 from distil_tl.models import TransferModel, build
+from distil_tl.rundir import checkpoint as ckpt
+from distil_tl.rundir.checkpoint import Checkpoints, find_fault
+from distil_tl.utils.errors import UserError
 
 
 class Transform:

@@ -16,31 +16,32 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distil_tl import checkpoint, summary
 from distil_tl import config as configuration
-from distil_tl.checkpoint import Position
-from distil_tl.commands import leave, run_command
 from distil_tl.config import Config
 from distil_tl.data.device import to_device
+from distil_tl.data.feature_cache import feature_loader
 from distil_tl.data.loader import Loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import bring_near, eval_batches, open_splits, train_batches
-from distil_tl.distributed import on_rank_zero, once_per_node, session
-from distil_tl.engine import StageRun, begin_stage, check_finite, settle_buckets, train_epoch
-from distil_tl.errors import PreemptedError
-from distil_tl.evaluation import Evaluation, evaluate
-from distil_tl.feature_cache import feature_loader
-from distil_tl.job import Job, open_job
-from distil_tl.launched import read_launch
-from distil_tl.log import Progress, logger, setup_console
-from distil_tl.metrics import Meter
+from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.preemption import Request, StopAgreedError, StopRequest
+from distil_tl.distributed.process_group import on_rank_zero, once_per_node, session
 from distil_tl.models import build, prepare_weights
-from distil_tl.ready import get_ready
 from distil_tl.report import write_report
-from distil_tl.rundir import Start, find_start
-from distil_tl.search import known_choice, search_stage
-from distil_tl.stages import StageConfig, check_stages, count_trainable
-from distil_tl.stopping import Request, StopAgreedError, StopRequest
+from distil_tl.run import Job, open_job
+from distil_tl.rundir import checkpoint
+from distil_tl.rundir.checkpoint import Position
+from distil_tl.rundir.directory import Start, find_start
+from distil_tl.training import console as summary
+from distil_tl.training.evaluation import Evaluation, evaluate
+from distil_tl.training.head_search import known_choice, search_stage
+from distil_tl.training.metrics import Meter
+from distil_tl.training.stage import StageConfig, check_stages, count_trainable
+from distil_tl.training.stage_setup import get_ready
+from distil_tl.training.step import StageRun, begin_stage, check_finite, settle_buckets, train_epoch
+from distil_tl.utils.command import leave, run_command
+from distil_tl.utils.errors import PreemptedError
+from distil_tl.utils.log import Progress, logger, setup_console
 
 IN_FULL: dict[str, Any] = {"confusion": True, "keep_mistakes": 50}
 

@@ -14,18 +14,18 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from distil_tl.attempt import Attempt, is_alive, read_attempt
-from distil_tl.commands import run_command
-from distil_tl.errors import UserError
-from distil_tl.files import write_atomic
-from distil_tl.log import setup_console
-from distil_tl.settings import read_yaml, refuse, to_yaml
-from launch import options
-from launch.options import say
+from distil_tl.rundir.lock import Attempt, is_alive, read_attempt
+from distil_tl.utils.args import read_yaml, refuse, to_yaml
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import write_atomic
+from distil_tl.utils.log import setup_console
+from launch import args as options
+from launch.args import say
 from launch.snapshot import snapshot_path, take_snapshot
 from launch.submit import CLUSTERS, make_private
 from launch.sweep import Spec, make_plan, read_spec, refuse_other_sweep
-from launch.trials import Sweep, Trial
+from launch.sweep_file import Sweep, Trial
 
 CLAIM = "search.json"  # of the process that searches
 POLL_S = {"slurm": 15.0, "local": 2.0}
@@ -63,7 +63,7 @@ def search(
         import optuna  # noqa: F401
     except ImportError:
         raise UserError("launch.adaptive needs Optuna: pip install 'distil_tl[optuna]'") from None
-    from launch.search import Driver, open_study
+    from launch.optuna_driver import Driver, open_study
 
     spec = read_spec("launch.adaptive", args, dir)
     wanted = trials if trials is not None else spec.sweep.count or 0

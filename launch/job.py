@@ -7,8 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distil_tl.errors import EXIT_PREEMPTED
-from launch.queue import SlurmUnavailableError, requeue, state_of
+from distil_tl.utils.errors import EXIT_PREEMPTED
+from launch.squeue import SlurmUnavailableError, requeue, state_of
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from distil_tl.files import write_json
+from distil_tl.utils.files import write_json
 
 RECORD = "submitted.json"
 SWEEP = "sweep.json"  # of a whole sweep: its trials, and what they set; `earlier` ones are no longer in it

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from distil_tl.files import write_atomic
-from distil_tl.rundir import git_state
+from distil_tl.rundir.directory import git_state
+from distil_tl.utils.files import write_atomic
 
 PACKAGES = ("distil_tl", "launch")
 SNAPSHOT = "snapshot.json"

@@ -17,15 +17,15 @@ from pathlib import Path
 from time import sleep
 from typing import Any
 
-from distil_tl.attempt import FILE as ATTEMPT
-from distil_tl.commands import run_command
-from distil_tl.errors import UserError
-from distil_tl.files import json_safe
-from distil_tl.log import printable, setup_console, table
-from launch.queue import QueuedJob, SlurmUnavailableError, queued
+from distil_tl.rundir.lock import FILE as ATTEMPT
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import json_safe
+from distil_tl.utils.log import printable, setup_console, table
 from launch.records import RECORD, read_sweep_record
-from launch.states import STATES, Standing, loss_of, number, stand
-from launch.trials import Values
+from launch.run_status import STATES, Standing, loss_of, number, stand
+from launch.squeue import QueuedJob, SlurmUnavailableError, queued
+from launch.sweep_file import Values
 
 OVER = ("completed", "failed", "stopped", "pruned")
 WAITS = ("pending", "requeued")

@@ -20,24 +20,24 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl import config as configuration
-from distil_tl.attempt import FILE as ATTEMPT
-from distil_tl.attempt import read_attempt
-from distil_tl.commands import run_command
 from distil_tl.config import Config
-from distil_tl.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
-from distil_tl.files import write_atomic
-from distil_tl.log import setup_console
 from distil_tl.models import missing_weights
-from distil_tl.rundir import find_start
-from distil_tl.settings import refuse, to_yaml
-from launch import options
+from distil_tl.rundir.directory import find_start
+from distil_tl.rundir.lock import FILE as ATTEMPT
+from distil_tl.rundir.lock import read_attempt
+from distil_tl.utils.args import refuse, to_yaml
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
+from distil_tl.utils.files import write_atomic
+from distil_tl.utils.log import setup_console
+from launch import args as options
+from launch.args import say
 from launch.job import Training
-from launch.options import say
-from launch.queue import SlurmUnavailableError, queued
 from launch.records import read_record, record
-from launch.resources import SlurmConfig
+from launch.run_status import is_starting
+from launch.slurm_config import SlurmConfig
 from launch.snapshot import snapshot_path, take_snapshot
-from launch.states import is_starting
+from launch.squeue import SlurmUnavailableError, queued
 
 CLUSTERS = ("slurm", "local", "debug")
 

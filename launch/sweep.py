@@ -16,22 +16,22 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distil_tl import config as configuration
-from distil_tl.commands import run_command
 from distil_tl.config import Config, unsafe_changes
-from distil_tl.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
-from distil_tl.files import write_atomic, write_json
-from distil_tl.log import setup_console
-from distil_tl.settings import is_file, overlay, plain, to_yaml
-from launch import options
+from distil_tl.utils.args import is_file, overlay, plain, to_yaml
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
+from distil_tl.utils.files import write_atomic, write_json
+from distil_tl.utils.log import setup_console
+from launch import args as options
+from launch.args import say
 from launch.job import Training
-from launch.options import say
-from launch.queue import QueuedJob, SlurmUnavailableError, queued
 from launch.records import RECORD, SWEEP, read_record, read_sweep_record, record
-from launch.resources import SlurmConfig
+from launch.run_status import Standing, stand
+from launch.slurm_config import SlurmConfig
 from launch.snapshot import take_snapshot
-from launch.states import Standing, stand
+from launch.squeue import QueuedJob, SlurmUnavailableError, queued
 from launch.submit import CLUSTERS, describe, executor_for, make_private, preflight, script, start, wait_here
-from launch.trials import Sweep, Trial, Values, as_arguments, read_sweep, same_keys
+from launch.sweep_file import Sweep, Trial, Values, as_arguments, read_sweep, same_keys
 
 COMMON = "common.yaml"
 

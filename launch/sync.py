@@ -16,14 +16,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from distil_tl.attempt import FILE as ATTEMPT
-from distil_tl.attempt import is_alive, read_attempt
-from distil_tl.commands import run_command
-from distil_tl.errors import EXIT_FAULT, UserError
-from distil_tl.log import setup_console
-from distil_tl.tracking import Mirror, WandbConfig, wandb_task
-from distil_tl.wandb_mirror import Marks, Rows, Task, segments, wandb_id
-from launch.options import say
+from distil_tl.rundir.lock import FILE as ATTEMPT
+from distil_tl.rundir.lock import is_alive, read_attempt
+from distil_tl.tracking.tracker import Mirror, WandbConfig, wandb_task
+from distil_tl.tracking.wandb.process import Marks, Rows, Task, segments, wandb_id
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import EXIT_FAULT, UserError
+from distil_tl.utils.log import setup_console
+from launch.args import say
 from launch.status import find_runs
 
 

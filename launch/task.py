@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from distil_tl.commands import leave
+from distil_tl.utils.command import leave
+from launch.args import split
 from launch.job import train_and_requeue
-from launch.options import split
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.fake_slurm import FakeSlurm, instead_of_slurm
-from tests.slurm_cluster import Cluster, brought_up
-from tests.wandb_server import Server, serving
+from tests.helpers.fake_slurm import FakeSlurm, instead_of_slurm
+from tests.helpers.slurm_cluster import Cluster, brought_up
+from tests.helpers.wandb_server import Server, serving
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from distil_tl.config import Config, check, load, run_name, unsafe_changes, usage
-from distil_tl.errors import UserError
-from distil_tl.settings import flatten, plain, to_yaml
-from distil_tl.stages import default_stages
+from distil_tl.training.stage import default_stages
+from distil_tl.utils.args import flatten, plain, to_yaml
+from distil_tl.utils.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 
 from distil_tl.train import main
 from tests.conftest import make_folder
-from tests.ranks import run_ranks, train
+from tests.helpers.ranks import run_ranks, train
 
 
 def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -69,7 +69,7 @@ def test_a_run_directory_that_cannot_be_opened_is_said_in_a_sentence(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("distil_tl.attempt.write_json", full)
+    monkeypatch.setattr("distil_tl.rundir.lock.write_json", full)
     assert main([*small, f"run_dir={tmp_path}/run"]) == 1
     assert f"can't write {tmp_path}/run: No space left on device" in capsys.readouterr().err
 

@@ -21,13 +21,13 @@ from benchmarks.peers import ours, parity, trial, verdict
 from benchmarks.peers.installs import PEERS, interpreters
 from benchmarks.peers.job import DOCUMENTED, Job, Speed, Stage, read_events
 from benchmarks.peers.picture import picture
-from distil_tl.commands import run_command
-from distil_tl.data.demo import digits_folder
+from distil_tl.data.digits import digits_folder
 from distil_tl.data.index import scan
-from distil_tl.distributed import available_cpus
-from distil_tl.errors import UserError
-from distil_tl.files import write_atomic
+from distil_tl.distributed.process_group import available_cpus
 from distil_tl.models import ModelConfig, TransferModel, build
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import write_atomic
 
 KEEP = 1.15  # a tuned peer that takes so much longer than the fastest after two rounds is not measured on
 

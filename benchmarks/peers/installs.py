@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 
 from benchmarks.measure import say
-from distil_tl.errors import UserError
+from distil_tl.utils.errors import UserError
 
 # name: (module that runs it, what to install for it beside what distil_tl has)
 PEERS = {

@@ -14,10 +14,10 @@ from distil_tl.data.index import Index, scan
 from distil_tl.data.loader import ImageDataset
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import eval_transform
-from distil_tl.errors import UserError
 from distil_tl.models import ModelConfig, build
-from distil_tl.networks import ImageNetwork
-from distil_tl.precision import Compute
+from distil_tl.training.network import ImageNetwork
+from distil_tl.training.precision import Compute
+from distil_tl.utils.errors import UserError
 
 IMAGES = 32
 # Pillow rounds between the two directions of a resize, and tensors are rounded once.

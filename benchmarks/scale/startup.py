@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.scale.files import synthetic_index
-from distil_tl.collectives import gather_objects
 from distil_tl.data.loader import ImageDataset, make_loader
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import share_indexes
 from distil_tl.data.transforms import Preprocess, eval_transform
-from distil_tl.distributed import DistInfo, DistributedConfig, session
-from distil_tl.launched import read_launch
+from distil_tl.distributed.collectives import gather_objects
+from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.process_group import DistInfo, DistributedConfig, session
 
 SIZE, BATCH, WORKERS = 8, 512, 2
 

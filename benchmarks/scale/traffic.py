@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from distil_tl.collectives import gather_objects
 from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
-from distil_tl.distributed import DistInfo, DistributedConfig, session
-from distil_tl.engine import begin_stage, train_epoch
-from distil_tl.launched import read_launch
-from distil_tl.metrics import Meter
+from distil_tl.distributed.collectives import gather_objects
+from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.process_group import DistInfo, DistributedConfig, session
 from distil_tl.models import ModelConfig, TransferModel, build
-from distil_tl.networks import ImageNetwork
-from distil_tl.optim import OptimConfig
-from distil_tl.precision import usual_way
-from distil_tl.stages import StageConfig, count_trainable
+from distil_tl.training.metrics import Meter
+from distil_tl.training.network import ImageNetwork
+from distil_tl.training.optim import OptimConfig
+from distil_tl.training.precision import usual_way
+from distil_tl.training.stage import StageConfig, count_trainable
+from distil_tl.training.step import begin_stage, train_epoch
 
 CLASSES = 10
 

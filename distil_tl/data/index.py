@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from distil_tl.errors import UserError, did_you_mean
-from distil_tl.shared_arrays import SharedArrays
+from distil_tl.distributed.shared_memory import SharedArrays
+from distil_tl.utils.errors import UserError, did_you_mean
 
 # The very list of torchvision.datasets.ImageFolder, so that both see the same images.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

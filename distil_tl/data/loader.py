@@ -17,10 +17,10 @@ from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import AUGMENTATIONS, View
-from distil_tl.distributed import available_cpus, cpus_of_rank
-from distil_tl.keyed import keyed_seed
-from distil_tl.launched import Launch
-from distil_tl.log import logger
+from distil_tl.distributed.launch_env import Launch
+from distil_tl.distributed.process_group import available_cpus, cpus_of_rank
+from distil_tl.utils.log import logger
+from distil_tl.utils.rng import keyed_seed
 
 UNREADABLE = "the file can't be read"
 ON_BAD_IMAGE = ("error", "skip")

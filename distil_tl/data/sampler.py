@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DistributedSampler
 
-from distil_tl.keyed import keyed_seed
+from distil_tl.utils.rng import keyed_seed
 
 
 class SampleKey(NamedTuple):

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_tl.collectives import share_arrays
-from distil_tl.data.demo import digits_folder
+from distil_tl.data.digits import digits_folder
 from distil_tl.data.index import Index, differences, scan
 from distil_tl.data.loader import (
     DataConfig,
@@ -24,13 +23,14 @@ from distil_tl.data.loader import (
     plan_batches,
     warn_of_few_cpus,
 )
+from distil_tl.data.local_copy import stage_archive, stage_folder
 from distil_tl.data.sampler import EvalSampler, TrainSampler
-from distil_tl.data.staging import stage_archive, stage_folder
 from distil_tl.data.transforms import Preprocess, eval_transform, train_transform
-from distil_tl.distributed import DistInfo, on_rank_zero
-from distil_tl.errors import UserError
-from distil_tl.files import write_atomic
-from distil_tl.log import logger, printable
+from distil_tl.distributed.collectives import share_arrays
+from distil_tl.distributed.process_group import DistInfo, on_rank_zero
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import write_atomic
+from distil_tl.utils.log import logger, printable
 
 SPLITS = ("train", "val", "test")
 

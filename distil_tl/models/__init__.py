@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distil_tl.models.config import ModelConfig, resolve_weights
-from distil_tl.models.groups import LayerGroup
+from distil_tl.models.layer_groups import LayerGroup
 from distil_tl.models.transfer import (
     TransferModel,
     WeightsInfo,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from distil_tl.errors import did_you_mean
 from distil_tl.models import timm_models, torchvision_models
-from distil_tl.models.files import SUFFIXES
-from distil_tl.models.packages import PACKAGES
+from distil_tl.models.weight_packages import PACKAGES
+from distil_tl.models.weights import SUFFIXES
+from distil_tl.utils.errors import did_you_mean
 
 KEYWORDS = ("auto", "default", "none", "package")
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from distil_tl.keyed import keyed_seed
+from distil_tl.utils.rng import keyed_seed
 
 # As in DINOv2's linear probes (Oquab et al., 2023): small enough that the first predictions are near uniform.
 HEAD_STD = 0.01

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from distil_tl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from distil_tl.errors import UserError, did_you_mean
-from distil_tl.models.groups import LayerGroup, groups_from_parameters, top_level_parts
 from distil_tl.models.head import seeded
+from distil_tl.models.layer_groups import LayerGroup, groups_from_parameters, top_level_parts
+from distil_tl.utils.errors import UserError, did_you_mean
 
 PREFIX = "timm/"
 INSTALL = "pip install 'distil_tl[timm]'"

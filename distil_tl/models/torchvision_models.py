@@ -13,9 +13,9 @@ from torchvision import models as tv
 from torchvision.models.vision_transformer import interpolate_embeddings
 
 from distil_tl.data.transforms import Preprocess
-from distil_tl.errors import UserError
-from distil_tl.models.files import State, renamed
 from distil_tl.models.head import find_head, replace_head, seeded
+from distil_tl.models.weights import State, renamed
+from distil_tl.utils.errors import UserError
 
 # Their published weights were trained on inputs scaled to -1..1, and they rescale for themselves.
 _WITH_AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}

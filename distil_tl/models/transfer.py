@@ -10,15 +10,15 @@ from pathlib import Path
 from torch import nn
 
 from distil_tl.data.transforms import Preprocess
-from distil_tl.errors import UserError
-from distil_tl.files import sha256_file
 from distil_tl.models import timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig, resolve_weights
-from distil_tl.models.families import torchvision_groups
-from distil_tl.models.files import State, load_backbone, read_state, strip_prefixes
-from distil_tl.models.groups import LayerGroup, index_modules, index_parameters
 from distil_tl.models.head import init_head, seeded
-from distil_tl.models.packages import PACKAGES, match_by_position
+from distil_tl.models.layer_groups import LayerGroup, index_modules, index_parameters
+from distil_tl.models.torchvision_groups import torchvision_groups
+from distil_tl.models.weight_packages import PACKAGES, match_by_position
+from distil_tl.models.weights import State, load_backbone, read_state, strip_prefixes
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import sha256_file
 
 
 @dataclass(frozen=True)

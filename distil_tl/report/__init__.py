@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distil_tl.commands import run_command
-from distil_tl.files import write_atomic
 from distil_tl.report.load import load_run
 from distil_tl.report.page import render
+from distil_tl.utils.command import run_command
+from distil_tl.utils.files import write_atomic
 
 __all__ = ["main", "write_report"]
 

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distil_tl.errors import UserError
 from distil_tl.report.text import number
+from distil_tl.utils.errors import UserError
 
 
 class Metric(NamedTuple):

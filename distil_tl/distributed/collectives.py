@@ -1,0 +1,140 @@
+"""What ranks tell each other in collectives: arrays, sums, the values of each."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.shared_memory import Place, SharedArrays, fill, mapped, new_memory, places_of, size_of, views
+
+PIECE = 64 << 20  # bytes
+
+
+def share_arrays(info: DistInfo, arrays: Mapping[str, np.ndarray] | None) -> Mapping[str, np.ndarray]:
+    """Rank 0's `arrays` on every rank, without pickling; the ranks of a node hold one copy of them together.
+
+    What a rank writes to becomes its own, and the others don't see it. The copy is in no folder, so that nothing is
+    left of it however the ranks end. A rank that can't reach it, as from another container, gets a copy of its own.
+    """
+    if info.store is None:
+        assert arrays is not None
+        return arrays
+    header = [json.dumps(places_of(arrays)) if arrays is not None else ""]
+    dist.broadcast_object_list(header, src=0, device=torch.device("cpu"))
+    places = [Place(*fields) for fields in json.loads(header[0])]
+    size = size_of(places)
+    file, memory = _memory_of_node(info, size)
+    try:
+        if memory is not None and arrays is not None:
+            fill(memory, places, arrays)
+        _broadcast(memory, size)
+        gather_objects(info, None)  # now it is filled on every node
+    except BaseException:
+        if file is not None:
+            os.close(file)
+        raise
+    if file is not None:
+        return SharedArrays(file, places)
+    assert memory is not None
+    return views(memory, places)
+
+
+def _memory_of_node(info: DistInfo, size: int) -> tuple[int | None, np.ndarray | None]:
+    """The file that this node shares, if it does, and what this rank is to fill, uint8 [size]: that, or its own."""
+    leads = info.launch.local_rank == 0 and info.launch.local_world_size > 1
+    file = new_memory(size) if leads else None
+    fill = None if file is None else mapped(file, size, mmap.ACCESS_WRITE)
+    offers = gather_objects(info, None if file is None else [info.launch.node, *_address(file)])
+    if fill is None:
+        offer = next((offer[1:] for offer in offers if offer and offer[0] == info.launch.node), None)
+        file = None if offer is None or info.is_main else _opened(offer, size)
+        fill = np.empty(size, np.uint8) if file is None else None
+    gather_objects(info, None)  # until here nobody closes what others may open
+    return file, fill
+
+
+def _broadcast(fill: np.ndarray | None, size: int) -> None:
+    """Rank 0's bytes into those of all ranks that fill some. The others take part, and throw away what comes.
+
+    A group of those that fill would spare that, but making groups takes other paths than collectives do: on CUDA, in
+    some versions of torch, one that waits for every rank (pytorch#197568).
+    """
+    spare = np.empty(min(size, PIECE), np.uint8)
+    for start in range(0, size, PIECE):
+        piece = spare if fill is None else fill[start:]
+        dist.broadcast(torch.from_numpy(piece[: min(PIECE, size - start)]), src=0)
+
+
+def _address(made: int) -> tuple[int, int, int, int]:
+    """Where processes of the same machine and user find a file of this one, and by what they know it again."""
+    status = os.fstat(made)
+    return os.getpid(), made, status.st_dev, status.st_ino
+
+
+def _opened(address: Sequence[int], size: int) -> int | None:
+    """What another process offers; None where it can't be seen, as its number means another process here."""
+    process, number, device, inode = address
+    path, expected = f"/proc/{process}/fd/{number}", (device, inode, size)
+    try:
+        status = os.stat(path)  # noqa: PTH116 - before it is opened, which of a pipe or a terminal would have effects
+        if (status.st_dev, status.st_ino, status.st_size) != expected:
+            return None
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return None
+
+
+def sum_over_ranks(info: DistInfo, tensor: Tensor) -> Tensor:
+    """The element-wise sum of `tensor` over all ranks, in place."""
+    if info.store is not None:
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def max_over_ranks(info: DistInfo, value: float) -> float:
+    if info.store is None:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def gather_objects(info: DistInfo, value: Any) -> list[Any]:
+    """JSON-able values of all ranks, by rank."""
+    if info.store is None:
+        return [value]
+    texts: list[Any] = [None] * info.world_size
+    dist.all_gather_object(texts, json.dumps(value))
+    return [json.loads(text) for text in texts]
+
+
+def gather_rows(info: DistInfo, rows: Tensor, at_most: int) -> Tensor:
+    """All ranks' rows one after the other: CPU float tensors [n, k] with n up to `at_most` and different by rank."""
+    if info.store is None:
+        return rows
+    padded = rows.new_full((at_most, rows.shape[1]), float("nan"))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(info.world_size)]
+    dist.all_gather(parts, padded)
+    everything = torch.cat(parts)
+    return everything[~everything.isnan().all(dim=1)]
+
+
+def average_over_ranks(info: DistInfo, buffers: Sequence[Tensor]) -> None:
+    """Average float tensors of one dtype over the ranks, in place, all in one reduction."""
+    if info.store is None or not buffers:
+        return
+    flat = torch.cat([buffer.reshape(-1) for buffer in buffers]) / info.world_size
+    dist.all_reduce(flat, op=dist.ReduceOp.SUM)
+    averages = torch.split(flat, [buffer.numel() for buffer in buffers])
+    for buffer, average in zip(buffers, averages, strict=True):
+        buffer.copy_(average.view_as(buffer))

@@ -1,0 +1,113 @@
+"""What the launcher said about this process: torchrun, a Slurm step, or nobody."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distil_tl.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said about this process. `url` is where ranks meet; None means there is only one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    node: int = 0
+    url: str | None = None
+    launcher: str = "none"
+
+
+def read_launch(env: Mapping[str, str]) -> Launch:
+    """The launch described by torchrun's variables, else by those of a Slurm step, else a world of one.
+
+    Raises:
+        UserError: an environment that is only half there, which would otherwise train alone, silently.
+    """
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
+        optional = tuple(name for name in ("LOCAL_WORLD_SIZE", "GROUP_RANK") if name in env)
+        values = _numbers(env, (*torchrun[:3], *optional), torchrun, "torchrun")
+        local_world = values.get("LOCAL_WORLD_SIZE", values["WORLD_SIZE"])
+        return _checked(
+            Launch(
+                rank=values["RANK"],
+                world_size=values["WORLD_SIZE"],
+                local_rank=values["LOCAL_RANK"],
+                local_world_size=local_world,
+                node=values.get("GROUP_RANK", values["RANK"] // max(1, local_world)),
+                url="env://",
+                launcher="torchrun",
+            )
+        )
+    # A batch script has most SLURM_ variables too; only a task that srun started has a step.
+    if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS") != "1":
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
+        needed = (*names, "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID")
+        values = _numbers(env, names, needed, "srun")
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "")
+        host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+        port = env.get("MASTER_PORT") or _slurm_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"])
+        return _checked(
+            Launch(
+                rank=values["SLURM_PROCID"],
+                world_size=values["SLURM_STEP_NUM_TASKS"],
+                local_rank=values["SLURM_LOCALID"],
+                local_world_size=_tasks_on_node(tasks, values["SLURM_NODEID"]),
+                node=values["SLURM_NODEID"],
+                url=f"tcp://{host}:{port}",
+                launcher="slurm",
+            )
+        )
+    return Launch()
+
+
+def _numbers(
+    env: Mapping[str, str], numbers: tuple[str, ...], needed: tuple[str, ...], launcher: str
+) -> dict[str, int]:
+    missing = [name for name in needed if name not in env]
+    if missing:
+        have = [name for name in needed if name in env]
+        raise UserError(
+            f"the environment looks like {launcher}'s ({', '.join(have)} set) but {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing; start with {launcher}, or unset "
+            f"{', '.join(have)} to run as a single process"
+        )
+    try:
+        return {name: int(env[name]) for name in numbers}
+    except ValueError as error:
+        raise UserError(f"an environment variable of {launcher} is not a number: {error}") from None
+
+
+def _checked(launch: Launch) -> Launch:
+    if not 0 <= launch.rank < launch.world_size or not 0 <= launch.local_rank < launch.local_world_size:
+        raise UserError(
+            f"the {launch.launcher} environment contradicts itself: rank {launch.rank} of {launch.world_size}, "
+            f"local rank {launch.local_rank} of {launch.local_world_size}"
+        )
+    return launch
+
+
+def first_host(nodelist: str) -> str:
+    """The first host name of a Slurm node list such as `gpu[007-010,12],login1` or `rack[1-2]node[3-4]`."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodelist)
+    if first is None:
+        raise UserError(f"SLURM_STEP_NODELIST {nodelist!r} names no host")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
+
+
+def _slurm_port(job: str, step: str) -> int:
+    # Below the ephemeral range, and different for two jobs, or two steps, that share a node.
+    return 12000 + (int(job) * 31 + (int(step) if step.isdigit() else 0)) % 20000
+
+
+def _tasks_on_node(spec: str, node: int) -> int:
+    """`2(x3),1` lists tasks per node: 2, 2, 2, 1."""
+    counts: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", spec):
+        counts += [int(count)] * int(times or 1)
+    return counts[node] if node < len(counts) else 1

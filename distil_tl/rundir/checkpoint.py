@@ -1,0 +1,261 @@
+"""Checkpoints that are there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distil_tl.utils.errors import CheckpointError, UserError
+from distil_tl.utils.files import fsync_directory, sha256_file, write_atomic, write_json
+from distil_tl.utils.log import logger
+
+WEIGHTS, TRAIN_STATE, STATE, CHECKSUMS = "weights.safetensors", "train_state.pt", "state.json", "checksums"
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int | None = None  # also within an epoch; null: only by the clock
+    every_minutes: float | None = 10.0  # also within an epoch; null: only by steps
+    keep: int = 2  # how many to keep besides the best
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.keep < 1:
+            found.append("checkpoint.keep must be at least 1")
+        if self.every_steps is not None and self.every_steps < 1:
+            found.append("checkpoint.every_steps must be at least 1, or null")
+        if self.every_minutes is not None and self.every_minutes <= 0:
+            found.append("checkpoint.every_minutes must be positive, or null")
+        return found
+
+
+@dataclass
+class Position:
+    """Where a run is. `epoch` counts from 0 within the stage; `consumed` samples of it are done, over all ranks."""
+
+    stage: str
+    epoch: int
+    consumed: int
+    step: int
+
+
+class Checkpoints:
+    """The checkpoints of one run: `step-XXXXXXXX` folders, and the links `last` and `best`.
+
+    One process writes, in one background thread: `save` copies to host memory and returns, and what went wrong is
+    raised by the next `save` or `wait`. Before anything changes in the folder, `check` may object by raising.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, check: Callable[[], None] = lambda: None) -> None:
+        self.folder = folder
+        self.keep = keep
+        self._check = check
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(
+        self,
+        step: int,
+        *,
+        weights: Mapping[str, Tensor],
+        train_state: dict[str, Any],
+        state: dict[str, Any],
+        is_best: bool,
+    ) -> None:
+        """Write a checkpoint, then let `last` (and `best`) name it, then remove those that are too many.
+
+        Args:
+            weights: the model's state dict, on any device.
+            train_state: tensors, numbers and strings only; must load with `weights_only=True`.
+            state: JSON-able.
+
+        Raises:
+            CheckpointError: the save before this one failed.
+        """
+        self.wait()
+        snapshot = copied_to_host((dict(weights), train_state, state))
+        self._pending = self._writer.submit(self._write, self.path(step), snapshot, is_best)
+
+    def wait(self) -> None:
+        """Until what was saved is on disk.
+
+        Raises:
+            CheckpointError: it could not be written; the checkpoints before it are as they were.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, target: Path, snapshot: tuple[dict[str, Tensor], Any, dict[str, Any]], is_best: bool) -> None:
+        partial = target.with_name(f".{target.name}.partial")
+        self._check()
+        try:
+            self._fill(partial, *snapshot)
+            self._check()
+            # A checkpoint of the same step gives way without a moment in which there is neither.
+            replaced = target.with_name(f"{target.name}.replaced")
+            if target.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                target.rename(replaced)
+            partial.rename(target)
+            fsync_directory(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self._point("last", target)
+            if is_best:
+                self._point("best", target)
+            self._prune(target)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            left = self.named("last")
+            stays = f"the last good one, {left.name}, stays" if left else "there is none before it"
+            raise CheckpointError(f"can't write the checkpoint {target}: {error.strerror or error}; {stays}") from error
+
+    def _fill(self, partial: Path, weights: dict[str, Tensor], train_state: Any, state: dict[str, Any]) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            save_file(weights, partial / WEIGHTS)
+            torch.save(train_state, partial / TRAIN_STATE)
+        except (SafetensorError, RuntimeError) as error:  # how safetensors and torch say that the disk is full
+            raise OSError(str(error).partition("\n")[0]) from error
+        write_json(partial / STATE, state)
+        shutil.copymode(partial / TRAIN_STATE, partial / WEIGHTS)  # safetensors makes it private, colleagues read it
+        sums = [f"{sha256_file(partial / name)}  {name}\n" for name in (WEIGHTS, TRAIN_STATE, STATE)]
+        write_atomic(partial / CHECKSUMS, "".join(sums))
+        for name in (WEIGHTS, TRAIN_STATE):
+            with (partial / name).open("rb") as file:
+                os.fsync(file.fileno())
+
+    def _point(self, name: str, target: Path) -> None:
+        link = self.folder / f".{name}.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target.name)
+        link.replace(self.folder / name)
+        fsync_directory(self.folder)
+
+    def _prune(self, newest: Path) -> None:
+        kept = {self.named(name) for name in ("last", "best")}
+        # Later ones are damaged, and were fallen back from: they must not crowd out the sound ones.
+        for path in [path for path in self.all() if path <= newest][: -self.keep]:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(".step-*.partial"):  # of attempts that were killed while saving
+            shutil.rmtree(path, ignore_errors=True)
+
+    def take_up(self, newest: Path, best: Path | None) -> None:
+        """Let `last` and `best` name what a run goes on with, wherever a kill or damage left them, and tidy up."""
+        for name, path in (("last", newest), ("best", best)):
+            if path is not None and path.is_dir() and self.named(name) != path:
+                self._point(name, path)
+        for path in self.folder.glob(".*.partial"):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+
+    def named(self, name: str) -> Path | None:
+        """What the link `last` or `best` names, if it is there."""
+        link = self.folder / name
+        return self.folder / link.readlink() if link.is_symlink() and link.exists() else None
+
+    def newest_sound(self) -> Path | None:
+        """The newest checkpoint whose checksums hold; those passed over are said in the log."""
+        found = self.all()
+        for path in reversed(found):
+            fault = find_fault(path)
+            if fault is None:
+                return path
+            before = "going back to the one before" if path != found[0] else "there is none before it to go back to"
+            logger.warning("checkpoint %s is damaged (%s); %s", path.name, fault, before)
+        return None
+
+
+def copied_to_host(tree: Any) -> Any:
+    """Nested containers with every tensor copied to host memory, so that training may go on changing the originals."""
+    if isinstance(tree, Tensor):
+        return tree.detach().to("cpu", copy=True).contiguous()
+    if isinstance(tree, dict):
+        return {key: copied_to_host(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(copied_to_host(value) for value in tree)
+    return tree
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        lines = (path / CHECKSUMS).read_text().splitlines()
+        for line in lines:
+            digest, name = line.split("  ", 1)
+            if sha256_file(path / name) != digest:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None if len(lines) == len((WEIGHTS, TRAIN_STATE, STATE)) else "checksums are missing"
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Fill `module` from a checkpoint folder, in place, keeping devices and memory formats.
+
+    Raises:
+        UserError: when the weights are of another model, or no weights.
+    """
+    try:
+        module.load_state_dict(load_file(path / WEIGHTS))
+    except RuntimeError as error:
+        raise UserError(f"{path / WEIGHTS} does not fit the model: {str(error).splitlines()[0]}") from None
+    except SafetensorError as error:
+        raise UserError(f"{path / WEIGHTS} can't be read: {error}") from None
+
+
+def load_train_state(path: Path) -> dict[str, Any]:
+    """Optimizer state and counters, on the CPU; no pickled code runs.
+
+    Raises:
+        UserError: the file holds more than tensors, numbers and strings, so this package did not write it.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose own message says how to run the code
+        raise UserError(
+            f"{path / TRAIN_STATE} can't be read with weights_only=True: it holds Python objects other than tensors. "
+            f"No checkpoint of this package does; someone changed it, and loading it could run what they hid there"
+        ) from None
+    return state
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    return state
+
+
+def weights_hash(module: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """A digest of every parameter and buffer, to compare byte by byte; `without` those below some paths."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        if name.startswith(without) and without:
+            continue
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(data.shape)}{data.dtype}".encode())
+        digest.update(data.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

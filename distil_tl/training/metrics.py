@@ -1,0 +1,161 @@
+"""Classification metrics from counts, so that they are exact over any number of ranks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distil_tl.distributed.collectives import sum_over_ranks
+from distil_tl.distributed.process_group import DistInfo
+
+# A confusion matrix grows with the square of the classes: 4,096 of them make 128 MiB.
+MAX_CONFUSION_CLASSES = 4096
+
+
+class ClassificationMetrics:
+    """Counts of what was predicted, kept on the device without ever waiting for it.
+
+    Args:
+        num_classes: `C`.
+        device: where the logits are.
+        confusion: also count pairs (target, prediction) up to `MAX_CONFUSION_CLASSES` classes.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device, *, confusion: bool = False) -> None:
+        self.num_classes = num_classes
+        # loss, n, top-1 and top-5 hits; then per class: hits, predictions, targets. Counts are exact in float64.
+        self._sums = torch.zeros(4 + 3 * num_classes, dtype=torch.float64, device=device)
+        self._confusion: Tensor | None = None
+        if confusion and num_classes <= MAX_CONFUSION_CLASSES:
+            self._confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, targets: Tensor, losses: Tensor, valid: Tensor) -> None:
+        """Add the samples that are `valid` (bool [N]) of a batch: logits [N, C], targets int64 [N], losses [N]."""
+        c = self.num_classes
+        top = logits.topk(min(5, c), dim=1).indices
+        predicted = top[:, 0]
+        counted = valid.double()
+        hits = (predicted == targets) * counted
+        in_top = (top == targets[:, None]).any(dim=1) * counted
+        self._sums[0] += (losses.double() * counted).sum()
+        self._sums[1] += counted.sum()
+        self._sums[2] += hits.sum()
+        self._sums[3] += in_top.sum()
+        self._sums[4 : 4 + c].index_add_(0, targets, hits)
+        self._sums[4 + c : 4 + 2 * c].index_add_(0, predicted, counted)
+        self._sums[4 + 2 * c :].index_add_(0, targets, counted)
+        if self._confusion is not None:
+            self._confusion.index_add_(0, targets * c + predicted, valid.long())
+
+    def reduce(self, info: DistInfo) -> ClassificationMetrics:
+        """These metrics over all ranks, as a new object; this one goes on counting its own."""
+        total = ClassificationMetrics.__new__(ClassificationMetrics)
+        total.num_classes = self.num_classes
+        total._sums = sum_over_ranks(info, self._sums.clone()).cpu()
+        total._confusion = None if self._confusion is None else sum_over_ranks(info, self._confusion.clone()).cpu()
+        return total
+
+    def since(self, earlier: Tensor) -> ClassificationMetrics:
+        """What was counted after these sums, which like this object are over all ranks."""
+        window = ClassificationMetrics.__new__(ClassificationMetrics)
+        window.num_classes = self.num_classes
+        window._sums = self._sums - earlier
+        window._confusion = None
+        return window
+
+    def compute(self) -> dict[str, float]:
+        """loss, top1, top5 and macro_f1 as fractions. F1 is averaged over classes with a target or a prediction."""
+        loss, n, top1, top5 = self._sums[:4].tolist()
+        n = max(n, 1.0)
+        return {
+            "loss": loss / n,
+            "top1": top1 / n,
+            "top5": top5 / n,
+            "macro_f1": self._macro_f1(),
+        }
+
+    @property
+    def count(self) -> int:
+        return int(self._sums[1].item())
+
+    def _per_class(self) -> tuple[Tensor, Tensor, Tensor]:
+        hits, predictions, targets = self._sums[4:].view(3, self.num_classes)
+        return hits, predictions, targets
+
+    def _macro_f1(self) -> float:
+        hits, predictions, targets = self._per_class()
+        seen = predictions + targets > 0
+        if not bool(seen.any()):
+            return 0.0
+        return float((2 * hits[seen] / (predictions + targets)[seen]).mean())
+
+    def per_class(self, classes: tuple[str, ...] | list[str]) -> list[dict[str, Any]]:
+        """A row a class: n, correct, recall, precision, f1; a ratio without a denominator is None."""
+        rows = []
+        columns = (column.tolist() for column in self._per_class())
+        for name, hits, predictions, targets in zip(classes, *columns, strict=True):
+            rows.append(
+                {
+                    "class": name,
+                    "n": int(targets),
+                    "correct": int(hits),
+                    "predicted": int(predictions),
+                    "recall": hits / targets if targets else None,
+                    "precision": hits / predictions if predictions else None,
+                    "f1": 2 * hits / (predictions + targets) if predictions + targets else None,
+                }
+            )
+        return rows
+
+    def confusion_matrix(self) -> list[list[int]] | None:
+        """Rows are targets, columns predictions; None where it was not asked for or has too many classes."""
+        if self._confusion is None:
+            return None
+        matrix: list[list[int]] = self._confusion.view(self.num_classes, self.num_classes).tolist()
+        return matrix
+
+
+class Meter:
+    """Training metrics of an epoch, and of the log interval under way; both survive a restart.
+
+    Its methods but `update` are collectives.
+    """
+
+    def __init__(self, info: DistInfo, num_classes: int) -> None:
+        self._info = info
+        self._metrics = ClassificationMetrics(num_classes, info.device)
+        self._interval_start = self._metrics._sums.cpu().clone()
+        self._since = time.monotonic()
+        self._carried = 0.0
+        self.update = self._metrics.update
+
+    def start(self) -> None:
+        """Begin to measure time here, on top of what the interval took before a restart."""
+        self._since = time.monotonic() - self._carried
+        self._carried = 0.0
+
+    def total(self) -> ClassificationMetrics:
+        """What was counted since the epoch began, over all ranks."""
+        return self._metrics.reduce(self._info)
+
+    def interval(self) -> tuple[ClassificationMetrics, float]:
+        """What was counted, and the seconds, since the last call; a new interval begins."""
+        total, now = self.total(), time.monotonic()
+        counted, seconds = total.since(self._interval_start), now - self._since
+        self._interval_start, self._since = total._sums, now
+        return counted, seconds
+
+    def state(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self._since
+        return {"total": self.total()._sums, "interval_start": self._interval_start.clone(), "seconds": seconds}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on counting. The sums are over all ranks, of whatever number: one of them takes them over."""
+        if self._info.is_main:
+            self._metrics._sums.copy_(state["total"])
+        self._interval_start = state["interval_start"].clone()
+        self._carried = state["seconds"]

@@ -1,0 +1,154 @@
+"""Settings read from YAML files and `key=value` arguments into typed sections, with a suggestion for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, Node, OmegaConf, StringNode
+from omegaconf.errors import OmegaConfBaseException
+
+from distil_tl.utils.errors import UserError, did_you_mean
+
+
+def is_file(arg: str) -> bool:
+    # A folder of a sweep may well be called lr=0.1.
+    return "=" not in arg or (arg.endswith((".yaml", ".yml")) and Path(arg).is_file())
+
+
+def read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in above:
+        raise UserError(f"{path} is its own `base:`, by way of {', '.join(p.name for p in above)}")
+    try:
+        node = OmegaConf.load(path)
+    except FileNotFoundError:
+        where = f" (the `base:` of {above[-1]})" if above else "; give a YAML file, or only key=value arguments"
+        raise UserError(f"there is no configuration file {path}{where}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read the configuration {path}: {error}") from None
+    except Exception as error:  # the YAML parser's own errors share no public base
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{path} must hold keys and values, as in `seed: 1`")
+    tree: Any = OmegaConf.to_container(node, resolve=False)
+    base = tree.pop("base", None)
+    return (
+        tree if base is None else overlay(read_yaml(path.parent / str(base), (*above, path)), tree, whole=("stages",))
+    )
+
+
+def overlay(base: dict[str, Any], top: dict[str, Any], whole: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`top` over `base`, key by key, except that the keys in `whole` are replaced as they are."""
+    merged = dict(base)
+    for key, value in top.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = overlay(merged[key], value) if both and key not in whole else value
+    return merged
+
+
+def parse_overrides(schema: DictConfig, pairs: list[str], problems: list[str]) -> dict[str, Any]:
+    """`key=value` pairs as a tree. Values are read as YAML, but text stays as it was typed: `2024_01` is no number."""
+    tree: dict[str, Any] = {}
+    for pair in pairs:
+        try:
+            parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=False)
+            key, _, text = pair.partition("=")
+            if text not in ("", "null") and isinstance(_node_at(schema, key), StringNode):
+                parsed = text
+                for part in reversed(key.split(".")):
+                    parsed = {part: parsed}
+            tree = overlay(tree, parsed)
+        except Exception as error:  # YAML's and OmegaConf's parsers raise kinds of their own
+            problems.append(f"can't read {pair!r}: {str(error).splitlines()[0]}")
+    return tree
+
+
+def _node_at(schema: DictConfig, key: str) -> Node | None:
+    """What the schema has under a dotted key; None where it has nothing."""
+    node: Any = schema
+    for part in key.split("."):
+        node = node._get_node(part) if isinstance(node, DictConfig) and part in node.keys() else None  # noqa: SIM118
+    found: Node | None = node
+    return found
+
+
+def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[str]) -> None:
+    """Set each leaf of `tree` on its own, so that one wrong value does not hide the next."""
+    node = OmegaConf.select(schema, prefix.rstrip(".")) if prefix else schema
+    known = [str(key) for key in node]
+    for key, value in tree.items():
+        full = f"{prefix}{key}"
+        if str(key) not in known:
+            problems.append(f"unknown {'stage' if prefix == 'stages.' else 'key'} `{full}`{_suggest(schema, full)}")
+        elif isinstance(found := OmegaConf.select(schema, full, throw_on_resolution_failure=False), DictConfig):
+            if isinstance(value, dict) and _takes_any_key(found):
+                OmegaConf.update(schema, full, value, merge=True)
+            elif isinstance(value, dict):
+                apply(schema, value, f"{full}.", problems)
+            else:
+                problems.append(f"`{full}` holds keys of its own, as in `{full}.KEY=VALUE`, not {value!r}")
+        else:
+            try:
+                OmegaConf.update(schema, full, value)
+            except OmegaConfBaseException as error:
+                problems.append(f"`{full}`: {str(error).splitlines()[0]}")
+
+
+def _takes_any_key(node: DictConfig) -> bool:
+    return OmegaConf.get_type(node) is dict and node._metadata.element_type is Any
+
+
+def _suggest(schema: DictConfig, full: str) -> str:
+    parent, _, name = full.rpartition(".")
+    siblings = (OmegaConf.select(schema, parent) if parent else None) or schema
+    hint = did_you_mean(name, [str(key) for key in siblings])
+    known_here = f"; known here: {', '.join(str(key) for key in siblings)}"
+    if hint or parent == "stages":
+        return hint or known_here
+    leaves = list(flatten(OmegaConf.to_container(schema, resolve=False)))
+    same = [leaf for leaf in leaves if name in (leaf.rpartition(".")[2], leaf.rpartition(".")[2].rpartition("_")[2])]
+    if same:
+        return ", did you mean " + " or ".join(f"`{leaf}`" for leaf in same[:3]) + "?"
+    return did_you_mean(full, leaves) or known_here
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by their dotted key."""
+    if not isinstance(tree, dict) or not tree:
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def to_object(schema: DictConfig) -> Any:
+    """The dataclass that a structured node stands for, interpolations resolved.
+
+    Raises:
+        UserError: naming the key that can't be.
+    """
+    try:
+        return OmegaConf.to_object(schema)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
+
+
+def refuse(problems: list[str]) -> None:
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def to_yaml(source: DictConfig) -> str:
+    """The configuration as it may be written down: defaults filled in, interpolations left as they are."""
+    return OmegaConf.to_yaml(source, resolve=False)
+
+
+def plain(source: DictConfig) -> dict[str, Any]:
+    """The same as nested dictionaries, for comparing and for showing."""
+    tree: dict[str, Any] = yaml.safe_load(to_yaml(source))
+    return tree

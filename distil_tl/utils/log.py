@@ -1,0 +1,98 @@
+"""One console for the run, one file for each rank, and progress on either kind of output."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from distil_tl.utils.files import writing
+
+logger = logging.getLogger("distil_tl")
+
+
+def printable(name: str | Path) -> str:
+    """A name from outside as it may stand in a line of text: line breaks and bytes that are not UTF-8 are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+
+
+class _RankFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        # Else a full disk would bring a traceback for each line, and none would be the run's own word about it.
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        # A file name that is not UTF-8 holds lone surrogates, at which a stream would fail.
+        return super().format(record).encode("utf-8", "backslashreplace").decode()
+
+
+def setup_console(is_main: bool) -> None:
+    """Messages of rank 0 as plain lines on standard output; of other ranks, errors alone on standard error."""
+    logger.handlers.clear()
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    console = logging.StreamHandler(sys.stdout if is_main else sys.stderr)
+    console.setLevel(logging.INFO if is_main else logging.ERROR)
+    console.setFormatter(_Formatter("%(message)s"))
+    logger.addHandler(console)
+
+
+def add_rank_file(run_dir: Path, rank: int) -> None:
+    """Append everything this rank says to RUN_DIR/logs/rank-N.log, for as long as there is room for it.
+
+    Raises:
+        WriteError: the file can't be opened.
+    """
+    path = run_dir / "logs" / f"rank-{rank}.log"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _RankFile(path, encoding="utf-8")
+    file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(file)
+
+
+class Progress:
+    """Progress of a long piece of work on rank 0: a bar on a terminal, plain lines of text in a log."""
+
+    def __init__(self, label: str, total: int, *, done: int = 0, show: bool) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._label = label
+        self._show = show
+        if show and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=done, desc=label, leave=False, dynamic_ncols=True)
+
+    def advance(self, steps: int = 1) -> None:
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def say(self, text: str) -> None:
+        """The latest figures: beside the bar, or as a line of its own."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+            logger.debug("%s  %s", self._label, text)
+        elif self._show:
+            logger.info("%s  %s", self._label, text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def table(rows: list[list[str]], header: list[str]) -> str:
+    """A plain-text table: first column to the left, the rest to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        first, *rest = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "  ".join([first, *rest]).rstrip()
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])

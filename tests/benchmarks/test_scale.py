@@ -1,0 +1,135 @@
+"""benchmarks.scale measures what it says. Its figures are no subject of tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.measure import ROOT
+from benchmarks.scale import __main__ as scale
+from benchmarks.scale import files, link, ranks, startup, traffic
+from distil_tl.data.index import scan
+from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.process_group import DistributedConfig, session
+from tests.helpers.ranks import processes_of, run_ranks
+
+
+def test_a_synthetic_index_is_one_that_a_scan_could_give() -> None:
+    index = files.synthetic_index(5000)
+    assert len(index) == 5000
+    assert index.relative(0) == "class-0000/image-00000000.jpg"
+    assert index.relative(4999) == "class-0999/image-00004999.jpg"
+    assert all(index.relative(i).startswith(index.classes[index.targets[i]]) for i in range(0, 5000, 313))
+    assert index.class_counts.tolist() == [5] * 1000
+
+
+def test_a_tree_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "CLASSES", 4)
+    files.write_tree(tmp_path, 20)
+    assert len(scan(tmp_path)) == 20
+    before = next(tmp_path.rglob("*.jpg")).stat().st_mtime_ns
+    files.write_tree(tmp_path, 20)
+    assert next(tmp_path.rglob("*.jpg")).stat().st_mtime_ns == before
+
+
+def _traffic(compression: str) -> dict[str, Any]:
+    task = {"model": "shufflenet_v2_x0_5", "image_size": 32, "steps": 2, "batch": 2, "count": True,
+            "stages": {"head": "head", "all": "all"}, "compression": compression}  # fmt: skip
+    return traffic.measure_all(task)
+
+
+def test_gradients_are_counted_where_ddp_reduces_them() -> None:
+    for rank in run_ranks(2, _traffic, "none"):
+        assert rank["head"]["reduced_bytes"] == 4 * (1024 * 10 + 10)
+        for stage in rank.values():
+            assert stage["reduced_bytes"] == 4 * stage["trainable_parameters"]
+            assert stage["step_seconds"] > 0
+
+
+def _startup() -> dict[str, Any]:
+    with session(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
+        return startup.measure(info, 4096, 2)
+
+
+def test_start_up_is_measured_on_each_rank() -> None:
+    found = run_ranks(2, _startup)
+    assert [mark["batches"] for mark in found[1]["workers"]] == [1, 2]
+    assert all(mark["private_mb"] > 0 for rank in found for mark in rank["workers"])
+    files_, copy, *seconds, more, beyond, peak = ["4096", *scale.startup_row([found])]
+    assert (files_, copy) == ("4096", "0")
+    assert len(seconds) == 3
+    assert float(peak.replace(",", "")) > 10
+    assert float(more.replace(",", "")) >= float(beyond.replace(",", ""))
+
+
+def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)rank \d failed with status 1.*files"):
+        ranks.run_ranks(2, "benchmarks.scale.startup", {}, tmp_path)
+
+
+def test_without_root_there_is_no_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert link.missing() == "network namespaces need root"
+
+
+def namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+
+NO_LINK = link.missing()
+needs_link = pytest.mark.skipif(NO_LINK is not None, reason=f"no link: {NO_LINK}")
+
+
+@needs_link
+def test_a_link_leaves_nothing_behind() -> None:
+    with link.link(100) as made:
+        shown = subprocess.run(
+            [*made.prefixes[1], "tc", "qdisc", "show", "dev", made.interface],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert "rate 100Mbit" in shown
+    assert f"distil-tl-{os.getpid()}-" not in namespaces()
+
+
+@needs_link
+def test_a_benchmark_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
+    options = ["--parts", "link", "--mbit", "10", "--model", "shufflenet_v2_x0_5"]
+    log = tmp_path / "log"
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.scale", *options, "--out", str(tmp_path / "found.json")],
+            env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT,
+        )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while len(processes_of(tmp_path)) < 3:  # it, and a rank on each side of the link
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        finally:
+            process.terminate()
+            status = process.wait(timeout=60)
+    left = processes_of(tmp_path)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert status == 128 + signal.SIGTERM, log.read_text()
+    assert not left
+    assert f"distil-tl-{process.pid}-" not in namespaces()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"), [(["--files", "100"], "one batch"), (["--mbit", "0"], "at least 1"), (["--parts", "x"], "choose")]
+)
+def test_scale_refuses(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        scale.main(args)
+    assert refused.value.code == 2
+    assert says in capsys.readouterr().err

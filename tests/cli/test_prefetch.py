@@ -1,0 +1,105 @@
+"""Weights are fetched and checked where there is a network, before a job needs them."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distil_tl.cli.main import main as distil_tl
+from distil_tl.cli.prefetch import main
+from distil_tl.models import ModelConfig, build
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A server of this machine that publishes weights of shufflenet_v2_x0_5; the file, as it serves it."""
+    served = tmp_path / "served"
+    served.mkdir()
+    model = build(ModelConfig("shufflenet_v2_x0_5", weights="none"), 1000, image_size=None, seed=0)
+    torch.save(model.module.state_dict(), served / "weights")
+    data = (served / "weights").read_bytes()
+    path = served / f"shufflenet-{hashlib.sha256(data).hexdigest()[:8]}.pth"
+    (served / "weights").rename(path)
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, directory=str(served), **kwargs)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/{path.name}"
+    entry = SimpleNamespace(url=url, name="PUBLISHED")
+    monkeypatch.setattr("distil_tl.models.torchvision_models.entry", lambda name, weights: entry)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("torch.hub._hub_dir", None)
+    yield path
+    server.shutdown()
+    server.server_close()
+
+
+ARGS = ["model.name=shufflenet_v2_x0_5", "model.weights=default", "data.root=anywhere"]
+
+
+def test_what_is_missing_is_fetched_once_and_checked(published: Path, tmp_path: Path, capsys) -> None:
+    assert main(["--check", *ARGS]) == 2
+    assert (
+        "the weights of shufflenet_v2_x0_5 (torchvision PUBLISHED) are not on this machine" in capsys.readouterr().err
+    )
+    assert main([*ARGS, "slurm.nodes=2"]) == 0
+    cached = tmp_path / "home/hub/checkpoints" / published.name
+    assert cached.read_bytes() == published.read_bytes()
+    said = capsys.readouterr().out
+    assert f"weights of shufflenet_v2_x0_5: {cached}, " in said
+    assert "as published" in said
+    published.unlink()
+    assert distil_tl(["prefetch", *ARGS]) == 0
+    assert main(["--check", *ARGS]) == 0
+
+
+def test_a_damaged_file_is_fetched_again(published: Path, tmp_path: Path, capsys) -> None:
+    assert main(ARGS) == 0
+    cached = tmp_path / "home/hub/checkpoints" / published.name
+    cached.write_bytes(cached.read_bytes()[:-1])
+    assert main(["--check", *ARGS]) == 2
+    assert f"{cached} is damaged" in capsys.readouterr().err
+    assert main(ARGS) == 0
+    assert "is damaged, and is fetched again" in capsys.readouterr().out
+    assert cached.read_bytes() == published.read_bytes()
+
+
+def test_what_is_published_may_be_damaged_too(published: Path, tmp_path: Path, capsys) -> None:
+    published.write_bytes(published.read_bytes()[:-1])
+    assert main(ARGS) == 2
+    message = capsys.readouterr().err
+    assert "could not be downloaded" in message
+    assert "distil-tl prefetch" in message
+    assert not list((tmp_path / "home").rglob("*.pth")), "nothing half is left"
+
+
+def test_a_job_without_network_names_the_way_out(published: Path, folder: Path, tmp_path: Path, capsys) -> None:
+    from distil_tl.train import main as train
+
+    published.unlink()
+    assert train([*ARGS[:2], f"data.root={folder}", "data.global_batch_size=8", f"run_dir={tmp_path}/run"]) == 2
+    assert "Run `distil-tl prefetch` with the same arguments on a machine with network" in capsys.readouterr().err
+
+
+def test_what_needs_no_download(tmp_path: Path, capsys) -> None:
+    assert main(["--check", "model.name=resnet18", "model.weights=none", "data.root=anywhere"]) == 0
+    assert "none are needed" in capsys.readouterr().out
+    assert (
+        main(["--check", "model.name=timm/tf_efficientnet_lite0", "model.weights=package", "data.root=anywhere"]) == 0
+    )
+    assert ".pth, 18 MB, SHA-256 " in capsys.readouterr().out
+    assert main(["model.name=resnet18", "model.weights=nowhere.pt", "data.root=anywhere"]) == 2
+    assert "there is no file nowhere.pt" in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""Chunks of features: what is read is what was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distil_tl.data import feature_cache
+from distil_tl.data.feature_cache import Cache
+from distil_tl.data.sampler import SampleKey
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_cache, "CHUNK", 16)
+
+
+def test_chunks_keep_no_file_open(tmp_path: Path, small_chunks: None) -> None:
+    found = Cache(tmp_path / "f", 16 * 20, 2)
+    for view, first in found.chunks():
+        found.write(view, first, torch.full((16, 3), float(first + view)), {})
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    features = found.open(np.zeros(16 * 20, dtype=np.int64))
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    batch = features.__getitems__([SampleKey(17, 0, 0), SampleKey(319, 1, 1)])
+    assert batch.images.tolist() == [[16.0] * 3, [305.0] * 3]
+    assert not any(array.flags.writeable for array in features.arrays)
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 2, 2), (1, 3, 5, 1)])  # the second lies in Fortran's order
+def test_a_chunk_is_read_as_it_was_written(tmp_path: Path, small_chunks: None, shape: tuple[int, ...]) -> None:
+    content = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    found = Cache(tmp_path / "f", shape[0], 1)
+    found.write(0, 0, content, {})
+    assert np.array_equal(found.open(np.zeros(shape[0])).arrays[0], content.numpy())

@@ -1,0 +1,339 @@
+"""Images on a node's own disk: whole or not at all, and nowhere but where they belong."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import importlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distil_tl.config import load
+from distil_tl.data import local_copy as staging
+from distil_tl.data.index import Index, scan
+from distil_tl.data.local_copy import stage_folder
+from distil_tl.data.splits import open_splits
+from distil_tl.distributed.launch_env import Launch
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.utils.log import setup_console
+from tests.conftest import small_args
+from tests.helpers.chaos import small_disk
+from tests.helpers.ranks import _context, run_ranks
+
+ALONE = DistInfo(Launch(), torch.device("cpu"), 60.0)
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+def indexes(root: Path) -> dict[str, Index]:
+    train = scan(root / "train")
+    return {"train": train, "val": scan(root / "val", classes=train.classes)}
+
+
+def copied(root: Path, near: Path) -> Path:
+    found = stage_folder(ALONE, str(near), indexes(root))
+    assert found is not None
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def folders_of(near: Path) -> list[Path]:
+    return sorted(near.iterdir())
+
+
+# In the ranks.
+
+
+def struck(body: Callable[..., Any], args: Any, number: int, at: int) -> tuple[Any, str]:
+    """Do something that copies, with a signal in the middle of the copy's `at`-th file."""
+    module: Any = importlib.import_module("distil_tl.data.local_copy")
+    original, count = module._Copy.write, iter(range(1000))
+
+    def write(copy: Any, reader: Any, name: str, size: int) -> None:
+        if next(count) < at:
+            original(copy, reader, name, size)
+            return
+        (copy.images / name).write_bytes(reader.read(size // 2))
+        os.kill(os.getpid(), number)
+        while not copy.stopped.is_set():
+            time.sleep(0.01)
+
+    module._Copy.write, module.THREADS = write, 2
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        done = body(args)
+    return done, said.getvalue()
+
+
+def copy_alone(args: tuple[str, str]) -> None:
+    copied(Path(args[0]), Path(args[1]))
+
+
+def counted_copy(root: str, near: str, log: str) -> str:
+    """Copy alone, as one job of several on a node; the log gets a byte for each file."""
+    module: Any = importlib.import_module("distil_tl.data.local_copy")
+    original = module._Copy.write
+
+    def noted(*args: Any) -> None:
+        original(*args)
+        time.sleep(0.002)
+        with Path(log).open("ab") as file:
+            file.write(b".")
+
+    module._Copy.write = noted
+    return str(copied(Path(root), Path(near)))
+
+
+def test_the_digits_can_be_staged_too(near: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    args = [*small_args(tmp_path)[1:], "stages.head.epochs=0", "stages.full.epochs=0", f"data.stage_to={near}"]
+    config = load(args)[0]
+    splits = open_splits(ALONE, config.data)
+    found = stage_folder(ALONE, str(near), {"train": splits.train, "val": splits.val})
+    assert found is not None
+    assert found.parents[1].name.startswith("digits-v1-")
+    assert len(content(found)) == 1797
+
+
+def test_links_are_followed(data: Path, near: Path, tmp_path: Path) -> None:
+    (data / "train" / "noise").rename(tmp_path / "elsewhere")
+    (data / "train" / "noise").symlink_to(tmp_path / "elsewhere")
+    image = next((data / "val" / "noise").iterdir())
+    image.rename(tmp_path / "image.png")
+    image.symlink_to(tmp_path / "image.png")
+    here = copied(data, near)
+    assert not [path for path in here.rglob("*") if path.is_symlink()]
+    assert indexes(here)["train"].fingerprint == indexes(data)["train"].fingerprint
+
+
+# Whole, or made whole.
+
+
+def test_a_second_run_finds_it_and_what_is_not_whole_is_made_again(
+    data: Path, near: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    here = copied(data, near)
+    ready = here.parent
+    files = [path for path in here.rglob("*") if path.is_file()]
+    note = json.loads((ready / "complete.json").read_text())
+    assert (note["source"], note["files"]) == (str(data), 83)
+    assert (note["bytes"], len(note["sample"])) == (sum(path.stat().st_size for path in files), 83)
+
+    def again() -> str:
+        capsys.readouterr()
+        setup_console(is_main=True)
+        assert copied(data, near) == here
+        assert content(here) == content(data)
+        return capsys.readouterr().out
+
+    before = [path.stat().st_ino for path in files]
+    assert f"images: read from {here}, where they were already" in again()
+    assert [path.stat().st_ino for path in files] == before
+
+    files[0].unlink()
+    assert f"images: {here} is not whole any more\nimages: 83 files, " in again()
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    assert "not whole any more" in again()
+    files[2].write_bytes(files[2].read_bytes()[:-1] + b"?")
+    assert "not whole any more" in again()
+    (ready / "complete.json").write_text("{}")
+    assert "not whole any more" in again()
+    (ready / "complete.json").write_text(json.dumps({**note, "boot": "an earlier one"}))
+    assert "not whole any more" in again()
+    assert "where they were already" in again()
+    assert sorted(path.name for path in ready.parent.iterdir()) == ["lock", "ready"]
+
+
+def test_of_many_bytes_a_sample_is_compared(data: Path, near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    total = sum(path.stat().st_size for path in data.rglob("*.png"))
+    monkeypatch.setattr(staging, "SAMPLE", total // 4)
+    here = copied(data, near)
+    sample = json.loads((here.parent / "complete.json").read_text())["sample"]
+    assert 5 < len(sample) < 40
+    assert sample == {name: zlib.crc32((data / name).read_bytes()) for name in sample}
+
+
+def test_what_reads_back_otherwise_is_not_used(data: Path, near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = staging._Copy.write
+
+    def garbles(copy: Any, reader: Any, name: str, size: int) -> None:
+        original(copy, reader, name, size)
+        if copy.files == 40:
+            (copy.images / name).write_bytes(bytes(size))
+
+    monkeypatch.setattr(staging._Copy, "write", garbles)
+    assert stage_folder(ALONE, str(near), indexes(data)) is None
+    assert [path.name for path in near.rglob("*") if path.is_file()] == ["lock"]
+
+
+def test_a_copy_that_was_killed_is_made_again_from_nothing(folder: Path, near: Path) -> None:
+    with pytest.raises(AssertionError, match="died"):
+        run_ranks(1, struck, copy_alone, (str(folder), str(near)), signal.SIGKILL, 20)
+    (place,) = folders_of(near)
+    assert sorted(path.name for path in place.iterdir()) == ["lock", "partial"]
+    assert 18 < len(content(place / "partial" / "images")) < 60
+    assert content(copied(folder, near)) == content(folder)
+    assert sorted(path.name for path in place.iterdir()) == ["lock", "ready"]
+
+
+def test_changed_data_get_a_copy_of_their_own(data: Path, near: Path) -> None:
+    first = copied(data, near)
+    image = next((data / "train" / "noise").iterdir())
+    blank = bytes(image.stat().st_size)
+    image.write_bytes(blank)  # of the same size
+    second = copied(data, near)
+    assert first != second
+    assert content(first / "train")[f"noise/{image.name}"] != blank
+    assert content(second) == content(data)
+    (data / "val" / "noise" / "new.png").write_bytes(b"new")
+    assert copied(data, near) not in (first, second)
+    assert copied(data, near).parents[2] == near
+
+
+def test_jobs_on_one_node_copy_once(folder: Path, near: Path, tmp_path: Path) -> None:
+    arguments = (str(folder), str(near), str(tmp_path / "log"))
+    jobs = [_context.Process(target=counted_copy, args=arguments) for _ in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    assert [job.exitcode for job in jobs] == [0, 0, 0]
+    assert len((tmp_path / "log").read_bytes()) == 83
+
+
+def test_a_job_waits_for_another_ones_copy(folder: Path, near: Path) -> None:
+    here = copied(folder, near)
+    found: list[Path] = []
+    with (here.parents[1] / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=lambda: found.append(copied(folder, near)))
+        waiting.start()
+        waiting.join(0.5)
+        assert found == []
+    waiting.join(20)
+    assert found == [here]
+
+
+# Without it.
+
+
+def free(disk: Path) -> int:
+    space = os.statvfs(disk)
+    return space.f_bavail * space.f_frsize
+
+
+def why_not(near: Path | str, data: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Why images are read from the source after all."""
+    setup_console(is_main=True)
+    assert stage_folder(ALONE, str(near), indexes(data)) is None
+    warning = capsys.readouterr().out.splitlines()[-1]
+    start, end = "data.stage_to: ", f"; reading the images from {data}"
+    assert warning.startswith(start)
+    assert warning.endswith(end)
+    return warning[len(start) : -len(end)]
+
+
+@AS_ROOT
+@pytest.mark.parametrize("seen", ["beforehand", "on the way"])
+def test_what_does_not_fit_is_left_where_it_is(
+    folder: Path, near: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seen: str
+) -> None:
+    """Others may write there, too, while it is copied; and they can go on."""
+    with small_disk(near):
+        if not near.is_mount():
+            pytest.skip("can't mount a file system")
+        (near / "others").write_bytes(b"x" * (free(near) - 100_000))
+        left = free(near)
+        if seen == "on the way":
+            monkeypatch.setattr(staging, "_refuse_no_room", lambda *args: None)
+        why = why_not(near, folder, capsys)
+        if seen == "on the way":
+            assert re.fullmatch(rf"{near} was full after 0\.[01] MB", why)
+        else:  # each of the 83 files takes up whole blocks
+            blocks = sum(-(-path.stat().st_size // 4096) for path in folder.rglob("*.png"))
+            assert why == f"{blocks * 4096 / 1e6:.1f} MB do not fit in {near}, where 0.1 MB are free"
+        assert sorted(path.name for path in near.rglob("*") if path.is_file()) == ["lock", "others"]
+        assert left - 3 * 4096 <= free(near) <= left
+
+
+def test_a_variable_that_is_not_set(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EMPTY", "")
+    why = why_not("$NO_SUCH_DISK/${EMPTY}", folder, capsys)
+    assert why == "NO_SUCH_DISK, EMPTY are not set in '$NO_SUCH_DISK/${EMPTY}'"
+
+
+@pytest.mark.parametrize("obstacle", ["file", "within", "link"])
+def test_a_place_that_is_none(
+    data: Path, near: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], obstacle: str
+) -> None:
+    if obstacle == "file":
+        near.write_text("")
+        assert why_not(near, data, capsys).startswith(f"Not a directory: {near}/flowers-")
+    elif obstacle == "within":
+        assert why_not(data / "near", data, capsys) == f"{data}/near lies within {data}"
+        assert sorted(path.name for path in data.iterdir()) == ["train", "val"]
+    else:
+        place = copied(data, near).parents[1]
+        shutil.rmtree(place)
+        (tmp_path / "others").mkdir()
+        place.symlink_to(tmp_path / "others")
+        assert why_not(near, data, capsys) == f"{place} belongs to another user"
+        assert list((tmp_path / "others").iterdir()) == []
+
+
+@AS_ROOT
+def test_a_folder_that_another_user_put_there(folder: Path, near: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = copied(folder, near).parents[1]
+    assert place.stat().st_mode & 0o777 == 0o700, "the source may be closed to others, too"
+    os.chown(place, 12345, -1)
+    assert why_not(near, folder, capsys) == f"{place} belongs to another user"
+
+
+@pytest.mark.parametrize("fault", ["it changes", "it goes", "it can't be read"])
+def test_a_source_that_fails_is_left_to_training(
+    data: Path, near: Path, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which names the image."""
+    found = indexes(data)
+    image = next((data / "train" / "noise").iterdir())
+    if fault == "it changes":
+        image.write_bytes(b"new")
+    elif fault == "it goes":
+        image.unlink()
+    else:
+        original = staging._Copy.write
+
+        def fails(copy: Any, reader: Any, *args: Any) -> None:
+            if reader.name == str(image):
+                raise OSError(errno.EIO, "Input/output error", reader.name)
+            original(copy, reader, *args)
+
+        monkeypatch.setattr(staging._Copy, "write", fails)
+    assert stage_folder(ALONE, str(near), found) is None
+    assert [path.name for path in near.rglob("*") if path.is_file()] == ["lock"]
+
+
+def test_an_unused_image_is_no_reason_to_copy(data: Path, near: Path) -> None:
+    """Nor is anything else beside the splits."""
+    (data / "raw").mkdir()
+    (data / "raw" / "huge.bin").write_bytes(b"x")
+    (data / "train" / "noise" / "notes.txt").write_bytes(b"x")
+    shutil.copy(next((data / "val" / "noise").iterdir()), data / "stray.png")
+    assert len(content(copied(data, near))) == 83

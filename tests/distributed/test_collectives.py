@@ -1,0 +1,83 @@
+"""Arrays that ranks share: equal everywhere, one copy of them on a node, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distil_tl.distributed import collectives
+from distil_tl.distributed.collectives import gather_objects, share_arrays
+from distil_tl.distributed.launch_env import Launch, read_launch
+from distil_tl.distributed.process_group import DistInfo, DistributedConfig, session
+from tests.helpers.ranks import rank, run_ranks
+
+ARRAYS = {
+    "odd": np.arange(13, dtype=np.uint8),
+    "none": np.zeros((0, 3), dtype=np.float32),
+    "big-endian": np.arange(6, dtype=">i4").reshape(2, 3),
+    "transposed": np.arange(2**20, dtype=np.int64).reshape(4, -1).T,
+}
+LINUX = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+
+
+def files_in_memory() -> set[int]:
+    """The numbers of those that this process maps."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {int(line.split()[4]) for line in lines if "memfd:distil_tl" in line}
+
+
+def shared(nodes: list[int], fault: str | None = None) -> tuple[bool, list[int], set[int]]:
+    """Whether this rank has what rank 0 has shared, what all then read, and the files in memory it is read from."""
+    if fault == "no memory":
+        os.posix_fallocate = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    elif fault == "no memory on a node" and rank() == 0:
+        vars(collectives)["new_memory"] = lambda size: None
+    elif fault == "elsewhere" and rank() == 1:  # another process has that number here
+        collectives._opened = lambda address, size, real=collectives._opened: real([os.getppid(), *address[1:]], size)  # type: ignore[misc]
+    collectives.PIECE = 3 << 20  # so that there are several
+    launch: Launch = read_launch(os.environ)
+    here = nodes[rank()]
+    launch = replace(launch, node=here, local_rank=nodes[: rank()].count(here), local_world_size=nodes.count(here))
+    with session(launch, DistributedConfig(device="cpu", timeout_seconds=60)) as info:
+        got = share_arrays(info, ARRAYS if rank() == 0 else None)
+        equal = all(
+            np.array_equal(got[name], array) and (got[name].dtype, got[name].shape) == (array.dtype, array.shape)
+            for name, array in ARRAYS.items()
+        )
+        gather_objects(info, None)
+        got["odd"][rank()] = 100 + rank()  # its own from here on
+        gather_objects(info, None)
+        return equal and list(got) == list(ARRAYS), got["odd"][: len(nodes)].tolist(), files_in_memory()
+
+
+@LINUX
+@pytest.mark.parametrize("nodes", [[0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1], [0, 1]])
+def test_ranks_of_a_node_hold_one_copy(nodes: list[int]) -> None:
+    found = run_ranks(len(nodes), shared, nodes)
+    assert all(equal for equal, _, _ in found)
+    for one, (_, read, _) in enumerate(found):
+        assert read == [100 + one if other == one else other for other in range(len(nodes))], "a write went further"
+    files = [files for _, _, files in found]
+    for node in set(nodes):
+        here = [files[one] for one in range(len(nodes)) if nodes[one] == node]
+        assert all(one == here[0] for one in here)
+        assert len(here[0]) == (1 if len(here) > 1 else 0)
+    assert len(set().union(*files)) == sum(nodes.count(node) > 1 for node in set(nodes))
+
+
+@LINUX
+@pytest.mark.parametrize(("fault", "sharing"), [("no memory", 0), ("no memory on a node", 2), ("elsewhere", 3)])
+def test_where_nothing_can_be_shared_ranks_have_copies_of_their_own(fault: str, sharing: int) -> None:
+    found = run_ranks(4, shared, [0, 0, 1, 1], fault)
+    assert all(equal for equal, _, _ in found)
+    assert sum(bool(files) for _, _, files in found) == sharing
+
+
+def test_a_world_of_one_keeps_what_it_has() -> None:
+    import torch
+
+    assert share_arrays(DistInfo(Launch(), torch.device("cpu"), 1.0), ARRAYS) is ARRAYS

@@ -1,0 +1,175 @@
+"""Stand-ins for sbatch, squeue, scontrol, scancel and srun: scripts in a folder, which keep their queue in a JSON file.
+
+They know what launch asks of them, and answer as Slurm does: a number that is an array's means all of its tasks, tasks
+that wait have no number of their own, jobs that have ended are listed with `--states=all` alone, and some commands are
+refused. What a test says in `refusals` they say on standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
+
+
+class FakeSlurm:
+    """The queue, as a test sees and changes it. A job has `id`, `own`, `state`, `nodes`, `reason` and `script`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / "queue.json"
+        folder.mkdir(parents=True)
+        for name in COMMANDS:
+            (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -SE {__file__} {folder} {name} "$@"\n')
+            (folder / name).chmod(0o755)
+        self._write({"next": 7, "jobs": [], "refusals": {}, "calls": []})
+
+    @property
+    def path(self) -> str:
+        """PATH with these commands before all others."""
+        return f"{self.folder}:{os.environ['PATH']}"
+
+    @property
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        return {job["id"]: job for job in self._read()["jobs"]}
+
+    def calls(self, command: str) -> list[list[str]]:
+        """The arguments that a command was called with."""
+        return [arguments for name, *arguments in self._read()["calls"] if name == command]
+
+    def add(self, job: str, state: str = "PENDING", **fields: str) -> None:
+        number = job.partition("_")[0]
+        content = self._read()
+        content["jobs"].append({"id": job, "own": number, "state": state, "nodes": "", "reason": "None", **fields})
+        self._write(content)
+
+    def change(self, job: str, state: str, **fields: str) -> None:
+        """Such as `change("7_2", "RUNNING", own="9", nodes="n1")`."""
+        content = self._read()
+        (found,) = (entry for entry in content["jobs"] if entry["id"] == job)
+        found.update({"state": state, **fields})
+        self._write(content)
+
+    def forget(self, job: str) -> None:
+        content = self._read()
+        content["jobs"] = [entry for entry in content["jobs"] if entry["id"] != job]
+        self._write(content)
+
+    def refuse(self, command: str, words: str | None) -> None:
+        content = self._read()
+        content["refusals"][command] = words
+        self._write(content)
+
+    def _read(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.file.read_text())
+        return found
+
+    def _write(self, content: dict[str, Any]) -> None:
+        self.file.write_text(json.dumps(content))
+
+
+def instead_of_slurm(tmp_path: Path, monkeypatch: Any) -> FakeSlurm:
+    """For a test alone: these commands, nothing of a job that surrounds it, and an empty current folder, `here`."""
+    fake = FakeSlurm(tmp_path / "slurm-bin")
+    monkeypatch.setenv("PATH", fake.path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in [*os.environ]:
+        if name.startswith(("SLURM_", "SUBMITIT_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH"):
+            monkeypatch.delenv(name)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return fake
+
+
+def fake_training(source: Path, body: str) -> Path:
+    """A copy of the packages in which training is only `body`, of `args`; for jobs that take a second."""
+    for package in ("distil_tl", "launch"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(__file__).parents[2] / package, source / package, ignore=ignore)
+    (source / "distil_tl/train.py").write_text(f"import json, os, pathlib, sys\ndef main(args):\n    {body}\n")
+    return source
+
+
+def run(folder: Path, command: str, arguments: list[str]) -> int:
+    """What the script called `command` does; its exit status."""
+    file = folder / "queue.json"
+    content = json.loads(file.read_text())
+    content["calls"].append([command, *arguments])
+    try:
+        if content["refusals"].get(command):
+            raise SystemExit(content["refusals"][command])
+        {"sbatch": sbatch, "squeue": squeue, "scontrol": scontrol, "scancel": scancel, "srun": srun}[command](
+            content, arguments
+        )
+    finally:
+        file.write_text(json.dumps(content))
+    return 0
+
+
+def sbatch(content: dict[str, Any], arguments: list[str]) -> None:
+    script = Path(arguments[-1]).read_text()
+    number, content["next"] = content["next"], content["next"] + 1
+    array = re.search(r"^#SBATCH --array=0-(\d+)", script, re.MULTILINE)
+    ids = [f"{number}_{task}" for task in range(int(array[1]) + 1)] if array else [str(number)]
+    for job in ids:
+        entry = {"id": job, "own": str(number), "state": "PENDING", "nodes": "", "reason": "Priority"}
+        content["jobs"].append({**entry, "script": script})
+    sys.stdout.write(f"Submitted batch job {number}\n")
+
+
+def squeue(content: dict[str, Any], arguments: list[str]) -> None:
+    options = dict(argument.partition("=")[::2] for argument in arguments)
+    jobs = content["jobs"]
+    if "--jobs" in options:
+        jobs = selected(content, options["--jobs"])
+        if not jobs:
+            raise SystemExit("slurm_load_jobs error: Invalid job id specified")
+    if options.get("--states") != "all":
+        jobs = [job for job in jobs if job["state"] not in ENDED]
+    if "--array" not in options:  # tasks that wait are one line then
+        jobs = [job for job in jobs if job["state"] != "PENDING" or not re.search("_[1-9]", job["id"])]
+    letters = {"%i": "id", "%A": "own", "%T": "state", "%N": "nodes", "%r": "reason"}
+    for job in jobs:
+        line = options["--format"]
+        for letter, name in letters.items():
+            line = line.replace(letter, job[name])
+        sys.stdout.write(line + "\n")
+
+
+def scontrol(content: dict[str, Any], arguments: list[str]) -> None:
+    assert arguments[0] == "requeue", arguments
+    jobs = selected(content, arguments[1])
+    if not jobs:
+        raise SystemExit("Invalid job id specified")
+    for job in jobs:  # those that were cancelled, too
+        job.update(state="PENDING", nodes="", reason="BeginTime")
+
+
+def scancel(content: dict[str, Any], arguments: list[str]) -> None:
+    for number in arguments:
+        for job in selected(content, number):
+            job["state"] = "CANCELLED"
+
+
+def srun(content: dict[str, Any], arguments: list[str]) -> None:
+    """Become the command that it was to start."""
+    while arguments[0].startswith("-"):
+        arguments = arguments[1:] if "=" in arguments[0] or arguments[0] == "--unbuffered" else arguments[2:]
+    os.execvp(arguments[0], arguments)
+
+
+def selected(content: dict[str, Any], number: str) -> list[dict[str, Any]]:
+    """Jobs by number: one, or an array's tasks when it is the array's, or one that has such a number of its own."""
+    jobs = content["jobs"]
+    array = [job for job in jobs if job["id"].partition("_")[0] == number]
+    return array or [job for job in jobs if number in (job["id"], job["own"])]
+
+
+if __name__ == "__main__":
+    sys.exit(run(Path(sys.argv[1]), sys.argv[2], sys.argv[3:]))

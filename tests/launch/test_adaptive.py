@@ -1,0 +1,291 @@
+"""The search: proposing, watching, pruning; and what becomes of it when it, its trials or Slurm come to an end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from launch import optuna_driver as search
+from launch import status, sweep
+from launch.records import read_record
+from tests.helpers.adaptive_jobs import (
+    HERE,
+    SPACE,
+    STOPPED,
+    Jobs,
+    Killed,
+    refusal,
+    searched,
+    states,
+    stored,
+    trials,
+    values_of,
+)
+from tests.helpers.fake_slurm import FakeSlurm, instead_of_slurm
+from tests.helpers.ranks import lines
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """And a current folder with `rates.yaml` alone."""
+    fake = instead_of_slurm(tmp_path, monkeypatch)
+    Path("rates.yaml").write_text(SPACE)
+    return fake
+
+
+@pytest.fixture
+def jobs(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Jobs:
+    """All alike, unless a test gives them another `curve`."""
+    found = Jobs(slurm, lambda values: [0.5, 0.6])
+    monkeypatch.setattr(search, "time", SimpleNamespace(sleep=found.sleep))
+    return found
+
+
+# Proposing
+
+
+def test_a_search_from_its_first_trial_to_its_last(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    jobs.curve = lambda values: [0.1, 0.9 if values["optim.name"] == "adamw" else 0.6 - values["stages.head.lr"] / 10]
+    searched("--trials=6", "--parallel=3", "slurm.time=60")
+    assert jobs.most == 3
+    assert len(slurm.calls("sbatch")) == len(trials()) == 6
+    assert all("#SBATCH --time=60\n" in job["script"] and "--array" not in job["script"] for job in slurm.jobs.values())
+    assert states() == {"COMPLETE": 6}
+    values = [values_of(run_dir) for run_dir in trials()]
+    assert sorted(given["seed"] for given in values) == list(range(6)), "two with the same values are still two"
+    assert all(1e-3 <= given["stages.head.lr"] <= 1 for given in values)
+    for run_dir in trials():
+        saved = yaml.safe_load((run_dir / "slurm/config.yaml").read_text())
+        given = values_of(run_dir)
+        assert (saved["stages"]["head"]["lr"], saved["optim"]["name"], saved["seed"]) == tuple(given.values())
+        assert (saved["run_dir"], saved["tracking"]["wandb"]["group"]) == (str(run_dir), "rates")
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"best: top1 0.9000 of trial \d: stages.head.lr=\S+ optim.name=adamw seed=\d", said[-2])
+    assert said[-1] == f"all of them: python -m launch.status {HERE.absolute()}"
+    assert status.main([str(HERE)]) == 0
+    assert "\n6 completed\n" in capsys.readouterr().out
+    for trial in stored():
+        assert list(trial.intermediate_values) == [0, 1]
+
+
+def test_a_larger_number_of_trials_goes_on_with_the_search(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    searched()
+    assert states() == {"COMPLETE": 4}, "the sweep's count"
+    searched()
+    assert len(slurm.calls("sbatch")) == 4
+    searched("--trials=6")
+    assert states() == {"COMPLETE": 6}
+    rates = [trial.user_attrs["values"]["stages.head.lr"] for trial in stored()]
+    assert len(set(rates)) == 6, "one that goes on draws no number again"
+
+
+def test_the_same_search_proposes_the_same_in_one_go_and_in_two(slurm: FakeSlurm, jobs: Jobs) -> None:
+    searched("--parallel=1", "--trials=3")
+    searched("--parallel=1", "--trials=5")
+    there = [trial.user_attrs["values"] for trial in stored()]
+    HERE.rename("sweeps/there")
+    searched("--parallel=1", "--trials=5")
+    assert [trial.user_attrs["values"] for trial in stored()] == there
+
+
+# Pruning
+
+
+@pytest.mark.parametrize(("metric", "good", "bad"), [("top1", 0.9, 0.1), ("loss", 0.1, 0.9)])
+def test_weak_trials_are_ended_early(
+    slurm: FakeSlurm, jobs: Jobs, metric: str, good: float, bad: float, capsys
+) -> None:
+    Path("rates.yaml").write_text(SPACE.replace("{random", f"{{metric: {metric}, random"))
+    jobs.metric = metric
+    jobs.curve = lambda values: [good if values["seed"] < search.STARTUP else bad] * 4
+    searched("--trials=8", "--parallel=1")
+    assert states() == {"COMPLETE": 5, "PRUNED": 3}
+    pruned = [run_dir for run_dir in trials() if values_of(run_dir)["seed"] >= search.STARTUP]
+    for run_dir in pruned:
+        job = (read_record(run_dir) or {})["job_id"]
+        assert slurm.jobs[job]["state"] == "CANCELLED"
+        assert len(lines(run_dir)) == 1
+        assert json.loads((run_dir / "pruned.json").read_text()) == {"after": 1, "stage": "head"}
+    assert f"best: {metric} {good:.4f}" in capsys.readouterr().out
+    assert status.main([str(HERE)]) == 0
+    assert "\n5 completed, 3 pruned\n" in capsys.readouterr().out
+
+
+def weak(values: dict[str, Any]) -> list[float]:
+    return [0.9 if values["seed"] < search.STARTUP else 0.1] * 4
+
+
+def test_a_search_killed_before_it_ended_a_pruned_job_ends_it_later(
+    slurm: FakeSlurm, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs.curve = weak
+
+    def kill(ids: list[str]) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "cancel", kill)
+        with pytest.raises(Killed):
+            searched("--trials=6", "--parallel=1")
+    assert slurm.jobs["12"]["state"] == "RUNNING"
+    searched("--trials=6", "--parallel=1")
+    assert slurm.jobs["12"]["state"] == "CANCELLED"
+    assert states() == {"COMPLETE": 5, "PRUNED": 1}
+
+
+def test_a_job_is_pruned_later_when_slurm_does_not_answer(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    jobs.curve = weak
+    slurm.refuse("scancel", "Unable to contact slurm controller")
+    told = len(weak({"seed": 0}))
+    after = search.STARTUP * (told + 2) + 5
+    jobs.meanwhile[after] = lambda: slurm.refuse("scancel", None)
+    searched("--trials=6", "--parallel=1")
+    assert states() == {"COMPLETE": 5, "PRUNED": 1}
+    assert slurm.jobs["12"]["state"] == "CANCELLED"
+    assert "launch: scancel: Unable to contact slurm controller; trying again later" in capsys.readouterr().err
+
+
+# Ends of the search
+
+
+@pytest.mark.parametrize("place", ["draw_value", "Driver.launch", "launch_trials", "Driver.look", "Driver.tell"])
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_search_that_is_killed_anywhere_goes_on(
+    slurm: FakeSlurm, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, place: str, calls: int
+) -> None:
+    """As it calls that, for the first time or for a later one."""
+    owner, _, name = place.rpartition(".")
+    target: Any = getattr(search, owner) if owner else search
+    function, count = getattr(target, name), [0]
+
+    def kill(*args: Any) -> Any:
+        count[0] += 1
+        if count[0] == calls:
+            raise Killed
+        return function(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, kill)
+        with pytest.raises(Killed):
+            searched("--parallel=2")
+    searched("--parallel=2")
+    found = states()
+    assert found["COMPLETE"] == 4
+    assert found["FAIL"] <= 1, "one that had no values yet"
+    assert found["RUNNING"] == 0
+    assert len(slurm.calls("sbatch")) == len(trials()) == 4
+    assert {run_dir.name for run_dir in trials()} == set(json.loads((HERE / "sweep.json").read_text())["trials"])
+    for trial in stored():
+        assert trial.state.name == "FAIL" or list(trial.intermediate_values.values()) == [0.5, 0.6]
+
+
+def test_ctrl_c_leaves_slurms_jobs_alone(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    jobs.meanwhile[2] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    searched("--parallel=2", returns=3)
+    assert capsys.readouterr().err == f"launch: {STOPPED}; its jobs go on\n"
+    assert [job["state"] for job in slurm.jobs.values()] == ["RUNNING"] * 2
+    assert "ended_at" in json.loads((HERE / "search.json").read_text())
+    searched("--parallel=2")
+    assert states() == {"COMPLETE": 4}
+    assert len(slurm.calls("sbatch")) == 4
+
+
+def test_ctrl_c_while_a_job_is_submitted_comes_when_that_is_written_down(
+    slurm: FakeSlurm, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = sweep.launch_trials
+
+    def interrupt(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        code = "import signal, sys; sys.exit(signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, "sbatch is not hit either"
+        return submit(*args)
+
+    monkeypatch.setattr(search, "launch_trials", interrupt)
+    searched("--parallel=1", returns=3)
+    assert len(trials()) == len(slurm.calls("sbatch")) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_a_full_disk_cut_off_the_storage_is_let_go(slurm: FakeSlurm, jobs: Jobs) -> None:
+    searched("--trials=2")
+    whole = (HERE / "optuna.log").read_bytes()
+    (HERE / "optuna.log").write_bytes(whole + whole.splitlines()[-1][:9])
+    searched("--trials=3")
+    assert states() == {"COMPLETE": 3}
+
+
+# Ends of trials
+
+
+def test_trials_that_fail_are_no_end_of_the_search(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    jobs.meanwhile[2] = lambda: slurm.change("8", "FAILED")
+    jobs.meanwhile[3] = lambda: slurm.change("9", "CANCELLED")  # by hand
+    searched("--parallel=3")
+    assert states() == {"COMPLETE": 2, "FAIL": 2}
+    said = capsys.readouterr().out
+    assert "trial 1: failed: it ended without a word (job 8 is FAILED)\n" in said
+    assert "trial 2: failed: cancelled\n" in said
+
+
+@pytest.mark.parametrize(("end", "curve"), [("failed", [0.5]), ("completed", []), ("completed", [None])])
+def test_a_search_in_which_all_fail_is_a_fault(
+    slurm: FakeSlurm, jobs: Jobs, capsys, end: str, curve: list[Any]
+) -> None:
+    """Or that evaluate nothing, or nothing that is a number."""
+    jobs.end, jobs.curve = end, lambda values: curve
+    searched("--trials=2", returns=1)
+    assert states() == {"FAIL": 2}
+    assert "no trial was completed\n" in capsys.readouterr().out
+
+
+def test_a_preempted_trial_comes_back(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    """Also while Slurm does not say that it is in the queue again, or what a node wrote is late to be seen."""
+    (look,) = (3,)
+
+    def preempted() -> None:
+        (run_dir,) = trials()
+        (run_dir / "summary.json").write_text('{"status": "preempted", "best": null}')
+        slurm.change("7", "PENDING", nodes="")
+        slurm.refuse("squeue", "no controller")
+
+    def late() -> None:
+        slurm.change("7", "COMPLETED")
+
+    def back() -> None:
+        slurm.refuse("squeue", None)
+        slurm.change("7", "RUNNING", nodes="n1")
+
+    jobs.meanwhile = {look: preempted, look + 2: lambda: slurm.refuse("squeue", None), look + 5: late, look + 6: back}
+    jobs.curve = lambda values: [0.5] * 9
+    searched("--trials=1")
+    assert states() == {"COMPLETE": 1}
+    assert len(slurm.calls("sbatch")) == 1
+    assert "launch: squeue: no controller; asking again later\n" in capsys.readouterr().err
+
+
+def test_sbatch_that_refuses_for_a_while(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    """A limit on jobs, say, while others are there to wait for."""
+    words = "sbatch: error: Job violates accounting/QOS policy"
+    jobs.meanwhile = {1: lambda: slurm.refuse("sbatch", words), 8: lambda: slurm.refuse("sbatch", None)}
+    jobs.curve = lambda values: [0.5] * (2 if values["seed"] < 1 else 9)
+    searched("--parallel=2")
+    assert states() == {"COMPLETE": 4}
+    assert f"{words}; trying again later" in capsys.readouterr().err
+
+    HERE.rename("sweeps/other")
+    slurm.refuse("sbatch", words)
+    assert f"sbatch refused the job: {words}" in refusal(capsys, "--trials=2")
+    slurm.refuse("sbatch", None)
+    searched("--trials=2")
+    assert states() == {"COMPLETE": 2}, "none of them was given up"

@@ -1,0 +1,196 @@
+"""What a job may ask of Slurm, and what submitit makes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.slurm_config import EARLY_S, KEY_OF, SlurmConfig, parse_minutes
+
+
+def problems(**values: Any) -> list[str]:
+    return list(SlurmConfig(**values).problems())
+
+
+def only_problem(**values: Any) -> str:
+    (found,) = problems(**values)
+    return found
+
+
+# Times
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("0090", 90),
+        ("90:00", 90),
+        ("90:01", 91),
+        ("1:30:00", 90),
+        ("24:00:00", 24 * 60),
+        ("1-12", 36 * 60),
+        ("1-12:30", 36 * 60 + 30),
+        ("1-12:30:00", 36 * 60 + 30),
+        ("1-12:30:01", 36 * 60 + 31),
+        ("0-0:0:1", 1),
+        ("0:120", 2),
+        (" 90 ", 90),
+    ],
+)
+def test_slurms_ways_to_write_a_time(text: str, minutes: int) -> None:
+    assert parse_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1h", "-5", "1:2:3:4", "1-", "1-2-3", "1.5", ":30", "30:", "UNLIMITED"])
+def test_what_is_no_time(text: str) -> None:
+    assert parse_minutes(text) is None
+    assert only_problem(time=text) == f"slurm.time={text} is no time limit; give minutes, HH:MM:SS or D-HH:MM:SS"
+
+
+@given(st.data())
+def test_every_notation_comes_to_the_seconds_that_its_parts_are(data: st.DataObject) -> None:
+    """Units are found from the names of a notation's parts, and not from how many there are."""
+    worth = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
+    notation = data.draw(
+        st.sampled_from(
+            [
+                "{minutes}",
+                "{minutes}:{seconds}",
+                "{hours}:{minutes}:{seconds}",
+                "{days}-{hours}",
+                "{days}-{hours}:{minutes}",
+                "{days}-{hours}:{minutes}:{seconds}",
+            ]
+        )
+    )
+    parts = {unit: data.draw(st.integers(0, 400), unit) for unit in worth if f"{{{unit}}}" in notation}
+    total = sum(worth[unit] * count for unit, count in parts.items())
+    found = parse_minutes(notation.format(**parts))
+    assert found is not None
+    assert 60 * (found - 1) < total <= 60 * found
+
+
+# What can't be asked
+
+
+def test_the_defaults_are_all_right() -> None:
+    assert problems() == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nodes": 0}, "slurm.nodes must be at least 1"),
+        ({"gpus_per_node": -1}, "slurm.gpus_per_node must be at least 0"),
+        ({"cpus_per_task": 0}, "slurm.cpus_per_task must be at least 1"),
+        ({"array_parallelism": 0}, "slurm.array_parallelism must be at least 1"),
+        ({"tasks_per_node": 0}, "slurm.tasks_per_node must be at least 1, or null for one per GPU"),
+        (
+            {"tasks_per_node": 4, "gpus_per_node": 2},
+            "slurm.tasks_per_node=4 with slurm.gpus_per_node=2: each task needs one of its own, so leave "
+            "tasks_per_node out, or make them equal",
+        ),
+        (
+            {"tasks_per_node": 2, "gpus_per_node": 8},
+            "slurm.tasks_per_node=2 with slurm.gpus_per_node=8: a task uses one of them, so leave tasks_per_node out, "
+            "or make them equal",
+        ),
+        ({"signal_delay_s": 0}, "slurm.signal_delay_s must be at least 1"),
+        ({"time": "0"}, "slurm.time=0 is no time limit; give minutes, HH:MM:SS or D-HH:MM:SS"),
+        (
+            {"time": "3"},
+            "slurm.signal_delay_s=120: Slurm may warn 60 s earlier still, which is as long as slurm.time=3, so the job "
+            "would be stopped as it begins; use less, or more time",
+        ),
+        (
+            {"mem": "lots"},
+            "slurm.mem=lots is no amount of memory; write it as 64GB, or 0 for all that a node has",
+        ),
+        ({"extra": {"ntasks_per_node": 8}}, "slurm.extra.ntasks_per_node: use slurm.tasks_per_node"),
+        ({"extra": {"time": 5}}, "slurm.extra.time: use slurm.time"),
+        ({"extra": {"gpus-per-task": 1}}, "slurm.extra.gpus-per-task: use slurm.gpus_per_node"),
+    ],
+)
+def test_each_mistake_is_named_with_its_key(values: dict[str, Any], message: str) -> None:
+    assert only_problem(**values) == message
+
+
+def test_all_mistakes_are_listed() -> None:
+    found = problems(nodes=0, cpus_per_task=0, time="soon", mem="1", extra={"signal": "USR1@10"})
+    assert len(found) == 5
+
+
+def test_the_warning_leaves_time_to_train() -> None:
+    """Slurm gives it up to a minute early: a job as long as the warning and that minute would never do anything."""
+    for minutes in (2, 3, 10, 60):
+        limit = 60 * minutes - EARLY_S
+        assert problems(time=str(minutes), signal_delay_s=limit - 1) == []
+        assert len(problems(time=str(minutes), signal_delay_s=limit)) == 1
+        assert len(problems(time=str(minutes), signal_delay_s=2 * limit + 60)) == 1
+
+
+@pytest.mark.parametrize("mem", ["64GB", "64G", "64gb", "500M", "500MB", "1T", "65536K", "0"])
+def test_amounts_of_memory_that_sbatch_takes(mem: str) -> None:
+    assert problems(mem=mem) == []
+
+
+@pytest.mark.parametrize("mem", ["64 GB", "1.5T", "64", "GB", "-1G", "64GBs", ""])
+def test_amounts_of_memory_that_sbatch_refuses_or_takes_for_something_else(mem: str) -> None:
+    assert len(problems(mem=mem)) == 1
+
+
+@pytest.mark.parametrize(("gpus", "given", "tasks"), [(8, None, 8), (8, 8, 8), (1, None, 1), (0, None, 1), (0, 4, 4)])
+def test_a_task_for_each_gpu_or_as_many_as_asked_for(gpus: int, given: int | None, tasks: int) -> None:
+    config = SlurmConfig(nodes=3, gpus_per_node=gpus, tasks_per_node=given)
+    assert list(config.problems()) == []
+    assert (config.tasks, config.world_size) == (tasks, 3 * tasks)
+
+
+# For submitit
+
+
+def test_parameters_name_everything_that_was_set() -> None:
+    config = SlurmConfig(
+        partition="gpu", account="lab", qos="high", nodes=2, gpus_per_node=4, cpus_per_task=6, mem="64GB",
+        time="1:30:00", constraint="a100", exclude="n[3-4]", array_parallelism=5, signal_delay_s=99,
+        extra={"reservation": "course"},
+    )  # fmt: skip
+    assert config.parameters("flowers") == {
+        "name": "flowers",
+        "timeout_min": 90,
+        "nodes": 2,
+        "tasks_per_node": 4,
+        "cpus_per_task": 6,
+        "gpus_per_node": 4,
+        "stderr_to_stdout": True,
+        "slurm_partition": "gpu",
+        "slurm_account": "lab",
+        "slurm_qos": "high",
+        "slurm_mem": "64GB",
+        "slurm_constraint": "a100",
+        "slurm_exclude": "n[3-4]",
+        "slurm_array_parallelism": 5,
+        "slurm_signal_delay_s": 99,
+        "slurm_additional_parameters": {"requeue": True, "reservation": "course"},
+    }
+
+
+def test_parameters_leave_the_clusters_defaults_alone() -> None:
+    found = SlurmConfig(gpus_per_node=0).parameters("x")
+    assert not {"gpus_per_node", "slurm_partition", "slurm_account", "slurm_mem"} & found.keys()
+
+
+def test_an_option_that_is_switched_off_is_not_given() -> None:
+    """sbatch has no --requeue=False; what is left out is off."""
+    extra = {"requeue": False, "exclusive": True, "comment": None, "nice": 0}
+    found = SlurmConfig(extra=extra).parameters("x")["slurm_additional_parameters"]
+    assert found == {"exclusive": True, "nice": 0}
+
+
+def test_every_option_with_a_key_of_its_own_is_that_of_a_field() -> None:
+    assert set(KEY_OF.values()) <= {field.name for field in dataclasses.fields(SlurmConfig)}

@@ -1,0 +1,352 @@
+"""What `launch.status` shows of a run, a sweep, or a folder of runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import status
+from launch.records import record
+from tests.helpers.fake_slurm import FakeSlurm
+from tests.helpers.paths import ROOT
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = FakeSlurm(tmp_path / "slurm-bin")
+    monkeypatch.setenv("PATH", fake.path)
+    return fake
+
+
+def finished(run_dir: Path, state: str = "completed", **best: Any) -> Path:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not (run_dir / "submitted.json").exists():
+        record(run_dir, "7", "slurm")
+    content = {"status": state, "best": {"stage": "full", "epoch": 2, "step": 20, **best} if best else None}
+    (run_dir / "summary.json").write_text(json.dumps({**content, "total_seconds": 12.5}))
+    return run_dir
+
+
+def sweep(folder: Path, trials: dict[str, dict[str, Any]], metric: str = "top1") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(json.dumps({"name": folder.name, "metric": metric, "trials": trials}))
+    return folder
+
+
+def shown(capsys, *args: object) -> str:
+    assert status.main([str(arg) for arg in args]) == 0
+    out: str = capsys.readouterr().out
+    return out
+
+
+def counts(text: str) -> list[str]:
+    """The lines below tables, such as `2 completed, 1 failed`."""
+    return re.findall(r"^\d+ [a-z]+(?:, \d+ [a-z]+)*$", text, re.MULTILINE)
+
+
+def column(text: str, name: str) -> list[str]:
+    """The cells under a heading, by where the table's rules are."""
+    head, rules, *rows = text.partition(counts(text)[0])[0].splitlines()
+    for rule in re.finditer("-+", rules):
+        if head[rule.start() : rule.end()].strip() == name:
+            return [row[rule.start() : rule.end()].strip() for row in rows]
+    raise AssertionError(f"no column {name!r} in\n{text}")
+
+
+# Ranking
+
+
+def test_best_first(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    for name, top1 in (("a", 0.5), ("b", 0.9), ("c", 0.7)):
+        finished(tmp_path / "runs" / name, top1=top1, loss=1.0)
+    text = shown(capsys, tmp_path / "runs")
+    assert column(text, "run") == ["b", "c", "a"]
+    assert column(text, "top1") == ["0.9000", "0.7000", "0.5000"]
+    assert column(text, "") == ["1", "2", "3"]
+
+
+def test_equal_ones_by_loss_and_then_by_name(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    for name, loss in (("a", 0.4), ("b", 0.2), ("c", None), ("d", 0.2), ("e", 0.3)):
+        finished(tmp_path / "runs" / name, top1=0.9, loss=loss)
+    assert column(shown(capsys, tmp_path / "runs"), "run") == ["b", "d", "e", "a", "c"]
+
+
+def test_of_loss_the_smallest_is_best(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    folder = sweep(tmp_path / "s", {name: {"seed": i} for i, name in enumerate("abc")}, metric="loss")
+    for name, loss in (("a", 0.4), ("b", 0.2), ("c", 0.3)):
+        finished(folder / name, top1=loss, loss=loss)
+    text = shown(capsys, folder)
+    assert column(text, "run") == ["b", "c", "a"]
+    assert column(text, "loss") == ["0.2000", "0.3000", "0.4000"]
+
+
+def test_a_sweeps_metric_ranks(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    folder = sweep(tmp_path / "s", {"a": {}, "b": {}}, metric="macro_f1")
+    finished(folder / "a", top1=0.9, macro_f1=0.1)
+    finished(folder / "b", top1=0.1, macro_f1=0.9)
+    assert column(shown(capsys, folder), "run") == ["b", "a"]
+
+
+def test_those_without_a_figure_come_last_by_state(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    folder = sweep(tmp_path / "s", {name: {} for name in ("gone", "worst", "waits", "dead", "odd")})
+    finished(folder / "worst", top1=0.0, loss=9.0)
+    finished(folder / "odd", top1=None, loss=9.0)
+    finished(folder / "dead", "failed")
+    (folder / "waits").mkdir()
+    record(folder / "waits", "8", "slurm")
+    slurm.add("8")
+    text = shown(capsys, folder)
+    assert column(text, "run") == ["worst", "odd", "waits", "dead", "gone"]
+    assert column(text, "state") == ["completed", "completed", "pending", "failed", "missing"]
+    assert column(text, "") == ["1", "", "", "", ""]
+    assert counts(text) == ["2 completed, 1 pending, 1 failed, 1 missing"]
+
+
+# Columns
+
+
+def test_short_names_of_columns_are_distinct() -> None:
+    keys = ["stages.head.lr", "stages.full.lr", "optim.name", "model.name", "seed", "lr", "a.seed"]
+    found = status._distinct(keys)
+    assert found == {
+        "stages.head.lr": "head.lr", "stages.full.lr": "full.lr", "optim.name": "optim.name",
+        "model.name": "model.name", "seed": "seed", "lr": "lr", "a.seed": "a.seed",
+    }  # fmt: skip
+    assert len(set(found.values())) == len(keys)
+    assert status._distinct(["stages.head.lr", "optim.momentum"]) == {
+        "stages.head.lr": "lr", "optim.momentum": "momentum"
+    }  # fmt: skip
+
+
+def test_what_trials_set_has_columns(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    trials: dict[str, dict[str, Any]] = {
+        "a": {"stages.head.lr": 0.0001234567, "stages.full.unfreeze": ["layer4"], "seed": 0},
+        "b": {"stages.full.lr": 1e-05},
+    }
+    text = shown(capsys, sweep(tmp_path / "s", trials))
+    assert column(text, "head.lr") == ["0.0001235", ""]
+    assert column(text, "full.lr") == ["", "1e-05"]
+    assert column(text, "unfreeze") == ["['layer4']", ""]
+    assert column(text, "seed") == ["0", ""]
+
+
+def test_columns_without_anything_are_left_out(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    finished(tmp_path / "runs" / "a", top1=0.5, loss=1.0)
+    head = shown(capsys, tmp_path / "runs").splitlines()[0].split()
+    assert head == ["run", "state", "done", "top1", "job"]
+
+
+def test_a_run_under_way_says_where_and_how_far(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    run_dir = finished(tmp_path / "run", "failed")
+    (run_dir / "config.yaml").write_text("stages: {head: {unfreeze: head, epochs: 1}, full: {unfreeze: 1, epochs: 3}}")
+    line = {"step": 6, "epoch": 1, "stage": "head", "split": "val", "top1": 0.25, "loss": 1.0, "time": 1}
+    (run_dir / "metrics.jsonl").write_text(json.dumps(line))
+    slurm.add("7", "RUNNING", nodes="n[1-2]")
+    text = shown(capsys, run_dir)
+    for name, cell in (("run", "run"), ("state", "running"), ("done", "25%"), ("top1", "0.2500"), ("at", "head 1"),
+                       ("job", "7"), ("where", "n[1-2]")):  # fmt: skip
+        assert column(text, name) == [cell]
+
+
+def test_why_a_run_failed_is_said_below(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    record(tmp_path / "run", "7", "slurm")
+    assert "\nrun: it ended without a word (its job is gone)\n" in shown(capsys, tmp_path / "run")
+
+
+# Which runs
+
+
+def test_a_run_by_its_own_folder_from_within(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.chdir(finished(tmp_path / "flowers", top1=0.5))
+    assert column(shown(capsys, "."), "run") == ["flowers"]
+
+
+def test_runs_below_a_folder_at_several_depths(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    for i, path in enumerate(("a", "b/c", "b/d/e", "b/d/f/too-deep")):
+        finished(tmp_path / "runs" / path, top1=0.9 - i / 10)
+    finished(tmp_path / "runs" / "a" / "code" / "inner", top1=1.0)
+    names = column(shown(capsys, tmp_path / "runs"), "run")
+    assert "too-deep" not in " ".join(names)
+    assert [name for name in names if "inner" not in name] == ["a", "b/c", "b/d/e"]
+
+
+def test_a_sweep_whose_trials_have_not_begun(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    folder = sweep(tmp_path / "s", {"a": {"seed": 0}, "b": {"seed": 1}})
+    text = shown(capsys, folder)
+    assert column(text, "state") == ["missing", "missing"]
+    for task in (0, 1):
+        (folder / "ab"[task]).mkdir()
+        record(folder / "ab"[task], f"7_{task}", "slurm")
+        slurm.add(f"7_{task}", reason=["None", "PartitionConfig"][task])
+    text = shown(capsys, folder)
+    assert column(text, "where") == ["", "(PartitionConfig)"]
+    assert column(text, "state") == ["pending", "pending"]
+    assert column(text, "job") == ["7_0", "7_1"]
+
+
+def test_trials_that_are_no_longer_in_the_sweep_are_shown_and_named(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    folder = sweep(tmp_path / "s", {"a": {"seed": 0}})
+    content = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**content, "earlier": {"b": {"lr": 0.5}}}))
+    finished(folder / "a", top1=0.5)
+    finished(folder / "b", top1=0.6)
+    text = shown(capsys, folder)
+    assert (column(text, "run"), column(text, "lr")) == (["b", "a"], ["0.5", ""])
+    assert text.endswith("\nno longer in the sweep: b\n")
+    assert [run["earlier"] for run in json.loads(shown(capsys, folder, "--json"))["runs"]] == [True, False]
+
+
+def test_a_folder_with_nothing_is_the_users_error(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    (tmp_path / "empty").mkdir()
+    assert status.main([str(tmp_path / "empty")]) == 2
+    assert capsys.readouterr().err == (
+        f"launch.status: {tmp_path}/empty holds no run; a run directory has attempt.json or submitted.json\n"
+    )
+    assert status.main([str(tmp_path / "nowhere")]) == 2
+    assert f"{tmp_path}/nowhere is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"trials": 5}', '{"trials": {}, "earlier": 5}'])
+def test_a_sweep_file_that_is_not_whole_leaves_the_runs_to_be_found(
+    slurm: FakeSlurm, tmp_path: Path, capsys, text: str
+) -> None:
+    finished(tmp_path / "s" / "a", top1=0.5)
+    (tmp_path / "s" / "sweep.json").write_text(text)
+    assert column(shown(capsys, tmp_path / "s"), "run") == ["a"]
+
+
+# Slurm
+
+
+def test_the_queue_is_that_of_the_folders_owner(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    """To a colleague, another's jobs would all be gone."""
+    finished(tmp_path / "run", top1=0.5)
+    shown(capsys, tmp_path / "run")
+    (call,) = slurm.calls("squeue")
+    assert f"--user={(tmp_path / 'run').stat().st_uid}" in call
+    assert "--me" not in call
+
+
+def test_slurm_that_cannot_be_asked_is_said(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    record(tmp_path / "run", "7", "slurm")
+    slurm.refuse("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
+    text = shown(capsys, tmp_path / "run")
+    assert column(text, "state") == ["unknown"]
+    assert "\nrun: Slurm can't be asked\n" in text
+    assert text.endswith("Unable to contact slurm controller: jobs are judged by their files\n")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert "squeue is not on this machine: jobs are judged by their files" in shown(capsys, tmp_path / "run")
+
+
+# For programs
+
+
+def test_json(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    folder = sweep(tmp_path / "s", {"a": {"stages.head.lr": 0.1}, "b": {}})
+    finished(folder / "a", top1=0.5, loss=float("nan"))
+    found = json.loads(shown(capsys, folder, "--json"))
+    assert found.keys() == {"folder", "metric", "note", "runs"}
+    assert (found["folder"], found["metric"], found["note"]) == (str(folder), "top1", None)
+    done, missing = found["runs"]
+    assert done == {
+        "run_dir": f"{folder}/a", "state": "completed", "progress": 1.0,
+        "best": {"stage": "full", "epoch": 2, "step": 20, "top1": 0.5, "loss": None},
+        "stage": None, "epoch": None, "step": None, "job_id": "7", "restarts": 0, "host": None, "seconds": 12.5,
+        "detail": None, "values": {"stages.head.lr": 0.1}, "earlier": False,
+    }  # fmt: skip
+    assert missing["state"] == "missing"
+    assert missing.keys() == done.keys()
+
+
+# Watching
+
+
+def test_watching_ends_when_all_is_over(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
+    folder = sweep(tmp_path / "s", {"a": {}, "b": {}})
+    for task, name in enumerate("ab"):
+        (folder / name).mkdir()
+        record(folder / name, f"7_{task}", "slurm")
+        slurm.add(f"7_{task}")
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 1:
+            slurm.change("7_0", "RUNNING", nodes="n1")
+        elif len(slept) == 2:
+            finished(folder / "a", top1=0.5)
+        elif len(slept) == 3:
+            slurm.change("7_1", "COMPLETING")
+        elif len(slept) == 4:
+            finished(folder / "b", "failed")
+            slurm.forget("7_1")
+        else:
+            pytest.fail("all is over")
+
+    monkeypatch.setattr("launch.status.sleep", sleep)
+    text = shown(capsys, folder, "--watch", "5")
+    assert slept == [5, 5, 5, 5]
+    assert counts(text) == [
+        "2 pending",
+        "1 running, 1 pending",
+        "1 completed, 1 pending",
+        "1 completed, 1 running",
+        "1 completed, 1 failed",
+    ]
+
+
+def test_watching_something_that_is_over_shows_it_once(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("launch.status.sleep", lambda seconds: pytest.fail("it waits"))
+    for state in ("completed", "failed", "preempted"):
+        finished(tmp_path / state, state)
+        shown(capsys, tmp_path / state, "--watch")
+
+
+def test_ctrl_c_ends_watching_without_a_traceback(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    sweep(tmp_path / "s", {"a": {}})
+    monkeypatch.setattr("launch.status.sleep", interrupted)
+    assert "1 missing" in shown(capsys, tmp_path / "s", "--watch")
+
+
+# The command
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "launch.status", *map(str, args)]
+
+
+def test_a_reader_who_has_gone_ends_it_quietly(slurm: FakeSlurm, tmp_path: Path) -> None:
+    """As `| head -1`."""
+    for i in range(300):
+        finished(tmp_path / "runs" / f"{i:03d}{'x' * 200}", top1=0.5)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command(tmp_path / "runs"), env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert process.stderr.read() == ""
+    process.stderr.close()
+
+
+def test_it_begins_at_once_without_torch() -> None:
+    code = "import sys, launch.status; sys.exit('torch' in sys.modules or 'submitit' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

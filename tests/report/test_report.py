@@ -1,0 +1,314 @@
+"""The report of synthetic run directories: what it says, that it is harmless, small and self-contained."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distil_tl.report import main
+from distil_tl.report.load import load_run
+from distil_tl.report.markup import Markup, h
+from distil_tl.report.svg import MAX_POINTS, Scale, downsample, fit_scale, linear_ticks
+from distil_tl.report.text import duration, moment, number, percent, short
+from distil_tl.report.text import points as points_text
+from tests.helpers.report_runs import EVIL, NAMES, build_evaluation, build_metrics, build_run, report, write_lines
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return build_run(tmp_path / "flowers-r50")
+
+
+def test_it_shows_the_run(run):
+    page, words = report(run)
+    best = json.loads((run / "summary.json").read_text())["best"]
+    assert f"{best['top1'] * 100:.1f} %" in words
+    assert f"val, full epoch {best['epoch']}" in words
+    for expected in (
+        "flowers-r50",
+        "completed",
+        "13 min 32 s",
+        "2,150",
+        "90.1 %",
+        "9.1 GiB peak",
+        "head",
+        "layer4",
+    ):
+        assert expected in words
+    for expected in (
+        "node-17",
+        "4f1c2a9be77d",
+        "${oc.env:DATA}/flowers",
+        "head cached",
+        "2025-10-09 08:53 UTC",
+    ):
+        assert expected in words
+    order = [page.index(f">{part}</h") for part in ("Loss", "Top-1 accuracy", "Learning rate", "Stages")]
+    order += [page.index(f">{part}</h2>") for part in ("Classes", "Confusion", "Mistakes", "Throughput")]
+    assert order == sorted(order)
+    assert not list(run.glob("*.tmp*"))
+    assert "nan" not in re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.S).lower().split()
+
+
+def test_classes_come_worst_first_with_what_they_are_taken_for(run):
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    _, words = report(run)
+    table = words[words.index("Most often taken for") : words.index("Confusion Share")]
+    ranked = [e["class"] for e in sorted(evaluation["per_class"], key=lambda e: e["f1"])]
+    assert re.findall("|".join(NAMES), table)[::2] == ranked
+
+
+def add_search(run: Path, rates: list[Any], decays: list[Any], chosen: tuple[Any, Any]) -> None:
+    """A search of the head stage whose every second head diverged."""
+    summary = json.loads((run / "summary.json").read_text())
+    pairs = [(rate, decay) for rate in rates for decay in decays]
+    heads = [
+        {"lr": rate, "weight_decay": decay, "top1": None if i % 2 else 0.8 + i / 1e4, "loss": None if i % 2 else 0.5}
+        for i, (rate, decay) in enumerate(pairs)
+    ]
+    summary["stages"]["head"]["search"] = {"lr": chosen[0], "weight_decay": chosen[1], "heads": heads}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_a_search_is_drawn_with_its_choice(run):
+    assert "<h2>Search" not in report(run)[0]
+    add_search(run, [0.1, 1e-4], [0, 0.5, 2], (1e-4, 0.5))
+    page, _ = report(run)
+    part = page[page.index("<h2>Search") : page.index("<h2>Evaluation")]
+    assert part.count("<rect") == 6
+    (frame,) = re.findall(r'<rect class="right chosen"[^>]*><title>([^<]*)', part)
+    assert frame == "lr 1e-4, weight decay 0.5: top-1 80.0\u202f%"
+    assert re.findall(r'class="count[^>]*>([^<]*)', part) == ["80.0", "\u2014", "80.0", "\u2014", "80.0", "\u2014"]
+
+
+def test_a_large_search_is_listed(run):
+    add_search(run, [1 / (i + 1) for i in range(80)], [0.5], (1.0, 0.5))
+    page, words = report(run)
+    assert "<rect" not in page[page.index("<h2>Search") : page.index("<h2>Evaluation")]
+    assert words[words.index("Learning rate Weight decay Val top-1") :].split()[6:9] == ["0.0126582", "0.5", "80.8"]
+
+
+def test_a_search_of_odd_values(run):
+    for rates in ([EVIL], [None, 0.1], [1e300, math.inf], []):
+        add_search(run, rates, [0.1], (EVIL, None))
+        assert EVIL not in report(run)[0]
+    summary = json.loads((run / "summary.json").read_text())
+    for search in (EVIL, [1], {"heads": EVIL}, {"heads": [EVIL, None]}):
+        summary["stages"]["head"]["search"] = search
+        (run / "summary.json").write_text(json.dumps(summary))
+        assert "<h2>Search" not in report(run)[0]
+
+
+def test_everything_from_data_is_escaped(tmp_path):
+    run = build_run(tmp_path / "evil", [EVIL, '"><img src=x onerror=alert(1)>', "a&b", "\ud800lone"])
+    lines = [line | {"stage": EVIL if line["stage"] == "head" else line["stage"]} for line in build_metrics()]
+    write_lines(run, lines)
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"status": EVIL, "error": EVIL, "stages": {EVIL: {"seconds": EVIL, "epochs": EVIL}}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    (run / "env.json").write_text(json.dumps({EVIL: EVIL, "host": EVIL, "command": [EVIL], "start_time": EVIL}))
+    (run / "config.yaml").write_text(f"</pre>{EVIL}<!--")
+    evaluation = build_evaluation([EVIL, '"><img src=x onerror=alert(1)>'])
+    evaluation["split"] = EVIL
+    evaluation["mistakes"] += [{"path": "http://example.com/\udcff.png", "target": 1, "prediction": None}]
+    (run / "evaluation.json").write_text(json.dumps(evaluation).replace("http:", "ftp:"))
+    page, words = report(run)
+    assert EVIL not in page
+    assert words.count(EVIL) > 10
+    assert "onerror=alert(1)>" not in page
+
+
+@pytest.mark.parametrize("kept", [1, 2, 13, 40])
+def test_a_run_in_progress(tmp_path, kept):
+    run = tmp_path / "young"
+    write_lines(run, build_metrics()[:kept])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 990, "epo')
+    _, words = report(run)
+    assert "in progress" in words
+    assert "No summary.json" in words
+    assert "could not be read" not in words
+    assert len(load_run(run).metrics) == kept
+
+
+def test_an_empty_metrics_file(tmp_path):
+    write_lines(tmp_path, [])
+    _, words = report(tmp_path)
+    assert "No metrics yet" in words
+    assert "Nothing recorded yet" in words
+
+
+def test_values_that_are_not_numbers(tmp_path):
+    lines = build_metrics()
+    for i, line in enumerate(lines):
+        if i % 3 == 0:
+            line |= {
+                "loss": math.nan,
+                "top1": None,
+                "lr": math.inf,
+                "images_per_second": "fast",
+                "epoch": None,
+            }
+    write_lines(tmp_path, lines)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('not json\n[1]\n{"step": null}\n{"step": NaN}\n' + "[" * 100_000 + "\n")
+    (tmp_path / "summary.json").write_text(
+        '{"status": "failed", "best": null, "stages": [1], "total_seconds": NaN, "world_size": true}'
+    )
+    broken = {"per_class": [1, {"class": 0, "f1": math.nan}, {}], "confusion_matrix": [[1, 2], [3]]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(broken | {"mistakes": [{}, None], "top1": "x", "n": None}))
+    (tmp_path / "classes.json").write_text("{}")
+    (tmp_path / "env.json").write_text("{")
+    page, words = report(tmp_path)
+    assert "failed" in words
+    assert "values not finite, not drawn" in words
+    assert "5 lines of metrics.jsonl could not be read" in words
+    assert "env.json could not be read" in words
+    assert "classes.json could not be read" in words
+    assert "not square" in words
+    assert not re.search(r"\b(NaN|nan|inf|Infinity|None)\b", page.split("<main>")[1].split("<script>")[0])
+
+
+def test_a_run_whose_every_loss_is_nan(tmp_path):
+    write_lines(tmp_path, [line | {"loss": math.nan, "top1": None} for line in build_metrics()])
+    _, words = report(tmp_path)
+    assert "Nothing recorded yet" in words
+
+
+def test_a_single_class_and_constant_values(tmp_path):
+    run = build_run(tmp_path / "one", ["only"])
+    flat = {"loss": 0.0, "top1": 1.0, "macro_f1": 1.0, "lr": 0.0, "images_per_second": 0.0}
+    write_lines(run, [line | flat for line in build_metrics()])
+    evaluation = build_evaluation(["only"]) | {"confusion_matrix": [[80]]}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    _, words = report(run)
+    assert "1 class" in words
+    assert "1 classes" not in words
+    assert "Most confused" not in words
+
+
+def test_many_classes_are_listed_rather_than_drawn(tmp_path):
+    names = [f"class-{i}" for i in range(1500)]
+    page, words = report(build_run(tmp_path / "many", names))
+    assert 'class="heat' not in page
+    assert "The other 975 classes (500 better ones left out)" in words
+    pairs = words[words.index("Most confused") : words.index("Mistakes The")]
+    assert pairs.count("class-") == 60
+    assert len(page) < 800_000
+
+
+def test_sixty_classes_are_drawn(tmp_path):
+    page, _ = report(build_run(tmp_path / "sixty", [f"class-{i}" for i in range(60)]))
+    assert 'class="heat small"' in page
+    assert "<title>class-0 \u2192 class-1: " in page
+
+
+def test_thumbnails_of_images_that_are_still_there(run):
+    image_module = pytest.importorskip("PIL.Image")
+    mistakes = json.loads((run / "evaluation.json").read_text())["mistakes"]
+    for i, mistake in enumerate(mistakes):
+        path = Path(mistake["path"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if i == 0:
+            path.write_bytes(b"not an image")
+        else:
+            image_module.new(("RGB", "RGBA", "L", "P", "I;16")[i % 5], (300, 200), 90).save(path)
+    page, _ = report(run)
+    assert page.count('src="data:image/jpeg;base64,') == 23
+    assert len(page) < 300_000
+
+
+def test_large_runs_stay_small_and_quick(tmp_path):
+    run = build_run(tmp_path / "large", intervals=5000)
+    assert len(load_run(run).metrics) > 100_000
+    began = time.perf_counter()
+    page, words = report(run)
+    assert time.perf_counter() - began < 20  # some two seconds on a machine that is not busy
+    assert len(page) < 250_000
+    assert "mean of 833 intervals" in words
+
+
+def test_a_resumed_run_shows_the_later_lines(tmp_path):
+    lines = build_metrics()
+    again = [line | {"loss": 7.5} for line in lines[5:9]]
+    write_lines(tmp_path, lines[:10] + again)
+    metrics = load_run(tmp_path).metrics
+    assert [m.step for m in metrics] == [line["step"] for line in lines[:9]]
+    assert [m.loss for m in metrics[5:]] == [7.5] * 4
+
+
+def test_stage_bands_adjoin(run):
+    bands = load_run(run).bands
+    assert [b.name for b in bands] == ["head", "layer4", "full"]
+    assert bands[0].start == 0
+    assert [b.start for b in bands[1:]] == [b.end for b in bands[:-1]]
+
+
+def test_not_a_run_directory(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "no metrics.jsonl" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "not a directory" in capsys.readouterr().err
+
+
+def test_the_command_says_where_the_report_is(run, capsys):
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert main([str(run)]) == 0
+
+
+def test_downsampling_keeps_ends_and_extremes():
+    noise = random.Random(1)
+    points = [(float(i), noise.random()) for i in range(100_000)]
+    points[31_234] = (31_234.0, 50.0)
+    points[77_777] = (77_777.0, -50.0)
+    few = downsample(points)
+    assert len(few) <= MAX_POINTS
+    assert few == sorted(few)
+    assert {points[0], points[-1], points[31_234], points[77_777]} <= set(few)
+    assert downsample(points[:600]) == points[:600]
+    assert len(downsample(points[:601])) <= MAX_POINTS
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [1.0], [1.0, 1.0], [-3.0, 5.0], [1e-9, 3.0], [1e-99, 1e99], [5e8]])
+def test_scales_hold_their_values_and_have_ticks(values):
+    for from_zero in (True, False):
+        scale = fit_scale(values, from_zero=from_zero)
+        assert all(0 <= scale(v) <= 1 for v in values)
+        assert 1 <= len(scale.ticks(5)) <= 14
+
+
+def test_ticks_are_round():
+    assert linear_ticks(0.0, 1.0, 5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert Scale(1e-6, 1e-2, log=True).ticks(5) == pytest.approx([1e-6, 1e-5, 1e-4, 1e-3, 1e-2])
+
+
+def test_markup_escapes_text_but_not_markup():
+    assert h("p", "<b>", Markup("<i></i>"), ["a", None], title='"x"', hidden=True, id=None) == (
+        '<p title="&quot;x&quot;" hidden>&lt;b&gt;<i></i>a</p>'
+    )
+
+
+def test_numbers_as_people_read_them():
+    assert percent(0.93456) == "93.5\u202f%"
+    assert percent(0.99999) == "99.9\u202f%"
+    assert percent(1.0) == "100.0\u202f%"
+    assert [duration(s) for s in (0.04, 59.9, 200, 7500, 100_000)] == [
+        "0.0\u202fs",
+        "1\u202fmin",
+        "3\u202fmin 20\u202fs",
+        "2\u202fh 5\u202fmin",
+        "1\u202fd 3\u202fh",
+    ]
+    assert short(25_557_032) == "25.6\u202fM"
+    assert points_text(-0.012) == "\u22121.2"
+    assert moment(0) == "1970-01-01 00:00 UTC"
+    assert moment(1e300) == moment(None) == "\u2014"
+    assert [number(v) for v in (True, "1", None, math.nan, math.inf, 10**400, 3)] == [None] * 6 + [3.0]

@@ -1,0 +1,94 @@
+"""Killed, signalled, out of disk and damaged at random moments, a run still ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import small_args
+from tests.helpers.chaos import KINDS, Fault
+from tests.helpers.chaos_plans import Plan, carry_out, make_reference, random_plan, table
+from tests.helpers.same_run import Reference
+
+JOB = """
+stages:
+  head: {unfreeze: head, epochs: 1, lr: 0.01, augment: light}
+  top: {unfreeze: 2, epochs: 1, lr: 0.001, augment: strong}
+  all: {unfreeze: all, epochs: 1, lr: 0.001, augment: strong}
+"""
+VARIANTS = {
+    "sgd": ["optim.name=sgd"],
+    "features": ["optim.name=sgd", "stages.head.views=2", "stages.head.epochs=2"],
+    # Dropout draws by rank and BatchNorm looks at a rank's images: exact only on the same number of ranks.
+    "dropout": ["optim.name=adamw", "model.name=mobilenet_v3_small", "stages.all.batch_norm=train"],
+}
+
+
+def job_args(folder: Path, where: Path, variant: str) -> list[str]:
+    path = where / "job.yaml"
+    path.write_text(JOB)
+    general = [arg for arg in small_args(folder) if not arg.startswith("stages.")]
+    more = ["checkpoint.every_steps=2", "distributed.timeout_seconds=30"]
+    return [str(path), *general, *VARIANTS[variant], *more]
+
+
+@pytest.fixture(scope="module")
+def references(folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    @functools.cache
+    def reference(variant: str) -> tuple[list[str], Reference]:
+        where = tmp_path_factory.mktemp(f"reference-{variant}")
+        args = job_args(folder, where, variant)
+        return args, make_reference(where, args)
+
+    return reference
+
+
+# Chosen so that each way of ending comes at another moment, and the whole takes seconds.
+SHORT = {
+    "all killed while features are computed": ((2, 2), [Fault("kill all", "start-up", 0, 0)], 0.999),
+    "signal to one rank in start-up": ((2, 2), [Fault("term", "start-up", 1, 0)], 0.01),
+    "kill one rank in a step": ((2, 2), [Fault("kill one", "step", 1, 0)], 0.7),
+    "signal in an evaluation, then a full disk": (
+        (2, 2, 2),
+        [Fault("usr2", "evaluation", 1, 0), Fault("disk full", "step", 0, 0, 0.2)],
+        0.1,
+    ),
+    "all killed in a checkpoint": ((2, 2), [Fault("kill all", "checkpoint", 0, 0)], 0.8),
+    "damage, then one rank": ((2, 1), [Fault("flipped", "step", 0, 0)], 0.8),
+    "two signals, then four ranks": ((2, 4), [Fault("twice", "step", 1, 0)], 0.4),
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_a_run_ends_as_if_nothing_had_happened(references, tmp_path: Path, name: str) -> None:
+    worlds, wanted, share = SHORT[name]
+    variant = "features" if "features" in name else "dropout" if name.startswith("all killed") else "sgd"
+    args, reference = references(variant)
+    faults = []
+    for number, fault in enumerate(wanted):
+        lines = int(reference.counted[fault.by][fault.region] * (share if number == 0 else 0.2))
+        faults.append(Fault(fault.kind, fault.region, fault.by, lines, fault.chance))
+    outcome = carry_out(Plan(name, tuple(args), variant, worlds, tuple(faults), 0), tmp_path, reference)
+    assert not outcome.problems, "\n".join([*outcome.notes, *outcome.problems])
+    assert sum(" at " in note for note in outcome.notes) == len(faults), outcome.notes
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(1800)
+def test_chaos(references, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    began = time.monotonic()
+    outcomes = []
+    for number in range(3 * len(KINDS)):
+        kind = KINDS[number % len(KINDS)]
+        final = (2, 2, 1, 2, 4)[(number + number // len(KINDS)) % 5]
+        variant = "dropout" if final == 2 and number % 3 == 0 else "features" if number % 3 == 1 else "sgd"
+        args, reference = references(variant)
+        plan = random_plan(number, args, variant, kind, reference, final)
+        outcomes.append(carry_out(plan, tmp_path / plan.name, reference))
+    with capsys.disabled():
+        print(f"\n{table(outcomes)}\n{time.monotonic() - began:.0f} s")  # noqa: T201
+    problems = [f"{o.plan}\n" + "\n".join([*o.notes, *o.problems]) for o in outcomes if o.problems]
+    assert not problems, "\n\n".join(problems)

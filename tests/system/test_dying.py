@@ -1,0 +1,379 @@
+"""A rank that dies or freezes, a loss that is not finite, a full disk: the others end soon, and say what happened."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distil_tl.rundir.checkpoint import Checkpoints, find_fault
+from tests.helpers.chaos import Fault, attempt, left_over_processes, small_disk
+from tests.helpers.ranks import lines, processes_of, rank
+from tests.helpers.same_run import samples
+from tests.system.test_torchrun import ENVIRONMENT, TORCHRUN
+
+WITHIN = 45  # seconds, most of them for a machine under load
+
+
+def quick(small: list[str], tmp_path: Path, *more: str) -> list[str]:
+    return [*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2", "distributed.timeout_seconds=4", *more]
+
+
+@pytest.mark.parametrize("kind", ["kill one", "freeze"])
+@pytest.mark.parametrize(
+    ("region", "line", "by", "phase"),
+    [
+        ("start-up", 30, 0, "start"),
+        ("start-up", 90, 1, "start-up"),
+        ("step", 400, 1, "stage head, epoch 1"),
+        ("step", 400, 0, "stage head, epoch 1"),
+        ("evaluation", 60, 1, "the evaluation after epoch 1 of stage head"),
+    ],
+)
+def test_the_others_end_soon_and_say_when(
+    small: list[str], tmp_path: Path, kind: str, region: str, line: int, by: int, phase: str
+) -> None:
+    fault = Fault(kind, region, by, line)
+    args = quick(small, tmp_path, "distributed.prepare_timeout_seconds=5")
+    ended = attempt(tmp_path / "scratch", args, 2, fault, patience=WITHIN)
+    assert ended.struck is not None
+    assert ended.statuses[by] == (-signal.SIGKILL if kind == "kill one" else None)
+    assert ended.statuses[1 - by] == 1, ended
+    said = ended.said[1 - by]
+    assert "Traceback" not in said
+    wanted = [f"lost the other ranks during {phase}", "waited 5 s for another rank: "]
+    if region == "start-up":  # one may be out of the meeting before the other is
+        wanted.append("could not meet the others")
+    assert any(f"rank {1 - by} {words}" in said for words in wanted), said
+    assert len(said.splitlines()) < 20, said
+    assert left_over_processes(tmp_path) == []
+
+
+def gone_before(step: str, by: int, how: signal.Signals) -> None:
+    """One rank is killed, or freezes, as it comes to a step of the ranks' meeting."""
+    module: Any = importlib.import_module(
+        f"distil_tl.distributed.{'store' if step == 'rendezvous' else 'process_group'}"
+    )
+    owner = module if step == "rendezvous" else module.dist
+    if rank() == by:
+        setattr(owner, step, lambda *args, **kwargs: os.kill(os.getpid(), how))
+
+
+@pytest.mark.parametrize("by", [0, 1])
+@pytest.mark.parametrize("step", ["rendezvous", "init_process_group"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_is_not_there_to_meet_is_not_waited_for_for_ever(
+    small: list[str], tmp_path: Path, how: signal.Signals, step: str, by: int
+) -> None:
+    prepare = functools.partial(gone_before, step, by, how)
+    ended = attempt(tmp_path / "scratch", quick(small, tmp_path), 2, patience=WITHIN, prepare=prepare)
+    assert ended.statuses[by] == (-signal.SIGKILL if how == signal.SIGKILL else None)
+    assert ended.statuses[1 - by] == 1, ended
+    said = ended.said[1 - by]
+    assert "Traceback" not in said
+    assert re.search(rf"rank {1 - by} could not meet the others at 127.0.0.1:\d+: .*see the others' logs", said)
+    assert not (tmp_path / "run").exists()
+
+
+def slow_start(seconds: float) -> None:
+    """Rank 0 is slow in all that it does while the others wait."""
+    module: Any = importlib.import_module("distil_tl.train")
+    splits: Any = importlib.import_module("distil_tl.data.splits")
+
+    def slow(function: Any) -> Any:
+        def slowed(*args: Any) -> Any:
+            if rank() == 0:
+                time.sleep(seconds)
+            return function(*args)
+
+        return slowed
+
+    module.find_start, module.prepare_weights = slow(module.find_start), slow(module.prepare_weights)
+    splits.data_root = slow(splits.data_root)
+
+
+def test_rank_zero_may_work_alone_for_longer_than_a_collective_may_take(small: list[str], tmp_path: Path) -> None:
+    args = quick(small, tmp_path, "stages.full.epochs=0", "distributed.timeout_seconds=3")
+    ended = attempt(tmp_path / "scratch", args, 2, prepare=functools.partial(slow_start, 5.0))
+    assert ended.statuses == [0, 0], ended
+    assert ended.seconds > 15
+
+
+def test_but_not_for_ever(small: list[str], tmp_path: Path) -> None:
+    args = quick(small, tmp_path, "distributed.prepare_timeout_seconds=1")
+    ended = attempt(tmp_path / "scratch", args, 2, prepare=functools.partial(slow_start, 8.0))
+    assert ended.statuses == [1, 1], ended
+    assert "rank 1 waited 1 s for another rank: start" in ended.said[1]
+    assert "Traceback" not in ended.said[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_signal_to_every_process_does_not_break_the_save(small: list[str], tmp_path: Path, workers: int) -> None:
+    args = quick(small, tmp_path, f"data.workers={workers}", "checkpoint.every_steps=null")
+    ended = attempt(tmp_path / "scratch", args, 2, Fault("signal to everyone", "step", 1, 1500))
+    assert ended.statuses == [3, 3], ended
+    assert "goes on from there" in ended.said[0]
+    assert not any("Traceback" in said for said in ended.said), ended
+    assert Checkpoints(tmp_path / "run" / "checkpoints").newest_sound() is not None
+    assert left_over_processes(tmp_path) == []
+    assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
+
+
+def on_a_node_of_its_own(folder: Path) -> None:
+    """A relative run_dir is another folder for each rank."""
+    importlib.import_module("distil_tl.rundir.directory").SIGHT_S = 0.5  # type: ignore[attr-defined]
+    (folder / f"node{rank()}").mkdir(exist_ok=True)
+    os.chdir(folder / f"node{rank()}")
+
+
+def test_a_run_directory_that_a_rank_does_not_see_is_refused_at_once(small: list[str], tmp_path: Path) -> None:
+    prepare = functools.partial(on_a_node_of_its_own, tmp_path)
+    ended = attempt(tmp_path / "a", [*quick(small, tmp_path), "run_dir=run"], 2, prepare=prepare)
+    assert ended.statuses == [2, 2], ended
+    assert re.search(
+        r"run is not seen on \S+ as rank 0 sees it: run_dir must lie on storage that all nodes", ended.said[0]
+    )
+    assert not (tmp_path / "node0" / "run" / "checkpoints").exists()
+
+    run_dir = tmp_path / "node0" / "run"
+    assert attempt(tmp_path / "b", [*quick(small, tmp_path), f"run_dir={run_dir}"], 2).statuses == [0, 0]
+    (run_dir / "summary.json").unlink()
+    ended = attempt(tmp_path / "c", [*quick(small, tmp_path), "run_dir=run"], 2, prepare=prepare)
+    assert ended.statuses == [2, 2], ended
+    assert "run/checkpoints/step-00000018 is not seen on" in ended.said[0]
+
+
+def bad_loss(step: int, by: int) -> None:
+    """On one rank the loss of one image is not finite in a step of the stage `full`."""
+    engine: Any = importlib.import_module("distil_tl.training.step")
+    module: Any = importlib.import_module("distil_tl.train")
+    functional, original = engine.F, module.train_epoch
+    stage = [""]
+
+    def train_epoch(info: Any, run: Any, *args: Any, **kwargs: Any) -> Any:
+        stage[0] = run.name
+        return original(info, run, *args, **kwargs)
+
+    calls = iter(range(1000))
+
+    def cross_entropy(*args: Any, **kwargs: Any) -> Any:
+        losses = functional.cross_entropy(*args, **kwargs)
+        if stage[0] == "full" and next(calls) == step and rank() == by:
+            losses = torch.cat([losses[:1] * float("nan"), losses[1:]])
+        return losses
+
+    engine.F = types.SimpleNamespace(cross_entropy=cross_entropy)
+    module.train_epoch = train_epoch
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(
+    small: list[str], tmp_path: Path, folder: Path
+) -> None:
+    args = quick(small, tmp_path, "tracking.log_every=5")
+    ended = attempt(tmp_path / "scratch", args, 2, prepare=functools.partial(bad_loss, 3, 1))
+    assert ended.statuses == [1, 1], ended
+    said = "".join(ended.said)
+    assert "Traceback" not in said
+    assert said.count("not finite") == 1
+    assert "not finite in step 4 of stage full" in said
+    seen, _ = samples(tmp_path / "scratch")
+    images = sorted(path for kind in sorted((folder / "train").iterdir()) for path in kind.iterdir())
+    wanted = {str(images[i].relative_to(folder / "train")) for i in seen["full", 3]}
+    assert len(wanted) == 8
+    assert set(re.findall(r"\w+/\d+\.png", said)) == wanted
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in checkpoints.all()][-1] == "step-00000008"
+    for path in checkpoints.all():
+        assert find_fault(path) is None
+        assert all(bool(tensor.isfinite().all()) for tensor in load_file(path / "weights.safetensors").values())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
+
+
+@pytest.mark.parametrize("room", [0.0, 0.15, 0.6], ids=["none", "some", "nearly enough"])
+def test_a_full_disk_leaves_the_last_checkpoint(small: list[str], tmp_path: Path, room: float) -> None:
+    with small_disk(tmp_path / "disk"):
+        run_dir = tmp_path / "disk" / "run"
+        args = quick(small, tmp_path, f"run_dir={run_dir}")
+        ended = attempt(tmp_path / "scratch", args, 2, Fault("disk full", "step", 0, 3000, room))
+        assert ended.struck is not None
+        assert ended.statuses == [1, 1], ended
+        assert "can't write" in ended.said[0]
+        assert not any("Traceback" in said or "Logging error" in said for said in ended.said), ended
+        if room:
+            assert re.search(r"can't write the checkpoint .*; the last good one, step-\d+, stays", ended.said[0])
+        checkpoints = Checkpoints(run_dir / "checkpoints")
+        sound = checkpoints.newest_sound()
+        assert sound is not None
+        assert sound == checkpoints.named("last")
+        assert sorted(p.name for p in checkpoints.folder.iterdir() if p.name.startswith(".")) == []
+        (tmp_path / "disk" / "ballast").unlink(missing_ok=True)
+        assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
+
+
+NO_ROOM = """
+import resource, sys
+import distil_tl.train as train
+original, taken = train.check_finite, iter(range(1000))
+def check_finite(*args):
+    if next(taken) == 3:  # no file may get longer
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    return original(*args)
+train.check_finite = check_finite
+sys.exit(train.main())
+"""
+
+
+def test_whichever_file_meets_the_full_disk_it_is_said_in_a_sentence(small: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "no_room.py"
+    script.write_text(NO_ROOM)
+    args = quick(small, tmp_path)
+    done = subprocess.run(
+        [sys.executable, str(script), *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    said = f"distil_tl.train: can't write {metrics}: File too large; what was saved before stays\n"
+    assert (done.returncode, done.stderr) == (1, said)
+    assert "Traceback" not in done.stdout
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
+    assert attempt(tmp_path / "again", args, 1).statuses == [0]
+
+
+def dies_between(step: int) -> None:
+    """Rank 0 is killed when the checkpoint of a step is there, and `last` names it, but `best` does not yet."""
+    writer: Any = importlib.import_module("distil_tl.rundir.checkpoint").Checkpoints
+    original = writer._point
+
+    def _point(self: Any, name: str, target: Path) -> None:
+        if name == "best" and target == self.path(step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, name, target)
+
+    writer._point = _point
+
+
+def no_better() -> None:
+    """No evaluation is the best so far."""
+    job: Any = importlib.import_module("distil_tl.run").Job
+    original = job.note_evaluation
+
+    def note_evaluation(self: Any, *args: Any) -> bool:
+        best = self.state.best
+        original(self, *args)
+        self.state.best = best
+        return False
+
+    job.note_evaluation = note_evaluation
+
+
+def test_best_is_put_right_after_a_kill_between_the_two_links(small: list[str], tmp_path: Path) -> None:
+    args = quick(small, tmp_path, "checkpoint.keep=1")
+    ended = attempt(tmp_path / "scratch", args, 2, prepare=functools.partial(dies_between, 6))
+    assert ended.statuses == [-9, 1]
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.named("last") == checkpoints.path(6)
+    assert checkpoints.named("best") is None
+    assert attempt(tmp_path / "again", args, 2, prepare=no_better).statuses == [0, 0]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best"]["step"] == 6
+    assert checkpoints.named("best") == checkpoints.path(6)
+
+
+def test_an_epoch_that_is_evaluated_again_is_written_once(small: list[str], tmp_path: Path) -> None:
+    """Stopped within an evaluation, then killed after it but before the checkpoint that knows of it."""
+    args = quick(small, tmp_path, "stages.full.epochs=0")
+    assert attempt(tmp_path / "a", args, 2, Fault("usr2", "evaluation", 1, 20)).statuses == [3, 3]
+    ended = attempt(tmp_path / "b", args, 2, Fault("kill one", "checkpoint", 0, 5))
+    assert ended.statuses[0] == -9
+    assert len(lines(tmp_path / "run", window="epoch")) == 2
+    assert attempt(tmp_path / "c", args, 2).statuses == [0, 0]
+    assert [line["split"] for line in lines(tmp_path / "run", window="epoch")] == ["train", "val"]
+
+
+# As a user starts it.
+
+
+def launch(command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finished(process: subprocess.Popen[str], timeout: float = 120) -> str:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return output
+
+
+def test_two_jobs_at_once_both_run(small: list[str], tmp_path: Path) -> None:
+    job = [*TORCHRUN, "-m", "distil_tl.train", *small, "stages.full.epochs=0"]
+    jobs = [launch([*job, f"run_dir={tmp_path}/{name}"]) for name in "ab"]
+    outputs = [finished(process) for process in jobs]
+    assert [process.returncode for process in jobs] == [0, 0], outputs
+    for name in "ab":
+        assert json.loads((tmp_path / name / "summary.json").read_text())["status"] == "completed"
+
+
+DIES_ONCE = """
+import os, signal, sys
+from pathlib import Path
+import distil_tl.train as train
+original, taken = train.train_epoch, iter(range(1000))
+def train_epoch(*args, **kwargs):
+    for consumed in original(*args, **kwargs):
+        marker = Path({marker!r})
+        if next(taken) == {step} and os.environ["RANK"] == "1" and not marker.exists():
+            marker.write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield consumed
+train.train_epoch = train_epoch
+sys.exit(train.main())
+"""
+
+
+def test_torchrun_brings_a_job_back_from_its_last_checkpoint(small: list[str], tmp_path: Path) -> None:
+    script, marker = tmp_path / "dies_once.py", tmp_path / "marker"
+    script.write_text(DIES_ONCE.format(marker=str(marker), step=9))
+    args = [*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2", "stages.full.epochs=1"]
+    process = launch([*TORCHRUN, "--max-restarts=2", str(script), *args])
+    output = finished(process)
+    assert process.returncode == 0, output
+    assert marker.read_text() == "0"
+    assert "going on from step 8" in output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
+    steps = [line["step"] for line in lines(tmp_path / "run", window="interval")]
+    assert steps == list(range(1, 13))
+
+
+def test_term_to_everyone_under_torchrun_saves(small: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = [*small, f"run_dir={run_dir}", "stages.head.epochs=40", "data.workers=1", "checkpoint.every_minutes=null"]
+    process = launch([*TORCHRUN, "-m", "distil_tl.train", *args])
+    deadline = time.monotonic() + 100
+    while (not (run_dir / "metrics.jsonl").exists() or len(lines(run_dir)) < 12) and time.monotonic() < deadline:
+        assert process.poll() is None, finished(process)
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    output = finished(process)
+    assert process.returncode != 0
+    assert "goes on from there" in output
+    assert json.loads((run_dir / "summary.json").read_text())["status"] == "preempted"
+    newest = Checkpoints(run_dir / "checkpoints").newest_sound()
+    assert newest is not None
+    assert json.loads((newest / "state.json").read_text())["run"]["position"]["step"] == lines(run_dir)[-1]["step"]
+    assert processes_of(run_dir) == []

@@ -1,0 +1,254 @@
+"""Any job, stopped and killed anywhere, going on with any number of ranks: what it trains on, seed by seed.
+
+No processes: ranks do not talk to each other about samples, so they can run one after the other. What is real are the
+loop over an epoch, the sampler, the loader and its seeds, the learning rates, and how a run knows where it is.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from distil_tl.config import Config
+from distil_tl.data import loader as loading
+from distil_tl.data.bad_images import BadImages
+from distil_tl.data.loader import Batch, ImageDataset, fitting_world_sizes, make_loader, plan_batches
+from distil_tl.data.sampler import TrainSampler
+from distil_tl.data.transforms import View
+from distil_tl.distributed.launch_env import Launch
+from distil_tl.distributed.preemption import Request
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.run import Job
+from distil_tl.rundir.checkpoint import Position
+from distil_tl.rundir.directory import RunState, StageRecord
+from distil_tl.train import train_one_epoch
+from distil_tl.training.metrics import Meter
+from distil_tl.training.optim import current_lr
+from distil_tl.training.stage import StageConfig
+from distil_tl.training.step import StageRun
+from distil_tl.utils.errors import PreemptedError
+
+NAMES = ("head", "middle", "full")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """So many ranks, and what ends it after `steps` steps: a signal (saved there) or a kill (lost since the last)."""
+
+    world: int
+    micro: int | None
+    steps: int
+    signal: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    images: int
+    batch: int
+    epochs: tuple[int, ...]
+    seed: int
+    every: int | None
+    attempts: tuple[Attempt, ...]
+
+
+@dataclass
+class Seen:
+    """By (stage, epoch, step of the epoch): the (image, augmentation seed) pairs over all ranks, and the rate."""
+
+    samples: dict[tuple[str, int, int], set[tuple[int, int]]] = field(default_factory=dict)
+    rates: dict[tuple[str, int, int], float] = field(default_factory=dict)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Clock:
+    """In the place of an Agreement: tells when the time has come."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.left, self.signal = attempt.steps, attempt.signal
+
+    def poll(self) -> Request:
+        self.left -= 1
+        if self.left > 0:
+            return Request.GO_ON
+        if self.signal:
+            return Request.STOP
+        raise KilledError
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(1, 2)
+
+    def forward(self, seeds: Tensor) -> Tensor:
+        logits: Tensor = self.fc((seeds % 97).float() / 97)
+        return logits
+
+
+class Simulated(Job):
+    saved: str | None = None
+
+    def save(self, run: StageRun, meter: Meter, *, is_best: bool = False) -> None:
+        self.saved = json.dumps(self.state.to_json())
+
+
+def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: Seen) -> tuple[str | None, bool]:
+    """What this rank leaves saved, and whether it came to the end; its samples go to `seen`."""
+    config = Config()
+    config.data.global_batch_size = plan.batch
+    config.data.max_local_batch_size = attempt.micro
+    config.stages = {name: StageConfig(epochs=n) for name, n in zip(NAMES, plan.epochs, strict=False)}
+    config.checkpoint.every_steps = plan.every
+    config.seed = plan.seed
+    info = DistInfo(Launch(rank=rank, world_size=attempt.world), torch.device("cpu"), 1.0)
+    index: Any = SimpleNamespace(targets=[i % 2 for i in range(plan.images)], file=lambda i: i, copy=None)
+    nothing: Any = SimpleNamespace(wait=lambda: None, path=Path())
+    job = Simulated(
+        info=info, config=config, splits=SimpleNamespace(train=index, classes=("a", "b")), model=nothing,  # type: ignore[arg-type]
+        network=nothing, state=RunState() if saved is None else RunState.from_json(json.loads(saved)),
+        directory=nothing, checkpoints=nothing, tracker=None, stop=nothing, bad_images=BadImages("error"),
+        train_state=None, clock=0.0, saved_at=0.0,
+    )  # fmt: skip
+    job.saved = saved
+    job.agreement = clock = Clock(attempt)  # type: ignore[assignment]
+    try:
+        for name, stage in config.stages.items():
+            if not job.has_finished(name):
+                run_stage(job, clock, name, stage, seen)
+    except (KilledError, PreemptedError):
+        return job.saved, False
+    return job.saved, True
+
+
+def run_stage(job: Job, clock: Clock, name: str, stage: StageConfig, seen: Seen) -> None:
+    """As in distil_tl.train, but for the network, evaluations and records."""
+    info, data = job.info, job.config.data
+    sampler = TrainSampler(
+        len(job.splits.train.targets), global_batch_size=data.global_batch_size, world_size=info.world_size,
+        rank=info.rank, seed=job.config.seed, stage=name,
+    )  # fmt: skip
+    dataset = ImageDataset(job.splits.train, View([InitialSeed()], 8), 8, seed=job.config.seed, stage=name)
+    plan = plan_batches(data.global_batch_size, info.world_size, data.max_local_batch_size)
+    loader = make_loader(dataset, sampler, batch_size=plan.micro, workers=0, pin_memory=False)
+    network = Tiny()
+    group = {"params": list(network.parameters()), "peak_lr": stage.lr}
+    run = StageRun(
+        name=name, network=network, optimizer=torch.optim.SGD([group], lr=stage.lr, fused=True),
+        scaler=torch.amp.GradScaler("cpu", enabled=False), total_steps=stage.epochs * sampler.steps_per_epoch,
+        moving_statistics=False, first_bad_step=torch.tensor(torch.inf), recent=collections.deque(maxlen=1),
+    )  # fmt: skip
+    job.state.stages.setdefault(name, StageRecord())
+    position, meter = job.position(name), Meter(info, 2)
+    while position.epoch < stage.epochs:
+        noted: Any = note(loader, run, sampler, position, plan.accumulation, seen)
+        train_one_epoch(job, run, sampler, noted, meter, position)
+        job.note_evaluation(run, position.epoch, meter.total(), 0.0)
+        position = job.state.position = Position(name, position.epoch + 1, 0, position.step)
+        job.save(run, meter)
+        if clock.left == 0:  # the signal came with the last step of the epoch
+            raise PreemptedError
+
+
+class InitialSeed(nn.Module):
+    """In the place of an augmentation: what it would draw from."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.tensor([torch.initial_seed()])
+
+
+def note(
+    loader: Any, run: StageRun, sampler: TrainSampler, position: Position, accumulation: int, seen: Seen
+) -> Iterator[Batch]:
+    first = position.consumed // sampler.global_batch_size
+    for number, batch in enumerate(loader):
+        key = (run.name, position.epoch, first + number // accumulation)
+        pairs = list(zip(batch.indices.tolist(), batch.images.flatten().tolist(), strict=True))
+        seen.samples.setdefault(key, set()).update(pairs)
+        rate = current_lr(run.optimizer)
+        assert seen.rates.setdefault(key, rate) == rate
+        yield batch
+
+
+def carry_out(plan: Plan) -> tuple[Seen, dict[str, Any]]:
+    """Everything seen over all attempts, and the state of the run at its end."""
+    seen, saved = Seen(), None
+    for attempt in plan.attempts:
+        now = Seen()
+        ends = [one_rank(plan, attempt, rank, saved, now) for rank in range(attempt.world)]
+        assert len({done for _, done in ends}) == 1
+        assert all(position(text) == position(ends[0][0]) for text, _ in ends)
+        for key, pairs in now.samples.items():
+            assert len(pairs) == plan.batch, "a sample for each place, over all ranks"
+            assert seen.samples.setdefault(key, pairs) == pairs, "what is done again is the same again"
+            assert seen.rates.setdefault(key, now.rates[key]) == now.rates[key]
+        saved, done = ends[0]
+        if done:
+            break
+    assert saved is not None
+    return seen, json.loads(saved)
+
+
+def position(saved: str | None) -> Any:
+    return None if saved is None else json.loads(saved)["position"]
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    batch = draw(st.integers(1, 12))
+    images = draw(st.integers(batch, 4 * batch + 3))
+    epochs = tuple(draw(st.lists(st.integers(0, 2), min_size=1, max_size=3).filter(any)))
+    total = images // batch * sum(epochs)
+
+    def attempt(steps: int) -> Attempt:
+        micro = draw(st.none() | st.integers(1, batch))
+        return Attempt(draw(st.sampled_from(fitting_world_sizes(batch))), micro, steps, draw(st.booleans()))
+
+    interrupted = [attempt(draw(st.integers(1, total))) for _ in range(draw(st.integers(1, 4)))]
+    every = draw(st.none() | st.integers(1, 3))
+    return Plan(images, batch, epochs, draw(st.integers(0, 2**40)), every, (*interrupted, attempt(total + 1)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_files() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "decode", lambda path, enough: torch.zeros(1))
+        yield
+
+
+@settings(max_examples=60, deadline=None)
+@given(plans())
+def test_a_job_that_is_interrupted_sees_what_one_that_is_not_does(plan: Plan) -> None:
+    whole = Plan(plan.images, plan.batch, plan.epochs, plan.seed, None, (Attempt(1, None, 10**9, False),))
+    expected, end = carry_out(whole)
+    steps = plan.images // plan.batch
+    stages = [(name, epochs) for name, epochs in zip(NAMES, plan.epochs, strict=False) if epochs]
+    assert list(expected.samples) == [(n, e, s) for n, epochs in stages for e in range(epochs) for s in range(steps)]
+
+    seen, after = carry_out(plan)
+    assert seen.samples == expected.samples
+    assert seen.rates == expected.rates
+    assert after["position"] == end["position"]
+    assert after["position"]["step"] == len(expected.samples)
+    assert list(after["stages"]) == [name for name, _ in stages]
+
+
+@settings(max_examples=20, deadline=None)
+@given(plans())
+def test_no_two_samples_of_a_job_have_the_same_seed(plan: Plan) -> None:
+    whole = Plan(plan.images, plan.batch, plan.epochs, plan.seed, None, (Attempt(1, None, 10**9, False),))
+    seeds = [seed for pairs in carry_out(whole)[0].samples.values() for _, seed in pairs]
+    assert len(set(seeds)) == len(seeds)

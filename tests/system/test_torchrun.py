@@ -1,0 +1,124 @@
+"""The real thing: torchrun and the console script, as a user starts them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distil_tl.train import main
+from tests.conftest import small_args
+from tests.helpers.ranks import lines, processes_of
+
+BIN = Path(sys.executable).parent
+TORCHRUN = [str(BIN / "torchrun"), "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_ctrl_c_leaves_no_process_and_a_run_that_goes_on(small: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = [*small, f"run_dir={run_dir}", "stages.head.epochs=30", "stages.full.epochs=0", "data.workers=1"]
+    process = subprocess.Popen(
+        [*TORCHRUN, "-m", "distil_tl.train", *args],
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run_dir / "metrics.jsonl").exists() or len(lines(run_dir)) < 5:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everyone
+        output, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode != 0
+    assert b"goes on from there" in output
+    assert processes_of(run_dir) == []
+    stopped = json.loads((run_dir / "summary.json").read_text())
+    assert stopped["status"] == "preempted"
+    assert main(args) == 0
+    assert len(lines(run_dir, window="interval")) == 30 * 6
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("torchrun") / "run"
+    args = [*small_args(folder), f"run_dir={path}", "stages.full.epochs=1", "tracking.log_every=3"]
+    done = subprocess.run(
+        [*TORCHRUN, "-m", "distil_tl.train", *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in ("stage head", "stage full", "val top-1", "images/s", "best: top-1", str(path)):
+        assert word in done.stdout
+    assert "Warning" not in done.stderr
+    return path
+
+
+def distil_tl_command(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "distil-tl"), *map(str, args)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_evaluate_under_torchrun(run_dir: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*TORCHRUN, "-m", "distil_tl.evaluate", str(run_dir), "--json", str(tmp_path / "e.json")],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["n"] == 31
+    assert found["top1"] == json.loads((run_dir / "summary.json").read_text())["best"]["top1"]
+
+
+def test_predict_writes_a_row_an_image(run_dir: Path, folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG")
+    out = tmp_path / "out.csv"
+    done = distil_tl_command("predict", run_dir, folder / "val", broken, "-o", out, "--all")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(io.StringIO(out.read_text())))
+    assert len(rows) == 32
+    assert rows[-1]["path"] == str(broken)
+    assert rows[-1]["error"]
+    assert rows[-1]["prediction"] == ""
+    best = json.loads((run_dir / "summary.json").read_text())["best"]
+    hits = sum(row["prediction"] == Path(row["path"]).parent.name for row in rows[:-1])
+    assert hits / 31 == best["top1"]
+    assert sum(float(rows[0][f"p({name})"]) for name in ("circles", "noise", "stripes")) == pytest.approx(1, abs=1e-4)
+
+
+def test_predict_refuses_what_is_not_there(run_dir: Path, tmp_path: Path) -> None:
+    for args in ((tmp_path, tmp_path), (run_dir, tmp_path / "x.png"), (run_dir, tmp_path)):
+        done = distil_tl_command("predict", *args)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_console_script_names_its_commands() -> None:
+    assert "evaluate" in distil_tl_command("--help").stdout
+    wrong = distil_tl_command("evalute")
+    assert wrong.returncode == 2
+    assert "did you mean `evaluate`" in wrong.stderr
+
+
+def test_report_can_be_made_again(run_dir: Path) -> None:
+    (run_dir / "report.html").unlink()
+    assert distil_tl_command("report", run_dir).returncode == 0
+    assert (run_dir / "report.html").exists()
+    wrong = distil_tl_command("report", run_dir / "logs")
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr

@@ -1,0 +1,99 @@
+"""The evaluation that a run ends with: of the best checkpoint, in full, and not made twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distil_tl import evaluate, train
+from distil_tl.models.graph.fold_batchnorm import folds
+from distil_tl.run import Job
+from tests.conftest import small_args
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The phases in which a run evaluates."""
+    phases, original = list[str](), vars(train)["evaluate"]
+
+    def noted(info: Any, *args: Any, **kwargs: Any) -> Any:
+        phases.append(info.phase)
+        return original(info, *args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", noted)
+    return phases
+
+
+def same_as_the_command(run: Path, tmp_path: Path) -> bool:
+    """Whether the run's evaluation.json is what `distil_tl.evaluate` finds of its best checkpoint."""
+    again = tmp_path / "again.json"
+    assert evaluate.main([str(run), "--json", str(again)]) == 0
+    found, wanted = json.loads((run / "evaluation.json").read_text()), json.loads(again.read_text())
+    wanted.pop("checkpoint")
+    assert found["loss"] == pytest.approx(wanted.pop("loss"), rel=1e-6)
+    best = json.loads((run / "summary.json").read_text())["best"]
+    assert (best["top1"], best["loss"]) == (found["top1"], pytest.approx(found.pop("loss"), rel=1e-4))
+    for mistake in (*found["mistakes"], *wanted["mistakes"]):
+        mistake["probability"] = round(mistake["probability"], 4)
+    assert len(found["mistakes"]) > 0
+    return bool(found == wanted)
+
+
+def test_what_was_evaluated_in_full_is_not_evaluated_again(folder: Path, tmp_path: Path, evaluated: list[str]) -> None:
+    run = tmp_path / "run"
+    args = [*small_args(folder), f"run_dir={run}", "stages.head.epochs=0", "stages.full.unfreeze=all"]
+    assert train.main(args) == 0
+    stage = json.loads((run / "summary.json").read_text())["stages"]["full"]
+    assert evaluated == [f"the evaluation after epoch {i + 1} of stage full" for i in range(stage["epochs"])]
+    assert stage["folded"] is True
+    assert same_as_the_command(run, tmp_path)
+
+
+def test_a_network_with_a_frozen_part_is(folder: Path, tmp_path: Path, evaluated: list[str]) -> None:
+    run = tmp_path / "run"
+    assert train.main([*small_args(folder), f"run_dir={run}", "stages.full.epochs=0"]) == 0
+    assert evaluated.count("the final evaluation on val") == 1
+    assert json.loads((run / "summary.json").read_text())["stages"]["head"]["folded"] is None
+    assert same_as_the_command(run, tmp_path)
+
+
+def test_a_best_that_was_beaten_is_not_kept(
+    folder: Path, tmp_path: Path, evaluated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Job.note_evaluation
+
+    def best(self: Job, *args: Any) -> bool:
+        self.state.best = None
+        return original(self, *args)
+
+    monkeypatch.setattr(Job, "note_evaluation", best)
+    run = tmp_path / "run"
+    more = ["stages.head.unfreeze=all", "stages.full.unfreeze=head"]
+    assert train.main([*small_args(folder), f"run_dir={run}", *more]) == 0
+    assert json.loads((run / "summary.json").read_text())["best"]["stage"] == "full"
+    assert evaluated.count("the final evaluation on val") == 1
+    assert same_as_the_command(run, tmp_path)
+
+
+def test_a_run_that_goes_on_evaluates_what_it_has_not(
+    folder: Path, tmp_path: Path, evaluated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    args = [*small_args(folder), f"run_dir={run}", "stages.head.epochs=0", "stages.full.unfreeze=all"]
+
+    def fails(job: Job) -> None:
+        assert folds(job.network)
+        raise OSError("the node is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", fails)
+        assert train.main(args) == 1
+    assert not (run / "evaluation.json").exists()
+    assert train.main(args) == 0
+    assert evaluated.count("the final evaluation on val") == 1
+    assert same_as_the_command(run, tmp_path)
+    assert train.main([*args, f"run_dir={tmp_path}/whole"]) == 0
+    assert (run / "evaluation.json").read_text() == (tmp_path / "whole" / "evaluation.json").read_text()

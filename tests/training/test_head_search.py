@@ -1,0 +1,312 @@
+"""The heads of a grid, trained at once, are those that the stage would train one by one, and the best is chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from distil_tl.config import check, load
+from distil_tl.models import TransferModel, build
+from distil_tl.train import main
+from distil_tl.training import head_search as module
+from distil_tl.training.head_search import Heads, Settings, Step, grid
+from distil_tl.training.optim import OptimConfig, clip_gradients
+from distil_tl.training.stage import SearchConfig, StageConfig
+from distil_tl.utils.errors import UserError
+from tests.helpers.ranks import lines, run_ranks, train
+from tests.helpers.same_run import timeless
+from tests.training.test_features import head_args, losses, summary
+
+CPU = torch.device("cpu")
+GRID = ("stages.head.search.lr=[1,0.3,0.03]", "stages.head.search.weight_decay=[2,0.3]", "optim.name=adamw")
+
+
+def found(run_dir: Path) -> dict[str, Any]:
+    """What the search of the head stage found, but for its time."""
+    record: dict[str, Any] = summary(run_dir)["stages"]["head"]["search"]
+    return {key: value for key, value in record.items() if key != "seconds"}
+
+
+def one(folder: Path, run_dir: Path, *more: str) -> list[str]:
+    """The head stage alone, of a network whose features tell the classes apart without having been trained."""
+    return head_args(folder, run_dir, "stages.full.epochs=0", "model.name=resnet18", *more)
+
+
+# The same training.
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        OptimConfig(),
+        OptimConfig(clip_norm=None, label_smoothing=0.1),
+        OptimConfig(name="sgd", clip_norm=0.3),
+        OptimConfig(name="sgd", momentum=0.0, clip_norm=None),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_head_is_what_the_optimizer_makes_of_it(optim: OptimConfig, bias: bool) -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(12, 5, bias=bias)
+    settings = [Settings(0.1, 0.0), Settings(0.03, 0.7), Settings(1e-4, 0.01)]
+    heads = Heads(head, settings, optim, CPU)
+    singles = [nn.Linear(12, 5, bias=bias) for _ in settings]
+    optimizers = []
+    for single, (lr, decay) in zip(singles, settings, strict=True):
+        single.load_state_dict(head.state_dict())
+        groups = [{"params": [p], "weight_decay": decay if p.ndim > 1 else 0.0} for p in single.parameters()]
+        optimizers.append(
+            torch.optim.SGD(groups, lr, momentum=optim.momentum, nesterov=optim.momentum > 0)
+            if optim.name == "sgd"
+            else torch.optim.AdamW(groups, lr)
+        )
+    for number in range(25):
+        features, targets, valid = 3 * torch.randn(8, 12), torch.randint(0, 5, (8,)), torch.rand(8) > 0.2
+        factor = 1 / (1 + number)
+        for single, optimizer, (lr, _) in zip(singles, optimizers, settings, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+            each = F.cross_entropy(single(features), targets, label_smoothing=optim.label_smoothing, reduction="none")
+            optimizer.zero_grad()
+            (each * valid).sum().div(8).backward()  # type: ignore[no-untyped-call]
+            clip_gradients(optimizer, optim.clip_norm)
+            optimizer.step()
+        smoothed = F.one_hot(targets, 5) * (1 - optim.label_smoothing) + optim.label_smoothing / 5
+        with torch.no_grad():
+            heads.step(Step(F.pad(features, (0, int(bias)), value=1.0), smoothed, valid / 8, factor))
+        for single, weight in zip(singles, heads.weight, strict=True):
+            torch.testing.assert_close(weight[:, :12], single.weight, rtol=0, atol=1e-5)
+            if bias:
+                torch.testing.assert_close(weight[:, 12], single.bias, rtol=0, atol=1e-5)
+    assert heads.finite.all()
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_head_of_the_search_is_the_one_that_the_stage_trains(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optim: str, dropout: bool
+) -> None:
+    """Images are left out in both splits."""
+    data = shutil.copytree(folder, tmp_path / "data")
+    for path in [*sorted((data / "train" / "noise").iterdir())[:2], next((data / "val" / "noise").iterdir())]:
+        path.write_bytes(b"broken")
+    trained: list[Heads] = []
+    original = module._scores
+
+    def scores(search: Any, pieces: list[Heads], agreement: Any) -> Any:
+        trained.extend(pieces)
+        return original(search, pieces, agreement)
+
+    def with_dropout(*args: Any, **settings: Any) -> TransferModel:
+        model = build(*args, **settings)
+        model.module.fc = nn.Sequential(nn.Dropout(0.3), model.module.get_submodule("fc"))
+        return dataclasses.replace(model)
+
+    monkeypatch.setattr(module, "_scores", scores)
+    if dropout:
+        monkeypatch.setattr("distil_tl.train.build", with_dropout)
+    args = one(data, tmp_path / "run", f"optim.name={optim}", "data.on_bad_image=skip")
+    assert main([*args, "stages.head.search.lr=[0.1]", "optim.label_smoothing=0.1", "stages.head.views=2"]) == 0
+    weights = load_file(tmp_path / "run" / "checkpoints" / "last" / "weights.safetensors")
+    (weight,) = (value for key, value in weights.items() if value.ndim == 2 and len(value) == 3)
+    torch.testing.assert_close(trained[0].weight[0, :, :-1], weight, rtol=0, atol=1e-5)
+    (head,) = found(tmp_path / "run")["heads"]
+    final = summary(tmp_path / "run")["final"]
+    assert head == {"lr": 0.1, "weight_decay": 0.01, "top1": final["top1"], "loss": pytest.approx(final["loss"], 1e-5)}
+    assert final["top1"] > 0.4, "it has learned something"
+
+
+def test_the_choice_is_that_of_separate_trainings(folder: Path, tmp_path: Path) -> None:
+    assert main(one(folder, tmp_path / "run", *GRID)) == 0
+    record, best = found(tmp_path / "run"), []
+    for head in record["heads"]:
+        lr, decay = head["lr"], head["weight_decay"]
+        run_dir = tmp_path / f"{lr}-{decay}"
+        optim = ("optim.name=adamw", f"optim.weight_decay={decay}")
+        assert main(one(folder, run_dir, f"stages.head.lr={lr}", *optim)) == 0
+        final = summary(run_dir)["final"]
+        assert head["top1"] == final["top1"]
+        assert head["loss"] == pytest.approx(final["loss"], rel=1e-4)
+        best.append((-final["top1"], final["loss"], run_dir))
+    assert [(head["lr"], head["weight_decay"]) for head in record["heads"]] == [
+        (lr, decay) for lr in (1.0, 0.3, 0.03) for decay in (2.0, 0.3)
+    ]
+    assert len({head["top1"] for head in record["heads"]}) > 2, "there was something to choose"
+    chosen = min(best)[2]
+    assert chosen.name == f"{record['lr']}-{record['weight_decay']}"
+    assert losses(tmp_path / "run") == losses(chosen), "and the stage is trained with it"
+    assert "<h2>Search" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_first_of_equals_wins_and_a_lower_loss_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"top1": 0.5, "loss": 0.1},
+        {"top1": 0.9, "loss": 0.3},
+        {"top1": 0.9, "loss": 0.2},
+        {"top1": 0.9, "loss": 0.2},
+    ]
+    assert rows.index(min(rows, key=module._rank)) == 2
+
+
+def test_pieces_do_not_depend_on_the_ranks_and_cover_all() -> None:
+    for heads, size in ((1, 10**9), (50, 12_810), (7, 150_000), (300, 30)):
+        parts = [list(range(heads)[part]) for part in module._pieces(heads, size, CPU)]
+        assert [i for part in parts for i in part] == list(range(heads))
+        assert all(len(part) == 1 or len(part) * size <= module.TOGETHER["cpu"] + size for part in parts)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_grid_takes_what_is_not_searched_from_the_stage() -> None:
+    stage = StageConfig(lr=0.5, search=SearchConfig(weight_decay=[0.0, 0.1]))
+    assert grid(stage, OptimConfig()) == [(0.5, 0.0), (0.5, 0.1)]
+    stage = StageConfig(lr=0.5, search=SearchConfig(lr=[0.1, 0.2]))
+    assert grid(stage, OptimConfig(weight_decay=0.3)) == [(0.1, 0.3), (0.2, 0.3)]
+    assert not SearchConfig().wanted
+
+
+# Ranks, and going on.
+
+
+def in_pieces(args: list[str]) -> int:
+    module.TOGETHER["cpu"] = 7000  # two heads
+    return train(args)
+
+
+def test_the_choice_does_not_depend_on_the_number_of_ranks(folder: Path, tmp_path: Path) -> None:
+    for world in (1, 2, 3):
+        args = one(folder, tmp_path / str(world), *GRID, "data.global_batch_size=12")
+        assert run_ranks(world, in_pieces, args) == [0] * world
+    assert found(tmp_path / "1") == found(tmp_path / "2") == found(tmp_path / "3")
+
+
+def interrupted(args: list[str], number: int, step: int) -> int:
+    """A signal to the last rank in the middle of the search."""
+    original = Heads.step
+    calls = []
+
+    def counted(self: Heads, batch: Step) -> None:
+        calls.append(1)
+        if len(calls) == step and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), number)
+        original(self, batch)
+
+    Heads.step = counted  # type: ignore[assignment,method-assign]
+    return in_pieces(args)
+
+
+def test_a_search_that_was_stopped_or_killed_is_done_again(folder: Path, tmp_path: Path) -> None:
+    assert run_ranks(2, in_pieces, one(folder, tmp_path / "whole", *GRID)) == [0, 0]
+    args = one(folder, tmp_path / "run", *GRID)
+    assert run_ranks(2, interrupted, args, 15, 5) == [3, 3]
+    assert summary(tmp_path / "run")["status"] == "preempted"
+    with pytest.raises(AssertionError, match="died"):
+        run_ranks(2, interrupted, args, 9, 5)
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert run_ranks(1, in_pieces, args) == [0]
+    assert found(tmp_path / "run") == found(tmp_path / "whole")
+
+
+def test_a_run_that_goes_on_keeps_its_choice(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(head_args(folder, tmp_path / "whole", *GRID)) == 0
+    args = head_args(folder, tmp_path / "run", *GRID)
+    original = torch.optim.AdamW.step
+    steps: list[int] = []
+
+    def step(self: torch.optim.AdamW, *rest: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 9:
+            os.kill(os.getpid(), 15)
+        return original(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        assert main(args) == 3
+    monkeypatch.setattr("distil_tl.train.search_stage", None)
+    assert main([*args[:-2], "stages.head.search.lr=[0.3]"]) == 2, "the grid of a stage that has begun"
+    assert "stages.head.search.lr: was" in capsys.readouterr().err
+    assert main(args) == 0
+    assert timeless(lines(tmp_path / "run")) == timeless(lines(tmp_path / "whole"))
+    assert found(tmp_path / "run") == found(tmp_path / "whole")
+
+
+# What goes wrong.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["stages.head.search.lr=[0.1,-1]"], "stages.head.search.lr must hold positive numbers"),
+        (["stages.head.search.weight_decay=[-1]"], "stages.head.search.weight_decay must hold numbers of 0 or more"),
+        (["stages.full.search.lr=[0.1]"], "stages.full.search needs a stage that trains on features"),
+        (["stages.head.search.lr=[0.1]", "data.augment=light"], "where images are augmented features=on or views=N"),
+        (
+            ["stages.head.search.lr=[0.1]", "stages.head.features=off"],
+            "stages.head.search needs a stage that trains on",
+        ),
+    ],
+)
+def test_what_can_not_be_is_refused_at_once(args: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(load(args)[0], 1)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["lr=0.1", "lr=[a]", "rate=[0.1]"])
+def test_what_is_no_search_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match=r"stages\.head\.search"):
+        load([f"stages.head.search.{value}"])
+
+
+def test_a_stage_with_epochs_0_may_keep_its_search() -> None:
+    check(load(["stages.full.search.lr=[0.1]", "stages.full.epochs=0"])[0], 1)
+    assert load(["stages.head.search.lr=[1e-3,1e-2]"])[0].stages["head"].search.lr == [0.001, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["model.name=squeezenet1_1"],
+            "stages.head.search: the stage trains something else than a single linear layer",
+        ),
+        (["stages.head.unfreeze=2"], "stages.head.search: the stage trains something else than a single linear layer"),
+        ([], "stages.head.search needs features: they can't be written"),
+    ],
+)
+def test_a_stage_without_such_a_head_or_features_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    message: str,
+) -> None:
+    if not more:
+        monkeypatch.setenv("DISTIL_TL_CACHE", str(tmp_path / "cache"))
+        (tmp_path / "cache").write_text("a file in its place")
+    assert main(one(folder, tmp_path / "run", "data.image_size=64", *GRID, *more)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_heads_that_diverge_lose(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unclipped = "optim.clip_norm=null"
+    args = one(folder, tmp_path / "some", "stages.head.search.lr=[1e38,0.01]", unclipped)
+    assert main(args) == 0
+    record = found(tmp_path / "some")
+    assert record["lr"] == 0.01
+    assert record["heads"][0] == {"lr": 1e38, "weight_decay": 0.01, "top1": None, "loss": None}
+    assert main(one(folder, tmp_path / "all", "stages.head.search.lr=[1e38,1e37]", unclipped)) == 1
+    assert "of the 2 heads of stages.head.search none came to a finite loss" in capsys.readouterr().err
+    assert json.loads((tmp_path / "all" / "summary.json").read_text())["status"] == "failed"
