@@ -19,8 +19,9 @@ from benchmarks.images import write_images
 from benchmarks.measure import Results, Spread, environment, interleaved, markdown, run_process, say
 from distil_tl.data.loader import Batch, DataConfig
 from distil_tl.data.splits import open_splits, train_batches
+from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistInfo, DistributedConfig, available_cpus, session
+from distil_tl.distributed.process_group import DistInfo, available_cpus, session
 from distil_tl.models import ModelConfig, build
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import ImageNetwork

@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.data.loader import DataConfig, fitting_world_sizes
 from distil_tl.data.local_copy import archive_problem, data_name
-from distil_tl.distributed.process_group import DistributedConfig
+from distil_tl.distributed.config import DistributedConfig
 from distil_tl.models import ModelConfig, resolve_weights
 from distil_tl.rundir.checkpoint import CheckpointConfig
-from distil_tl.tracking.tracker import TrackingConfig
+from distil_tl.tracking.config import TrackingConfig
 from distil_tl.training.optim import OptimConfig
 from distil_tl.training.precision import COMPILE, PRECISIONS
 from distil_tl.training.stage import StageConfig, default_stages, wants_features

@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from distil_tl.rundir.lock import FILE as ATTEMPT
 from distil_tl.rundir.lock import is_alive, read_attempt
-from distil_tl.tracking.tracker import Mirror, WandbConfig, wandb_task
+from distil_tl.tracking.config import WandbConfig
+from distil_tl.tracking.tracker import Mirror, wandb_task
 from distil_tl.tracking.wandb.process import Marks, Rows, Task, segments, wandb_id
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, UserError

@@ -20,8 +20,9 @@ from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import share_indexes
 from distil_tl.data.transforms import Preprocess, eval_transform
 from distil_tl.distributed.collectives import gather_objects
+from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistInfo, DistributedConfig, session
+from distil_tl.distributed.process_group import DistInfo, session
 
 SIZE, BATCH, WORKERS = 8, 512, 2
 

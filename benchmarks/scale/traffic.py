@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.distributed.collectives import gather_objects
+from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistInfo, DistributedConfig, session
+from distil_tl.distributed.process_group import DistInfo, session
 from distil_tl.models import ModelConfig, TransferModel, build
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import ImageNetwork

@@ -16,36 +16,12 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.store import Store, connect, within
 from distil_tl.utils.errors import LostRanksError, PreemptedError, UserError
 
-DEVICES = ("auto", "cpu", "cuda")
-BACKENDS = ("auto", "gloo", "nccl")
 NCCL_STARTS_IN = 600  # seconds, at most
-
-
-@dataclass
-class DistributedConfig:
-    device: str = "auto"  # auto | cpu | cuda
-    backend: str = "auto"  # auto | gloo | nccl
-    timeout_seconds: float = 600.0  # of a collective, and of the rendezvous
-    prepare_timeout_seconds: float = 14400.0  # while one rank scans, downloads, copies or writes the demo data
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.device not in DEVICES:
-            found.append(f"distributed.device is {self.device!r}; choose one of {', '.join(DEVICES)}")
-        if self.backend not in BACKENDS:
-            found.append(f"distributed.backend is {self.backend!r}; choose one of {', '.join(BACKENDS)}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            found.append("distributed.device is cuda, but torch sees no CUDA device; use distributed.device=cpu")
-        if self.backend == "nccl" and self.device != "cuda" and (self.device == "cpu" or not torch.cuda.is_available()):
-            found.append("distributed.backend=nccl needs CUDA devices; use gloo, or distributed.device=cuda")
-        for name in ("timeout_seconds", "prepare_timeout_seconds"):
-            if getattr(self, name) <= 0:
-                found.append(f"distributed.{name} must be positive")
-        return found
 
 
 @dataclass

@@ -10,48 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from distil_tl.tracking.config import TrackingConfig, WandbConfig
 from distil_tl.tracking.wandb.process import DONE, HOPELESS, Task, kill_tree
 from distil_tl.utils.files import json_safe, write_atomic
 from distil_tl.utils.log import logger
 
-WANDB_MODES = ("disabled", "offline", "online")
 HURRIED_SECONDS = 10.0  # for W&B, when the training stops before its end: others wait for this process
 RETRY_SECONDS = 60.0
-
-
-@dataclass
-class WandbConfig:
-    mode: str = "disabled"  # disabled | offline | online
-    project: str = "distil_tl"  # where the runs are collected
-    entity: str | None = None  # the user or team; null: W&B's own default
-    name: str | None = None  # null: the run directory's
-    group: str | None = None  # runs to be shown together, such as a sweep's
-    tags: list[str] = field(default_factory=list)  # as in [baseline,224px]
-    mistakes: int = 20  # of the surest wrong predictions, to show with a thumbnail at the end
-    artifact: bool = False  # also the best checkpoint's weights, at the end
-    finish_timeout_seconds: float = 60.0  # for what is left to send at the end; `launch.sync` sends what remains
-
-
-@dataclass
-class TrackingConfig:
-    log_every: int = 20  # optimizer steps between lines of training metrics
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.log_every < 1:
-            found.append("tracking.log_every must be at least 1")
-        if self.wandb.mode not in WANDB_MODES:
-            found.append(f"tracking.wandb.mode is {self.wandb.mode!r}; choose one of {', '.join(WANDB_MODES)}")
-        if self.wandb.mistakes < 0:
-            found.append("tracking.wandb.mistakes can't be less than 0")
-        if self.wandb.finish_timeout_seconds <= 0:
-            found.append("tracking.wandb.finish_timeout_seconds must be more than 0")
-        return found
 
 
 class Tracker:
@@ -131,6 +100,7 @@ def wandb_task(run_dir: Path, settings: WandbConfig, config: dict[str, Any]) -> 
 _START = """
 import sys
 sys.path[:] = [sys.argv[1], *filter(None, sys.path)]
+from distil_tl.tracking.config import TrackingConfig, WandbConfig
 from distil_tl.tracking.wandb.process import main
 main()
 """

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from distil_tl.utils.files import writing
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger("distil_tl")
 
@@ -65,6 +66,8 @@ class Progress:
         self._label = label
         self._show = show
         if show and sys.stderr.isatty():
+            from tqdm import tqdm  # most programs need no bar, and start sooner without it
+
             self._bar = tqdm(total=total, initial=done, desc=label, leave=False, dynamic_ncols=True)
 
     def advance(self, steps: int = 1) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from distil_tl.data import local_copy as staging
+from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistributedConfig, on_each_node, session
+from distil_tl.distributed.process_group import on_each_node, session
 from distil_tl.utils.errors import UserError
 from tests.conftest import small_args
 from tests.data.test_local_copy import content, folders_of, struck

@@ -11,8 +11,9 @@ import pytest
 
 from distil_tl.distributed import collectives
 from distil_tl.distributed.collectives import gather_objects, share_arrays
+from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch, read_launch
-from distil_tl.distributed.process_group import DistInfo, DistributedConfig, session
+from distil_tl.distributed.process_group import DistInfo, session
 from tests.helpers.ranks import rank, run_ranks
 
 ARRAYS = {

@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from distil_tl.tracking import tracker as tracking
-from distil_tl.tracking.tracker import Tracker, TrackingConfig, WandbConfig, wandb_task
+from distil_tl.tracking.config import TrackingConfig, WandbConfig
+from distil_tl.tracking.tracker import Tracker, wandb_task
 from distil_tl.tracking.wandb.media import MAX_CHART_CLASSES, final_charts
 from distil_tl.tracking.wandb.process import Marks, Rows, _put_aside, descendants, row_of
 from distil_tl.utils.log import logger

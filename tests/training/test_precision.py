@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from distil_tl import evaluate
+from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistInfo, DistributedConfig, session
+from distil_tl.distributed.process_group import DistInfo, session
 from distil_tl.train import main
 from distil_tl.training import precision
 from distil_tl.training.precision import Compute, choose, usual_way, ways_to_compute

@@ -1,0 +1,39 @@
+"""The section `distributed` of the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEVICES = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "gloo", "nccl")
+
+
+@dataclass
+class DistributedConfig:
+    device: str = "auto"  # auto | cpu | cuda
+    backend: str = "auto"  # auto | gloo | nccl
+    timeout_seconds: float = 600.0  # of a collective, and of the rendezvous
+    prepare_timeout_seconds: float = 14400.0  # while one rank scans, downloads, copies or writes the demo data
+
+    def problems(self) -> list[str]:
+        """One message for each value that is not valid. Imports torch only when a value depends on CUDA."""
+        found = []
+        if self.device not in DEVICES:
+            found.append(f"distributed.device is {self.device!r}; choose one of {', '.join(DEVICES)}")
+        if self.backend not in BACKENDS:
+            found.append(f"distributed.backend is {self.backend!r}; choose one of {', '.join(BACKENDS)}")
+        if self.device == "cuda" and not cuda_is_available():
+            found.append("distributed.device is cuda, but torch sees no CUDA device; use distributed.device=cpu")
+        if self.backend == "nccl" and self.device != "cuda" and (self.device == "cpu" or not cuda_is_available()):
+            found.append("distributed.backend=nccl needs CUDA devices; use gloo, or distributed.device=cuda")
+        for name in ("timeout_seconds", "prepare_timeout_seconds"):
+            if getattr(self, name) <= 0:
+                found.append(f"distributed.{name} must be positive")
+        return found
+
+
+def cuda_is_available() -> bool:
+    """Whether torch sees a CUDA device."""
+    import torch  # takes seconds; most configurations are checked without it
+
+    return torch.cuda.is_available()
