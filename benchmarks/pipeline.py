@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.images import write_images
 from benchmarks.measure import Results, Spread, environment, interleaved, markdown, run_process, say
-from distil_tl.data.loader import Batch, DataConfig
+from distil_tl.data.config import DataConfig
+from distil_tl.data.loader import Batch
 from distil_tl.data.splits import open_splits, train_batches
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch

@@ -14,8 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.data.loader import DataConfig, fitting_world_sizes
-from distil_tl.data.local_copy import archive_problem, data_name
+from distil_tl.data.config import DataConfig, archive_problem, data_name, fitting_world_sizes
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.models import ModelConfig, resolve_weights
 from distil_tl.rundir.checkpoint import CheckpointConfig

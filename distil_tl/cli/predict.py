@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from distil_tl.data.config import IMG_EXTENSIONS, default_workers
 from distil_tl.data.decode import ImageError
-from distil_tl.data.index import IMG_EXTENSIONS
-from distil_tl.data.loader import default_workers
 from distil_tl.distributed.process_group import available_cpus
 from distil_tl.inference import Transform, restore
 from distil_tl.training.network import ImageNetwork

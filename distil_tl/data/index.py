@@ -16,11 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from distil_tl.data.config import IMG_EXTENSIONS
 from distil_tl.distributed.shared_memory import SharedArrays
 from distil_tl.utils.errors import UserError, did_you_mean
-
-# The very list of torchvision.datasets.ImageFolder, so that both see the same images.
-IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 Array = npt.NDArray[Any]
 ARRAYS = ("names", "offsets", "targets", "sizes")  # the fields of an Index that grow with it

@@ -13,46 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from distil_tl.data.config import default_workers
 from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
-from distil_tl.data.transforms import AUGMENTATIONS, View
+from distil_tl.data.transforms import View
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.process_group import available_cpus, cpus_of_rank
 from distil_tl.utils.log import logger
 from distil_tl.utils.rng import keyed_seed
 
 UNREADABLE = "the file can't be read"
-ON_BAD_IMAGE = ("error", "skip")
-
-
-@dataclass
-class DataConfig:
-    root: str | None = None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; null: scikit-learn's digits
-    stage_to: str | None = None  # a folder on each node's own disk, as '$SLURM_TMPDIR', to bring the images to first
-    global_batch_size: int = 32  # what the optimizer sees, over all ranks
-    max_local_batch_size: int | None = None  # what fits one device; smaller than a rank's share: accumulate
-    image_size: int | None = None  # pixels; null: what the weights were made for
-    workers: int | None = None  # loader processes a rank; null: from the CPUs this process may use
-    augment: str = "light"  # none | light | strong
-    hflip: bool = True  # whether a mirror image is still of its class
-    on_bad_image: str = "error"  # error: name it and stop | skip: leave it out, count it and list it in summary.json
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.global_batch_size < 1:
-            found.append("data.global_batch_size must be at least 1")
-        if self.max_local_batch_size is not None and self.max_local_batch_size < 1:
-            found.append("data.max_local_batch_size must be at least 1, or null for no limit")
-        if self.image_size is not None and self.image_size < 8:
-            found.append("data.image_size must be at least 8 pixels")
-        if self.workers is not None and self.workers < 0:
-            found.append("data.workers must be 0 or more, or null to choose by the CPUs at hand")
-        if self.augment not in AUGMENTATIONS:
-            found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
-        if self.on_bad_image not in ON_BAD_IMAGE:
-            found.append(f"data.on_bad_image is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}")
-        return found
 
 
 class BatchPlan(NamedTuple):
@@ -68,10 +39,6 @@ def plan_batches(global_batch_size: int, world_size: int, max_local_batch_size: 
     limit = max_local_batch_size or share
     accumulation = next(k for k in range(1, share + 1) if share % k == 0 and share // k <= limit)
     return BatchPlan(share // accumulation, accumulation)
-
-
-def fitting_world_sizes(global_batch_size: int) -> list[int]:
-    return [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
 
 
 class Batch(NamedTuple):
@@ -147,11 +114,6 @@ class ImageDataset(Dataset[Item]):
             torch.tensor([item.image is not None for item in items]),
             [(item.index, item.fault) for item in items if item.fault is not None],
         )
-
-
-def default_workers(cpus: int) -> int:
-    """Loader processes for a rank that has so many CPUs: one stays for the rank itself."""
-    return max(0, min(16, cpus - 1))
 
 
 def choose_workers(launch: Launch, workers: int | None) -> int:

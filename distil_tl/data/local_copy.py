@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from distil_tl.data.config import data_name
 from distil_tl.data.index import Index
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.process_group import DistInfo, on_each_node
@@ -38,7 +39,6 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_json
 from distil_tl.utils.log import Progress, logger, printable
 
-ARCHIVES = (".tar", ".tar.gz", ".tgz")
 THREADS = 16  # files copied at once, which hides the delay of a network file system
 PART = 64  # files that a thread takes at a time
 BLOCK = 1 << 22
@@ -50,29 +50,6 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 class StagingError(Exception):
     """Why the images can't be brought to this node, for people."""
-
-
-def data_name(root: Path) -> str:
-    """The name of a folder or a tar file of images, without what its file name ends in."""
-    name = root.resolve().name
-    suffix = next((s for s in ARCHIVES if name.endswith(s)), "") if root.is_file() else ""
-    return name.removesuffix(suffix)
-
-
-def archive_problem(root: Path, stage_to: str | None) -> str | None:
-    """What is wrong with a file as `data.root`, as far as its beginning shows."""
-    if not root.name.endswith(ARCHIVES):
-        return f"data.root={root} is neither a folder nor a tar file ({', '.join(ARCHIVES)})"
-    if stage_to is None:
-        return (
-            f"data.root={root} is a tar file, and training reads a folder: let each node unpack it, as with "
-            f"'data.stage_to=$SLURM_TMPDIR', or unpack it yourself and give the folder"
-        )
-    try:
-        sound = tarfile.is_tarfile(root)
-    except (OSError, EOFError, zlib.error) as error:
-        return f"data.root={root} can't be read: {error}"
-    return None if sound else f"data.root={root} is no tar file, or a damaged one; make it again"
 
 
 def stage_folder(info: DistInfo, stage_to: str, indexes: dict[str, Index]) -> Path | None:

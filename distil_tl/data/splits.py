@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from distil_tl.data.config import SPLITS, DataConfig
 from distil_tl.data.digits import digits_folder
 from distil_tl.data.index import Index, differences, scan
 from distil_tl.data.loader import (
-    DataConfig,
     ImageDataset,
     Loader,
     choose_workers,
@@ -31,8 +31,6 @@ from distil_tl.distributed.process_group import DistInfo, on_rank_zero
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import logger, printable
-
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ import torch
 from torch.utils.data import Sampler
 
 from distil_tl.data.bad_images import BadImages
+from distil_tl.data.config import DataConfig
 from distil_tl.data.device import to_device
 from distil_tl.data.feature_cache import Cache, FeatureDataset, available_memory, free_space
 from distil_tl.data.index import Index
-from distil_tl.data.loader import Batch, DataConfig, ImageDataset, choose_workers, make_loader
+from distil_tl.data.loader import Batch, ImageDataset, choose_workers, make_loader
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.splits import Splits
 from distil_tl.data.transforms import train_transform

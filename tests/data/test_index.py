@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder, folder
 
-from distil_tl.data.index import IMG_EXTENSIONS, Index, differences, scan
+from distil_tl.data.config import IMG_EXTENSIONS
+from distil_tl.data.index import Index, differences, scan
 from distil_tl.utils.errors import UserError
 
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distil_tl.data.loader import fitting_world_sizes, plan_batches
+from distil_tl.data.config import fitting_world_sizes
+from distil_tl.data.loader import plan_batches
 from distil_tl.data.sampler import EvalSampler, SampleKey, TrainSampler, epoch_order
 
 

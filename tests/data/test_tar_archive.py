@@ -15,7 +15,7 @@ import pytest
 
 from distil_tl import config as configuration
 from distil_tl.config import load, run_name
-from distil_tl.data.loader import DataConfig
+from distil_tl.data.config import DataConfig
 from distil_tl.data.splits import open_splits
 from distil_tl.train import main
 from distil_tl.utils.errors import UserError

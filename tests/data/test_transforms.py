@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from distil_tl.data.transforms import AUGMENTATIONS, Normalize, Preprocess, eval_transform, train_transform
+from distil_tl.data.config import AUGMENTATIONS
+from distil_tl.data.transforms import Normalize, Preprocess, eval_transform, train_transform
 
 PREPROCESS = Preprocess()
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from distil_tl.config import Config
 from distil_tl.data import loader as loading
 from distil_tl.data.bad_images import BadImages
-from distil_tl.data.loader import Batch, ImageDataset, fitting_world_sizes, make_loader, plan_batches
+from distil_tl.data.config import fitting_world_sizes
+from distil_tl.data.loader import Batch, ImageDataset, make_loader, plan_batches
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.transforms import View
 from distil_tl.distributed.launch_env import Launch
