@@ -20,8 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from distil_tl.models import ModelConfig, build
+from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.fold_batchnorm import ConvNorm
+from distil_tl.models.transfer import build
 from distil_tl.training.network import ImageNetwork, any_images
 from distil_tl.training.precision import Compute
 from distil_tl.training.stage import StageConfig, apply_stage

@@ -23,7 +23,8 @@ from distil_tl.data.splits import open_splits, train_batches
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import DistInfo, available_cpus, session
-from distil_tl.models import ModelConfig, build
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import build
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import ImageNetwork
 from distil_tl.training.optim import OptimConfig

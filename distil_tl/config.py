@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.data.config import DataConfig, archive_problem, data_name, fitting_world_sizes
 from distil_tl.distributed.config import DistributedConfig
-from distil_tl.models import ModelConfig, resolve_weights
+from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.rundir.checkpoint import CheckpointConfig
 from distil_tl.tracking.config import TrackingConfig
 from distil_tl.training.optim import OptimConfig

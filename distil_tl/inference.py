@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distil_tl.config import Config, load
 from distil_tl.data.decode import decode, to_tensor
 from distil_tl.data.transforms import Normalize, Preprocess, View, eval_transform
-from distil_tl.models import TransferModel, build
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.rundir import checkpoint as ckpt
 from distil_tl.rundir.checkpoint import Checkpoints, find_fault
 from distil_tl.utils.errors import UserError

@@ -15,7 +15,7 @@ from distil_tl.data.loader import plan_batches
 from distil_tl.data.splits import Splits
 from distil_tl.distributed.preemption import Agreement, Request, StopRequest
 from distil_tl.distributed.process_group import DistInfo, on_rank_zero
-from distil_tl.models import TransferModel
+from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir import checkpoint as ckpt
 from distil_tl.rundir.checkpoint import Checkpoints, Position, find_fault
 from distil_tl.rundir.directory import RunDirectory, RunState, Start, refuse_unseen

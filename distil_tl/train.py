@@ -26,7 +26,7 @@ from distil_tl.data.splits import bring_near, eval_batches, open_splits, train_b
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.preemption import Request, StopAgreedError, StopRequest
 from distil_tl.distributed.process_group import on_rank_zero, once_per_node, session
-from distil_tl.models import build, prepare_weights
+from distil_tl.models.transfer import build, prepare_weights
 from distil_tl.report import write_report
 from distil_tl.run import Job, open_job
 from distil_tl.rundir import checkpoint

@@ -21,7 +21,7 @@ from typing import Any
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.models import missing_weights
+from distil_tl.models.transfer import missing_weights
 from distil_tl.rundir.directory import find_start
 from distil_tl.rundir.lock import FILE as ATTEMPT
 from distil_tl.rundir.lock import read_attempt

@@ -24,7 +24,8 @@ from benchmarks.peers.picture import picture
 from distil_tl.data.digits import digits_folder
 from distil_tl.data.index import scan
 from distil_tl.distributed.process_group import available_cpus
-from distil_tl.models import ModelConfig, TransferModel, build
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic

@@ -14,7 +14,8 @@ from distil_tl.data.index import Index, scan
 from distil_tl.data.loader import ImageDataset
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import eval_transform
-from distil_tl.models import ModelConfig, build
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import build
 from distil_tl.training.network import ImageNetwork
 from distil_tl.training.precision import Compute
 from distil_tl.utils.errors import UserError

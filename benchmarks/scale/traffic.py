@@ -19,7 +19,8 @@ from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import DistInfo, session
-from distil_tl.models import ModelConfig, TransferModel, build
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import ImageNetwork
 from distil_tl.training.optim import OptimConfig

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.data.digits import digits_folder
-from distil_tl.models import missing_weights, prepare_weights, weights_file
+from distil_tl.models.transfer import missing_weights, prepare_weights, weights_file
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import sha256_file

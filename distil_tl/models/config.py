@@ -1,13 +1,12 @@
-"""Which network to start from, and which weights."""
+"""The configuration of the model: which network and which weights. Imports no torch; `problems` does where it must."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from distil_tl.models import timm_models, torchvision_models
+from distil_tl.models.names import TIMM_PREFIX, WEIGHTS_SUFFIXES
 from distil_tl.models.weight_packages import PACKAGES
-from distil_tl.models.weights import SUFFIXES
 from distil_tl.utils.errors import did_you_mean
 
 KEYWORDS = ("auto", "default", "none", "package")
@@ -24,16 +23,16 @@ class ModelConfig:
     @property
     def library_name(self) -> str:
         """The name as its library knows it."""
-        return self.name.removeprefix(timm_models.PREFIX)
+        return self.name.removeprefix(TIMM_PREFIX)
 
     @property
     def from_timm(self) -> bool:
-        return self.name.startswith(timm_models.PREFIX)
+        return self.name.startswith(TIMM_PREFIX)
 
     @property
     def path(self) -> Path | None:
         """The weights file if `weights` is a path."""
-        if "/" in self.weights or self.weights.endswith(SUFFIXES):
+        if "/" in self.weights or self.weights.endswith(WEIGHTS_SUFFIXES):
             return Path(self.weights).expanduser()
         return None
 
@@ -53,6 +52,8 @@ class ModelConfig:
         return [problem] if problem else []
 
     def _name_problem(self) -> str | None:
+        from distil_tl.models import timm_models, torchvision_models
+
         if self.from_timm:
             if not timm_models.installed():
                 return f"model.name={self.name} needs timm: {timm_models.INSTALL}, or choose a torchvision model"
@@ -62,9 +63,9 @@ class ModelConfig:
         if self.name in known:
             return None
         if timm_models.installed():
-            known += [timm_models.PREFIX + name for name in timm_models.names()]
-        if timm_models.PREFIX + self.name in known:
-            near = f", did you mean `{timm_models.PREFIX}{self.name}`?"
+            known += [TIMM_PREFIX + name for name in timm_models.names()]
+        if TIMM_PREFIX + self.name in known:
+            near = f", did you mean `{TIMM_PREFIX}{self.name}`?"
         else:
             near = did_you_mean(self.name, known)
         return f"model.name={self.name} is no classifier of torchvision (timm's are called timm/NAME){near}"
@@ -77,20 +78,22 @@ class ModelConfig:
             return self._package_problem()
         if self.from_timm:
             return self._timm_weights_problem(weights)
+        from distil_tl.models import torchvision_models
+
         published = torchvision_models.weights_names(self.name)
         if weights == "default" or weights in published:
             return None
         known = [*published, *KEYWORDS]
         return (
             f"model.weights: {self.name} has no weights {weights!r}{did_you_mean(weights, known)} "
-            f"(known are {', '.join(known)}, and paths ending in {', '.join(SUFFIXES)})"
+            f"(known are {', '.join(known)}, and paths ending in {', '.join(WEIGHTS_SUFFIXES)})"
         )
 
     def _path_problem(self, path: Path) -> str | None:
         if not path.is_file():
             return f"model.weights: there is no file {path} (seen from {Path.cwd()}); give one that is there"
-        if path.suffix not in SUFFIXES:
-            return f"model.weights: {path} is none of {', '.join(SUFFIXES)}; rename or convert it"
+        if path.suffix not in WEIGHTS_SUFFIXES:
+            return f"model.weights: {path} is none of {', '.join(WEIGHTS_SUFFIXES)}; rename or convert it"
         return None
 
     def _package_problem(self) -> str | None:
@@ -109,6 +112,8 @@ class ModelConfig:
                 f"(use {', '.join(KEYWORDS)} or a path; a tag goes in model.name: "
                 f"{self.name.partition('.')[0]}.TAG)"
             )
+        from distil_tl.models import timm_models
+
         if not timm_models.has_weights(self.library_name):
             return f"model.weights: timm publishes no weights of {self.name}; set model.weights=none or a path"
         return None

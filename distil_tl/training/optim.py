@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distil_tl.models import TransferModel
+from distil_tl.models.transfer import TransferModel
 from distil_tl.training.stage import StageConfig
 
 # Parameters of torchvision's models that have more than one dimension and yet are no weights of a layer.

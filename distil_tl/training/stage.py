@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from distil_tl.data.config import AUGMENTATIONS
-from distil_tl.models import TransferModel
+from distil_tl.models.transfer import TransferModel
 from distil_tl.utils.errors import UserError, did_you_mean
 
 BATCH_NORM = ("frozen", "train")

@@ -21,8 +21,8 @@ from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.distributed.collectives import average_over_ranks, gather_objects, max_over_ranks
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.models import TransferModel
 from distil_tl.models.graph.equivalence import undisturbed
+from distil_tl.models.transfer import TransferModel
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import Network
 from distil_tl.training.optim import OptimConfig, build_optimizer, clip_gradients, lr_factor, set_lr

@@ -14,7 +14,8 @@ import torch
 
 from distil_tl.cli.main import main as distil_tl
 from distil_tl.cli.prefetch import main
-from distil_tl.models import ModelConfig, build
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import build
 
 
 @pytest.fixture

@@ -296,7 +296,7 @@ def test_a_batch_made_wholly_of_bad_images_changes_nothing(tmp_path: Path, world
 
 def fresh_weights(root: Path) -> dict[str, torch.Tensor]:
     from distil_tl.config import load
-    from distil_tl.models import build
+    from distil_tl.models.transfer import build
 
     config, _ = load(small_args(root))
     return build(config.model, len(CLASSES), image_size=32, seed=config.seed).module.state_dict()

@@ -12,8 +12,8 @@ import torch
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.models import TransferModel, build
 from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.training.stage import StageConfig, check_stages
 from tests.helpers.paths import ROOT
 

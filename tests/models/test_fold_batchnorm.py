@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distil_tl.models import ModelConfig, TransferModel, build
+from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.fold_batchnorm import ConvNorm, folding
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.training.network import ImageNetwork
 from distil_tl.training.precision import Compute
 from tests.models.test_frozen_prefix import built, parts_of

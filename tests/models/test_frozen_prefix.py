@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distil_tl.models import ModelConfig, TransferModel, build
+from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.frozen_prefix import Split, split
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.training.stage import StageConfig, apply_stage
 
 

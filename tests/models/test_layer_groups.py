@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import regnet
 
-from distil_tl.models import ModelConfig, TransferModel, build
+from distil_tl.models.config import ModelConfig
 from distil_tl.models.layer_groups import LayerGroup, groups_from_parameters, index_parameters, top_level_parts
 from distil_tl.models.torchvision_models import names
+from distil_tl.models.transfer import TransferModel, build
 
 TIMM = [
     "timm/resnet18",

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from distil_tl.models import ModelConfig, TransferModel, build, default_preprocess, resolve_weights
+from distil_tl.models.config import ModelConfig, resolve_weights
+from distil_tl.models.transfer import TransferModel, build, default_preprocess
 from distil_tl.utils.errors import UserError
 
 

@@ -14,10 +14,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from distil_tl.models import ModelConfig, TransferModel, build, prepare_weights
+from distil_tl.models.config import ModelConfig
 from distil_tl.models.torchvision_models import entry
-from distil_tl.models.weight_packages import PACKAGES, match_by_position
-from distil_tl.models.weights import read_state
+from distil_tl.models.transfer import TransferModel, build, prepare_weights
+from distil_tl.models.weight_packages import PACKAGES
+from distil_tl.models.weights import match_by_position, read_state
 from distil_tl.utils.errors import UserError
 
 LITE = "timm/tf_efficientnet_lite0"
@@ -60,7 +61,7 @@ def test_the_package_recognises_a_photograph():
     datasets = pytest.importorskip("sklearn.datasets")
     timm = pytest.importorskip("timm")
     from distil_tl.data.transforms import Normalize, eval_transform
-    from distil_tl.models import default_preprocess
+    from distil_tl.models.transfer import default_preprocess
 
     file = PACKAGES[LITE].file()
     if file is None:

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distil_tl.models import ModelConfig, build
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import build
 from distil_tl.rundir.lock import MAX_STUCK, read_attempt
 from launch.records import read_record
 from tests.conftest import small_args

@@ -21,8 +21,9 @@ from distil_tl.data import feature_cache, loader
 from distil_tl.data.feature_cache import Cache, FeatureDataset
 from distil_tl.data.index import scan
 from distil_tl.data.sampler import SampleKey
-from distil_tl.models import ModelConfig, TransferModel, build
+from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.frozen_prefix import Split, split
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.train import main
 from distil_tl.training import features as module
 from distil_tl.training.features import cache_key

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distil_tl.config import check, load
-from distil_tl.models import TransferModel, build
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.train import main
 from distil_tl.training import head_search as module
 from distil_tl.training.head_search import Heads, Settings, Step, grid

@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from distil_tl.models import ModelConfig, TransferModel, build
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.training.optim import (
     OPTIMIZERS,
     SCHEDULES,

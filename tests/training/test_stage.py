@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from distil_tl.data.transforms import Preprocess
-from distil_tl.models import LayerGroup, ModelConfig, TransferModel, WeightsInfo, build
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.layer_groups import LayerGroup
+from distil_tl.models.transfer import TransferModel, WeightsInfo, build
 from distil_tl.training.stage import (
     StageConfig,
     apply_stage,
