@@ -40,8 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--poll", type=float, metavar="SECONDS", help="between two looks at the trials")
     parser.add_argument("--new-code", action="store_true", help="go on with the code as it is now")
     known, rest = parser.parse_known_args(args)
-    ended: list[int] = []  # how
-    return run_command("launch.adaptive", lambda: ended.append(search(rest, **vars(known)))) or sum(ended)
+    return run_command("launch.adaptive", lambda: search(rest, **vars(known)))
 
 
 def search(

@@ -47,9 +47,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--cluster", choices=CLUSTERS, default="slurm", help="local: processes of this machine")
     parser.add_argument("--dry-run", action="store_true", help="print the script for sbatch, and do nothing")
     known, rest = parser.parse_known_args(args)
-    ended = []  # with what, a job of this machine
-    status = run_command("launch.submit", lambda: ended.append(submit(rest, known.cluster, dry_run=known.dry_run)))
-    return status or sum(ended)
+    return run_command("launch.submit", lambda: submit(rest, known.cluster, dry_run=known.dry_run))
 
 
 def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False) -> int:

@@ -43,8 +43,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--resubmit-failed", action="store_true", help="also what failed, from its last checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="list the trials and print the script for sbatch")
     known, rest = parser.parse_known_args(args)
-    ended: list[int] = []  # how, trials of this machine
-    return run_command("launch.sweep", lambda: ended.append(submit_sweep(rest, **vars(known)))) or sum(ended)
+    return run_command("launch.sweep", lambda: submit_sweep(rest, **vars(known)))
 
 
 @dataclass(frozen=True)

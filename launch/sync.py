@@ -34,8 +34,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be sent")
     parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of one run; 600 if not given")
     known = parser.parse_args(args)
-    ended: list[int] = []
-    return run_command("launch.sync", lambda: ended.append(sync(known.dir, known.dry_run, known.timeout))) or sum(ended)
+    return run_command("launch.sync", lambda: sync(known.dir, known.dry_run, known.timeout))
 
 
 @dataclass(frozen=True)

@@ -33,4 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory (it holds metrics.jsonl)")
     run_dir = parser.parse_args(argv).run_dir
-    return run_command("distil-tl report", lambda: sys.stdout.write(f"{write_report(run_dir)}\n"))
+
+    def report() -> None:
+        sys.stdout.write(f"{write_report(run_dir)}\n")
+
+    return run_command("distil-tl report", report)

@@ -27,14 +27,14 @@ from distil_tl.utils.log import logger
 STUCK = "may be stuck in C++"  # the name of a thread that nobody waits for
 
 
-def run_command(name: str, body: Callable[[], object]) -> int:
-    """Run `body` and turn what it raises into an exit status and, on rank 0, one readable message.
+def run_command(name: str, body: Callable[[], int | None]) -> int:
+    """Run a command; its exit status is what `body` returns (None: 0), or what the exception that it raises means.
 
-    0 done; 2 the user's input is wrong; 3 asked to stop, and saved; 1 a fault (with its traceback, unless it is
-    one that explains itself).
+    0 done; 2 the user's input is wrong; 3 preempted and saved; 1 a fault. For an exception rank 0 prints one message;
+    a fault that has no message of its own is logged with its traceback.
     """
     try:
-        body()
+        return body() or 0
     except UserError as error:
         _say(f"{name}: {error}", always=error.one_rank)
         return EXIT_USER_ERROR
@@ -55,7 +55,6 @@ def run_command(name: str, body: Callable[[], object]) -> int:
             raise
         logger.exception("%s: a fault", name)
         return EXIT_FAULT
-    return 0
 
 
 def leave(status: int) -> NoReturn:
