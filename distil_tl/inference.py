@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from distil_tl.config import Config, load
 from distil_tl.data.decode import decode, to_tensor
-from distil_tl.data.transforms import Normalize, Preprocess, View, eval_transform
+from distil_tl.data.transforms import View, eval_transform
+from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.rundir import checkpoint as ckpt
 from distil_tl.rundir.checkpoint import Checkpoints, find_fault

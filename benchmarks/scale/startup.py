@@ -18,11 +18,12 @@ from benchmarks.scale.files import synthetic_index
 from distil_tl.data.loader import ImageDataset, make_loader
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import share_indexes
-from distil_tl.data.transforms import Preprocess, eval_transform
+from distil_tl.data.transforms import eval_transform
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import DistInfo, session
+from distil_tl.models.preprocess import Preprocess
 
 SIZE, BATCH, WORKERS = 8, 512, 2
 

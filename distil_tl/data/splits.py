@@ -25,9 +25,10 @@ from distil_tl.data.loader import (
 )
 from distil_tl.data.local_copy import stage_archive, stage_folder
 from distil_tl.data.sampler import EvalSampler, TrainSampler
-from distil_tl.data.transforms import Preprocess, eval_transform, train_transform
+from distil_tl.data.transforms import eval_transform, train_transform
 from distil_tl.distributed.collectives import share_arrays
 from distil_tl.distributed.process_group import DistInfo, on_rank_zero
+from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import logger, printable

@@ -1,67 +1,13 @@
-"""Preprocessing that belongs to a set of weights, and the augmentations built around it.
-
-Everything up to the batch stays uint8; `Normalize` runs where the model runs, on a whole batch.
-"""
+"""Evaluation and training transforms of an image, uint8 in and out."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
+from torch import nn
+from torchvision.transforms import v2
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Preprocess:
-    """What a set of weights expects of its input.
-
-    Attributes:
-        mean, std: per channel, of pixels scaled to 0..1.
-        interpolation: a name of `torchvision.transforms.InterpolationMode`, such as "bilinear".
-        crop_size: side of the square image in pixels that the weights were evaluated at.
-        resize_size: length of the shorter side in pixels before the centre crop.
-    """
-
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    interpolation: str = "bilinear"
-    crop_size: int = 224
-    resize_size: int = 256
-
-    @classmethod
-    def from_json(cls, tree: dict[str, Any]) -> Preprocess:
-        """The way back from `dataclasses.asdict` by way of JSON, which has no tuples."""
-        return cls(**{**tree, "mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
-
-    def resize_for(self, image_size: int) -> int:
-        """Shorter side before a centre crop of `image_size`, in the weights' own proportion."""
-        return max(image_size, round(image_size * self.resize_size / self.crop_size))
-
-    @property
-    def mode(self) -> InterpolationMode:
-        return InterpolationMode(self.interpolation)
-
-
-class Normalize(nn.Module):
-    """uint8 images [N, 3, H, W] to float32, scaled to 0..1 and standardised per channel."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, preprocess: Preprocess) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(preprocess.std).view(3, 1, 1) * 255, persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.float().sub(self.mean).div_(self.std)
-
+from distil_tl.models.preprocess import Preprocess
 
 _SMALLEST_CROP = {"light": 0.5, "strong": 0.2}  # share of the image's area
 _NARROWEST_CROP = 3 / 4  # of its own sides, the shorter to the longer

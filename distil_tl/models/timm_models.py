@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from distil_tl.data.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from distil_tl.models.head import seeded
 from distil_tl.models.layer_groups import LayerGroup, groups_from_parameters, top_level_parts
 from distil_tl.models.names import TIMM_PREFIX
+from distil_tl.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from distil_tl.utils.errors import UserError, did_you_mean
 
 INSTALL = "pip install 'distil_tl[timm]'"

@@ -12,8 +12,8 @@ from torch import nn
 from torchvision import models as tv
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from distil_tl.data.transforms import Preprocess
 from distil_tl.models.head import find_head, replace_head, seeded
+from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.weights import State, renamed
 from distil_tl.utils.errors import UserError
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import nn
 
-from distil_tl.data.transforms import Preprocess
 from distil_tl.models import timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.head import init_head, seeded
 from distil_tl.models.layer_groups import LayerGroup, index_modules, index_parameters
+from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.torchvision_groups import torchvision_groups
 from distil_tl.models.weight_packages import PACKAGES
 from distil_tl.models.weights import State, load_backbone, match_by_position, read_state, strip_prefixes

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distil_tl.data.transforms import Normalize
 from distil_tl.models.graph.fold_batchnorm import ConvNorm, folding
 from distil_tl.models.graph.frozen_prefix import Split
+from distil_tl.models.preprocess import Normalize
 from distil_tl.models.transfer import TransferModel
 from distil_tl.training.precision import Compute
 from distil_tl.utils.log import logger

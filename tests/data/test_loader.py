@@ -20,8 +20,9 @@ from distil_tl.data.device import to_device
 from distil_tl.data.index import Index, scan
 from distil_tl.data.loader import Batch, ImageDataset, choose_workers, warn_of_few_cpus
 from distil_tl.data.sampler import SampleKey
-from distil_tl.data.transforms import Preprocess, eval_transform
+from distil_tl.data.transforms import eval_transform
 from distil_tl.distributed.launch_env import Launch
+from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.log import setup_console
 from tests.distributed.test_collectives import LINUX, files_in_memory
 

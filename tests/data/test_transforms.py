@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 
 from distil_tl.data.config import AUGMENTATIONS
-from distil_tl.data.transforms import Normalize, Preprocess, eval_transform, train_transform
+from distil_tl.data.transforms import eval_transform, train_transform
+from distil_tl.models.preprocess import Preprocess
 
 PREPROCESS = Preprocess()
 
@@ -29,50 +28,6 @@ def view(image: Tensor, augment: str, seed: int, *, hflip: bool = True, size: in
         torch.manual_seed(seed)
         result: Tensor = train_transform(PREPROCESS, size, augment, hflip)(image)
     return result
-
-
-# Preprocess
-
-
-@pytest.mark.parametrize(
-    ("crop", "resize", "image_size", "expected"),
-    [
-        (224, 256, 224, 256),
-        (224, 256, 112, 128),
-        (224, 256, 64, 73),
-        (224, 224, 96, 96),
-        (224, 256, 1, 1),
-        (256, 224, 100, 100),  # never smaller than the crop
-        (384, 384, 8, 8),
-    ],
-)
-def test_resize_keeps_the_weights_proportion(crop: int, resize: int, image_size: int, expected: int):
-    assert Preprocess(crop_size=crop, resize_size=resize).resize_for(image_size) == expected
-
-
-def test_preprocess_travels_through_json():
-    preprocess = Preprocess(mean=(0.5, 0.4, 0.3), interpolation="bicubic", crop_size=299)
-    assert Preprocess.from_json(json.loads(json.dumps(asdict(preprocess)))) == preprocess
-    assert preprocess.mode == InterpolationMode.BICUBIC
-
-
-# Normalisation
-
-
-def test_normalisation_is_the_textbooks():
-    images = torch.stack([noise(5, 7), torch.zeros(3, 5, 7, dtype=torch.uint8), torch.full((3, 5, 7), 255).byte()])
-    before = images.clone()
-    normalize = Normalize(PREPROCESS)
-    result = normalize(images)
-    assert result.dtype == torch.float32
-    for channel, (mean, std) in enumerate(zip(PREPROCESS.mean, PREPROCESS.std, strict=True)):
-        expected = ((images[:, channel].double() / 255) - mean) / std
-        torch.testing.assert_close(result[:, channel].double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(images, before)
-
-
-def test_normalisation_is_not_among_the_weights():
-    assert Normalize(PREPROCESS).state_dict() == {}
 
 
 # The evaluation view

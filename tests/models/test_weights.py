@@ -60,7 +60,8 @@ def test_the_package_recognises_a_photograph():
     """The whole network with its own classifier: a flower of ImageNet, seen through our preprocessing."""
     datasets = pytest.importorskip("sklearn.datasets")
     timm = pytest.importorskip("timm")
-    from distil_tl.data.transforms import Normalize, eval_transform
+    from distil_tl.data.transforms import eval_transform
+    from distil_tl.models.preprocess import Normalize
     from distil_tl.models.transfer import default_preprocess
 
     file = PACKAGES[LITE].file()

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distil_tl.data.transforms import Preprocess
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.layer_groups import LayerGroup
+from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.transfer import TransferModel, WeightsInfo, build
 from distil_tl.training.stage import (
     StageConfig,
