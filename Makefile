@@ -3,16 +3,25 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# With PARALLEL="--numprocesses=3 --dist=loadscope --no-loadscope-reorder" three processes share the rooms of tests.
-PARALLEL ?=
+# Processes that run tests side by side; 0 for none. One of three mostly waits for Slurm. On a large machine use more.
+WORKERS ?= 3
+PYTEST := $(BIN)/python -m pytest --durations=20 --dist=loadgroup --no-loadscope-reorder
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-fast durations lint format clean
 
 demo: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=2 --rdzv-backend=c10d --rdzv-endpoint=localhost:0 -m distil_tl.train run_dir=runs/demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_ARGS)
+	$(PYTEST) --numprocesses=$(WORKERS) $(PYTEST_ARGS)
+
+# Without what starts processes or takes longer than half a second, and without Slurm.
+test-fast: $(INSTALLED)
+	$(PYTEST) --numprocesses=2 --fast $(PYTEST_ARGS)
+
+# Rewrites tests/durations.json: which tests are slow, and start first.
+durations: $(INSTALLED)
+	$(PYTEST) --numprocesses=$(WORKERS) --record-durations
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

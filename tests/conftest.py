@@ -9,14 +9,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import durations
 from tests.helpers.fake_slurm import FakeSlurm, instead_of_slurm
 from tests.helpers.slurm_cluster import Cluster, brought_up
 from tests.helpers.wandb_server import Server, serving
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the rooms, the one that takes longest, and mostly waits, is to come first."""
-    items.sort(key=lambda item: item.path.stem != "test_slurm")
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("distil_tl")
+    group.addoption("--fast", action="store_true", help="leave out slow tests, which are most that start processes")
+    group.addoption("--record-durations", action="store_true", help="write tests/durations.json")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(durations.Recorder())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        items[:], slow = durations.fast(items)
+        config.hook.pytest_deselected(items=slow)
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        durations.arrange(items)
 
 
 CLASSES = ("circles", "noise", "stripes")
