@@ -29,8 +29,8 @@ from PIL import Image
 
 from distil_tl.data import decode as decoding
 from distil_tl.data.decode import decode_bytes
-from distil_tl.data.index import scan
 from distil_tl.data.resize import smaller
+from distil_tl.data.scan import scan
 from distil_tl.data.transforms import train_transform
 from distil_tl.models.preprocess import Preprocess
 

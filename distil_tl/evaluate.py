@@ -11,7 +11,8 @@ from distil_tl import config as configuration
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import SPLITS
 from distil_tl.data.device import to_device
-from distil_tl.data.index import Index, scan
+from distil_tl.data.index import Index
+from distil_tl.data.scan import scan
 from distil_tl.data.splits import data_root, eval_batches, share_indexes
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import session

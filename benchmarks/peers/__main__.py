@@ -22,7 +22,7 @@ from benchmarks.peers.installs import PEERS, interpreters
 from benchmarks.peers.job import DOCUMENTED, Job, Speed, Stage, read_events
 from benchmarks.peers.picture import picture
 from distil_tl.data.digits import digits_folder
-from distil_tl.data.index import scan
+from distil_tl.data.scan import scan
 from distil_tl.distributed.process_group import available_cpus
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build

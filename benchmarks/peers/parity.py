@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.peers.job import Job
-from distil_tl.data.index import Index, scan
+from distil_tl.data.index import Index
 from distil_tl.data.loader import ImageDataset
 from distil_tl.data.sampler import SampleKey
+from distil_tl.data.scan import scan
 from distil_tl.data.transforms import eval_transform
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build

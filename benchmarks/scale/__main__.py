@@ -16,7 +16,7 @@ from benchmarks.measure import Results, Spread, end_on_sigterm, markdown, say
 from benchmarks.scale import link
 from benchmarks.scale.files import write_tree
 from benchmarks.scale.ranks import run_ranks
-from distil_tl.data.index import scan
+from distil_tl.data.scan import scan
 from distil_tl.distributed.process_group import available_cpus
 from distil_tl.utils.command import run_command
 

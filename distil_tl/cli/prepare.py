@@ -26,9 +26,10 @@ from torch.utils.data import DataLoader
 
 from distil_tl.data.config import SPLITS
 from distil_tl.data.decode import ImageError, read_size
-from distil_tl.data.index import Index, scan
+from distil_tl.data.index import Index
 from distil_tl.data.loader import ignore_signals
 from distil_tl.data.resize import TEMPORARY, Outcome, ShrinkDataset
+from distil_tl.data.scan import scan
 from distil_tl.data.transforms import closest_crop
 from distil_tl.distributed.process_group import available_cpus
 from distil_tl.utils.command import run_command

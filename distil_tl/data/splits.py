@@ -1,4 +1,4 @@
-"""The data of a run: one scan on rank 0, the same index everywhere, and loaders over it."""
+"""The splits of a run: scanned once on rank 0, the same index on all ranks, and loaders for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from distil_tl.data.config import SPLITS, DataConfig
 from distil_tl.data.digits import digits_folder
-from distil_tl.data.index import Index, differences, scan
+from distil_tl.data.index import Index, differences
 from distil_tl.data.loader import (
     ImageDataset,
     Loader,
@@ -23,8 +23,10 @@ from distil_tl.data.loader import (
     plan_batches,
     warn_of_few_cpus,
 )
-from distil_tl.data.local_copy import stage_archive, stage_folder
+from distil_tl.data.local_copy import stage_folder
 from distil_tl.data.sampler import EvalSampler, TrainSampler
+from distil_tl.data.scan import scan
+from distil_tl.data.tar_archive import stage_archive
 from distil_tl.data.transforms import eval_transform, train_transform
 from distil_tl.distributed.collectives import share_arrays
 from distil_tl.distributed.process_group import DistInfo, on_rank_zero
@@ -36,6 +38,8 @@ from distil_tl.utils.log import logger, printable
 
 @dataclass(frozen=True)
 class Splits:
+    """The index of each split; `splits["train"]` is `splits.train`."""
+
     train: Index
     val: Index
     test: Index | None
@@ -49,36 +53,36 @@ class Splits:
         return index
 
     def remember(self, run_dir: Path) -> None:
-        """Write down which images there are, for `refuse_drift` to compare with."""
+        """Save the indexes in the run directory, for `refuse_drift` to compare with."""
         (run_dir / "index").mkdir(exist_ok=True)
         for split in SPLITS:
             index, path = self[split], run_dir / "index" / f"{split}.npz"
-            before = _remembered(path)
-            if index is not None and (before is None or before.fingerprint != index.fingerprint):
+            saved = _load_index(path)
+            if index is not None and (saved is None or saved.fingerprint != index.fingerprint):
                 packed = io.BytesIO()
                 np.savez(packed, **index.to_arrays())  # type: ignore[arg-type]
                 write_atomic(path, packed.getvalue())
 
     def refuse_drift(self, fingerprints: dict[str, str], run_dir: Path) -> None:
-        """Raises UserError, with the differences, when the images are not those that a checkpoint was made with."""
+        """Raises UserError, with the differences, if the images differ from those of a checkpoint."""
         for split, fingerprint in fingerprints.items():
             index, path = self[split], run_dir / "index" / f"{split}.npz"
             if index is not None and index.fingerprint == fingerprint:
                 continue
-            where, what = split, "files were added, removed or changed"
+            root, changes = split, "files were added, removed or changed"
             if index is not None:
-                where = str(index.root)
-                before = _remembered(path)
-                if before is not None:
-                    what = str(differences(before, index))
+                root = str(index.root)
+                saved = _load_index(path)
+                if saved is not None:
+                    changes = str(differences(saved, index))
             raise UserError(
-                f"the images under {where} are not those that this run began with ({what}), so going on would not be "
-                f"the same training; put them back, or choose another run_dir"
+                f"the images in {root} differ from those that this run was started with ({changes}); restore them, or "
+                f"choose another run_dir"
             )
 
 
-def _remembered(path: Path) -> Index | None:
-    """The images written down at `path`; None if there is no such file, or it is damaged."""
+def _load_index(path: Path) -> Index | None:
+    """The index saved at `path`; None if the file is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return Index.from_arrays(dict(arrays))
@@ -87,48 +91,50 @@ def _remembered(path: Path) -> Index | None:
 
 
 def open_splits(info: DistInfo, config: DataConfig) -> Splits:
-    """Scan train/, val/ and test/ (if there) on rank 0 and give every rank the result; a tar file is unpacked first.
+    """The splits train, val and, if it exists, test, scanned on rank 0. A tar file is unpacked on every node first.
 
     Raises:
-        UserError: on all ranks: empty classes, classes that train lacks, fewer images than one global batch, a tar
-            file that a node can't unpack.
+        UserError: on all ranks: a class without images, a class that train does not have, fewer images than one global
+            batch, a tar file that a node cannot unpack.
     """
     archive = Path(config.root) if config.root is not None and Path(config.root).is_file() else None
     unpacked = stage_archive(info, config.stage_to, archive) if archive and config.stage_to else None
 
-    def work() -> dict[str, Index]:
-        root = unpacked or data_root(config)
-        scanned = {"train": scan(root / "train")}
-        for split in SPLITS[1:]:
-            if split == "val" or (root / split).is_dir():
-                scanned[split] = scan(root / split, classes=scanned["train"].classes)
-        if len(scanned["train"]) < config.global_batch_size:
-            raise UserError(
-                f"{root / 'train'} has {len(scanned['train'])} images, fewer than one global batch; set "
-                f"data.global_batch_size to at most that"
-            )
-        if archive:  # its files were written just now, and on each node at another time
-            changed = archive.stat()
-            digest = hashlib.sha256(f"{archive.name} {changed.st_size} {changed.st_mtime_ns}".encode()).hexdigest()
-            scanned = {split: replace(index, times=digest) for split, index in scanned.items()}
-        return scanned
-
     try:
-        indexes = share_indexes(info, work)
+        indexes = share_indexes(info, lambda: _scan_splits(config, unpacked or data_root(config), archive))
     except UserError as error:
         raise UserError(f"{error} (unpacked from {archive})" if unpacked else str(error)) from error
     warn_of_few_cpus(info.launch, config.workers)
     for name, index in indexes.items():
         notes = f", {index.ignored} other files ignored" if index.ignored else ""
-        notes += f", none of: {', '.join(map(printable, index.missing))}" if index.missing else ""
+        notes += f", no images of: {', '.join(map(printable, index.missing))}" if index.missing else ""
         logger.info("%s: %s images of %d classes%s", name, f"{len(index):,}", len(index.classes), notes)
-    if archive and unpacked:  # by the name of the file, which is the same on all nodes, and outlives their disks
+    if archive and unpacked:  # records name the tar file, which is the same on all nodes and is not deleted
         indexes = {name: replace(index, root=archive / name, copy=unpacked / name) for name, index in indexes.items()}
     return Splits(indexes["train"], indexes["val"], indexes.get("test"))
 
 
+def _scan_splits(config: DataConfig, root: Path, archive: Path | None) -> dict[str, Index]:
+    """The indexes of the splits in `root`, to which `archive` was unpacked if it is given."""
+    train = scan(root / "train")
+    indexes = {"train": train}
+    for split in SPLITS[1:]:
+        if split == "val" or (root / split).is_dir():
+            indexes[split] = scan(root / split, classes=train.classes)
+    if len(train) < config.global_batch_size:
+        raise UserError(
+            f"{root / 'train'} has {len(train)} images, fewer than one global batch; set data.global_batch_size to "
+            f"at most {len(train)}"
+        )
+    if archive:  # the times of the unpacked files are new, and differ between nodes
+        status = archive.stat()
+        digest = hashlib.sha256(f"{archive.name} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+        indexes = {split: replace(index, times=digest) for split, index in indexes.items()}
+    return indexes
+
+
 def bring_near(info: DistInfo, config: DataConfig, splits: Splits) -> Splits:
-    """The same splits, read from a copy on each node's own disk where `data.stage_to` names one and they fit."""
+    """The same splits, read from a copy on each node's own disk if `data.stage_to` is set and they fit."""
     if config.stage_to is None or splits.train.copy is not None:
         return splits
     indexes = {name: index for name in SPLITS if (index := splits[name]) is not None}
@@ -140,17 +146,24 @@ def bring_near(info: DistInfo, config: DataConfig, splits: Splits) -> Splits:
 
 
 def data_root(config: DataConfig) -> Path:
-    """The folder of the splits; the embedded digits, written when they are not there, if none is configured."""
+    """The folder of the splits; if none is configured, that of the embedded digits, created if necessary."""
     return Path(config.root) if config.root is not None else digits_folder()
 
 
-def share_indexes(info: DistInfo, work: Callable[[], dict[str, Index]]) -> dict[str, Index]:
-    """What `work`, run on rank 0 alone, scanned: on every rank."""
-    scanned: dict[str, Index] = {}
-    names = on_rank_zero(info, "scanning the data", lambda: scanned.update(work()) or list(scanned))
-    # Each split goes as it is shared, so that rank 0 does not hold all of them twice.
-    arrays = ((name, scanned.pop(name).to_arrays() if info.is_main else None) for name in names)
-    return {name: Index.from_arrays(share_arrays(info, packed)) for name, packed in arrays}
+def share_indexes(info: DistInfo, scan_splits: Callable[[], dict[str, Index]]) -> dict[str, Index]:
+    """The indexes that `scan_splits` returns on rank 0, on all ranks. The other ranks do not call it."""
+    scanned: dict[str, Index] = {}  # empty on the other ranks
+
+    def scan_and_name() -> list[str]:
+        scanned.update(scan_splits())
+        return list(scanned)
+
+    indexes = {}
+    for name in on_rank_zero(info, "scanning the data", scan_and_name):
+        # Taken out of `scanned` one by one, so that rank 0 does not hold two copies of all splits at once.
+        arrays = scanned.pop(name).to_arrays() if info.is_main else None
+        indexes[name] = Index.from_arrays(share_arrays(info, arrays))
+    return indexes
 
 
 def train_batches(
@@ -164,7 +177,7 @@ def train_batches(
     seed: int,
     stage: str,
 ) -> tuple[TrainSampler, Loader]:
-    """The sampler and loader of a stage; set the sampler's position before each epoch."""
+    """The sampler and loader of a stage's training; set the position of the sampler before each epoch."""
     sampler = TrainSampler(
         len(index),
         global_batch_size=config.global_batch_size,
@@ -182,7 +195,7 @@ def train_batches(
 def eval_batches(
     info: DistInfo, config: DataConfig, index: Index, preprocess: Preprocess, *, image_size: int
 ) -> Loader:
-    """Every image of `index` once over all ranks."""
+    """A loader of every image of `index`, exactly once over all ranks."""
     dataset = ImageDataset(index, eval_transform(preprocess, image_size), image_size)
     sampler = EvalSampler(len(index), world_size=info.world_size, rank=info.rank)
     share = max(1, config.global_batch_size // info.world_size)

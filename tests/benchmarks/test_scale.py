@@ -15,7 +15,7 @@ import pytest
 from benchmarks.measure import ROOT
 from benchmarks.scale import __main__ as scale
 from benchmarks.scale import files, link, ranks, startup, traffic
-from distil_tl.data.index import scan
+from distil_tl.data.scan import scan
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import session

@@ -22,8 +22,8 @@ from distil_tl.cli.main import main as distil_tl
 from distil_tl.cli.prepare import main
 from distil_tl.data import resize as shrink
 from distil_tl.data.decode import decode
-from distil_tl.data.index import scan
 from distil_tl.data.resize import name_of_resized
+from distil_tl.data.scan import scan
 from distil_tl.train import main as train
 from tests.conftest import draw, make_folder, small_args
 from tests.system.test_train import summary_of

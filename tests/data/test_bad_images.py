@@ -351,7 +351,7 @@ def test_an_empty_validation_split_is_refused_by_all_ranks(tmp_path: Path, leave
         (root / "val" / name).mkdir()
     ended = run_ranks(2, refusal, [*small_args(root), f"run_dir={tmp_path}/run"])
     assert [status for status, _ in ended] == [2, 2]
-    said = "no image in any of the 1 class folders" if leave else "one sub-folder per class"
+    said = "no images in any of the 1 class folders" if leave else "one sub-folder per class"
     assert said in ended[0][1]
     assert str(root / "val") in ended[0][1]
     assert ended[1][1] == "", "said once"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from distil_tl.data import digits as demo
 from distil_tl.data.digits import digits_folder
-from distil_tl.data.index import scan
+from distil_tl.data.scan import scan
 from distil_tl.utils.errors import UserError
 
 datasets = pytest.importorskip("sklearn.datasets")

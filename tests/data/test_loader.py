@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from distil_tl.data.config import default_workers
 from distil_tl.data.device import to_device
-from distil_tl.data.index import Index, scan
+from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, ImageDataset, choose_workers, warn_of_few_cpus
 from distil_tl.data.sampler import SampleKey
+from distil_tl.data.scan import scan
 from distil_tl.data.transforms import eval_transform
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.models.preprocess import Preprocess

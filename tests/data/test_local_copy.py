@@ -2,101 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
-import importlib
-import io
 import json
 import os
 import re
 import shutil
 import signal
 import threading
-import time
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from distil_tl.config import load
-from distil_tl.data import local_copy as staging
-from distil_tl.data.index import Index, scan
+from distil_tl.data import local_copy, local_folder
 from distil_tl.data.local_copy import stage_folder
+from distil_tl.data.local_folder import FolderWriter
 from distil_tl.data.splits import open_splits
-from distil_tl.distributed.launch_env import Launch
-from distil_tl.distributed.process_group import DistInfo
 from distil_tl.utils.log import setup_console
 from tests.conftest import small_args
 from tests.helpers.chaos import small_disk
 from tests.helpers.ranks import _context, run_ranks
+from tests.helpers.staging import ALONE, content, copied, copy_alone, counted_copy, folders_of, indexes, interrupted
 
-ALONE = DistInfo(Launch(), torch.device("cpu"), 60.0)
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
-
-
-def indexes(root: Path) -> dict[str, Index]:
-    train = scan(root / "train")
-    return {"train": train, "val": scan(root / "val", classes=train.classes)}
-
-
-def copied(root: Path, near: Path) -> Path:
-    found = stage_folder(ALONE, str(near), indexes(root))
-    assert found is not None
-    return found
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def folders_of(near: Path) -> list[Path]:
-    return sorted(near.iterdir())
-
-
-# In the ranks.
-
-
-def struck(body: Callable[..., Any], args: Any, number: int, at: int) -> tuple[Any, str]:
-    """Do something that copies, with a signal in the middle of the copy's `at`-th file."""
-    module: Any = importlib.import_module("distil_tl.data.local_copy")
-    original, count = module._Copy.write, iter(range(1000))
-
-    def write(copy: Any, reader: Any, name: str, size: int) -> None:
-        if next(count) < at:
-            original(copy, reader, name, size)
-            return
-        (copy.images / name).write_bytes(reader.read(size // 2))
-        os.kill(os.getpid(), number)
-        while not copy.stopped.is_set():
-            time.sleep(0.01)
-
-    module._Copy.write, module.THREADS = write, 2
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        done = body(args)
-    return done, said.getvalue()
-
-
-def copy_alone(args: tuple[str, str]) -> None:
-    copied(Path(args[0]), Path(args[1]))
-
-
-def counted_copy(root: str, near: str, log: str) -> str:
-    """Copy alone, as one job of several on a node; the log gets a byte for each file."""
-    module: Any = importlib.import_module("distil_tl.data.local_copy")
-    original = module._Copy.write
-
-    def noted(*args: Any) -> None:
-        original(*args)
-        time.sleep(0.002)
-        with Path(log).open("ab") as file:
-            file.write(b".")
-
-    module._Copy.write = noted
-    return str(copied(Path(root), Path(near)))
 
 
 def test_the_digits_can_be_staged_too(near: Path, tmp_path: Path) -> None:
@@ -142,26 +73,26 @@ def test_a_second_run_finds_it_and_what_is_not_whole_is_made_again(
         return capsys.readouterr().out
 
     before = [path.stat().st_ino for path in files]
-    assert f"images: read from {here}, where they were already" in again()
+    assert f"images: using the existing copy in {here}" in again()
     assert [path.stat().st_ino for path in files] == before
 
     files[0].unlink()
-    assert f"images: {here} is not whole any more\nimages: 83 files, " in again()
+    assert f"images: the copy in {here} is no longer complete\nimages: 83 files, " in again()
     files[1].write_bytes(files[1].read_bytes()[:-1])
-    assert "not whole any more" in again()
+    assert "no longer complete" in again()
     files[2].write_bytes(files[2].read_bytes()[:-1] + b"?")
-    assert "not whole any more" in again()
+    assert "no longer complete" in again()
     (ready / "complete.json").write_text("{}")
-    assert "not whole any more" in again()
+    assert "no longer complete" in again()
     (ready / "complete.json").write_text(json.dumps({**note, "boot": "an earlier one"}))
-    assert "not whole any more" in again()
-    assert "where they were already" in again()
+    assert "no longer complete" in again()
+    assert "using the existing copy" in again()
     assert sorted(path.name for path in ready.parent.iterdir()) == ["lock", "ready"]
 
 
 def test_of_many_bytes_a_sample_is_compared(data: Path, near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(path.stat().st_size for path in data.rglob("*.png"))
-    monkeypatch.setattr(staging, "SAMPLE", total // 4)
+    monkeypatch.setattr(local_folder, "SAMPLE_BYTES", total // 4)
     here = copied(data, near)
     sample = json.loads((here.parent / "complete.json").read_text())["sample"]
     assert 5 < len(sample) < 40
@@ -169,21 +100,21 @@ def test_of_many_bytes_a_sample_is_compared(data: Path, near: Path, monkeypatch:
 
 
 def test_what_reads_back_otherwise_is_not_used(data: Path, near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = staging._Copy.write
+    original = FolderWriter.write
 
-    def garbles(copy: Any, reader: Any, name: str, size: int) -> None:
-        original(copy, reader, name, size)
-        if copy.files == 40:
-            (copy.images / name).write_bytes(bytes(size))
+    def garbles(writer: Any, reader: Any, name: str, size: int) -> None:
+        original(writer, reader, name, size)
+        if writer.files == 40:
+            (writer.images / name).write_bytes(bytes(size))
 
-    monkeypatch.setattr(staging._Copy, "write", garbles)
+    monkeypatch.setattr(FolderWriter, "write", garbles)
     assert stage_folder(ALONE, str(near), indexes(data)) is None
     assert [path.name for path in near.rglob("*") if path.is_file()] == ["lock"]
 
 
 def test_a_copy_that_was_killed_is_made_again_from_nothing(folder: Path, near: Path) -> None:
     with pytest.raises(AssertionError, match="died"):
-        run_ranks(1, struck, copy_alone, (str(folder), str(near)), signal.SIGKILL, 20)
+        run_ranks(1, interrupted, copy_alone, (str(folder), str(near)), signal.SIGKILL, 20)
     (place,) = folders_of(near)
     assert sorted(path.name for path in place.iterdir()) == ["lock", "partial"]
     assert 18 < len(content(place / "partial" / "images")) < 60
@@ -260,7 +191,7 @@ def test_what_does_not_fit_is_left_where_it_is(
         (near / "others").write_bytes(b"x" * (free(near) - 100_000))
         left = free(near)
         if seen == "on the way":
-            monkeypatch.setattr(staging, "_refuse_no_room", lambda *args: None)
+            monkeypatch.setattr(local_copy, "require_free_space", lambda *args: None)
         why = why_not(near, folder, capsys)
         if seen == "on the way":
             assert re.fullmatch(rf"{near} was full after 0\.[01] MB", why)
@@ -287,7 +218,7 @@ def test_a_place_that_is_none(
         near.write_text("")
         assert why_not(near, data, capsys).startswith(f"Not a directory: {near}/flowers-")
     elif obstacle == "within":
-        assert why_not(data / "near", data, capsys) == f"{data}/near lies within {data}"
+        assert why_not(data / "near", data, capsys) == f"{data}/near is inside {data}"
         assert sorted(path.name for path in data.iterdir()) == ["train", "val"]
     else:
         place = copied(data, near).parents[1]
@@ -318,14 +249,14 @@ def test_a_source_that_fails_is_left_to_training(
     elif fault == "it goes":
         image.unlink()
     else:
-        original = staging._Copy.write
+        original = FolderWriter.write
 
-        def fails(copy: Any, reader: Any, *args: Any) -> None:
+        def fails(writer: Any, reader: Any, *args: Any) -> None:
             if reader.name == str(image):
                 raise OSError(errno.EIO, "Input/output error", reader.name)
-            original(copy, reader, *args)
+            original(writer, reader, *args)
 
-        monkeypatch.setattr(staging._Copy, "write", fails)
+        monkeypatch.setattr(FolderWriter, "write", fails)
     assert stage_folder(ALONE, str(near), found) is None
     assert [path.name for path in near.rglob("*") if path.is_file()] == ["lock"]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
 import json
 import os
 import signal
@@ -15,19 +13,26 @@ from typing import Any
 
 import pytest
 
-from distil_tl.data import local_copy as staging
+from distil_tl.data import local_copy
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import on_each_node, session
 from distil_tl.utils.errors import UserError
 from tests.conftest import small_args
-from tests.data.test_local_copy import content, folders_of, struck
 from tests.helpers.ranks import rank, run_ranks, train
+from tests.helpers.staging import (
+    SHORT,
+    as_node_of_its_own,
+    content,
+    fingerprints,
+    folders_of,
+    interrupted,
+    reading_train,
+    watched_train,
+)
 from tests.system.test_torchrun import ENVIRONMENT, TORCHRUN
 from tests.system.test_train import same_result, stopped_train
 from tests.test_refusals import refused
-
-SHORT = ["stages.full.epochs=0", "stages.head.features=off"]
 
 
 @pytest.fixture(scope="module")
@@ -37,41 +42,14 @@ def unstaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def fingerprints(run_dir: Path) -> Any:
-    return json.loads((run_dir / "checkpoints" / "last" / "state.json").read_text())["data"]
-
-
 # In the ranks.
-
-
-def watched_train(args: list[str], disks: list[str | None]) -> tuple[int, list[str], str]:
-    """Train, each rank as a node of its own that has `$DISK`; the exit status, where it read images, what it said."""
-    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank())}
-    disk = disks[rank()]
-    if disk is not None:
-        os.environ["DISK"] = disk
-    return reading_train(args)
-
-
-def reading_train(args: list[str]) -> tuple[int, list[str], str]:
-    loader: Any = importlib.import_module("distil_tl.data.loader")
-    decode, roots = loader.decode, set()
-
-    def noted(path: Path, *args: Any, **kwargs: Any) -> Any:
-        roots.add(str(path.parents[2]))
-        return decode(path, *args, **kwargs)
-
-    loader.decode = noted
-    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
-        status = train(args)
-    return status, sorted(roots), said.getvalue()
 
 
 def waiting_train(args: list[str], meeting: str) -> int:
     """Two nodes, each of which ends its copy only when the other has begun."""
-    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank())}
+    as_node_of_its_own()
     module: Any = importlib.import_module("distil_tl.data.local_copy")
-    original = module._copied
+    original = module._copy
 
     def waits(*args: Any, **kwargs: Any) -> Any:
         Path(meeting, str(rank())).touch()
@@ -81,12 +59,12 @@ def waiting_train(args: list[str], meeting: str) -> int:
             time.sleep(0.02)
         return original(*args, **kwargs)
 
-    module._copied = waits
+    module._copy = waits
     return train([*args, f"data.stage_to={meeting}/near-{rank()}"])
 
 
 def raising(node_that_fails: int) -> str:
-    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank())}
+    as_node_of_its_own()
     launch = read_launch(os.environ)
 
     def work() -> str:
@@ -181,7 +159,7 @@ def test_a_run_goes_on_with_and_without(folder: Path, tmp_path: Path, near: Path
 
 def test_a_signal_ends_the_copy_at_once_and_a_rank_that_waits_with_it(folder: Path, tmp_path: Path, near: Path) -> None:
     args = [*small_args(folder), *SHORT, f"run_dir={tmp_path}/run", f"data.stage_to={near}"]
-    (status, said), _ = found = run_ranks(2, struck, train, args, signal.SIGTERM, 20)
+    (status, said), _ = found = run_ranks(2, interrupted, train, args, signal.SIGTERM, 20)
     assert [each for each, _ in found] == [3, 3]
     assert said == "distil_tl.train: stopped by SIGTERM before training began; the same command starts again\n", status
     (place,) = folders_of(near)
@@ -197,15 +175,15 @@ def test_messages_name_the_source_and_what_can_not_be_read_in_the_copy(
     bad.write_bytes(b"")
     assert f"can't use the image {bad} of class noise: the file is empty" in refused(args, capsys)
     bad.unlink()
-    original = staging._copied
+    original: Any = local_copy._copy
 
     def loses_one(*args: Any, **kwargs: Any) -> Path:
-        here = original(*args, **kwargs)
+        here: Path = original(*args, **kwargs)
         for image in (here / "train" / "noise").iterdir():
             image.unlink()
         return here
 
-    monkeypatch.setattr(staging, "_copied", loses_one)
+    monkeypatch.setattr(local_copy, "_copy", loses_one)
     message = refused(args, capsys)
     assert f"can't use the image {data}/train/noise/" in message
     assert f"the file can't be read, at {near}/" in message

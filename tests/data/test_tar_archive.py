@@ -20,9 +20,8 @@ from distil_tl.data.splits import open_splits
 from distil_tl.train import main
 from distil_tl.utils.errors import UserError
 from tests.conftest import make_folder, small_args
-from tests.data.test_local_copy import ALONE, folders_of
-from tests.data.test_local_copy_ranks import SHORT, fingerprints, watched_train
 from tests.helpers.ranks import lines, run_ranks
+from tests.helpers.staging import ALONE, SHORT, fingerprints, folders_of, watched_train
 from tests.system.test_train import same_result
 from tests.test_refusals import refused
 
@@ -70,7 +69,7 @@ def test_a_tar_file_is_a_folder(
     assert place.name.startswith("a-")
     config = DataConfig(root=str(archive), stage_to=str(near))
     before = open_splits(ALONE, config).train
-    assert "where they were already" in capsys.readouterr().out
+    assert "using the existing copy" in capsys.readouterr().out
     next(place.rglob("*.png")).unlink()
     after = open_splits(ALONE, config).train
     assert "images: 83 files, " in capsys.readouterr().out
@@ -98,7 +97,7 @@ def test_two_nodes_unpack_and_a_run_goes_on_from_a_tar_file_only_with_the_same_i
     changed = pack(tmp_path / "b.tar", more)
     (tmp_path / "run" / "summary.json").unlink()
     message = refused([*small_args(changed), *SHORT, f"run_dir={tmp_path}/run", f"data.stage_to={near}"], capsys)
-    assert f"the images under {changed}/train are not those that this run began with" in message
+    assert f"the images in {changed}/train differ from those that this run was started with" in message
     assert f"1 removed ('noise/{image.name}')" in message
 
 
@@ -110,14 +109,14 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 OUTSIDE, NEITHER = "would be written outside the folder", "is neither a file nor a folder"
 EVIL: dict[str, tuple[list[tarfile.TarInfo], str]] = {
-    "absolute": ([member("/INSIDE/evil.png")], f"'/INSIDE/evil.png' in it {OUTSIDE}"),
-    "above": ([member("train/../../evil.png")], f"'train/../../evil.png' in it {OUTSIDE}"),
-    "folder above": ([member("../evil", tarfile.DIRTYPE)], f"'../evil' in it {OUTSIDE}"),
-    "link": ([member("train/x.png", tarfile.SYMTYPE, "../../../../secret")], f"'train/x.png' in it {NEITHER}"),
-    "through a link": ([member("way", tarfile.SYMTYPE, "../.."), member("way/evil.png")], f"'way' in it {NEITHER}"),
-    "hard link": ([member("train/x.png", tarfile.LNKTYPE, "/etc/passwd")], f"'train/x.png' in it {NEITHER}"),
-    "device": ([member("train/null", tarfile.CHRTYPE)], f"'train/null' in it {NEITHER}"),
-    "pipe": ([member("train/pipe.png", tarfile.FIFOTYPE)], f"'train/pipe.png' in it {NEITHER}"),
+    "absolute": ([member("/INSIDE/evil.png")], f"'/INSIDE/evil.png' {OUTSIDE}"),
+    "above": ([member("train/../../evil.png")], f"'train/../../evil.png' {OUTSIDE}"),
+    "folder above": ([member("../evil", tarfile.DIRTYPE)], f"'../evil' {OUTSIDE}"),
+    "link": ([member("train/x.png", tarfile.SYMTYPE, "../../../../secret")], f"'train/x.png' {NEITHER}"),
+    "through a link": ([member("way", tarfile.SYMTYPE, "../.."), member("way/evil.png")], f"'way' {NEITHER}"),
+    "hard link": ([member("train/x.png", tarfile.LNKTYPE, "/etc/passwd")], f"'train/x.png' {NEITHER}"),
+    "device": ([member("train/null", tarfile.CHRTYPE)], f"'train/null' {NEITHER}"),
+    "pipe": ([member("train/pipe.png", tarfile.FIFOTYPE)], f"'train/pipe.png' {NEITHER}"),
     "twice": ([member("train/x.png"), member("train/x.png")], "File exists: "),
     "a file as a folder": ([member("train/x"), member("train/x/1.png")], "File exists: "),
     "nothing": ([member(".", tarfile.DIRTYPE), member("")], "directory"),
@@ -174,7 +173,7 @@ def test_a_damaged_archive_is_refused(
     archive = tmp_path / ("b.tar.gz" if packed else "b.tar")
     archive.write_bytes(gzip.compress(data) if packed else data)
     said = refusal(archive, near)
-    assert "it is damaged or cut off" in said or "it changed, or is cut off" in said
+    assert "it is damaged or truncated" in said or "it changed or is truncated" in said
     assert left(near) == ["lock"]
 
 
@@ -187,7 +186,7 @@ def test_a_damaged_gzip_is_refused(folder: Path, tmp_path: Path, near: Path, dam
     else:  # the check sum at its end
         whole[-8] ^= 1
     archive.write_bytes(whole)
-    assert "it is damaged or cut off" in refusal(archive, near)
+    assert "it is damaged or truncated" in refusal(archive, near)
     assert left(near) == ["lock"]
 
 
@@ -202,7 +201,9 @@ def test_an_archive_that_has_no_room(folder: Path, tmp_path: Path, near: Path, m
 def test_an_archive_of_something_else(folder: Path, tmp_path: Path, near: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         tar.add(folder / "train" / "noise", "images/noise")
-    assert "holds no train/CLASS/*.jpg and val/CLASS/*.jpg (its folders: images)" in refusal(tmp_path / "a.tar", near)
+    assert "contains no train/CLASS/*.jpg and val/CLASS/*.jpg (its folders: images)" in refusal(
+        tmp_path / "a.tar", near
+    )
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         tar.add(folder / "train", "train")
     said = refusal(tmp_path / "b.tar", near)

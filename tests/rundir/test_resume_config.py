@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from distil_tl.config import load
-from distil_tl.data.index import scan
+from distil_tl.data.scan import scan
 from distil_tl.data.splits import Splits
 from distil_tl.rundir.directory import find_start
 from distil_tl.train import main
@@ -85,9 +85,9 @@ def test_drift_is_refused_with_what_was_added_removed_and_resized(
     message = refused([*small_args(data), f"run_dir={run_dir}"], capsys)
     first, second, third = (f"'noise/{path.name}'" for path in noise[:3])
     assert (
-        f"the images under {data}/train are not those that this run began with (1 added ('circles/new.png'); 4 removed "
-        f"({first}, {second}, {third} and 1 more); 1 changed in size ('noise/{noise[5].name}')), so going on would not "
-        f"be the same training; put them back, or choose another run_dir"
+        f"the images in {data}/train differ from those that this run was started with (1 added ('circles/new.png'); "
+        f"4 removed ({first}, {second}, {third} and 1 more); 1 changed in size ('noise/{noise[5].name}')); restore "
+        f"them, or choose another run_dir"
     ) in message
     assert content(run_dir) == before, "nothing was written"
 
@@ -148,7 +148,7 @@ def test_a_damaged_list_of_images_names_no_differences_and_is_written_again(
     splits = Splits(indexes["train"], indexes["val"], None)
     splits.refuse_drift(state["data"], run_dir)
     other = Splits(indexes["val"], indexes["val"], None)
-    with pytest.raises(UserError, match=r"began with \(files were added, removed or changed\), so going on"):
+    with pytest.raises(UserError, match=r"started with \(files were added, removed or changed\); restore them"):
         other.refuse_drift(state["data"], run_dir)
     splits.remember(run_dir)
     with pytest.raises(UserError, match="removed"):

@@ -54,7 +54,7 @@ def test_each_node_copies_once_and_has_it_still_when_the_job_comes_back(
     cluster.run("scontrol", "requeue", run.job)
     run.finished(reference)
     assert run.said().count("images: 83 files, ") == 1, "rank 0 speaks of its own node"
-    assert run.said().count("where they were already") == 1
+    assert run.said().count("using the existing copy") == 1
     assert {path: path.stat().st_ino for path in disks.glob("*/scratch/*/ready/images/*/*/*.png")} == copies
 
 

@@ -19,8 +19,8 @@ import torch
 from distil_tl.config import check, load
 from distil_tl.data import feature_cache, loader
 from distil_tl.data.feature_cache import Cache, FeatureDataset
-from distil_tl.data.index import scan
 from distil_tl.data.sampler import SampleKey
+from distil_tl.data.scan import scan
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.frozen_prefix import Split, split
 from distil_tl.models.transfer import TransferModel, build
