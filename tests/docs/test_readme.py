@@ -1,7 +1,8 @@
-"""What the documents name is there: files, headings, keys, commands, make targets; the errors shown are real."""
+"""What the documents name exists: files, headings, functions, keys, commands, make targets. Quoted messages are real."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -9,6 +10,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from distil_tl import config as configuration
 from distil_tl.cli.main import COMMANDS
@@ -19,12 +21,22 @@ from tests.helpers.paths import ROOT
 
 README = ROOT / "README.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+FAILURES = ROOT / "docs" / "failures.md"
+# In quoted messages: text of Pillow, safetensors and the operating system.
+FOREIGN = ("image file is truncated", "bytes not processed", "No space left on device", "Error while serializing", "is not a valid bool")
+
+TESTS = {
+    name
+    for file in (ROOT / "tests").rglob("test_*.py")
+    for name in re.findall(r"def (test_\w+)\(", file.read_text())
+}
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
 def fenced(text: str, language: str = "") -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [block for named, block in blocks if named == language]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -39,11 +51,23 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def defined(file: Path) -> set[str]:
+    """Names of functions, classes and constants at the top of a module."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
 @each_document
 def test_links_lead_somewhere(path: Path) -> None:
     text = path.read_text()
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        file, _, anchor = target.partition("#")
+    for target in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text):
+        file, _, anchor = "".join(target).partition("#")
         if file.startswith("https://"):
             continue
         linked = path.parent / file if file else path
@@ -57,17 +81,46 @@ def test_code_and_tests_that_are_named_exist(path: Path) -> None:
     for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|toml|svg))`", text):
         assert (ROOT / name).exists() or [*ROOT.glob(f"distil_tl/**/{name}"), *ROOT.glob(f"launch/{name}")], name
     for name in re.findall(r"`(test_\w+)`", text):
-        assert any(f"def {name}(" in file.read_text() for file in (ROOT / "tests").rglob("*.py")), name
+        assert name in TESTS or [*ROOT.glob(f"tests/**/{name}.py")], name
+
+
+def test_the_readme_takes_five_minutes() -> None:
+    assert len(README.read_text().splitlines()) <= 180
+
+
+def test_the_pictures_are_small_enough_to_load_at_once() -> None:
+    for path in (ROOT / "docs").glob("*.png"):
+        assert path.stat().st_size <= 250_000, path
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.width <= 2400
+            assert not picture.info, "metadata may tell where it was made"
 
 
 def test_the_map_of_the_code_is_of_this_code() -> None:
     block = next(block for block in fenced(README.read_text()) if block.startswith("distil_tl/\n"))
-    named = {name for line in block.splitlines()[1:-1] for name in re.findall(r"^  ((?:\S+(?:\.py|/) ?)+)", line)}
-    paths = [ROOT / "distil_tl" / name for names in named for name in names.split()]
-    assert len(paths) > 12
-    assert [path for path in paths if not path.exists()] == []
-    for folder in block.splitlines()[-1].split():
-        assert (ROOT / folder).is_dir()
+    lines = block.splitlines()
+    named = {line.split()[0] for line in lines[1:-1] if line.startswith("  ")}
+    package = ROOT / "distil_tl"
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
+    assert named == files | folders
+    beside = {name for line in lines[1:] if not line.startswith("  ") for name in line.split() if name.endswith("/")}
+    assert {"launch/", "slurm/", "configs/", "docs/", "tests/"} <= beside
+    for folder in beside:
+        assert (ROOT / folder).is_dir(), folder
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
+def test_what_is_named_beside_a_file_is_defined_there(path: Path) -> None:
+    text = path.read_text()
+    # `distil_tl/FILE.py`: `name`, and `other` ...; up to the end of the sentence or the table's cell
+    for file, rest in re.findall(r"`((?:distil_tl|launch)/[\w/]+\.py)`:((?:[^.|\n]|\n(?!\n))*)", text):
+        for name in re.findall(r"`([A-Za-z_]\w+)`", rest):
+            assert name in defined(ROOT / file), f"{name} in {file}"
+    # `NAME` in `distil_tl/FILE.py`
+    for name, file in re.findall(r"`([A-Za-z_]\w+)`\s+in\s+`((?:distil_tl|launch)/[\w/]+\.py)`", text):
+        assert name in defined(ROOT / file), f"{name} in {file}"
 
 
 @each_document
@@ -75,7 +128,7 @@ def test_commands_and_their_modules_exist(path: Path) -> None:
     targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert targets
     text = path.read_text()
-    inline = re.findall(r"`make (\w+)", text)
+    inline = re.findall(r"`make ([\w-]+)", text)
     lines = commands(text)
     for target in [*inline, *(line[1] for line in lines if line[0] == "make")]:
         assert target in targets[1].split(), target
@@ -111,20 +164,24 @@ def test_every_key_that_is_shown_is_known(path: Path) -> None:
     keys = [re.match(r"([a-z_]+(?:\.\w+)+|seed|precision|resume|run_dir)=", word) for word in [*words, *pieces]]
     unknown = [match[1] for match in keys if match and not settable(match[1])]
     assert unknown == []
-    in_tables = re.findall(r"^\| `([a-z]+(?:\.\w+)+)` \|", README.read_text(), re.MULTILINE)
-    assert len(in_tables) > 8
-    assert [key for key in in_tables if not settable(key)] == []
 
 
-def test_the_error_in_the_readme_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
-    (block,) = (block for block in fenced(README.read_text()) if block.startswith("$ "))
-    command, _, said = block.partition("\n")
+def test_the_keys_of_slurm_are_all_described() -> None:
+    rows = re.findall(r"^\| (`slurm\.[^|]*) \|", (ROOT / "docs" / "cluster.md").read_text(), re.MULTILINE)
+    described = {name.removeprefix("slurm.") for row in rows for name in re.findall(r"`([\w.]+)`", row)}
+    assert described - {"extra.OPTION"} == set(vars(SlurmConfig())) - {"extra"}
+
+
+def test_the_error_that_is_shown_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    (block,) = (block for block in fenced(text) if block.startswith("$ "))
+    command, _, printed = block.partition("\n")
     assert main(shlex.split(command)[4:]) == 2
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == printed
 
 
-def test_the_yaml_in_the_readme_loads(tmp_path: Path) -> None:
-    blocks = fenced(README.read_text(), "yaml")
+def test_the_yaml_that_is_shown_loads(tmp_path: Path) -> None:
+    blocks = [block for path in DOCUMENTS for block in fenced(path.read_text(), "yaml") if block.startswith("base:")]
     assert blocks
     shutil.copytree(ROOT / "configs", tmp_path, dirs_exist_ok=True)
     for block in blocks:
@@ -132,6 +189,52 @@ def test_the_yaml_in_the_readme_loads(tmp_path: Path) -> None:
         assert configuration.load([str(tmp_path / "my.yaml"), "data.root=x"])[0].data.global_batch_size == 128
 
 
-def test_the_python_in_the_readme_is_python() -> None:
-    for block in fenced(README.read_text(), "python"):
-        compile(block, str(README), "exec")
+def test_the_python_that_is_shown_is_python() -> None:
+    blocks = [block for path in DOCUMENTS for block in fenced(path.read_text(), "python")]
+    assert len(blocks) >= 2
+    for block in blocks:
+        compile(block, "document", "exec")
+
+
+# The messages in docs/failures.md.
+
+
+def constant_parts() -> list[str]:
+    """What the messages in the code consist of, without the values put into them; the longest come first."""
+    parts: set[str] = set()
+    for folder in ("distil_tl", "launch"):
+        for file in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(file.read_text())
+            docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                    texts = re.split(r"%[srd]|\n", node.value)
+                    parts.update(texts, *(re.split(r"(?<=[.;:]) ", text) for text in texts))
+    plain = {" ".join(part.split()) for part in parts}
+    return sorted((part for part in plain if len(part.split()) >= 2), key=len, reverse=True)
+
+
+def strange_words(message: str, parts: list[str]) -> list[str]:
+    """Runs of four words or more in a message that no string of the code has."""
+    for part in [*FOREIGN, *parts]:
+        message = message.replace(part, " \n ")
+    return re.findall(r"(?<![\w./'-])[a-z']+(?:,? [a-z']+){3,}(?![\w./-])", message)
+
+
+def quoted_messages() -> list[str]:
+    """What failures.md quotes and is a sentence: no key, command, path or name of a test."""
+    text = FAILURES.read_text()
+    quotes = [quote.strip() for _, quote in re.findall(r"(?<!`)(`{1,2})(?!`)((?:(?!\1).|(?<!`)`(?!`))+?)\1(?!`)", text)]
+    return [" ".join(quote.split()) for quote in quotes if len(quote.split()) >= 4 and not quote.startswith("python ")]
+
+
+def test_messages_quoted_are_messages_of_the_code() -> None:
+    parts, messages = constant_parts(), quoted_messages()
+    assert len(messages) > 30
+    strange = {message: words for message in messages if (words := strange_words(message, parts))}
+    assert strange == {}
+
+
+def test_a_message_of_another_wording_is_noticed() -> None:
+    parts = constant_parts()
+    assert strange_words("data.global_batch_size=30 cannot be shared out fairly to 4 processes", parts)
