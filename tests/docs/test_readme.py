@@ -1,4 +1,4 @@
-"""What the documents name exists: files, headings, functions, keys, commands, make targets. Quoted messages are real."""
+"""Files, headings, functions, keys, commands and messages that the documents name exist in the code."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ README = ROOT / "README.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FAILURES = ROOT / "docs" / "failures.md"
 # In quoted messages: text of Pillow, safetensors and the operating system.
-FOREIGN = ("image file is truncated", "bytes not processed", "No space left on device", "Error while serializing", "is not a valid bool")
+FOREIGN = (
+    "image file is truncated",
+    "bytes not processed",
+    "No space left on device",
+    "Error while serializing",
+    "is not a valid bool",
+)
 
 TESTS = {
-    name
-    for file in (ROOT / "tests").rglob("test_*.py")
-    for name in re.findall(r"def (test_\w+)\(", file.read_text())
+    name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)\(", file.read_text())
 }
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
