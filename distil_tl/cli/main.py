@@ -1,4 +1,4 @@
-"""The console script: `distil-tl COMMAND ...`."""
+"""The console script: `distil-tl COMMAND ...`. The same without it: `python -m distil_tl.cli COMMAND ...`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from distil_tl.utils.errors import EXIT_USER_ERROR, did_you_mean
 from distil_tl.utils.version import __version__
 
+# By name: the module whose `main` runs it, imported only for that command; and its line in --help.
 COMMANDS = {
-    "train": "run the staged schedule (the same as python -m distil_tl.train)",
-    "evaluate": "exact figures of a checkpoint, on any number of ranks",
-    "predict": "classes of images, files or folders, as CSV",
-    "prepare": "a copy of an image folder with large images made smaller, to be read faster",
-    "prefetch": "fetch and check the weights that a job will need, where there is a network",
-    "report": "a run directory as one self-contained report.html",
+    "train": ("distil_tl.train", "train a model in stages (same as python -m distil_tl.train)"),
+    "evaluate": ("distil_tl.evaluate", "exact metrics of a checkpoint, on any number of ranks"),
+    "predict": ("distil_tl.cli.predict", "predict the classes of image files and folders, as CSV"),
+    "prepare": ("distil_tl.cli.prepare", "copy an image folder with large images made smaller, for faster reading"),
+    "prefetch": ("distil_tl.cli.prefetch", "download and check pretrained weights before a job without network"),
+    "report": ("distil_tl.report", "write a run's report.html, one self-contained file"),
 }
 
 
@@ -29,18 +30,16 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = argv
     if name not in COMMANDS:
-        hint = did_you_mean(name, COMMANDS) or f"; there are {', '.join(COMMANDS)}"
-        print(f"distil-tl: no command `{name}`{hint}", file=sys.stderr)
+        hint = did_you_mean(name, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+        print(f"distil-tl: unknown command `{name}`{hint}", file=sys.stderr)
         return EXIT_USER_ERROR
-    module = name if name in ("train", "evaluate", "report") else f"cli.{name}"
-    status: int = importlib.import_module(f"distil_tl.{module}").main(rest)
+    module, _ = COMMANDS[name]
+    status: int = importlib.import_module(module).main(rest)
     return status
 
 
 def usage() -> str:
-    lines = [f"  {name:<10} {meaning}" for name, meaning in COMMANDS.items()]
-    return "\n".join(["usage: distil-tl COMMAND ...", "", *lines, "", "distil-tl COMMAND --help says more."])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    lines = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: distil-tl COMMAND ...", "", *lines, "", "`distil-tl COMMAND --help` shows the arguments of a command."]
+    )

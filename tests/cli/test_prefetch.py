@@ -1,4 +1,4 @@
-"""Weights are fetched and checked where there is a network, before a job needs them."""
+"""`distil-tl prefetch` downloads and checks weights before a job needs them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distil_tl.models.transfer import build
 
 @pytest.fixture
 def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A server of this machine that publishes weights of shufflenet_v2_x0_5; the file, as it serves it."""
+    """A local HTTP server with weights of shufflenet_v2_x0_5; the path of the file that it serves."""
     served = tmp_path / "served"
     served.mkdir()
     model = build(ModelConfig("shufflenet_v2_x0_5", weights="none"), 1000, image_size=None, seed=0)
@@ -51,7 +51,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 ARGS = ["model.name=shufflenet_v2_x0_5", "model.weights=default", "data.root=anywhere"]
 
 
-def test_what_is_missing_is_fetched_once_and_checked(published: Path, tmp_path: Path, capsys) -> None:
+def test_missing_weights_are_downloaded_once_and_checked(published: Path, tmp_path: Path, capsys) -> None:
     assert main(["--check", *ARGS]) == 2
     assert (
         "the weights of shufflenet_v2_x0_5 (torchvision PUBLISHED) are not on this machine" in capsys.readouterr().err
@@ -59,35 +59,35 @@ def test_what_is_missing_is_fetched_once_and_checked(published: Path, tmp_path: 
     assert main([*ARGS, "slurm.nodes=2"]) == 0
     cached = tmp_path / "home/hub/checkpoints" / published.name
     assert cached.read_bytes() == published.read_bytes()
-    said = capsys.readouterr().out
-    assert f"weights of shufflenet_v2_x0_5: {cached}, " in said
-    assert "as published" in said
+    output = capsys.readouterr().out
+    assert f"weights of shufflenet_v2_x0_5: {cached}, " in output
+    assert "matches the published checksum" in output
     published.unlink()
     assert distil_tl(["prefetch", *ARGS]) == 0
     assert main(["--check", *ARGS]) == 0
 
 
-def test_a_damaged_file_is_fetched_again(published: Path, tmp_path: Path, capsys) -> None:
+def test_a_damaged_file_is_downloaded_again(published: Path, tmp_path: Path, capsys) -> None:
     assert main(ARGS) == 0
     cached = tmp_path / "home/hub/checkpoints" / published.name
     cached.write_bytes(cached.read_bytes()[:-1])
     assert main(["--check", *ARGS]) == 2
     assert f"{cached} is damaged" in capsys.readouterr().err
     assert main(ARGS) == 0
-    assert "is damaged, and is fetched again" in capsys.readouterr().out
+    assert "is damaged; downloading it again" in capsys.readouterr().out
     assert cached.read_bytes() == published.read_bytes()
 
 
-def test_what_is_published_may_be_damaged_too(published: Path, tmp_path: Path, capsys) -> None:
+def test_a_damaged_download_is_refused(published: Path, tmp_path: Path, capsys) -> None:
     published.write_bytes(published.read_bytes()[:-1])
     assert main(ARGS) == 2
     message = capsys.readouterr().err
     assert "could not be downloaded" in message
     assert "distil-tl prefetch" in message
-    assert not list((tmp_path / "home").rglob("*.pth")), "nothing half is left"
+    assert not list((tmp_path / "home").rglob("*.pth")), "part of a download is left"
 
 
-def test_a_job_without_network_names_the_way_out(published: Path, folder: Path, tmp_path: Path, capsys) -> None:
+def test_a_job_without_network_suggests_prefetch(published: Path, folder: Path, tmp_path: Path, capsys) -> None:
     from distil_tl.train import main as train
 
     published.unlink()
@@ -95,9 +95,9 @@ def test_a_job_without_network_names_the_way_out(published: Path, folder: Path, 
     assert "Run `distil-tl prefetch` with the same arguments on a machine with network" in capsys.readouterr().err
 
 
-def test_what_needs_no_download(tmp_path: Path, capsys) -> None:
+def test_weights_that_need_no_download(tmp_path: Path, capsys) -> None:
     assert main(["--check", "model.name=resnet18", "model.weights=none", "data.root=anywhere"]) == 0
-    assert "none are needed" in capsys.readouterr().out
+    assert "none needed" in capsys.readouterr().out
     assert (
         main(["--check", "model.name=timm/tf_efficientnet_lite0", "model.weights=package", "data.root=anywhere"]) == 0
     )

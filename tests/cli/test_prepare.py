@@ -38,7 +38,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """One class with every kind of image, another with plain ones; the bad are all in train."""
+    """Class a has every kind of image, class b plain JPEGs. All bad images are in train."""
     root = tmp_path / "source"
     for folder in ("train/a/deep", "train/b", "val/a", "val/b", "test/b"):
         (root / folder).mkdir(parents=True)
@@ -98,13 +98,13 @@ def test_large_images_are_made_smaller_and_all_others_copied(source: Path, tmp_p
             assert not image.getexif()
     for name in ("train/a/small.bmp", "train/a/just right.jpeg", "train/a/bad.jpg", "train/b/cut.jpg"):
         assert files[name] == (source / name).read_bytes()
-    said = capsys.readouterr().out
-    assert f"data.root={out}" in said
-    assert "can't be used, copied as it is: " + str(source / "train/a/bad.jpg") in said
-    assert "resized: 8; copied as they were: 4; there before: 0" in said
+    output = capsys.readouterr().out
+    assert f"data.root={out}" in output
+    assert "can't be decoded, copied unchanged: " + str(source / "train/a/bad.jpg") in output
+    assert "resized: 8; copied unchanged: 4; already done: 0" in output
 
 
-def test_the_pictures_are_the_same(source: Path, tmp_path: Path) -> None:
+def test_the_copy_shows_the_same_images(source: Path, tmp_path: Path) -> None:
     assert main(arguments(source, tmp_path / "copy", "--quality=100")) == 0
     for name, twin in (("a/photo.JPG", "a/photo.JPG"), ("a/drawing.png", "a/drawing.png"), ("a/web.webp",) * 2):
         twin += ".jpg" if name.endswith(".webp") else ""
@@ -113,7 +113,7 @@ def test_the_pictures_are_the_same(source: Path, tmp_path: Path) -> None:
         assert (small.float() - expected).abs().mean() < 3, name
 
 
-def test_what_it_writes_down(source: Path, tmp_path: Path) -> None:
+def test_prepared_json_describes_the_copy(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     assert main(arguments(source, out)) == 0
     found = manifest(out)
@@ -133,13 +133,13 @@ def test_what_it_writes_down(source: Path, tmp_path: Path) -> None:
     assert [found["bytes_before"], found["bytes_after"]] == [sum(sizes[:3]), sum(sizes[3:])]
 
 
-def test_the_same_bytes_whoever_makes_them(source: Path, tmp_path: Path) -> None:
+def test_the_bytes_do_not_depend_on_the_number_of_processes(source: Path, tmp_path: Path) -> None:
     assert main(arguments(source, tmp_path / "one")) == 0
     assert main(arguments(source, tmp_path / "two", workers=2)) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_a_run_that_is_killed_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+def test_a_killed_copy_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "copy"
     for i in range(120):
         folder = source / "train" / "ab"[i % 2]
@@ -168,7 +168,9 @@ def test_a_run_that_is_killed_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_ctrl_c_ends_with_three_and_keeps_what_is_done(source: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_ctrl_c_ends_with_status_three_and_keeps_finished_images(
+    source: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     out, real, calls = tmp_path / "copy", shrink.ShrinkDataset.__getitem__, list[int]()
 
     def interrupted(self: shrink.ShrinkDataset, i: int) -> shrink.Outcome:
@@ -179,13 +181,13 @@ def test_ctrl_c_ends_with_three_and_keeps_what_is_done(source: Path, tmp_path: P
 
     monkeypatch.setattr(shrink.ShrinkDataset, "__getitem__", interrupted)
     assert main(arguments(source, out)) == 3
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command to resume" in capsys.readouterr().err
     assert main(arguments(source, out)) == 0
     assert manifest(out)["complete"] is True
     assert set(manifest(out)["bad"]["train"]) == {"a/bad.jpg", "b/cut.jpg"}
 
 
-def test_what_is_complete_is_left_alone_and_what_is_lost_made_again(source: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_complete_copy_is_left_alone_and_lost_files_are_restored(source: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "copy"
     assert main(arguments(source, out)) == 0
     before = contents(out)
@@ -193,7 +195,7 @@ def test_what_is_complete_is_left_alone_and_what_is_lost_made_again(source: Path
     (out / "train/a/bad.jpg").unlink()
     assert main(arguments(source, out)) == 0
     assert contents(out) == before
-    monkeypatch.setattr(shrink.ShrinkDataset, "__getitem__", None)  # nothing is to be done
+    monkeypatch.setattr(shrink.ShrinkDataset, "__getitem__", None)  # it must not be called
     assert main(arguments(source, out)) == 0
     assert contents(out) == before
 
@@ -218,20 +220,20 @@ def refused(capsys: Any, *args: str) -> str:
     return message
 
 
-def test_a_place_that_cannot_be(source: Path, tmp_path: Path, capsys) -> None:
+def test_an_unsuitable_output_folder_is_refused(source: Path, tmp_path: Path, capsys) -> None:
     for out in (source, source / "train", source / "copy", tmp_path):
-        assert "lie in each other" in refused(capsys, *arguments(source, out))
+        assert "must not contain each other" in refused(capsys, *arguments(source, out))
     (tmp_path / "link").symlink_to(source)
-    assert "lie in each other" in refused(capsys, *arguments(source, tmp_path / "link" / "copy"))
+    assert "must not contain each other" in refused(capsys, *arguments(source, tmp_path / "link" / "copy"))
     (tmp_path / "file").write_text("")
     assert "is not a folder" in refused(capsys, *arguments(source, tmp_path / "file"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
-    assert "holds other things" in refused(capsys, *arguments(source, tmp_path / "mine"))
+    assert "holds other files" in refused(capsys, *arguments(source, tmp_path / "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
-def test_settings_that_cannot_be(source: Path, tmp_path: Path, capsys) -> None:
+def test_wrong_options_are_refused_together(source: Path, tmp_path: Path, capsys) -> None:
     message = refused(capsys, str(source), "--out", str(tmp_path / "copy"), "--resize=7", "--quality=0", "--workers=-1")
     for part in ("--resize must", "--quality must", "--workers must"):
         assert part in message
@@ -239,27 +241,27 @@ def test_settings_that_cannot_be(source: Path, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "copy").exists()
 
 
-def test_another_copy_is_not_gone_on_with(source: Path, tmp_path: Path, capsys) -> None:
+def test_a_copy_with_other_settings_is_not_resumed(source: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "copy"
     assert main(arguments(source, out)) == 0
     before = contents(out)
-    assert "other --quality" in refused(capsys, *arguments(source, out, "--quality=90"))
+    assert "made with another --quality" in refused(capsys, *arguments(source, out, "--quality=90"))
     picture(99, 99).save(source / "train/a/more.png")
-    assert "other images under ROOT" in refused(capsys, *arguments(source, out))
+    assert "made from other images" in refused(capsys, *arguments(source, out))
     (source / "train/a/more.png").unlink()
     assert contents(out) == before
     (out / "prepared.json").write_text("{")
     assert "can't be read" in refused(capsys, *arguments(source, out))
 
 
-def test_too_little_room_is_seen_beforehand(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_too_little_disk_space_is_refused_before_copying(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     usage = namedtuple("usage", ["free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1000))
     assert "the copy will take about" in refused(capsys, *arguments(source, tmp_path / "copy"))
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_disk_that_fills_up(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_copy_on_a_full_disk_stops_and_can_be_resumed(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     real, count = Path.replace, list[Path]()
 
     def full(self: Path, target: Path) -> Path:
@@ -272,13 +274,13 @@ def test_a_disk_that_fills_up(source: Path, tmp_path: Path, capsys, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", full)
         message = refused(capsys, *arguments(source, tmp_path / "copy"))
-    assert "No space left on device; the same command goes on from here" in message
+    assert "No space left on device; run the same command to resume" in message
     assert str(tmp_path / "copy/train/a") in message
     assert not list((tmp_path / "copy").rglob("*.tmp"))
     assert main(arguments(source, tmp_path / "copy")) == 0
 
 
-def test_a_file_that_cannot_be_read_is_no_bad_image(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_a_read_error_does_not_make_a_bad_image(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     real = Path.read_bytes
 
     def read(self: Path) -> bytes:
@@ -296,11 +298,11 @@ def test_nothing_is_written_through_links(source: Path, tmp_path: Path, capsys) 
     shutil.move(out / "train/a", elsewhere)
     (out / "train/a").symlink_to(elsewhere)
     (elsewhere / "drawing.png").unlink()
-    assert "is a link that leads elsewhere" in refused(capsys, *arguments(source, out))
+    assert "is a symbolic link to another place" in refused(capsys, *arguments(source, out))
     assert not (elsewhere / "drawing.png").exists()
 
 
-def test_odd_names(tmp_path: Path, capsys) -> None:
+def test_odd_file_names_are_kept(tmp_path: Path, capsys) -> None:
     source, out = tmp_path / "source", tmp_path / "copy"
     names = [os.fsdecode(b"\xff.bmp"), "a\nb.png", "\u00fc" * 120 + ".jpg", "..png", "$(touch it).png"]
     (source / "train/a").mkdir(parents=True)
@@ -311,7 +313,7 @@ def test_odd_names(tmp_path: Path, capsys) -> None:
     assert {path.name for path in (out / "train/a").iterdir()} == {names[0] + ".png", *names[1:]}
 
 
-def test_names_of_what_is_made_smaller(tmp_path: Path) -> None:
+def test_names_of_resized_images(tmp_path: Path) -> None:
     for name, expected in (
         ("a/x.JPEG", "a/x.JPEG"), ("a/x.png", "a/x.png"), ("a/x.bmp", "a/x.bmp.png"), ("a/x.WebP", "a/x.WebP.jpg")
     ):  # fmt: skip
@@ -322,20 +324,20 @@ def test_names_of_what_is_made_smaller(tmp_path: Path) -> None:
     assert name_of_resized(tmp_path, "a/x.bmp") == "a/x.bmp__.png"
 
 
-# Whether it is worth it.
+# Whether a copy helps.
 
 
-def test_a_copy_that_will_not_help(tmp_path: Path, capsys) -> None:
+def test_it_warns_when_a_copy_will_hardly_help(tmp_path: Path, capsys) -> None:
     source = make_folder(tmp_path / "source", {"train": 12, "val": 3})
     assert main(arguments(source, tmp_path / "copy")) == 0
-    assert "of 12 images looked at, 0 have a shorter side of more than 64" in capsys.readouterr().out
+    assert "of 12 sampled images, 0 have a shorter side of more than 64" in capsys.readouterr().out
 
 
-def test_a_copy_that_helps(source: Path, tmp_path: Path, capsys) -> None:
+def test_it_says_up_to_which_size_no_crop_is_enlarged(source: Path, tmp_path: Path, capsys) -> None:
     assert main(arguments(source, tmp_path / "copy")) == 0
-    said = capsys.readouterr().out
-    assert "hardly" not in said
-    assert "up to data.image_size=39 with data.augment=light, 24 with strong" in said
+    output = capsys.readouterr().out
+    assert "hardly" not in output
+    assert "up to data.image_size=39 with data.augment=light, 24 with strong" in output
 
 
 def test_a_picture_too_long_for_a_jpeg_is_copied(tmp_path: Path) -> None:

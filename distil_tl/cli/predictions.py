@@ -1,0 +1,162 @@
+"""Predictions of a trained model for image files, written as CSV."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from distil_tl.data.config import IMG_EXTENSIONS, default_workers
+from distil_tl.data.decode import ImageError
+from distil_tl.distributed.process_group import available_cpus
+from distil_tl.inference import Transform, restore
+from distil_tl.training.network import ImageNetwork
+from distil_tl.training.precision import usual_way
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import Progress
+
+
+def predict(
+    run_dir: Path,
+    paths: Sequence[Path],
+    *,
+    checkpoint: str,
+    output: Path | None,
+    all_classes: bool,
+    batch_size: int,
+    workers: int | None,
+    device: str,
+) -> None:
+    """Write a row for each image among `paths` to `output` (None: standard output).
+
+    Args:
+        all_classes: whether a row also has the probability of each class.
+        workers: loader processes; None: one fewer than the CPUs.
+        device: auto, cpu or cuda.
+
+    Raises:
+        UserError: no such run, checkpoint, path or device, no image among the paths, or none that can be read.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no CUDA device")
+    files = find_images(paths)
+    restored = restore(run_dir, checkpoint)
+    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    network = ImageNetwork(restored.model, usual_way(restored.precision, restored.model.module, where), where)
+    network.fold(restored.image_size).eval()
+    loader = DataLoader(
+        ImageFiles(files, Transform(restored.model.preprocess, restored.image_size)),
+        batch_size=batch_size,
+        num_workers=default_workers(available_cpus()) if workers is None else workers,
+        collate_fn=list,
+        pin_memory=False,
+    )
+    bar = Progress("predict", len(files), show=output is not None)
+    with open_output(output) as file:
+        predictions = predict_all(network, loader, where, bar)
+        unreadable = write_rows(file, files, predictions, restored.classes, all_classes=all_classes)
+    bar.close()
+    if unreadable:
+        sys.stderr.write(f"distil-tl predict: {unreadable} of {len(files)} files can't be read; see column error\n")
+    if unreadable == len(files):
+        raise UserError("none of the files is a readable image")
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """The files among `paths`, whatever their names, and the images inside the folders, sorted by name.
+
+    Raises:
+        UserError: a path does not exist, or there is no image at all.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            for folder, folders, names in os.walk(path):
+                folders.sort()
+                files += [Path(folder, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError(f"there is no file or folder {path}")
+    if not files:
+        raise UserError(f"no image in {', '.join(map(str, paths))}; image files end in {', '.join(IMG_EXTENSIONS)}")
+    return files
+
+
+class ImageFiles(Dataset["Tensor | str"]):
+    """For each file the network's input, uint8 [3, S, S], or the reason why the file can't be read."""
+
+    def __init__(self, files: list[Path], transform: Transform) -> None:
+        self.files = files
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Tensor | str:
+        try:
+            return self.transform.view(self.files[i])
+        except ImageError as error:
+            return error.reason
+        except OSError as error:
+            return str(error)
+
+
+def predict_all(
+    network: ImageNetwork, loader: Iterable[list[Tensor | str]], device: torch.device, bar: Progress
+) -> Iterator[Tensor | str]:
+    """For each image its probabilities, float32 [C] on the CPU, or the reason why it can't be read."""
+    for images in loader:
+        yield from predict_batch(network, images, device)
+        bar.advance(len(images))
+
+
+@torch.inference_mode()
+def predict_batch(network: ImageNetwork, images: list[Tensor | str], device: torch.device) -> list[Tensor | str]:
+    readable = [image for image in images if isinstance(image, Tensor)]
+    if not readable:
+        return images
+    probabilities = iter(network(torch.stack(readable).to(device)).softmax(dim=1).cpu())
+    return [image if isinstance(image, str) else next(probabilities) for image in images]
+
+
+def write_rows(
+    file: TextIO, files: list[Path], predictions: Iterable[Tensor | str], classes: list[str], *, all_classes: bool
+) -> int:
+    """Write the CSV; return how many files could not be read."""
+    columns = [f"p({name})" for name in classes] if all_classes else []
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["path", "prediction", "probability", *columns, "error"])
+    unreadable = 0
+    for path, prediction in zip(files, predictions, strict=True):
+        if isinstance(prediction, str):
+            unreadable += 1
+            writer.writerow([path, "", "", *("" for _ in columns), prediction])
+            continue
+        best = int(prediction.argmax())
+        per_class = [f"{p:.6f}" for p in prediction.tolist()] if all_classes else []
+        writer.writerow([path, classes[best], f"{prediction[best]:.6f}", *per_class, ""])
+    return unreadable
+
+
+@contextlib.contextmanager
+def open_output(path: Path | None) -> Iterator[TextIO]:
+    """A file to write, which replaces `path` only when it is complete; None: standard output."""
+    if path is None:
+        yield sys.stdout
+        return
+    partial = path.with_name(f".{path.name}.partial")  # part of a CSV would look like a complete, shorter one
+    try:
+        with partial.open("w", newline="") as file:
+            yield file
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

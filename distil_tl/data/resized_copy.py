@@ -1,0 +1,270 @@
+"""A copy of an image folder with its large images made smaller, so that training reads it faster.
+
+An interrupted copy is resumed. Files that can't be decoded are copied unchanged and listed in prepared.json: the copy
+has as many images as the original, and `data.on_bad_image` applies to both alike.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import shlex
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from distil_tl.data.config import SPLITS
+from distil_tl.data.decode import ImageError, read_size
+from distil_tl.data.index import Index
+from distil_tl.data.loader import ignore_signals
+from distil_tl.data.resize import TEMPORARY, Outcome, ShrinkDataset
+from distil_tl.data.scan import scan
+from distil_tl.data.transforms import closest_crop
+from distil_tl.distributed.process_group import available_cpus
+from distil_tl.utils.errors import PreemptedError, UserError
+from distil_tl.utils.files import write_json
+from distil_tl.utils.log import Progress, logger, printable
+from distil_tl.utils.version import __version__
+
+MANIFEST = "prepared.json"
+SAMPLE = 200  # images whose headers are read to estimate the size of the copy
+
+
+@dataclass
+class Manifest:
+    """The content of prepared.json. Until it is complete it may list bad images that are not copied yet."""
+
+    settings: dict[str, Any]  # must be equal for a copy to be resumed
+    path: Path
+    bad: dict[str, dict[str, str]] = field(default_factory=dict)  # split: {relative path: why it can't be decoded}
+
+    def write(self, **more: Any) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {"complete": False, **self.settings, **more, "bad": self.bad})
+        except OSError as error:
+            raise UserError(f"can't write {printable(self.path)}: {error.strerror or error}") from error
+
+
+def copy_resized(root: Path, out: Path, *, resize: int, quality: int, workers: int | None) -> None:
+    """Copy the splits of `root` to `out`, or resume such a copy.
+
+    Args:
+        root, out: resolved paths, neither inside the other.
+        resize: maximum shorter side in pixels.
+        quality: of JPEGs, 1 to 100.
+        workers: processes; None: as many as there are CPUs.
+
+    Raises:
+        UserError: `root` has no images, `out` holds something else, the disk is too full, or a file can't be read or
+            written.
+        PreemptedError: Ctrl-C; what is written stays.
+    """
+    splits = scan_splits(root)
+    settings = {
+        "version": 1,
+        "source": {split: index.fingerprint for split, index in splits.items()},
+        "resize": resize,
+        "quality": quality,
+    }
+    manifest = open_manifest(out, settings, splits)
+    if not is_complete(out, splits):
+        manifest.write()
+        make_folders(out, splits)
+        datasets = {split: ShrinkDataset(index, out / split, resize, quality) for split, index in splits.items()}
+        done = copy_images(datasets, manifest, available_cpus() if workers is None else workers)
+        copies = finish(out, splits, manifest)
+        logger.info("resized: %s; copied unchanged: %s; already done: %s",
+                    f"{done['resized']:,}", f"{done['copied']:,}", f"{done['there']:,}")  # fmt: skip
+        for split, index in splits.items():
+            before, after = int(index.sizes.sum()), int(copies[split].sizes.sum())
+            logger.info("%s: %s images, %s MB became %s MB", split, f"{len(index):,}", _mb(before), _mb(after))
+    log_next_steps(out, manifest, resize)
+
+
+def scan_splits(root: Path) -> dict[str, Index]:
+    splits = {"train": scan(root / "train")}
+    for split in SPLITS[1:]:
+        if (root / split).is_dir():
+            splits[split] = scan(root / split, classes=splits["train"].classes)
+    return splits
+
+
+def open_manifest(out: Path, settings: dict[str, Any], splits: dict[str, Index]) -> Manifest:
+    """The manifest of the copy to resume in `out`, or of a new one.
+
+    Raises:
+        UserError: `out` holds something else, or the disk is too full.
+    """
+    manifest = Manifest(settings, out / MANIFEST)
+    if not manifest.path.exists():
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"--out {printable(out)} holds other files; choose a new or an empty folder")
+        check_space(out, splits["train"], settings["resize"], sum(int(index.sizes.sum()) for index in splits.values()))
+        return manifest
+    try:
+        saved = json.loads(manifest.path.read_text())
+        manifest.bad = {split: dict(bad) for split, bad in saved["bad"].items()}
+        changed = [key for key in settings if saved[key] != settings[key]]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(
+            f"{printable(manifest.path)} can't be read; delete {printable(out)}, or choose another --out"
+        ) from None
+    if changed:
+        what = "from other images" if "source" in changed else f"with another {' and '.join(f'--{k}' for k in changed)}"
+        raise UserError(f"{printable(out)} was made {what}; delete it, or choose another --out")
+    return manifest
+
+
+def check_space(out: Path, index: Index, resize: int, total: int) -> None:
+    """Estimate the size of the copy from some image headers. Warn when a copy will hardly help.
+
+    Args:
+        index: a split to take the sample from.
+        total: bytes of all splits.
+
+    Raises:
+        UserError: the disk has too little space.
+    """
+    sampled, larger, before, after = 0, 0, 0, 0.0
+    for i in np.unique(np.linspace(0, len(index) - 1, SAMPLE).astype(int)).tolist():
+        with suppress(ImageError, OSError):
+            shorter = min(read_size(index.path(i)))
+            sampled, larger = sampled + 1, larger + (shorter > resize)
+            before += int(index.sizes[i])
+            after += int(index.sizes[i]) * min(1.0, resize / shorter) ** 2
+    if not sampled:
+        return
+    needed, existing = int(total * after / max(1, before)), out
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise UserError(f"the copy will take about {_mb(needed)} MB, but {printable(existing)} has {_mb(free)} MB free")
+    logger.info("the copy will take about %s MB, %s MB are free", _mb(needed), _mb(free))
+    if larger < sampled / 2:
+        logger.warning(
+            "of %d sampled images, %d have a shorter side of more than %d pixels: a copy will hardly be faster to read",
+            sampled, larger, resize,
+        )  # fmt: skip
+
+
+def make_folders(out: Path, splits: dict[str, Index]) -> None:
+    for split, index in splits.items():
+        for folder in sorted({os.path.dirname(index.relative(i)) for i in range(len(index))}):  # noqa: PTH120
+            path = out / split / folder
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"can't create the folder {printable(path)}: {error.strerror}") from error
+            if path.resolve() != path:
+                raise UserError(f"{printable(path)} is a symbolic link to another place; remove it")
+
+
+def copy_images(datasets: dict[str, ShrinkDataset], manifest: Manifest, workers: int) -> collections.Counter[str]:
+    """Write the images that are missing. Returns how many were resized, copied, and there already."""
+    done: collections.Counter[str] = collections.Counter()
+    total = sum(len(dataset) for dataset in datasets.values())
+    bar = Progress("prepare", total, show=True)
+    tenth = 1
+    try:
+        for split, dataset in datasets.items():
+            loader: DataLoader[list[Outcome]] = DataLoader(
+                dataset,  # type: ignore[arg-type]
+                batch_size=8, num_workers=workers, collate_fn=list, worker_init_fn=ignore_signals,
+            )  # fmt: skip
+            for outcomes in loader:
+                for outcome in outcomes:
+                    done[settle(outcome, split, dataset, manifest)] += 1
+                bar.advance(len(outcomes))
+                if done.total() * 10 >= tenth * total:
+                    bar.say(f"{done.total():,} of {total:,} images")
+                    tenth = done.total() * 10 // total + 1
+    except KeyboardInterrupt:
+        raise PreemptedError(
+            f"stopped after {done.total():,} of {total:,} images; run the same command to resume"
+        ) from None
+    finally:
+        bar.close()
+    return done
+
+
+def settle(outcome: Outcome, split: str, dataset: ShrinkDataset, manifest: Manifest) -> str:
+    """What was done with an image. A bad one is copied here, after the manifest lists it.
+
+    Raises:
+        UserError: a file can't be read or written.
+    """
+    if outcome.fault:
+        name = dataset.index.relative(outcome.index)
+        logger.warning("can't be decoded, copied unchanged: %s: %s", printable(dataset.index.path(outcome.index)),
+                       printable(outcome.fault))  # fmt: skip
+        manifest.bad.setdefault(split, {})[name] = outcome.fault
+        manifest.write()
+        outcome = dataset.copy(outcome.index)
+    if outcome.error:
+        raise UserError(f"can't read or write {printable(outcome.error)}; run the same command to resume")
+    return outcome.done
+
+
+def finish(out: Path, splits: dict[str, Index], manifest: Manifest) -> dict[str, Index]:
+    """Scan the copy as training will, and mark the manifest complete.
+
+    Raises:
+        UserError: a split of the copy does not have as many images as the original.
+    """
+    for split in splits:
+        for folder, _, names in os.walk(out / split):
+            for name in names:
+                if re.fullmatch(TEMPORARY, name):
+                    Path(folder, name).unlink(missing_ok=True)
+    os.sync()
+    copies = {split: scan(out / split, classes=index.classes) for split, index in splits.items()}
+    for split, index in splits.items():
+        if len(copies[split]) != len(index):
+            raise UserError(
+                f"{printable(out / split)} has {len(copies[split]):,} images, the original has {len(index):,}: "
+                f"another program writes there; delete the copy and prepare it again"
+            )
+    manifest.write(
+        complete=True,
+        copy={split: index.fingerprint for split, index in copies.items()},
+        images={split: len(index) for split, index in copies.items()},
+        bytes_before=sum(int(index.sizes.sum()) for index in splits.values()),
+        bytes_after=sum(int(index.sizes.sum()) for index in copies.values()),
+        distil_tl=__version__,
+    )
+    return copies
+
+
+def is_complete(out: Path, splits: dict[str, Index]) -> bool:
+    """Whether an earlier call has finished the copy, and its files have not changed since."""
+    try:
+        saved = json.loads((out / MANIFEST).read_text())
+        return bool(saved["complete"]) and all(
+            scan(out / split, classes=index.classes).fingerprint == saved["copy"][split]
+            for split, index in splits.items()
+        )
+    except (OSError, ValueError, KeyError, UserError):
+        return False
+
+
+def log_next_steps(out: Path, manifest: Manifest, resize: int) -> None:
+    bad = sum(map(len, manifest.bad.values()))
+    if bad:
+        logger.info("bad images: %d, listed in %s; data.on_bad_image says what training does with them", bad,
+                    printable(manifest.path))  # fmt: skip
+    light, strong = (int(resize * closest_crop(augment)) for augment in ("light", "strong"))
+    logger.info("no crop is enlarged up to data.image_size=%d with data.augment=light, %d with strong", light, strong)
+    logger.info("train on the copy with  data.root=%s", printable(shlex.quote(str(out))))
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f}"

@@ -1,0 +1,67 @@
+"""`distil-tl predict`: which images it takes, what it writes, what it refuses. tests/system runs it on a real run."""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from distil_tl.cli import predictions
+from distil_tl.cli.predict import main
+from distil_tl.utils.errors import UserError
+
+
+def test_folders_are_searched_in_order_and_named_files_are_taken_as_they_are(tmp_path: Path) -> None:
+    for name in ("b/2.png", "b/1.JPG", "a/x.webp", "a/notes.txt", "z.dat"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    files = predictions.find_images([tmp_path / "z.dat", tmp_path])
+    assert [str(file.relative_to(tmp_path)) for file in files] == ["z.dat", "a/x.webp", "b/1.JPG", "b/2.png"]
+    with pytest.raises(UserError, match="no image in"):
+        predictions.find_images([tmp_path / "empty"])
+    with pytest.raises(UserError, match="no file or folder"):
+        predictions.find_images([tmp_path / "nowhere"])
+
+
+@pytest.mark.parametrize("all_classes", [False, True])
+def test_a_file_that_cannot_be_read_has_a_row_with_its_error(all_classes: bool) -> None:
+    file, results = io.StringIO(), list[Tensor | str]([torch.tensor([0.25, 0.75]), "not an image"])
+    unreadable = predictions.write_rows(
+        file, [Path("a.png"), Path("b.png")], results, ["rose", "tulip"], all_classes=all_classes
+    )
+    assert unreadable == 1
+    expected = [
+        "path,prediction,probability,p(rose),p(tulip),error",
+        "a.png,tulip,0.750000,0.250000,0.750000,",
+        "b.png,,,,,not an image",
+    ]
+    if not all_classes:
+        expected = ["path,prediction,probability,error", "a.png,tulip,0.750000,", "b.png,,,not an image"]
+    assert file.getvalue().splitlines() == expected
+
+
+def test_a_failure_leaves_no_part_of_a_csv(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    out.write_text("earlier")
+    with suppress(ZeroDivisionError), predictions.open_output(out) as file:
+        file.write("part")
+        raise ZeroDivisionError
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--workers", "-1"], "--workers at least 0"),
+        (["-o", "nowhere/out.csv"], "there is no folder nowhere"),
+    ],
+)
+def test_wrong_options_are_refused(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["RUN_DIR", "x.png", *options]) == 2
+    assert message in capsys.readouterr().err
