@@ -92,6 +92,16 @@ def test_the_readme_takes_five_minutes() -> None:
     assert len(README.read_text().splitlines()) <= 180
 
 
+def test_the_figures_in_the_readme_are_those_of_the_benchmarks() -> None:
+    text = README.read_text()
+    section = text[text.index("## Why another package?") : text.index("## The code")]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "." in line]
+    figures = {figure for row in rows for figure in re.findall(r"\d+\.\d+", row.rpartition(")")[2])}
+    measured = (ROOT / "docs" / "benchmarks.md").read_text() + (ROOT / "docs" / "peers.svg").read_text()
+    assert len(figures) > 12
+    assert [figure for figure in sorted(figures) if not re.search(rf"(?<![\d.]){figure}(?!\d)", measured)] == []
+
+
 def test_the_pictures_are_small_enough_to_load_at_once() -> None:
     for path in (ROOT / "docs").glob("*.png"):
         assert path.stat().st_size <= 250_000, path
