@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distil_tl.models.graph.fold_batchnorm import ConvNorm, folding
-from distil_tl.models.graph.frozen_prefix import Split
+from distil_tl.models.graph.fold_batchnorm import CannotFoldError, ConvNorm, fold_batchnorm
+from distil_tl.models.graph.frozen_prefix import CutNetwork
 from distil_tl.models.preprocess import Normalize
 from distil_tl.models.transfer import TransferModel
 from distil_tl.training.precision import Compute
@@ -64,11 +64,10 @@ class ImageNetwork(Network):
         self.folded = None
         if wanted and self.folds_at_each_call and any(isinstance(part, _BatchNorm) for part in self.module.modules()):
             images = self.normalize(any_images(3, image_size, self.normalize.mean.device))
-            found = folding(self.module, images, trains=trains)
-            if isinstance(found, str):
-                logger.info("BatchNorm is not folded into convolutions: %s", found)
-            else:
-                self.folded, self.folded_size = found, image_size
+            try:
+                self.folded, self.folded_size = fold_batchnorm(self.module, images, trains=trains), image_size
+            except CannotFoldError as reason:
+                logger.info("BatchNorm is not folded into convolutions: %s", reason)
         self.use(self.compute)
         return self
 
@@ -83,7 +82,7 @@ class ImageNetwork(Network):
 class Prefix(nn.Module):
     """The frozen part of an ImageNetwork: uint8 images [N, 3, S, S] to features [N, ...], without gradients."""
 
-    def __init__(self, network: ImageNetwork, parts: Split, compute: Compute) -> None:
+    def __init__(self, network: ImageNetwork, parts: CutNetwork, compute: Compute) -> None:
         super().__init__()
         self.normalize = network.normalize
         self.prefix = parts.prefix
@@ -104,7 +103,7 @@ class Prefix(nn.Module):
 class FeatureNetwork(Network):
     """What is left of an ImageNetwork to run on features [N, ...]: all from the first trained layer on."""
 
-    def __init__(self, parts: Split, compute: Compute) -> None:
+    def __init__(self, parts: CutNetwork, compute: Compute) -> None:
         super().__init__(compute)
         self.suffix = parts.suffix
         self.use(compute)

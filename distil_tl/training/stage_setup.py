@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distil_tl.models.graph.equivalence import undisturbed
-from distil_tl.models.graph.frozen_prefix import Split, split
+from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
 from distil_tl.run import Job
 from distil_tl.rundir.directory import StageRecord
 from distil_tl.training.features import BATCH_CUDA, Features, open_features
@@ -46,8 +46,13 @@ def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
     ways = ways_to_compute(config.precision, job.model.module, info.device)
     network.use(Compute(None, ways[0].channels_last))
     images = any_images(3, image_size, info.device)
-    parts = split(job.model.module, network.normalize(images))
-    prefix: Prefix | str = parts if isinstance(parts, str) else Prefix(network, parts, ways[0])
+    parts: CutNetwork | None = None
+    prefix: Prefix | str
+    try:
+        parts = cut_frozen_prefix(job.model.module, network.normalize(images))
+        prefix = Prefix(network, parts, ways[0])
+    except CannotCutError as reason:
+        prefix = str(reason)
     if isinstance(prefix, Prefix):
         prefix.use(_for_prefix(job, name, stage, record, ways, prefix))
         record.prefix_precision = str(prefix.compute)
@@ -56,7 +61,7 @@ def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
         image_size=image_size, seed=config.seed, bad_images=job.bad_images, agreement=job.agreement,
     )  # fmt: skip
     trained: Network = network
-    if isinstance(parts, Split) and isinstance(prefix, Prefix):
+    if parts is not None and isinstance(prefix, Prefix):
         rest = FeatureNetwork(parts, ways[0])
         trained = rest if features is not None else SplitNetwork(prefix, rest)
     else:

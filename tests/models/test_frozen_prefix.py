@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from distil_tl.models.config import ModelConfig
-from distil_tl.models.graph.frozen_prefix import Split, split
+from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.training.stage import StageConfig, apply_stage
 
@@ -24,10 +24,8 @@ def built(name: str, unfreeze: object = "head", size: int = 64, batch_norm: str 
     return model
 
 
-def parts_of(model: TransferModel, size: int = 64) -> Split:
-    found = split(model.module, torch.randn(3, 3, size, size))
-    assert isinstance(found, Split), found
-    return found
+def parts_of(model: TransferModel, size: int = 64) -> CutNetwork:
+    return cut_frozen_prefix(model.module, torch.randn(3, 3, size, size))
 
 
 def test_a_linear_head_is_one_though_a_layer_that_does_nothing_is_behind_it() -> None:
@@ -96,8 +94,7 @@ def test_moving_statistics_and_random_numbers_stay() -> None:
     modes = [part.training for part in model.module.modules()]
     images = torch.randn(3, 3, 64, 64)
     state = torch.get_rng_state()
-    parts = split(model.module, images)
-    assert isinstance(parts, Split)
+    parts = cut_frozen_prefix(model.module, images)
     assert torch.equal(torch.get_rng_state(), state)
     assert [part.training for part in model.module.modules()] == modes
     for key, value in model.module.state_dict().items():
@@ -148,20 +145,20 @@ class Small(nn.Module):
     ],
 )
 def test_what_can_not_be_cut(how: str, reason: str) -> None:
-    assert split(Small(how), torch.randn(3, 3, 8, 8)) == reason
+    with pytest.raises(CannotCutError) as caught:
+        cut_frozen_prefix(Small(how), torch.randn(3, 3, 8, 8))
+    assert str(caught.value) == reason
 
 
 def test_nothing_random_is_cut_off() -> None:
-    parts = split(Small("dropout"), torch.randn(3, 3, 8, 8))
-    assert isinstance(parts, Split)
+    parts = cut_frozen_prefix(Small("dropout"), torch.randn(3, 3, 8, 8))
     assert any(isinstance(part, nn.Dropout) for part in parts.suffix.modules())
     assert isinstance(parts.suffix, nn.Sequential)
 
 
 def test_where_nothing_is_frozen_or_trained() -> None:
-    assert (
-        split(built("resnet18", "all").module, torch.randn(3, 3, 64, 64))
-        == "what it trains takes the images themselves"
-    )
+    with pytest.raises(CannotCutError, match="^what it trains takes the images themselves$"):
+        cut_frozen_prefix(built("resnet18", "all").module, torch.randn(3, 3, 64, 64))
     frozen = Small("dropout").eval().requires_grad_(False)
-    assert split(frozen, torch.randn(3, 3, 8, 8)) == "nothing in it is trained"
+    with pytest.raises(CannotCutError, match="^nothing in it is trained$"):
+        cut_frozen_prefix(frozen, torch.randn(3, 3, 8, 8))

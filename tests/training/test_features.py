@@ -22,7 +22,7 @@ from distil_tl.data.feature_cache import Cache, FeatureDataset
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.scan import scan
 from distil_tl.models.config import ModelConfig
-from distil_tl.models.graph.frozen_prefix import Split, split
+from distil_tl.models.graph.frozen_prefix import cut_frozen_prefix
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.train import main
 from distil_tl.training import features as module
@@ -79,8 +79,7 @@ def built(name: str = "shufflenet_v2_x0_5", stage: StageConfig = HEAD) -> tuple[
 
 
 def prefix_of(model: TransferModel, network: ImageNetwork) -> Prefix:
-    parts = split(model.module, torch.randn(3, 3, 64, 64))
-    assert isinstance(parts, Split)
+    parts = cut_frozen_prefix(model.module, torch.randn(3, 3, 64, 64))
     return Prefix(network, parts, FP32)
 
 

@@ -1,0 +1,1 @@
+"""Rewriting a network with torch.fx: folding BatchNorm, and cutting off the frozen part."""

@@ -1,4 +1,4 @@
-"""Running a network to see what it does, without a trace of it."""
+"""Checking that a rewritten network computes the same function as the original one."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-TOLERANCE = 1e-4  # of the largest logit: what folding and reordering may change in float32
+TOLERANCE = 1e-4  # relative to the largest logit: what folding and reordering may change in float32
+
+
+class NotEquivalentError(Exception):
+    """The rewritten network does not compute what the original one does; the message is the reason."""
 
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run the network, in whatever mode, without moving its statistics or the random numbers."""
-    modes = [(m, m.training) for m in module.modules()]
-    moving = [m for m in module.modules() if isinstance(m, _NormBase)]
-    buffers = [(buffer, buffer.clone()) for m in moving for buffer in m.buffers(recurse=False)]
+    """Restore train/eval modes, statistics of norms and random generators at the end of the block."""
+    modes = [(part, part.training) for part in module.modules()]
+    norms = [part for part in module.modules() if isinstance(part, _NormBase)]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
@@ -30,7 +34,7 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_full_float32() -> Iterator[None]:
-    """CUDA computes convolutions in TF32 otherwise, whose rounding is coarser than what is to be compared."""
+    """Disable TF32 in cuDNN's convolutions: its rounding is coarser than `TOLERANCE`."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -41,30 +45,32 @@ def in_full_float32() -> Iterator[None]:
 
 @torch.no_grad()
 @in_full_float32()
-def fault_of(
-    other: Callable[[Tensor], Tensor],
+def check_equivalent(
+    rewritten: Callable[[Tensor], Tensor],
     module: nn.Module,
     images: Tensor,
     *,
     called: str,
     modes: Sequence[bool] = (True, False),
-) -> str | None:
-    """Why `other`, made of the modules of `module`, does not stand for it; None where it does.
+) -> None:
+    """Compare the logits of `rewritten`, which shares the modules of `module`, with those of `module`.
 
     Args:
-        called: what `other` is, in the plural.
-        modes: of training (True) and evaluation, in which both are run.
+        called: a name for `rewritten` in the message, in the plural.
+        modes: the modes to compare in: True for training, False for evaluation.
+
+    Raises:
+        NotEquivalentError: they differ by more than rounding.
     """
     with undisturbed(module, images.device):
         for mode in modes:
             module.train(mode)
             torch.manual_seed(0)
-            wanted = module(images)
+            expected = module(images)
             torch.manual_seed(0)
-            found = other(images)
-            if not isinstance(wanted, Tensor) or not isinstance(found, Tensor) or found.shape != wanted.shape:
-                return "its output is not one tensor of logits"
-            close = (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max().clamp(min=1e-3)
-            if not close:  # nor where either is not a number
-                return f"{called} don't give what the whole does"
-    return None
+            actual = rewritten(images)
+            if not isinstance(expected, Tensor) or not isinstance(actual, Tensor) or actual.shape != expected.shape:
+                raise NotEquivalentError("its output is not one tensor of logits")
+            close = (actual - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1e-3)
+            if not close:  # also where one of them is NaN
+                raise NotEquivalentError(f"{called} don't give what the whole does")

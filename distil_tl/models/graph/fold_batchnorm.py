@@ -1,9 +1,9 @@
-"""BatchNorm as part of the convolution before it, which spares a pass over the largest tensors there are.
+"""Folding BatchNorm into the convolution before it, which saves a pass over large activations.
 
-While its statistics stand still BatchNorm scales and shifts each channel, and so does a convolution with other weights
-and a bias. What is frozen is folded for good. What trains is folded at each call, by a few operations on the weights,
-which are small next to the maps; its parameters stay what they are, and in float32 get the gradients that they would
-get, to rounding.
+With fixed statistics BatchNorm scales and shifts each channel, and so does a convolution with other weights and a bias.
+Frozen layers are folded once. Trained layers are folded at each call, by a few operations on the weights, which are
+small compared with the activations; their parameters stay the same objects, and in float32 their gradients stay the
+same up to rounding.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from distil_tl.models.graph.equivalence import fault_of, undisturbed
-from distil_tl.models.graph.trace import Layers, trace
+from distil_tl.models.graph.equivalence import NotEquivalentError, check_equivalent, undisturbed
+from distil_tl.models.graph.trace import LayerTracer, trace
+
+
+class CannotFoldError(Exception):
+    """BatchNorm cannot be folded in this network; the message is the reason."""
 
 
 class ConvNorm(nn.Module):
-    """A convolution and the BatchNorm after it, in one where `folds` and its statistics stand still."""
+    """A convolution and the BatchNorm after it, computed as one convolution where `folds` and statistics are fixed."""
 
     def __init__(self, conv: nn.Conv2d, norm: _BatchNorm) -> None:
         super().__init__()
-        self.conv, self.norm, self.after = conv, norm, _after(norm)
+        self.conv, self.norm, self.after = conv, norm, _activation(norm)
         self.folds = True
 
     def forward(self, maps: Tensor) -> Tensor:
         conv, norm = self.conv, self.norm
         if norm.training or not self.folds:
-            apart: Tensor = norm(conv(maps))
-            return apart
+            unfolded: Tensor = norm(conv(maps))
+            return unfolded
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = (norm.running_var + norm.eps).rsqrt()
@@ -41,40 +45,48 @@ class ConvNorm(nn.Module):
             scale = scale * norm.weight
         shift = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
         shift = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
-        # By its own forward, as some pad the maps first.
-        found = functional_call(conv, {"weight": conv.weight * scale[:, None, None, None], "bias": shift}, (maps,))
-        result: Tensor = self.after(found)
+        # Through the convolution's own forward, as some pad the maps first.
+        folded = functional_call(conv, {"weight": conv.weight * scale[:, None, None, None], "bias": shift}, (maps,))
+        result: Tensor = self.after(folded)
         return result
 
 
-def folding(module: nn.Module, images: Tensor, *, trains: bool) -> nn.Module | str:
-    """What does as `module` does, to rounding, with its layers, but folds at each call; or why there is no such.
+def fold_batchnorm(module: nn.Module, images: Tensor, *, trains: bool) -> nn.Module:
+    """A network of the layers of `module` that folds BatchNorm at each call and computes the same up to rounding.
 
     Args:
-        images: normalised [N, 3, H, W], at least two, to try it on. What depends on their size is settled.
+        images: normalised [N, 3, H, W], at least two, to compare both with. Conditions in the code that depend on
+            their size are fixed for it.
         trains: whether it will run in training mode, too.
+
+    Raises:
+        CannotFoldError: there is nothing to fold, the code cannot be traced, or the folded network differs.
     """
-    whole = nn.Sequential(module)  # which calls it with images alone, whatever else it could take
+    whole = nn.Sequential(module)  # calls the network with images only, even if its `forward` has more arguments
     try:
         with undisturbed(whole, images.device):
             if not trains:
                 whole.eval()
-            found = fold_at_each_call(fx.GraphModule(whole, trace(Layers, whole, images[:-1])))
-        if not folds(found):
-            return "no convolution of it has a BatchNorm alone behind it"
-        modes = (True, False) if trains else (False,)
-        return fault_of(found, whole, images, called="its layers, folded,", modes=modes) or found
-    except Exception as error:  # whatever the code of some model does with the stand-in for an image
-        return f"its code can't be followed ({type(error).__name__})"
+            folded = fold_at_each_call(fx.GraphModule(whole, trace(LayerTracer, whole, images[:-1])))
+        if folds(folded):
+            modes = (True, False) if trains else (False,)
+            check_equivalent(folded, whole, images, called="its layers, folded,", modes=modes)
+    except NotEquivalentError as error:
+        raise CannotFoldError(str(error)) from error
+    except Exception as error:  # the model's code may raise anything when it is called with a proxy
+        raise CannotFoldError(f"its code can't be followed ({type(error).__name__})") from error
+    if not folds(folded):
+        raise CannotFoldError("no convolution of it has a BatchNorm alone behind it")
+    return folded
 
 
 def folds(network: nn.Module) -> bool:
-    """Whether anything of it is folded at each call."""
+    """Whether it holds a convolution with BatchNorm folded at each call."""
     return any(isinstance(part, ConvNorm) for part in network.modules())
 
 
 def fold_at_each_call(network: fx.GraphModule) -> fx.GraphModule:
-    """Make each convolution and the BatchNorm right after it one module. In place; the layers themselves are shared."""
+    """Replace, in place, each convolution and the BatchNorm right after it by a ConvNorm that shares both layers."""
     for conv_at, conv, norm_at, norm in _pairs(network):
         _replace(network, conv_at, ConvNorm(conv, norm))
         _replace(network, norm_at, nn.Identity())
@@ -82,8 +94,8 @@ def fold_at_each_call(network: fx.GraphModule) -> fx.GraphModule:
     return network
 
 
-def fold_for_good(network: fx.GraphModule) -> fx.GraphModule:
-    """Make each BatchNorm right after a convolution, both frozen, part of a copy of that. In place, but for those."""
+def fold_frozen(network: fx.GraphModule) -> fx.GraphModule:
+    """Replace, in place, each frozen convolution and the BatchNorm right after it by one new convolution."""
     for conv_at, conv, norm_at, norm in _pairs(network):
         if norm.training or conv.training:
             continue
@@ -96,13 +108,13 @@ def fold_for_good(network: fx.GraphModule) -> fx.GraphModule:
         conv.register_parameter("bias", bias)
         conv.requires_grad_(False)
         _replace(network, conv_at, conv)
-        _replace(network, norm_at, _after(norm))
+        _replace(network, norm_at, _activation(norm))
     network.recompile()
     return network
 
 
 def _pairs(network: fx.GraphModule) -> Iterator[tuple[str, nn.Conv2d, str, _BatchNorm]]:
-    """Each convolution with the BatchNorm that alone takes its result, and where they are."""
+    """Each convolution whose result only a BatchNorm takes, with that BatchNorm; before each its path."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -112,15 +124,15 @@ def _pairs(network: fx.GraphModule) -> Iterator[tuple[str, nn.Conv2d, str, _Batc
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
         conv = modules[str(before.target)]
-        if not isinstance(conv, nn.Conv2d) or not _takes_weight_as_it_is(conv):
+        if not isinstance(conv, nn.Conv2d) or not _is_linear_in_weight(conv):
             continue
         if _calls(network, before) == 1 and _calls(network, node) == 1:
             yield str(before.target), conv, str(node.target), norm
 
 
 @torch.no_grad()
-def _takes_weight_as_it_is(conv: nn.Conv2d) -> bool:
-    """Whether twice the weight makes twice the maps. One that standardises it undoes what is folded into it."""
+def _is_linear_in_weight(conv: nn.Conv2d) -> bool:
+    """Whether twice the weight gives twice the output. Weight standardisation would undo a folded scale."""
     if type(conv).forward is nn.Conv2d.forward:
         return True
     generator = torch.Generator().manual_seed(0)
@@ -129,13 +141,13 @@ def _takes_weight_as_it_is(conv: nn.Conv2d) -> bool:
     bias = {} if conv.bias is None else {"bias": torch.zeros_like(conv.bias)}
     try:
         once, twice = (functional_call(conv, {"weight": factor * conv.weight, **bias}, (maps,)) for factor in (1, 2))
-    except Exception:  # whatever the code of some model makes of maps of another size
+    except Exception:  # the model's code may raise anything for maps of another size
         return False
     return torch.allclose(2 * once, twice, rtol=1e-3, atol=1e-6)
 
 
-def _after(norm: _BatchNorm) -> nn.Module:
-    """The activation that follows, where a norm of timm's holds it."""
+def _activation(norm: _BatchNorm) -> nn.Module:
+    """The activation that timm's BatchNormAct2d includes; an empty Sequential for other norms."""
     parts = (getattr(norm, "drop", None), getattr(norm, "act", None))
     return nn.Sequential(*[part for part in parts if part is not None])
 

@@ -1,6 +1,6 @@
-"""A network cut in two where its frozen part ends: a fixed function of the images, and what is trained on its result.
+"""Cutting a network in two where its frozen part ends: fixed features of the images, and what is trained on them.
 
-The cut is found in the graph of the network's own `forward`, so no model needs to be known by name.
+The cut is found in the graph of the network's own `forward`, without rules for single models.
 """
 
 from __future__ import annotations
@@ -12,79 +12,107 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from distil_tl.models.graph.equivalence import fault_of, in_full_float32, undisturbed
-from distil_tl.models.graph.fold_batchnorm import fold_at_each_call, fold_for_good, folds
-from distil_tl.models.graph.trace import Blocks, FrozenBlocks, Layers, ancestors, trace, up_to
+from distil_tl.models.graph.equivalence import NotEquivalentError, check_equivalent, in_full_float32, undisturbed
+from distil_tl.models.graph.fold_batchnorm import fold_at_each_call, fold_frozen, folds
+from distil_tl.models.graph.trace import (
+    FrozenBlockTracer,
+    LayerTracer,
+    UniformBlockTracer,
+    ancestors,
+    graph_up_to,
+    trace,
+)
 
-ALL_TRAINED = "what it trains takes the images themselves"
+NO_FROZEN_PREFIX = "what it trains takes the images themselves"
+
+
+class CannotCutError(Exception):
+    """The network cannot be cut; the message is the reason."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """`suffix(prefix(x))` is the network's `forward(x)`, to rounding.
+class CutNetwork:
+    """A network in two parts: `suffix(prefix(x))` equals the network's `forward(x)` up to rounding.
 
     Attributes:
-        prefix: holds no parameter that is trained and draws nothing. BatchNorm is folded into copies of convolutions,
-            everything else is the network's own.
-        suffix: holds the network's own modules. BatchNorm is folded at each call where it can be.
+        prefix: images to features, deterministic and without trained parameters. BatchNorm is folded into copies of
+            convolutions; all other modules are the network's own.
+        suffix: features to logits, made of the network's own modules. BatchNorm is folded at each call where possible.
     """
 
     prefix: nn.Module
     suffix: nn.Module
 
 
-def split(module: nn.Module, images: Tensor) -> Split | str:
-    """Cut `module`, whose freezing is applied, as late as its trained part allows; or the reason why it can't be.
+def cut_frozen_prefix(module: nn.Module, images: Tensor) -> CutNetwork:
+    """Cut `module`, whose freezing is applied, as late as its trained part allows.
 
     Args:
-        images: normalised [N, 3, H, W], at least two, to try both parts on. What depends on their size is settled.
+        images: normalised [N, 3, H, W], at least two, to compare both parts with the whole. Conditions in the code
+            that depend on their size are fixed for it.
+
+    Raises:
+        CannotCutError: nothing is frozen or trained, the code cannot be traced, or the parts differ from the whole.
     """
-    if all(p.requires_grad for p in module.parameters()):  # most stages that are long: spare them the search
-        return ALL_TRAINED
-    module = nn.Sequential(module)  # which calls it with images alone, whatever else it could take
-    found: Split | str = "its code can't be followed"
-    for tracer in (Layers, FrozenBlocks, Blocks):
+    if all(p.requires_grad for p in module.parameters()):  # saves the search in most long stages
+        raise CannotCutError(NO_FROZEN_PREFIX)
+    module = nn.Sequential(module)  # calls the network with images only, even if its `forward` has more arguments
+    reason = ""
+    for tracer in (LayerTracer, FrozenBlockTracer, UniformBlockTracer):
         try:
+            # One image fewer than in the comparison: code that depends on the batch size then fails it.
             graph = trace(tracer, module, images[:-1])
-        except Exception as error:  # whatever the code of some model does with the stand-in for an image
-            found = f"its code can't be followed ({type(error).__name__})"
+        except Exception as error:  # the model's code may raise anything when it is called with a proxy
+            reason = f"its code can't be followed ({type(error).__name__})"
             continue
-        for folded in (True, False):
-            cut = _cut(module, graph, folded)
-            found = _compared(module, cut, images) if isinstance(cut, Split) else cut
-            if isinstance(found, Split):
-                return found
-            if isinstance(cut, str) or not folds(cut.suffix):
-                break
-    return found
+        try:
+            return _cut(module, graph, images)
+        except CannotCutError as error:
+            reason = str(error)
+    raise CannotCutError(reason)
 
 
-def _cut(module: nn.Module, graph: fx.Graph, folded: bool) -> Split | str:
+def _cut(module: nn.Module, graph: fx.Graph, images: Tensor) -> CutNetwork:
+    node = _last_frozen_node(module, graph)
+    prefix = fold_frozen(fx.GraphModule(module, graph_up_to(graph, node)))
+    cut = CutNetwork(prefix, _suffix(module, graph, node, fold=True))
+    try:
+        _check(cut, module, images)
+    except CannotCutError:
+        if not folds(cut.suffix):
+            raise
+        cut = CutNetwork(prefix, _suffix(module, graph, node, fold=False))
+        _check(cut, module, images)
+    return cut
+
+
+def _last_frozen_node(module: nn.Module, graph: fx.Graph) -> fx.Node:
+    """The last node before the trained part through which all of the result depends on the images."""
     nodes = list(graph.nodes)
-    first = next((i for i, node in enumerate(nodes) if _moves(module, node)), None)
+    first = next((i for i, node in enumerate(nodes) if _varies(module, node)), None)
     if first is None:
-        return "nothing in it is trained"
-    for where in reversed(nodes[:first]):
-        if where.op in ("placeholder", "get_attr"):
-            continue
-        if _is_all_there_is(where, nodes[0], nodes[-1]):
-            return Split(_prefix(module, graph, where), _suffix(module, graph, where, folded))
-    return ALL_TRAINED
+        raise CannotCutError("nothing in it is trained")
+    node: fx.Node
+    for node in reversed(nodes[:first]):
+        if node.op not in ("placeholder", "get_attr") and _is_on_every_path(node, nodes[0], nodes[-1]):
+            return node
+    raise CannotCutError(NO_FROZEN_PREFIX)
 
 
-def _moves(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node's result may be another the next time: it is trained, draws, or counts."""
+def _varies(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node's result may differ at the next call: it is trained, random, or updates statistics."""
     if node.op == "get_attr":
         return _attribute(module, str(node.target)).requires_grad
     if node.op == "call_function" and "dropout" in getattr(node.target, "__name__", ""):
-        return True in (*node.args, *node.kwargs.values())  # its `training`
+        return True in (*node.args, *node.kwargs.values())  # its argument `training`
     if node.op != "call_module":
         return False
     part = module.get_submodule(str(node.target))
-    return any(p.requires_grad for p in part.parameters()) or any(m.training and _draws(m) for m in part.modules())
+    trained = any(p.requires_grad for p in part.parameters())
+    return trained or any(m.training and _varies_in_training(m) for m in part.modules())
 
 
-def _draws(part: nn.Module) -> bool:
+def _varies_in_training(part: nn.Module) -> bool:
     if isinstance(part, _DropoutNd):
         return part.p > 0
     return isinstance(part, _NormBase) or type(part).__name__ in ("StochasticDepth", "DropPath", "DropBlock2d")
@@ -92,71 +120,66 @@ def _draws(part: nn.Module) -> bool:
 
 def _attribute(module: nn.Module, path: str) -> Tensor:
     owner, _, name = path.rpartition(".")
-    found: Tensor = getattr(module.get_submodule(owner), name)
-    return found
+    value: Tensor = getattr(module.get_submodule(owner), name)
+    return value
 
 
-def _is_all_there_is(where: fx.Node, images: fx.Node, output: fx.Node) -> bool:
-    """Whether everything after `where` needs the images through it alone."""
-    seen, ahead = {where}, [output]
-    while ahead:
-        node = ahead.pop()
-        if node is images:
-            return False
-        if node not in seen:
-            seen.add(node)
-            ahead.extend(node.all_input_nodes)
-    return where in ancestors(output)
+def _is_on_every_path(node: fx.Node, images: fx.Node, output: fx.Node) -> bool:
+    """Whether the output depends on `node`, and on the images only through it."""
+    return images not in _after(node, output) and node in ancestors(output)
 
 
-def _prefix(module: nn.Module, graph: fx.Graph, where: fx.Node) -> nn.Module:
-    return fold_for_good(fx.GraphModule(module, up_to(graph, where)))
+def _after(node: fx.Node, output: fx.Node) -> set[fx.Node]:
+    """What the output is computed from, with `node` taken as given: `node` and all before it are left out."""
+    visited: set[fx.Node] = set()
+    pending = [output]
+    while pending:
+        other = pending.pop()
+        if other is not node and other not in visited:
+            visited.add(other)
+            pending.extend(other.all_input_nodes)
+    return visited
 
 
-def _suffix(module: nn.Module, graph: fx.Graph, where: fx.Node, folded: bool) -> nn.Module:
-    copied: dict[fx.Node, fx.Node] = {}
-    suffix = fx.Graph()
-    copied[where] = suffix.placeholder("features")
-    needed = _needed(list(graph.nodes)[-1], where)
-    for node in graph.nodes:
-        if node in needed and node.op != "output":
-            copied[node] = suffix.node_copy(node, copied.__getitem__)
+def _suffix(module: nn.Module, graph: fx.Graph, node: fx.Node, *, fold: bool) -> nn.Module:
+    """From the result of `node` to the output; a plain Sequential where it is a chain of layers."""
     output = list(graph.nodes)[-1]
-    suffix.output(fx.node.map_arg(output.args[0], copied.__getitem__))
-    found = fx.GraphModule(module, suffix)
-    if folded:
-        fold_at_each_call(found)
-    modules = [node for node in suffix.nodes if node.op == "call_module"]
-    if len(modules) == len(suffix.nodes) - 2 and all(len(n.args) == 1 and not n.kwargs for n in modules):
-        in_order = all(n.args[0] is n.prev for n in modules)
-        if in_order and output.args[0] in copied:  # a chain of layers, such as a dropout and a head
-            layers = [found.get_submodule(str(n.target)) for n in modules]
+    part = fx.Graph()
+    copies = {node: part.placeholder("features")}
+    kept = _after(node, output)
+    for other in graph.nodes:
+        if other in kept and other.op != "output":
+            copies[other] = part.node_copy(other, copies.__getitem__)
+    part.output(fx.node.map_arg(output.args[0], copies.__getitem__))
+    suffix = fx.GraphModule(module, part)
+    if fold:
+        fold_at_each_call(suffix)
+    calls = [n for n in part.nodes if n.op == "call_module"]
+    if len(calls) == len(part.nodes) - 2 and all(len(n.args) == 1 and not n.kwargs for n in calls):
+        in_order = all(n.args[0] is n.prev for n in calls)
+        if in_order and output.args[0] in copies:  # a chain of layers, such as a dropout and a head
+            layers = [suffix.get_submodule(str(n.target)) for n in calls]
             return nn.Sequential(*[layer for layer in layers if not isinstance(layer, nn.Identity)])
-    return found
-
-
-def _needed(output: fx.Node, where: fx.Node) -> set[fx.Node]:
-    """What is computed from the result of `where` on, and the constants that it takes."""
-    found: set[fx.Node] = set()
-    ahead = [output]
-    while ahead:
-        node = ahead.pop()
-        if node is not where and node not in found:
-            found.add(node)
-            ahead.extend(node.all_input_nodes)
-    return found
+    return suffix
 
 
 @torch.no_grad()
 @in_full_float32()
-def _compared(module: nn.Module, parts: Split, images: Tensor) -> Split | str:
-    """The split, or the reason, if the two parts don't do what the whole does, or the first one not always the same."""
+def _check(cut: CutNetwork, module: nn.Module, images: Tensor) -> None:
+    """Compare both parts with the whole.
+
+    Raises:
+        CannotCutError: they differ from the whole, or the prefix differs between two calls.
+    """
     with undisturbed(module, images.device):
         torch.manual_seed(1)
-        features = parts.prefix(images)
+        features = cut.prefix(images)
         if not isinstance(features, Tensor) or len(features) != len(images):
-            return "its frozen part gives more than a tensor"
-        if not torch.equal(features, parts.prefix(images)):
-            return "its frozen part does not give the same twice"
-    # It may begin with an operation in place.
-    return fault_of(lambda _: parts.suffix(features.clone()), module, images, called="its two parts") or parts
+            raise CannotCutError("its frozen part gives more than a tensor")
+        if not torch.equal(features, cut.prefix(images)):
+            raise CannotCutError("its frozen part does not give the same twice")
+    try:
+        # A copy of the features, as the suffix may begin with an in-place operation.
+        check_equivalent(lambda _: cut.suffix(features.clone()), module, images, called="its two parts")
+    except NotEquivalentError as error:
+        raise CannotCutError(str(error)) from error

@@ -1,4 +1,4 @@
-"""The graph of what a network's own `forward` does (torch.fx), so that no model needs to be known by name."""
+"""Tracing a network's own `forward` into a torch.fx graph, without rules for single models."""
 
 from __future__ import annotations
 
@@ -8,81 +8,93 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from distil_tl.models.graph.equivalence import undisturbed
 
-QUESTIONS = 32  # that a network's code may ask; each makes it be followed anew
+MAX_CONDITIONS = 32  # conditions on values that a network's code may evaluate; each one starts the trace again
 
 
-class Layers(fx.Tracer):
-    """Looks into everything but layers."""
+class LayerTracer(fx.Tracer):
+    """Traces into every module but layers: convolutions, linear layers, norms, and modules without children.
 
-    def __init__(self, answers: list[bool]) -> None:
+    Args:
+        outcomes: of the conditions on values that the code evaluates, in order.
+    """
+
+    def __init__(self, outcomes: list[bool]) -> None:
         super().__init__()
-        self.answers = iter(answers)
+        self.outcomes = iter(outcomes)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         is_layer = isinstance(m, (nn.Conv2d, nn.Linear, _NormBase))
         return is_layer or not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        for answer in self.answers:
-            return answer
-        raise QuestionError(up_to(self.graph, obj.node))
+        for outcome in self.outcomes:
+            return outcome
+        raise UnknownConditionError(graph_up_to(self.graph, obj.node))
 
 
-class QuestionError(Exception):
-    """The code asks for a value, say whether there are as many patches as positions, and goes on by it."""
+class UnknownConditionError(Exception):
+    """The code branches on a value, such as whether there are as many patches as position embeddings.
 
-    def __init__(self, asked: fx.Graph) -> None:
-        super().__init__("a value is asked for")
-        self.asked = asked
+    Attributes:
+        condition: a graph that computes the value.
+    """
+
+    def __init__(self, condition: fx.Graph) -> None:
+        super().__init__("the code branches on a value")
+        self.condition = condition
 
 
-class FrozenBlocks(Layers):
-    """Does not look into blocks of which nothing is trained, whatever their code does."""
+class FrozenBlockTracer(LayerTracer):
+    """Does not trace into blocks without trained parameters, so their code may do anything."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         frozen = not any(p.requires_grad for p in m.parameters())
         return frozen or super().is_leaf_module(m, module_qualified_name)
 
 
-class Blocks(Layers):
-    """Nor into those of which all is trained."""
+class UniformBlockTracer(LayerTracer):
+    """Does not trace into blocks whose parameters are all frozen or all trained."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         trained = {p.requires_grad for p in m.parameters()}
         return len(trained) < 2 or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(tracer: type[Layers], module: nn.Module, images: Tensor) -> fx.Graph:
-    """The graph of what `module` does with such images, whose questions are answered one after the other."""
-    answers: list[bool] = []
+def trace(tracer: type[LayerTracer], module: nn.Module, images: Tensor) -> fx.Graph:
+    """The graph of what `module` does with such images.
+
+    A condition on a value is evaluated with `images`, and its outcome becomes fixed in the graph.
+    """
+    outcomes: list[bool] = []
     while True:
         try:
-            return tracer(answers).trace(module)
-        except QuestionError as question:
-            if len(answers) == QUESTIONS:
+            return tracer(outcomes).trace(module)
+        except UnknownConditionError as error:
+            if len(outcomes) == MAX_CONDITIONS:
                 raise
             with torch.no_grad(), undisturbed(module, images.device):
-                answers.append(bool(fx.GraphModule(module, question.asked)(images)))
+                outcomes.append(bool(fx.GraphModule(module, error.condition)(images)))
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    ahead = [node]
-    while ahead:
-        for before in ahead.pop().all_input_nodes:
-            if before not in found:
-                found.add(before)
-                ahead.append(before)
-    return found
+    """All nodes that `node` depends on."""
+    visited: set[fx.Node] = set()
+    pending = [node]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in visited:
+                visited.add(source)
+                pending.append(source)
+    return visited
 
 
-def up_to(graph: fx.Graph, where: fx.Node) -> fx.Graph:
-    """All that `where` needs, as a graph of its own."""
-    copied: dict[fx.Node, fx.Node] = {}
+def graph_up_to(graph: fx.Graph, node: fx.Node) -> fx.Graph:
+    """A graph of its own that computes `node`."""
+    copies: dict[fx.Node, fx.Node] = {}
     part = fx.Graph()
-    kept = ancestors(where) | {where}
-    for node in graph.nodes:
-        if node in kept or node.op == "placeholder":
-            copied[node] = part.node_copy(node, copied.__getitem__)
-    part.output(copied[where])
+    kept = ancestors(node) | {node}
+    for other in graph.nodes:
+        if other in kept or other.op == "placeholder":
+            copies[other] = part.node_copy(other, copies.__getitem__)
+    part.output(copies[node])
     return part
