@@ -5,12 +5,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.helpers import durations
+from tests.helpers.arguments import small_args
 from tests.helpers.fake_slurm import FakeSlurm, instead_of_slurm
+from tests.helpers.images import make_folder
 from tests.helpers.slurm_cluster import Cluster, brought_up
 from tests.helpers.wandb_server import Server, serving
 
@@ -32,35 +32,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=slow)
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist
         durations.arrange(items)
-
-
-CLASSES = ("circles", "noise", "stripes")
-
-
-def draw(kind: str, rng: np.random.Generator) -> Image.Image:
-    """A small picture of a class that a network can learn to tell: 40x36 pixels, RGB."""
-    height, width = 36, 40
-    y, x = np.mgrid[:height, :width]
-    if kind == "stripes":
-        grey = 127 + 120 * np.sin(x * rng.uniform(0.6, 1.2) + rng.uniform(0, 6))
-    elif kind == "circles":
-        grey = 127 + 120 * np.cos(np.hypot(x - rng.uniform(10, 30), y - rng.uniform(10, 26)) * rng.uniform(0.6, 1.0))
-    else:
-        grey = rng.uniform(0, 255, (height, width))
-    colour = rng.uniform(0.5, 1.0, 3)
-    return Image.fromarray((grey[..., None] * colour).clip(0, 255).astype(np.uint8))
-
-
-def make_folder(root: Path, splits: dict[str, int], classes: tuple[str, ...] = CLASSES) -> Path:
-    """An ImageFolder with so many images a split, dealt out to the classes in turn."""
-    rng = np.random.default_rng(0)
-    for split, count in splits.items():
-        for i in range(count):
-            kind = classes[i % len(classes)]
-            folder = root / split / kind
-            folder.mkdir(parents=True, exist_ok=True)
-            draw(kind, rng).save(folder / f"{i:04d}.png")
-    return root
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -106,27 +77,6 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 @pytest.fixture
 def small(folder: Path) -> list[str]:
     return small_args(folder)
-
-
-def small_args(folder: Path) -> list[str]:
-    """Arguments of a two-stage run that takes seconds: 6 steps of 8 images an epoch."""
-    return [
-        f"data.root={folder}",
-        "data.image_size=32",
-        "data.global_batch_size=8",
-        "data.workers=0",
-        "model.name=shufflenet_v2_x0_5",
-        "model.weights=none",
-        "stages.head.epochs=1",
-        "stages.full.epochs=2",
-        "stages.head.lr=0.01",
-        "stages.full.lr=0.001",
-        "stages.full.unfreeze=2",
-        "optim.name=sgd",
-        "tracking.log_every=1",
-        "distributed.timeout_seconds=60",
-        "distributed.device=cpu",
-    ]
 
 
 @pytest.fixture(scope="session")

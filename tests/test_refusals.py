@@ -10,15 +10,9 @@ from pathlib import Path
 import pytest
 
 from distil_tl.train import main
-from tests.conftest import make_folder
-from tests.helpers.ranks import run_ranks, train
-
-
-def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(args) == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return message
+from tests.helpers.images import make_folder
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import refusal, refused
 
 
 @pytest.mark.parametrize(
@@ -96,15 +90,6 @@ def test_bad_input_is_said_once_by_two_ranks(small: list[str], tmp_path: Path, f
     assert [status for status, _ in found] == [2, 2]
     assert "empty" in found[0][1]
     assert found[1][1] == ""
-
-
-def refusal(args: list[str]) -> tuple[int, str]:
-    import contextlib
-    import io
-
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        status = train(args)
-    return status, said.getvalue()
 
 
 def test_a_damaged_image_is_named_with_its_class(

@@ -25,8 +25,9 @@ from distil_tl.data.decode import decode
 from distil_tl.data.resize import name_of_resized
 from distil_tl.data.scan import scan
 from distil_tl.train import main as train
-from tests.conftest import draw, make_folder, small_args
-from tests.system.test_train import summary_of
+from tests.helpers.arguments import small_args
+from tests.helpers.images import draw, make_folder
+from tests.helpers.runs import summary_of
 
 BAD = b"this is no image"
 

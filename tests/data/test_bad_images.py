@@ -21,11 +21,10 @@ from safetensors.torch import load_file
 
 from distil_tl.data.sampler import epoch_order
 from distil_tl.train import main
-from tests.conftest import CLASSES, draw, make_folder, small_args
+from tests.helpers.arguments import small_args
+from tests.helpers.images import CLASSES, draw, make_folder
 from tests.helpers.ranks import lines, run_ranks, train
-from tests.system.test_ranks import evaluated, traced_train
-from tests.system.test_train import stopped_train, summary_of
-from tests.test_refusals import refusal, refused
+from tests.helpers.runs import evaluated, refusal, refused, stopped_train, summary_of, traced_train
 
 HEAD_ALONE = ["stages.full.epochs=0"]
 

@@ -22,7 +22,7 @@ from distil_tl.data.local_copy import stage_folder
 from distil_tl.data.local_folder import FolderWriter
 from distil_tl.data.splits import open_splits
 from distil_tl.utils.log import setup_console
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 from tests.helpers.chaos import small_disk
 from tests.helpers.ranks import _context, run_ranks
 from tests.helpers.staging import ALONE, content, copied, copy_alone, counted_copy, folders_of, indexes, interrupted

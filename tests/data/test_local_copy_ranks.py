@@ -18,8 +18,9 @@ from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import on_each_node, session
 from distil_tl.utils.errors import UserError
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 from tests.helpers.ranks import rank, run_ranks, train
+from tests.helpers.runs import refused, same_result, stopped_train
 from tests.helpers.staging import (
     SHORT,
     as_node_of_its_own,
@@ -30,9 +31,7 @@ from tests.helpers.staging import (
     reading_train,
     watched_train,
 )
-from tests.system.test_torchrun import ENVIRONMENT, TORCHRUN
-from tests.system.test_train import same_result, stopped_train
-from tests.test_refusals import refused
+from tests.helpers.torchrun import ENVIRONMENT, TORCHRUN
 
 
 @pytest.fixture(scope="module")

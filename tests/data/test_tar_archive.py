@@ -19,11 +19,11 @@ from distil_tl.data.config import DataConfig
 from distil_tl.data.splits import open_splits
 from distil_tl.train import main
 from distil_tl.utils.errors import UserError
-from tests.conftest import make_folder, small_args
+from tests.helpers.arguments import small_args
+from tests.helpers.images import make_folder
 from tests.helpers.ranks import lines, run_ranks
+from tests.helpers.runs import refused, same_result
 from tests.helpers.staging import ALONE, SHORT, fingerprints, folders_of, watched_train
-from tests.system.test_train import same_result
-from tests.test_refusals import refused
 
 
 @pytest.fixture(scope="module")

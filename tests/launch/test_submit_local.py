@@ -19,7 +19,7 @@ import yaml
 from launch import run_status as states
 from launch import snapshot, submit
 from launch.records import read_record
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 from tests.helpers.fake_slurm import FakeSlurm, fake_training
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import lines, processes_of

@@ -20,10 +20,10 @@ from distil_tl.rundir.directory import find_start
 from distil_tl.train import main
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import setup_console
-from tests.conftest import draw, small_args
+from tests.helpers.arguments import small_args
+from tests.helpers.images import draw
 from tests.helpers.ranks import lines, run_ranks, train
-from tests.system.test_train import same_result, stopped_train
-from tests.test_refusals import refused
+from tests.helpers.runs import refused, same_result, stopped_train
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 from tests.helpers.chaos import KINDS, Fault
 from tests.helpers.chaos_plans import Plan, carry_out, make_reference, random_plan, table
 from tests.helpers.same_run import Reference

@@ -23,7 +23,7 @@ from distil_tl.rundir.checkpoint import Checkpoints, find_fault
 from tests.helpers.chaos import Fault, attempt, left_over_processes, small_disk
 from tests.helpers.ranks import lines, processes_of, rank
 from tests.helpers.same_run import samples
-from tests.system.test_torchrun import ENVIRONMENT, TORCHRUN
+from tests.helpers.torchrun import ENVIRONMENT, TORCHRUN
 
 WITHIN = 45  # seconds, most of them for a machine under load
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 from pathlib import Path
@@ -13,25 +12,9 @@ import torch
 
 from distil_tl.rundir.checkpoint import weights_hash
 from tests.helpers.ranks import lines, rank, run_ranks, train
+from tests.helpers.runs import evaluated, traced_train
 
 # Run in the ranks. Each patches its own process, which ends with it.
-
-
-def traced_train(args: list[str]) -> tuple[int, list[list[tuple[int, str]]]]:
-    """The exit status, and for each training batch of this rank its (image, hash of the tensor) pairs."""
-    faults: Any = importlib.import_module("distil_tl.data.bad_images").BadImages
-    seen: list[list[tuple[int, str]]] = []
-    original = faults.read
-
-    def read(self: Any, loader: Any, split: str, index: Any) -> Any:
-        for batch in original(self, loader, split, index):
-            if split == "train":
-                hashes = [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in batch.images]
-                seen.append(list(zip(batch.indices.tolist(), hashes, strict=True)))
-            yield batch
-
-    faults.read = read
-    return train(args), seen
 
 
 def hashed_train(args: list[str], sabotage: str | None = None) -> dict[str, Any]:
@@ -71,12 +54,6 @@ def hashed_train(args: list[str], sabotage: str | None = None) -> dict[str, Any]
     train_module.begin_stage, train_module.train_epoch = begin_stage, train_epoch
     status = train(args)
     return {"status": status, "hashes": record["hashes"], "moved": record["moved"]}
-
-
-def evaluated(args: list[str]) -> int:
-    from distil_tl.evaluate import main
-
-    return main(args)
 
 
 @pytest.mark.parametrize("augment", ["strong"])

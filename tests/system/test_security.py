@@ -17,11 +17,10 @@ from distil_tl.rundir.checkpoint import find_fault
 from distil_tl.train import main
 from distil_tl.utils.files import sha256_file
 from distil_tl.utils.log import add_rank_file, logger, setup_console
-from tests.conftest import draw, small_args
+from tests.helpers.arguments import small_args
+from tests.helpers.images import draw
 from tests.helpers.ranks import run_ranks, train
-from tests.system.test_ranks import evaluated
-from tests.system.test_train import summary_of
-from tests.test_refusals import refused
+from tests.helpers.runs import evaluated, refused, summary_of
 
 HEAD_ALONE = ["stages.full.epochs=0"]
 

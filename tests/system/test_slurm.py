@@ -23,7 +23,7 @@ from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build
 from distil_tl.rundir.lock import MAX_STUCK, read_attempt
 from launch.records import read_record
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import lines, run_ranks, train
 from tests.helpers.same_run import differing, timeless

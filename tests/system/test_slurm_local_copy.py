@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 from tests.helpers.ranks import run_ranks, train
 from tests.helpers.slurm_cluster import Cluster
 from tests.system.test_slurm import SLOWLY, Run

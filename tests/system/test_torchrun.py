@@ -8,19 +8,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from distil_tl.train import main
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 from tests.helpers.ranks import lines, processes_of
-
-BIN = Path(sys.executable).parent
-TORCHRUN = [str(BIN / "torchrun"), "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+from tests.helpers.torchrun import BIN, ENVIRONMENT, TORCHRUN
 
 
 def test_ctrl_c_leaves_no_process_and_a_run_that_goes_on(small: list[str], tmp_path: Path) -> None:

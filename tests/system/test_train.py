@@ -20,9 +20,9 @@ from distil_tl.rundir.checkpoint import Checkpoints
 from distil_tl.train import main
 from distil_tl.utils.errors import NonFiniteError, UserError
 from distil_tl.utils.files import sha256_file
-from tests.conftest import small_args
-from tests.helpers.ranks import lines, rank, run_ranks, train
-from tests.test_refusals import refused
+from tests.helpers.arguments import small_args
+from tests.helpers.ranks import lines, run_ranks, train
+from tests.helpers.runs import refused, same_result, stopped_train, summary_of
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,6 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
     assert run_ranks(2, train, [*small_args(folder), f"run_dir={run_dir}"]) == [0, 0]
     return run_dir
-
-
-def summary_of(run_dir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
-    return found
 
 
 def test_the_run_directory_is_as_promised(finished: Path) -> None:
@@ -135,23 +130,6 @@ def test_evaluation_agrees_with_loading_by_hand(finished: Path, folder: Path) ->
 # Stopping and going on.
 
 
-def stopped_train(args: list[str], step: int, by: int, number: int) -> int:
-    """Train, with a signal to rank `by` alone at a step."""
-    train_module: Any = importlib.import_module("distil_tl.train")
-
-    steps = train_module.train_epoch
-    taken = iter(range(1, 1000))
-
-    def train_epoch(*args: Any, **kwargs: Any) -> Any:
-        for consumed in steps(*args, **kwargs):
-            if next(taken) == step and rank() == by:
-                os.kill(os.getpid(), number)
-            yield consumed
-
-    train_module.train_epoch = train_epoch
-    return train(args)
-
-
 @pytest.mark.parametrize(
     ("step", "number"),
     [(3, signal.SIGTERM), (6, signal.SIGINT), (14, signal.SIGUSR2)],
@@ -186,21 +164,6 @@ def test_a_killed_run_goes_on_from_its_last_epoch(finished: Path, small: list[st
         run_ranks(2, stopped_train, args, 15, 0, signal.SIGKILL)
     assert run_ranks(2, train, args) == [0, 0]
     same_result(run_dir, finished)
-
-
-def same_result(run_dir: Path, reference: Path) -> None:
-    """Byte-equal weights, and equal metrics but for times."""
-    for name in ("last", "best"):
-        one = load_file(run_dir / "checkpoints" / name / "weights.safetensors")
-        two = load_file(reference / "checkpoints" / name / "weights.safetensors")
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[key], two[key]) for key in one)
-
-    def timeless(path: Path) -> list[dict[str, Any]]:
-        rates = ("time", "seconds", "images_per_second")
-        return [{k: v for k, v in line.items() if k not in rates} for line in lines(path) if line["window"] == "epoch"]
-
-    assert timeless(run_dir) == timeless(reference)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 from tests.helpers.chaos import Ended, attempt, left_over_processes
 from tests.helpers.ranks import lines
 from tests.helpers.wandb_server import KEY, Server, serving, struck, tracked, with_variable

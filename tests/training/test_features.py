@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import shutil
 import threading
@@ -31,8 +30,9 @@ from distil_tl.training.network import ImageNetwork, Prefix
 from distil_tl.training.precision import Compute
 from distil_tl.training.stage import StageConfig, apply_stage, wants_features
 from distil_tl.utils.errors import UserError
-from tests.conftest import small_args
+from tests.helpers.arguments import head_args
 from tests.helpers.ranks import lines, run_ranks, train
+from tests.helpers.runs import losses, summary_of
 from tests.helpers.same_run import timeless
 
 HEAD = StageConfig(unfreeze="head")
@@ -48,27 +48,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "features"
 
 
-def head_args(folder: Path, run_dir: Path, *more: str) -> list[str]:
-    """Three epochs of the head without augmentation, then one of everything."""
-    general = [arg for arg in small_args(folder) if not arg.startswith("stages.")]
-    stages = ["stages.head.epochs=3", "stages.head.lr=0.01", "stages.full.epochs=1", "stages.full.lr=0.001"]
-    return [*general, *stages, "data.augment=none", f"run_dir={run_dir}", *more]
-
-
 def in_ranks(variables: dict[str, str], args: list[str], small_chunks: bool = True) -> int:
     os.environ |= variables
     if small_chunks:
         feature_cache.CHUNK, module.BATCH = 16, 8
     return train(args)
-
-
-def losses(run_dir: Path, stage: str = "head") -> list[float]:
-    return [line["loss"] for line in lines(run_dir, stage=stage)]
-
-
-def summary(run_dir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
-    return found
 
 
 def built(name: str = "shufflenet_v2_x0_5", stage: StageConfig = HEAD) -> tuple[TransferModel, ImageNetwork]:
@@ -94,7 +78,7 @@ def test_training_on_features_is_training_on_images(folder: Path, tmp_path: Path
         assert main(args) == 0
     for stage in ("head", "full"):
         assert losses(tmp_path / "on", stage) == pytest.approx(losses(tmp_path / "off", stage), rel=1e-4)
-    on, off = summary(tmp_path / "on"), summary(tmp_path / "off")
+    on, off = summary_of(tmp_path / "on"), summary_of(tmp_path / "off")
     assert (on["stages"]["head"]["cached"], off["stages"]["head"]["cached"]) == (True, False)
     assert not on["stages"]["full"]["cached"]
     assert on["stages"]["head"]["train_images"] == off["stages"]["head"]["train_images"]
@@ -118,7 +102,7 @@ def test_a_second_run_computes_nothing(folder: Path, tmp_path: Path, cache: Path
     assert main(head_args(folder, tmp_path / "one")) == 0
     monkeypatch.setattr(module, "_compute_chunk", None)
     assert main(head_args(folder, tmp_path / "two", "stages.head.lr=0.02")) == 0
-    assert summary(tmp_path / "two")["stages"]["head"]["cached"]
+    assert summary_of(tmp_path / "two")["stages"]["head"]["cached"]
     assert main(head_args(folder, tmp_path / "three")) == 0
     assert timeless(lines(tmp_path / "three")) == timeless(lines(tmp_path / "one"))
 
@@ -154,7 +138,7 @@ def test_bad_images_are_left_out_alike(folder: Path, tmp_path: Path, cache: Path
         args = head_args(data, tmp_path / how, f"stages.head.features={how}", "data.on_bad_image=skip")
         assert main(args) == 0
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
-    assert summary(tmp_path / "on")["bad_images"] == summary(tmp_path / "off")["bad_images"]
+    assert summary_of(tmp_path / "on")["bad_images"] == summary_of(tmp_path / "off")["bad_images"]
     assert main(head_args(data, tmp_path / "error")) == 2
 
 
@@ -191,7 +175,7 @@ def test_an_extraction_that_was_killed_goes_on(folder: Path, tmp_path: Path) -> 
     assert 1 <= len(written) < 4 + 2
     assert run_ranks(2, in_ranks, variables, args) == [0, 0]
     assert {path: path.stat().st_mtime_ns for path in written} == written, "what was there is not computed again"
-    assert summary(tmp_path / "run")["stages"]["head"]["cached"]
+    assert summary_of(tmp_path / "run")["stages"]["head"]["cached"]
 
 
 def killed_in_extraction(variables: dict[str, str], args: list[str], after: int) -> int:
@@ -224,7 +208,7 @@ def test_a_signal_to_one_rank_during_extraction_stops_all(folder: Path, tmp_path
     variables = {"DISTIL_TL_CACHE": str(tmp_path / "cache")}
     args = head_args(folder, tmp_path / "run")
     assert run_ranks(2, stopped_in_extraction, variables, args) == [3, 3]
-    assert summary(tmp_path / "run")["status"] == "preempted"
+    assert summary_of(tmp_path / "run")["status"] == "preempted"
     assert run_ranks(2, in_ranks, variables, args) == [0, 0]
 
 
@@ -236,7 +220,7 @@ def test_a_full_disk_is_no_reason_to_stop_unless_they_are_asked_for(
 
     monkeypatch.setattr("distil_tl.data.feature_cache.np.save", full)
     assert main(head_args(folder, tmp_path / "auto")) == 0
-    assert not summary(tmp_path / "auto")["stages"]["head"]["cached"]
+    assert not summary_of(tmp_path / "auto")["stages"]["head"]["cached"]
     assert "No space left on device" in capsys.readouterr().out
     assert main(head_args(folder, tmp_path / "on", "stages.head.features=on")) == 2
     assert "stages.head.features: they can't be written to" in capsys.readouterr().err
@@ -339,7 +323,7 @@ def test_a_file_that_cannot_be_read_now_may_be_later(
     assert "see whether its disk is there" in capsys.readouterr().err
     assert list(cache.rglob("*.npy")), "what could be read is kept"
     assert main(args) == 0
-    assert not summary(tmp_path / "run").get("bad_images")
+    assert not summary_of(tmp_path / "run").get("bad_images")
 
 
 def test_a_device_that_is_too_small_says_what_to_do(
@@ -364,7 +348,7 @@ def test_memory_that_does_not_take_them_is_a_reason_to_do_without(
 ) -> None:
     monkeypatch.setattr(feature_cache._libc, "mmap", lambda *args: ctypes.c_void_p(-1).value)
     assert main(head_args(folder, tmp_path / "auto")) == 0
-    assert summary(tmp_path / "auto")["stages"]["head"]["cached"] is False
+    assert summary_of(tmp_path / "auto")["stages"]["head"]["cached"] is False
     assert main(head_args(folder, tmp_path / "on", "stages.head.features=on")) == 2
     assert "they can't be mapped from" in capsys.readouterr().err
 
@@ -375,7 +359,7 @@ def test_a_bad_image_is_known_from_features_that_are_found(data: Path, tmp_path:
     for name in ("first", "second"):
         args = head_args(data, tmp_path / name, "data.on_bad_image=skip", "stages.full.epochs=0")
         assert main(args) == 0
-        assert summary(tmp_path / name)["bad_images"]["train"]["count"] == 1
+        assert summary_of(tmp_path / name)["bad_images"]["train"]["count"] == 1
     assert main(head_args(data, tmp_path / "third", "stages.full.epochs=0")) == 2
 
 

@@ -11,7 +11,7 @@ import pytest
 from distil_tl import evaluate, train
 from distil_tl.models.graph.fold_batchnorm import folds
 from distil_tl.run import Job
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 
 
 @pytest.fixture

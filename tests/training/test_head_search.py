@@ -23,9 +23,10 @@ from distil_tl.training.head_search import Heads, Settings, Step, grid
 from distil_tl.training.optim import OptimConfig, clip_gradients
 from distil_tl.training.stage import SearchConfig, StageConfig
 from distil_tl.utils.errors import UserError
+from tests.helpers.arguments import head_args
 from tests.helpers.ranks import lines, run_ranks, train
+from tests.helpers.runs import losses, summary_of
 from tests.helpers.same_run import timeless
-from tests.training.test_features import head_args, losses, summary
 
 CPU = torch.device("cpu")
 GRID = ("stages.head.search.lr=[1,0.3,0.03]", "stages.head.search.weight_decay=[2,0.3]", "optim.name=adamw")
@@ -33,7 +34,7 @@ GRID = ("stages.head.search.lr=[1,0.3,0.03]", "stages.head.search.weight_decay=[
 
 def found(run_dir: Path) -> dict[str, Any]:
     """What the search of the head stage found, but for its time."""
-    record: dict[str, Any] = summary(run_dir)["stages"]["head"]["search"]
+    record: dict[str, Any] = summary_of(run_dir)["stages"]["head"]["search"]
     return {key: value for key, value in record.items() if key != "seconds"}
 
 
@@ -121,7 +122,7 @@ def test_a_head_of_the_search_is_the_one_that_the_stage_trains(
     (weight,) = (value for key, value in weights.items() if value.ndim == 2 and len(value) == 3)
     torch.testing.assert_close(trained[0].weight[0, :, :-1], weight, rtol=0, atol=1e-5)
     (head,) = found(tmp_path / "run")["heads"]
-    final = summary(tmp_path / "run")["final"]
+    final = summary_of(tmp_path / "run")["final"]
     assert head == {"lr": 0.1, "weight_decay": 0.01, "top1": final["top1"], "loss": pytest.approx(final["loss"], 1e-5)}
     assert final["top1"] > 0.4, "it has learned something"
 
@@ -134,7 +135,7 @@ def test_the_choice_is_that_of_separate_trainings(folder: Path, tmp_path: Path) 
         run_dir = tmp_path / f"{lr}-{decay}"
         optim = ("optim.name=adamw", f"optim.weight_decay={decay}")
         assert main(one(folder, run_dir, f"stages.head.lr={lr}", *optim)) == 0
-        final = summary(run_dir)["final"]
+        final = summary_of(run_dir)["final"]
         assert head["top1"] == final["top1"]
         assert head["loss"] == pytest.approx(final["loss"], rel=1e-4)
         best.append((-final["top1"], final["loss"], run_dir))
@@ -208,7 +209,7 @@ def test_a_search_that_was_stopped_or_killed_is_done_again(folder: Path, tmp_pat
     assert run_ranks(2, in_pieces, one(folder, tmp_path / "whole", *GRID)) == [0, 0]
     args = one(folder, tmp_path / "run", *GRID)
     assert run_ranks(2, interrupted, args, 15, 5) == [3, 3]
-    assert summary(tmp_path / "run")["status"] == "preempted"
+    assert summary_of(tmp_path / "run")["status"] == "preempted"
     with pytest.raises(AssertionError, match="died"):
         run_ranks(2, interrupted, args, 9, 5)
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))

@@ -25,7 +25,7 @@ from distil_tl.training.optim import (
     set_lr,
 )
 from distil_tl.training.stage import StageConfig, apply_stage
-from tests.training.test_stage import images, tiny
+from tests.helpers.networks import images, tiny
 
 
 def groups_of(stage: StageConfig, weight_decay: float = 0.1) -> tuple[TransferModel, list[dict[str, Any]]]:

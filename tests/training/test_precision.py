@@ -19,7 +19,7 @@ from distil_tl.distributed.process_group import DistInfo, session
 from distil_tl.train import main
 from distil_tl.training import precision
 from distil_tl.training.precision import Compute, choose, usual_way, ways_to_compute
-from tests.conftest import small_args
+from tests.helpers.arguments import small_args
 from tests.helpers.ranks import lines, run_ranks
 
 CPU = torch.device("cpu")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from distil_tl.models.config import ModelConfig
-from distil_tl.models.layer_groups import LayerGroup
-from distil_tl.models.preprocess import Preprocess
-from distil_tl.models.transfer import TransferModel, WeightsInfo, build
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.training.stage import (
     StageConfig,
     apply_stage,
@@ -23,39 +20,7 @@ from distil_tl.training.stage import (
     trainable_groups,
 )
 from distil_tl.utils.errors import UserError
-
-NAMES = ["stem", "layer1", "layer2", "head"]
-
-
-def block(before: int, after: int) -> nn.Module:
-    return nn.Sequential(
-        OrderedDict(
-            conv=nn.Conv2d(before, after, 3), norm=nn.BatchNorm2d(after), drop=nn.Dropout2d(0.5), relu=nn.ReLU()
-        )
-    )
-
-
-def tiny() -> TransferModel:
-    """Four groups, each of the first three with a BatchNorm and a dropout; a dropout before the head."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module = nn.Sequential(
-            OrderedDict(
-                stem=block(3, 4),
-                layer1=block(4, 4),
-                layer2=block(4, 6),
-                pool=nn.AdaptiveAvgPool2d(1),
-                flat=nn.Flatten(),
-                drop=nn.Dropout(0.5),
-                head=nn.Linear(6, 3),
-            )
-        )
-    groups = tuple(LayerGroup(name, (name,)) for name in NAMES)
-    return TransferModel(module, groups, Preprocess(), WeightsInfo("none", None), 10, False)
-
-
-def images(count: int = 4, size: int = 10) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+from tests.helpers.networks import NAMES, images, tiny
 
 
 def buffers(model: TransferModel) -> dict[str, Tensor]:

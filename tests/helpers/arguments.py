@@ -1,0 +1,33 @@
+"""Arguments of small runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def small_args(folder: Path) -> list[str]:
+    """Arguments of a two-stage run that takes seconds: 6 steps of 8 images an epoch."""
+    return [
+        f"data.root={folder}",
+        "data.image_size=32",
+        "data.global_batch_size=8",
+        "data.workers=0",
+        "model.name=shufflenet_v2_x0_5",
+        "model.weights=none",
+        "stages.head.epochs=1",
+        "stages.full.epochs=2",
+        "stages.head.lr=0.01",
+        "stages.full.lr=0.001",
+        "stages.full.unfreeze=2",
+        "optim.name=sgd",
+        "tracking.log_every=1",
+        "distributed.timeout_seconds=60",
+        "distributed.device=cpu",
+    ]
+
+
+def head_args(folder: Path, run_dir: Path, *more: str) -> list[str]:
+    """Three epochs of the head without augmentation, then one of everything."""
+    general = [arg for arg in small_args(folder) if not arg.startswith("stages.")]
+    stages = ["stages.head.epochs=3", "stages.head.lr=0.01", "stages.full.epochs=1", "stages.full.lr=0.001"]
+    return [*general, *stages, "data.augment=none", f"run_dir={run_dir}", *more]
