@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from distil_tl.distributed.process_group import available_cpus
 from distil_tl.rundir.directory import git_state
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json
+from distil_tl.utils.threads import available_cpus
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")

@@ -22,7 +22,7 @@ from distil_tl.data.loader import Batch
 from distil_tl.data.splits import open_splits, train_batches
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistInfo, available_cpus, session
+from distil_tl.distributed.process_group import DistInfo, session
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build
 from distil_tl.training.metrics import Meter
@@ -33,6 +33,7 @@ from distil_tl.training.stage import StageConfig
 from distil_tl.training.step import begin_stage, train_epoch
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.threads import available_cpus
 
 MODES = ("loader", "synthetic", "both")
 

@@ -14,7 +14,8 @@ from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import plan_batches
 from distil_tl.data.splits import Splits
 from distil_tl.distributed.preemption import Agreement, Request, StopRequest
-from distil_tl.distributed.process_group import DistInfo, on_rank_zero
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir import checkpoint as ckpt
 from distil_tl.rundir.checkpoint import Checkpoints, Position, find_fault

@@ -25,7 +25,8 @@ from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.splits import bring_near, eval_batches, open_splits, train_batches
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.preemption import Request, StopAgreedError, StopRequest
-from distil_tl.distributed.process_group import on_rank_zero, once_per_node, session
+from distil_tl.distributed.process_group import session
+from distil_tl.distributed.rank_zero import on_rank_zero, once_per_node
 from distil_tl.models.transfer import build, prepare_weights
 from distil_tl.report import write_report
 from distil_tl.run import Job, open_job

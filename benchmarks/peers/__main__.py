@@ -23,12 +23,12 @@ from benchmarks.peers.job import DOCUMENTED, Job, Speed, Stage, read_events
 from benchmarks.peers.picture import picture
 from distil_tl.data.digits import digits_folder
 from distil_tl.data.scan import scan
-from distil_tl.distributed.process_group import available_cpus
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
+from distil_tl.utils.threads import available_cpus
 
 KEEP = 1.15  # a tuned peer that takes so much longer than the fastest after two rounds is not measured on
 

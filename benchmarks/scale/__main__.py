@@ -17,8 +17,8 @@ from benchmarks.scale import link
 from benchmarks.scale.files import write_tree
 from benchmarks.scale.ranks import run_ranks
 from distil_tl.data.scan import scan
-from distil_tl.distributed.process_group import available_cpus
 from distil_tl.utils.command import run_command
+from distil_tl.utils.threads import available_cpus
 
 PARTS = ("startup", "tree", "traffic", "link")
 

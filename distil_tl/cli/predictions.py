@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from distil_tl.data.config import IMG_EXTENSIONS, default_workers
 from distil_tl.data.decode import ImageError
-from distil_tl.distributed.process_group import available_cpus
 from distil_tl.inference import Transform, restore
 from distil_tl.training.network import ImageNetwork
 from distil_tl.training.precision import usual_way
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import Progress
+from distil_tl.utils.threads import available_cpus
 
 
 def predict(

@@ -18,10 +18,10 @@ from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import View
-from distil_tl.distributed.launch_env import Launch
-from distil_tl.distributed.process_group import available_cpus, cpus_of_rank
+from distil_tl.distributed.launch_env import Launch, cpus_of_rank
 from distil_tl.utils.log import logger
 from distil_tl.utils.rng import keyed_seed
+from distil_tl.utils.threads import available_cpus
 
 UNREADABLE = "the file can't be read"
 

@@ -17,7 +17,8 @@ from distil_tl.data.local_folder import (
     require_free_space,
 )
 from distil_tl.distributed.collectives import gather_objects
-from distil_tl.distributed.process_group import DistInfo, on_each_node
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.rank_zero import on_each_node
 from distil_tl.utils.log import logger, printable
 
 THREADS = 16  # files copied in parallel, to hide the latency of a network file system

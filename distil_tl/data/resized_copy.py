@@ -27,10 +27,10 @@ from distil_tl.data.loader import ignore_signals
 from distil_tl.data.resize import TEMPORARY, Outcome, ShrinkDataset
 from distil_tl.data.scan import scan
 from distil_tl.data.transforms import closest_crop
-from distil_tl.distributed.process_group import available_cpus
 from distil_tl.utils.errors import PreemptedError, UserError
 from distil_tl.utils.files import write_json
 from distil_tl.utils.log import Progress, logger, printable
+from distil_tl.utils.threads import available_cpus
 from distil_tl.utils.version import __version__
 
 MANIFEST = "prepared.json"

@@ -29,7 +29,8 @@ from distil_tl.data.scan import scan
 from distil_tl.data.tar_archive import stage_archive
 from distil_tl.data.transforms import eval_transform, train_transform
 from distil_tl.distributed.collectives import share_arrays
-from distil_tl.distributed.process_group import DistInfo, on_rank_zero
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic

@@ -17,7 +17,8 @@ from distil_tl.data.local_folder import (
     reason_of,
     require_free_space,
 )
-from distil_tl.distributed.process_group import DistInfo, on_each_node
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.rank_zero import on_each_node
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import printable
 

@@ -1,4 +1,7 @@
-"""What ranks tell each other in collectives: arrays, sums, the values of each."""
+"""Collectives: shared arrays, sums, averages, and the values of all ranks.
+
+All ranks call these functions in the same order. With a single rank they return their input.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,18 @@ from torch import Tensor
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.shared_memory import Place, SharedArrays, fill, mapped, new_memory, places_of, size_of, views
 
-PIECE = 64 << 20  # bytes
+PIECE = 64 << 20  # bytes of one broadcast
 
 
 def share_arrays(info: DistInfo, arrays: Mapping[str, np.ndarray] | None) -> Mapping[str, np.ndarray]:
-    """Rank 0's `arrays` on every rank, without pickling; the ranks of a node hold one copy of them together.
+    """Rank 0's `arrays` on every rank, without pickling; the ranks of a node share one copy in memory.
 
-    What a rank writes to becomes its own, and the others don't see it. The copy is in no folder, so that nothing is
-    left of it however the ranks end. A rank that can't reach it, as from another container, gets a copy of its own.
+    Writes are private to a rank (copy on write). The memory has no name in any file system, so nothing is left however
+    the ranks end. A rank that can't access the memory of its node, for example from another container, gets its own
+    copy.
+
+    Args:
+        arrays: on rank 0; None on the others.
     """
     if info.store is None:
         assert arrays is not None
@@ -37,7 +44,7 @@ def share_arrays(info: DistInfo, arrays: Mapping[str, np.ndarray] | None) -> Map
         if memory is not None and arrays is not None:
             fill(memory, places, arrays)
         _broadcast(memory, size)
-        gather_objects(info, None)  # now it is filled on every node
+        gather_objects(info, None)  # now the memory is filled on every node
     except BaseException:
         if file is not None:
             os.close(file)
@@ -49,7 +56,10 @@ def share_arrays(info: DistInfo, arrays: Mapping[str, np.ndarray] | None) -> Map
 
 
 def _memory_of_node(info: DistInfo, size: int) -> tuple[int | None, np.ndarray | None]:
-    """The file that this node shares, if it does, and what this rank is to fill, uint8 [size]: that, or its own."""
+    """The file descriptor of the memory that the node shares, and the memory that this rank fills, uint8 [size].
+
+    Without shared memory the descriptor is None, and every rank fills its own. With it, the rank that made it fills it.
+    """
     leads = info.launch.local_rank == 0 and info.launch.local_world_size > 1
     file = new_memory(size) if leads else None
     fill = None if file is None else mapped(file, size, mmap.ACCESS_WRITE)
@@ -58,15 +68,15 @@ def _memory_of_node(info: DistInfo, size: int) -> tuple[int | None, np.ndarray |
         offer = next((offer[1:] for offer in offers if offer and offer[0] == info.launch.node), None)
         file = None if offer is None or info.is_main else _opened(offer, size)
         fill = np.empty(size, np.uint8) if file is None else None
-    gather_objects(info, None)  # until here nobody closes what others may open
+    gather_objects(info, None)  # a rank that fails must not close its file before the others have opened it
     return file, fill
 
 
 def _broadcast(fill: np.ndarray | None, size: int) -> None:
-    """Rank 0's bytes into those of all ranks that fill some. The others take part, and throw away what comes.
+    """Copy rank 0's bytes to all ranks that fill memory. The other ranks take part, and discard the bytes.
 
-    A group of those that fill would spare that, but making groups takes other paths than collectives do: on CUDA, in
-    some versions of torch, one that waits for every rank (pytorch#197568).
+    A process group of the ranks that fill memory would avoid that. But torch makes a group by other code than a
+    collective: on CUDA, in some versions, by code that waits for every rank (pytorch#197568).
     """
     spare = np.empty(min(size, PIECE), np.uint8)
     for start in range(0, size, PIECE):
@@ -74,18 +84,18 @@ def _broadcast(fill: np.ndarray | None, size: int) -> None:
         dist.broadcast(torch.from_numpy(piece[: min(PIECE, size - start)]), src=0)
 
 
-def _address(made: int) -> tuple[int, int, int, int]:
-    """Where processes of the same machine and user find a file of this one, and by what they know it again."""
-    status = os.fstat(made)
-    return os.getpid(), made, status.st_dev, status.st_ino
+def _address(file: int) -> tuple[int, int, int, int]:
+    """By what another process of this machine and user can open the file, and check that it is the same file."""
+    status = os.fstat(file)
+    return os.getpid(), file, status.st_dev, status.st_ino
 
 
 def _opened(address: Sequence[int], size: int) -> int | None:
-    """What another process offers; None where it can't be seen, as its number means another process here."""
+    """Open another process's file; None if it isn't visible here, where its process number may be another process."""
     process, number, device, inode = address
     path, expected = f"/proc/{process}/fd/{number}", (device, inode, size)
     try:
-        status = os.stat(path)  # noqa: PTH116 - before it is opened, which of a pipe or a terminal would have effects
+        status = os.stat(path)  # noqa: PTH116 - checked before it is opened: to open a pipe or terminal has effects
         if (status.st_dev, status.st_ino, status.st_size) != expected:
             return None
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -101,6 +111,7 @@ def sum_over_ranks(info: DistInfo, tensor: Tensor) -> Tensor:
 
 
 def max_over_ranks(info: DistInfo, value: float) -> float:
+    """The largest `value` of all ranks."""
     if info.store is None:
         return value
     tensor = torch.tensor(value, dtype=torch.float64)
@@ -109,7 +120,7 @@ def max_over_ranks(info: DistInfo, value: float) -> float:
 
 
 def gather_objects(info: DistInfo, value: Any) -> list[Any]:
-    """JSON-able values of all ranks, by rank."""
+    """The JSON-able values of all ranks, by rank."""
     if info.store is None:
         return [value]
     texts: list[Any] = [None] * info.world_size
@@ -118,7 +129,7 @@ def gather_objects(info: DistInfo, value: Any) -> list[Any]:
 
 
 def gather_rows(info: DistInfo, rows: Tensor, at_most: int) -> Tensor:
-    """All ranks' rows one after the other: CPU float tensors [n, k] with n up to `at_most` and different by rank."""
+    """The rows of all ranks, concatenated. `rows` is a CPU float tensor [n, k]; n <= `at_most` may differ by rank."""
     if info.store is None:
         return rows
     padded = rows.new_full((at_most, rows.shape[1]), float("nan"))

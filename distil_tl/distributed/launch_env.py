@@ -1,17 +1,30 @@
-"""What the launcher said about this process: torchrun, a Slurm step, or nobody."""
+"""Rank and world size, from the environment of torchrun or of a Slurm step."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.threads import available_cpus
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SLURM = (
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_STEP_NODELIST",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "SLURM_JOB_ID",
+)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher said about this process. `url` is where ranks meet; None means there is only one."""
+    """This process among those that the launcher started. `url` is torch's init method; None for a single process."""
 
     rank: int = 0
     world_size: int = 1
@@ -19,51 +32,51 @@ class Launch:
     local_world_size: int = 1
     node: int = 0
     url: str | None = None
-    launcher: str = "none"
+    launcher: str = "none"  # none | torchrun | slurm
 
 
 def read_launch(env: Mapping[str, str]) -> Launch:
-    """The launch described by torchrun's variables, else by those of a Slurm step, else a world of one.
+    """The launch that torchrun's variables describe, else those of a Slurm step, else a single process.
 
     Raises:
-        UserError: an environment that is only half there, which would otherwise train alone, silently.
+        UserError: variables are missing or inconsistent. Without this check the process would train alone, unnoticed.
     """
-    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in env or "WORLD_SIZE" in env or "LOCAL_RANK" in env:
-        optional = tuple(name for name in ("LOCAL_WORLD_SIZE", "GROUP_RANK") if name in env)
-        values = _numbers(env, (*torchrun[:3], *optional), torchrun, "torchrun")
-        local_world = values.get("LOCAL_WORLD_SIZE", values["WORLD_SIZE"])
-        return _checked(
-            Launch(
-                rank=values["RANK"],
-                world_size=values["WORLD_SIZE"],
-                local_rank=values["LOCAL_RANK"],
-                local_world_size=local_world,
-                node=values.get("GROUP_RANK", values["RANK"] // max(1, local_world)),
-                url="env://",
-                launcher="torchrun",
-            )
-        )
-    # A batch script has most SLURM_ variables too; only a task that srun started has a step.
+        return _checked(_torchrun_launch(env))
+    # A batch script has most SLURM_ variables too, but only a task that srun started has a step.
     if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS") != "1":
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NODEID")
-        needed = (*names, "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID")
-        values = _numbers(env, names, needed, "srun")
-        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "")
-        host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
-        port = env.get("MASTER_PORT") or _slurm_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"])
-        return _checked(
-            Launch(
-                rank=values["SLURM_PROCID"],
-                world_size=values["SLURM_STEP_NUM_TASKS"],
-                local_rank=values["SLURM_LOCALID"],
-                local_world_size=_tasks_on_node(tasks, values["SLURM_NODEID"]),
-                node=values["SLURM_NODEID"],
-                url=f"tcp://{host}:{port}",
-                launcher="slurm",
-            )
-        )
+        return _checked(_slurm_launch(env))
     return Launch()
+
+
+def _torchrun_launch(env: Mapping[str, str]) -> Launch:
+    optional = tuple(name for name in ("LOCAL_WORLD_SIZE", "GROUP_RANK") if name in env)
+    values = _numbers(env, (*TORCHRUN[:3], *optional), TORCHRUN, "torchrun")
+    local_world_size = values.get("LOCAL_WORLD_SIZE", values["WORLD_SIZE"])
+    return Launch(
+        rank=values["RANK"],
+        world_size=values["WORLD_SIZE"],
+        local_rank=values["LOCAL_RANK"],
+        local_world_size=local_world_size,
+        node=values.get("GROUP_RANK", values["RANK"] // max(1, local_world_size)),
+        url="env://",
+        launcher="torchrun",
+    )
+
+
+def _slurm_launch(env: Mapping[str, str]) -> Launch:
+    values = _numbers(env, SLURM[:4], SLURM, "srun")
+    host = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+    port = env.get("MASTER_PORT") or _slurm_port(env["SLURM_JOB_ID"], env["SLURM_STEP_ID"])
+    return Launch(
+        rank=values["SLURM_PROCID"],
+        world_size=values["SLURM_STEP_NUM_TASKS"],
+        local_rank=values["SLURM_LOCALID"],
+        local_world_size=_tasks_on_node(env["SLURM_STEP_TASKS_PER_NODE"], values["SLURM_NODEID"]),
+        node=values["SLURM_NODEID"],
+        url=f"tcp://{host}:{port}",
+        launcher="slurm",
+    )
 
 
 def _numbers(
@@ -86,7 +99,7 @@ def _numbers(
 def _checked(launch: Launch) -> Launch:
     if not 0 <= launch.rank < launch.world_size or not 0 <= launch.local_rank < launch.local_world_size:
         raise UserError(
-            f"the {launch.launcher} environment contradicts itself: rank {launch.rank} of {launch.world_size}, "
+            f"the {launch.launcher} environment is inconsistent: rank {launch.rank} of {launch.world_size}, "
             f"local rank {launch.local_rank} of {launch.local_world_size}"
         )
     return launch
@@ -101,13 +114,23 @@ def first_host(nodelist: str) -> str:
 
 
 def _slurm_port(job: str, step: str) -> int:
-    # Below the ephemeral range, and different for two jobs, or two steps, that share a node.
+    # Below the ephemeral range, and different for two jobs, or two steps, on one node.
     return 12000 + (int(job) * 31 + (int(step) if step.isdigit() else 0)) % 20000
 
 
 def _tasks_on_node(spec: str, node: int) -> int:
-    """`2(x3),1` lists tasks per node: 2, 2, 2, 1."""
+    """Number of tasks of a node, from a list such as `2(x3),1`, which means 2, 2, 2, 1."""
     counts: list[int] = []
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", spec):
         counts += [int(count)] * int(times or 1)
     return counts[node] if node < len(counts) else 1
+
+
+def cpus_of_rank(launch: Launch) -> int:
+    """Number of CPUs for this rank and its loader processes, at least 1.
+
+    Slurm may bind each task to its own CPUs; otherwise the ranks of a node share the CPUs that this process may use.
+    """
+    cpus, step = available_cpus(), os.environ.get("SLURM_CPUS_ON_NODE", "")
+    bound = launch.launcher == "slurm" and step.isdigit() and cpus < int(step)
+    return cpus if bound else max(1, cpus // launch.local_world_size)

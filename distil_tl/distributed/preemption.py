@@ -1,4 +1,4 @@
-"""Being asked to stop or to save, and doing it together."""
+"""Signals: all ranks stop or save after the same step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class Request(enum.IntEnum):
-    """What a rank wants all of them to do; the highest wins."""
+    """What a rank requests of all ranks; the highest request wins."""
 
     GO_ON = 0
     SAVE = 1
@@ -25,15 +25,14 @@ class Request(enum.IntEnum):
 
 
 class StopAgreedError(Exception):
-    """All ranks have agreed to stop, in the middle of something that they can do again."""
+    """All ranks have agreed to stop, during work that can be repeated from its beginning."""
 
 
 class StopRequest:
-    """Notes that a signal asked this process to stop; the handler does nothing else, however often it is called.
+    """Signal handlers that only record that a signal came. As a context manager it restores the former handlers.
 
-    Until `hold` there is nothing to save, and a signal ends the process at once, with a PreemptedError. A context
-    manager that puts the former handlers back. Signals: INT (Ctrl-C), TERM (preemption, scancel), USR2 (submitit's
-    warning before a time limit).
+    Before `hold` there is nothing to save, and the first signal ends the process with a PreemptedError. Signals: INT
+    (Ctrl-C), TERM (preemption, scancel), USR2 (submitit's warning before a time limit).
     """
 
     def __init__(self) -> None:
@@ -42,20 +41,21 @@ class StopRequest:
         self._former: dict[int, signal._HANDLER] = {}
 
     def __bool__(self) -> bool:
+        """Whether a signal came."""
         return self.name is not None
 
     def hold(self) -> None:
-        """From here on signals only leave a note, for the ranks to agree on."""
+        """From now on only record signals; the ranks then agree to stop."""
         self._held = True
 
-    def _note(self, number: int, frame: types.FrameType | None) -> None:
-        again, self.name = self.name is not None, signal.Signals(number).name
-        if not self._held and not again:
-            raise PreemptedError(f"stopped by {self.name} before training began; the same command starts again")
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        repeated, self.name = self.name is not None, signal.Signals(number).name
+        if not self._held and not repeated:
+            raise PreemptedError(f"stopped by {self.name} before training started; run the same command to start again")
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
-            self._former[number] = signal.signal(number, self._note)
+            self._former[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -64,10 +64,13 @@ class StopRequest:
 
 
 class Agreement:
-    """Turns "some rank asks for it" into "all ranks do it after the same step".
+    """Turns the request of one rank into the same action of all ranks after the same step.
 
-    `poll` is called once a step by every rank. The requests of one step are combined while the next step computes,
-    so agreeing costs no waiting; the answer is one step late, and the same step everywhere.
+    Every rank calls `poll` once a step. The requests of one step are reduced while the next step computes, so that no
+    rank waits; the result is one step late, and equal on all ranks.
+
+    Args:
+        request: what this rank requests now.
     """
 
     def __init__(self, info: DistInfo, request: Callable[[], Request]) -> None:
@@ -77,29 +80,30 @@ class Agreement:
         self._pending: dist.Work | None = None
 
     def poll(self) -> Request:
-        """What all ranks do here."""
+        """The highest request of the call before, and start to reduce that of now."""
         if self._alone:
             return self._request()
-        agreed = self._settle()
+        agreed = self._result()
         self._highest.fill_(self._request())
         self._pending = dist.all_reduce(self._highest, op=dist.ReduceOp.MAX, async_op=True)
         return agreed
 
     def ask(self) -> Request:
-        """Like `poll`, but about this very moment: for places that may wait, such as the end of an epoch."""
+        """The highest request of now. Waits for the other ranks: for places such as the end of an epoch."""
         earlier = self.poll()
-        return max(self._settle(), earlier)
+        return max(self._result(), earlier)
 
     def check(self) -> None:
-        """`poll`, for work that can be done again from its beginning.
+        """Like `poll`, for work that can be repeated from its beginning.
 
         Raises:
-            StopAgreedError: on all ranks alike.
+            StopAgreedError: on all ranks.
         """
         if self.poll() is Request.STOP:
             raise StopAgreedError
 
-    def _settle(self) -> Request:
+    def _result(self) -> Request:
+        """The result of the reduction that runs, if one does."""
         if self._alone:
             return self._request()
         if self._pending is None:

@@ -1,4 +1,4 @@
-"""Arrays in memory that no folder knows, and that processes of a machine can hold together."""
+"""Arrays in anonymous memory (memfd) that processes of one machine can share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Place(NamedTuple):
-    """Where among the bytes of all arrays one of them lies."""
+    """The byte range of one array in the memory of all of them, with its dtype and shape."""
 
     name: str
     dtype: str
@@ -22,16 +22,17 @@ class Place(NamedTuple):
 
 
 def places_of(arrays: Mapping[str, np.ndarray]) -> list[Place]:
+    """A layout of the arrays, each aligned to 64 bytes."""
     places, end = list[Place](), 0
     for name, array in arrays.items():
-        start = -(-end // 64) * 64  # aligned for every dtype
+        start = -(-end // 64) * 64  # enough for every dtype
         end = start + array.nbytes
         places.append(Place(name, array.dtype.str, array.shape, start, end))
     return places
 
 
 def size_of(places: Sequence[Place]) -> int:
-    """Bytes, at least 1."""
+    """Number of bytes, at least 1."""
     return max([1, *(place.end for place in places)])
 
 
@@ -47,20 +48,20 @@ def views(memory: np.ndarray, places: Sequence[Place]) -> dict[str, np.ndarray]:
 
 
 class SharedArrays(Mapping[str, np.ndarray]):
-    """Arrays by name in a file in memory. What a process writes to becomes its own, and the others don't see it.
+    """Arrays by name in shared memory. Writes are private to a process (copy on write).
 
-    A process that it is pickled for as it starts gets the same memory, and no copy.
+    Pickled to start a process, it gives that process the same memory, not a copy.
     """
 
     def __init__(self, file: int, places: Sequence[Place]) -> None:
-        """`file` is a descriptor, closed with the last reference to this."""
+        """`file` is a descriptor, which this object closes when it is deleted."""
         self.file = file
         self.places = places
         self._arrays = views(mapped(file, size_of(places), mmap.ACCESS_COPY), places)
 
     @classmethod
     def copied(cls, arrays: Mapping[str, np.ndarray]) -> SharedArrays | None:
-        """A copy of `arrays` to share; None where there is no memory for that."""
+        """A copy of `arrays` to share; None if there is no memory for it."""
         places = places_of(arrays)
         file = new_memory(size_of(places))
         if file is None:
@@ -89,13 +90,13 @@ def _received(file: Any, places: Sequence[Place]) -> SharedArrays:
 
 
 def new_memory(size: int) -> int | None:
-    """A file of `size` bytes in memory alone; None where there is none to be had."""
+    """A descriptor of `size` bytes of anonymous memory; None if the system has no memfd or not enough memory."""
     try:
         made = os.memfd_create("distil_tl")
     except (AttributeError, OSError):  # not Linux
         return None
     try:
-        os.posix_fallocate(made, 0, size)  # what is missing shows now, and not as a bus error later
+        os.posix_fallocate(made, 0, size)  # allocate now: missing memory would be a bus error later
     except OSError:
         os.close(made)
         return None
@@ -103,5 +104,5 @@ def new_memory(size: int) -> int | None:
 
 
 def mapped(file: int, size: int, access: int) -> np.ndarray:
-    """The bytes of a file, uint8 [size]."""
+    """The bytes of a file, mapped: uint8 [size]."""
     return np.frombuffer(mmap.mmap(file, size, access=access), np.uint8)

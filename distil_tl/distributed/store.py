@@ -1,10 +1,9 @@
-"""The store through which ranks meet and exchange words, so asked that no answer is waited for for ever."""
+"""The key-value store that connects the ranks. Every request has a timeout."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -15,41 +14,36 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from distil_tl.distributed.launch_env import Launch
-from distil_tl.utils.command import STUCK
-from distil_tl.utils.errors import LostRanksError
+from distil_tl.utils.errors import LostRanksError, PreemptedError
+from distil_tl.utils.threads import CallTimeoutError, call_with_timeout
 
 Result = TypeVar("Result")
 
+POLL_SECONDS = 0.05
+_PREEMPTED = "preempted"  # the key under which a rank writes that a signal stopped it
 
-def within(seconds: float, work: Callable[[], Result], *, asking: str = "the process that the ranks meet in") -> Result:
-    """What `work` returns or raises, in a thread that is left behind when it takes longer, or a signal comes first.
 
-    A store lives in one of the processes. Once that one is frozen torch reads from it for ever, whatever the timeout
-    it was given: when it connects, when a process group is made, and in every question.
+def within(seconds: float, work: Callable[[], Result], *, peer: str = "the store of the ranks") -> Result:
+    """What `work`, a call that needs another process, returns or raises within `seconds`.
+
+    A store is served by one of the processes. When that one is frozen, torch waits without end, whatever its timeout:
+    while it connects, while it makes a process group, and for the answer to each request.
 
     Raises:
-        DistStoreError: no answer in that time.
+        DistStoreError: no answer from `peer` in that time.
     """
-    results, faults = list[Result](), list[BaseException]()
-
-    def ask() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            faults.append(error)
-
-    thread = threading.Thread(target=ask, name=STUCK, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if faults:
-        raise faults[0]
-    if not results:
-        raise dist.DistStoreError(f"no answer in {seconds:g} s from {asking}")
-    return results[0]
+    try:
+        return call_with_timeout(seconds, work)
+    except CallTimeoutError:
+        raise dist.DistStoreError(f"no answer in {seconds:g} s from {peer}") from None
 
 
 class Store:
-    """A torch store whose every question is answered `within` so many seconds, or raises DistStoreError."""
+    """A torch store with a timeout for every request.
+
+    Raises:
+        DistStoreError: by every method, when there is no answer in `seconds`.
+    """
 
     def __init__(self, inner: Any, seconds: float) -> None:
         self.inner = inner
@@ -65,53 +59,81 @@ class Store:
         return within(self.seconds, lambda: [value.decode() for value in self.inner.multi_get(list(keys))])
 
     def check(self, *keys: str) -> bool:
+        """Whether all keys are set."""
         return within(self.seconds, lambda: bool(self.inner.check(list(keys))))
 
     def add(self, key: str, amount: int) -> int:
+        """Add to a counter; its new value."""
         return within(self.seconds, lambda: int(self.inner.add(key, amount)))
 
-    def waiting(self, seconds: float) -> Store:
-        """The same store, asked for so long at most."""
+    def with_timeout(self, seconds: float) -> Store:
+        """The same store, with at most this timeout."""
         return Store(self.inner, min(seconds, self.seconds))
 
-    def below(self, name: str) -> Store:
-        """The same store, with keys of its own."""
-        return Store(PrefixStore(name, self.inner), self.seconds)
+    def below(self, prefix: str) -> Store:
+        """The same store, with its keys under `prefix`."""
+        return Store(PrefixStore(prefix, self.inner), self.seconds)
+
+    def count_ranks(self, key: str, expected: int, timeout: float, *, leaving: bool = False) -> None:
+        """Count this rank under `key`, and wait until `expected` ranks are counted or the timeout ends.
+
+        Raises:
+            PreemptedError: a signal stopped another rank, unless this rank is itself `leaving`.
+        """
+        deadline = time.monotonic() + timeout
+        counted = self.add(key, 1)
+        while counted < expected and time.monotonic() < deadline:
+            if not leaving:
+                self.raise_if_preempted()
+            time.sleep(POLL_SECONDS)
+            counted = self.add(key, 0)
+
+    def set_preempted(self, error: PreemptedError) -> None:
+        """Tell the other ranks that a signal stopped this one."""
+        self.set(_PREEMPTED, str(error))
+
+    def raise_if_preempted(self) -> None:
+        """Raise the PreemptedError of another rank, if a signal stopped one."""
+        if self.check(_PREEMPTED):
+            raise PreemptedError(self.get(_PREEMPTED))
 
 
 def connect(launch: Launch, timeout: float) -> Store:
-    """The store of this attempt's ranks, once this one has found it.
+    """The store that the ranks of this start share.
 
     Raises:
-        LostRanksError: the other ranks are not there within `timeout` seconds.
-        DistError: nor is the store.
+        LostRanksError: the other ranks do not connect within `timeout` seconds.
+        DistError: the store can't be reached.
     """
     assert launch.url is not None
-    url, patience = launch.url, timedelta(seconds=timeout)
-    # Longer than torch itself takes to say what it misses.
+    url, torch_timeout = launch.url, timedelta(seconds=timeout)
+    # Longer than torch's own timeout, whose error says which ranks are missing.
     inner, _, _ = within(
-        2 * timeout + 1, lambda: next(iter(rendezvous(url, launch.rank, launch.world_size, timeout=patience)))
+        2 * timeout + 1, lambda: next(iter(rendezvous(url, launch.rank, launch.world_size, timeout=torch_timeout)))
     )
     store = Store(inner, timeout)
-    return store.below(_attempt(store.below("meeting"), launch, timeout)) if launch.launcher == "torchrun" else store
+    if launch.launcher != "torchrun":
+        return store
+    return store.below(_agree_on_name(store.below("meeting"), launch, timeout))
 
 
-def _attempt(store: Store, launch: Launch, timeout: float) -> str:
-    """A name for this attempt that all its ranks agree on.
+def _agree_on_name(store: Store, launch: Launch, timeout: float) -> str:
+    """A name for this start of the ranks, equal on all of them and different from that of an earlier start.
 
-    After a restart torchrun's store still holds what the ranks of the attempt before wrote, and its count of restarts
-    differs between nodes. The name is made from a word of each rank; what is left of earlier ranks can't agree on it.
+    After a restart torchrun's store still holds the keys of earlier ranks, and its count of restarts may differ
+    between nodes. So each rank contributes a random value; values of earlier ranks can't lead to an equal name.
     """
-    here, agreed = ([f"{word} {rank}" for rank in range(launch.world_size)] for word in ("here", "agreed"))
-    store.set(here[launch.rank], secrets.token_hex(8))
+    random, agreed = ([f"{key} {rank}" for rank in range(launch.world_size)] for key in ("random", "agreed"))
+    store.set(random[launch.rank], secrets.token_hex(8))
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if store.check(*here):
-            name = hashlib.sha256("".join(store.get_all(here)).encode()).hexdigest()
+        if store.check(*random):
+            name = hashlib.sha256("".join(store.get_all(random)).encode()).hexdigest()
             store.set(agreed[launch.rank], name)
             if store.check(*agreed) and set(store.get_all(agreed)) == {name}:
                 return name
-        time.sleep(0.05 + launch.world_size / 2000)  # each asks for all keys
+        time.sleep(POLL_SECONDS + launch.world_size / 2000)  # every rank requests the keys of all
     raise LostRanksError(
-        f"rank {launch.rank} did not meet the other ranks within distributed.timeout_seconds={timeout:g}; see their log"
+        f"rank {launch.rank} did not connect to the other ranks within distributed.timeout_seconds={timeout:g}; "
+        f"see the logs of the others"
     )

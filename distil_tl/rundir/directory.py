@@ -22,13 +22,14 @@ from omegaconf import DictConfig
 
 from distil_tl.config import Config, interpolated, unsafe_changes
 from distil_tl.distributed.collectives import gather_objects
-from distil_tl.distributed.process_group import DistInfo, available_cpus
+from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.checkpoint import Checkpoints, Position, find_fault, load_state
 from distil_tl.rundir.lock import Attempt
 from distil_tl.utils.args import plain, read_yaml, to_yaml
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json, writing
 from distil_tl.utils.log import logger
+from distil_tl.utils.threads import available_cpus
 from distil_tl.utils.version import __version__
 
 SIGHT_S = 20.0  # that a file may need to be seen on other nodes

@@ -30,7 +30,8 @@ from distil_tl.data.splits import Splits
 from distil_tl.data.transforms import train_transform
 from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.preemption import Agreement
-from distil_tl.distributed.process_group import DistInfo, on_rank_zero
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir.checkpoint import weights_hash
 from distil_tl.rundir.directory import StageRecord

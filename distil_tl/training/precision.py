@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from distil_tl.distributed.collectives import max_over_ranks
-from distil_tl.distributed.process_group import DistInfo, on_rank_zero
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.utils.files import cache_dir, write_json
 from distil_tl.utils.log import logger
 

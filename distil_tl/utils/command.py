@@ -1,11 +1,10 @@
-"""How a command ends: its exit status, and what the person who started it gets to read."""
+"""How a command ends: its exit status, and the message for an exception."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
@@ -23,8 +22,7 @@ from distil_tl.utils.errors import (
     WriteError,
 )
 from distil_tl.utils.log import logger
-
-STUCK = "may be stuck in C++"  # the name of a thread that nobody waits for
+from distil_tl.utils.threads import has_abandoned_threads
 
 
 def run_command(name: str, body: Callable[[], int | None]) -> int:
@@ -36,44 +34,45 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
     try:
         return body() or 0
     except UserError as error:
-        _say(f"{name}: {error}", always=error.one_rank)
+        _print_error(f"{name}: {error}", every_rank=error.one_rank)
         return EXIT_USER_ERROR
     except PreemptedError as error:
-        _say(f"{name}: {error}")
+        _print_error(f"{name}: {error}")
         return EXIT_PREEMPTED
     except (NonFiniteError, NoProgressError) as error:
-        _say(f"{name}: {error}")
+        _print_error(f"{name}: {error}")
         return EXIT_FAULT
     except (LostRanksError, SupersededError, WriteError) as error:
-        _say(f"{name}: {error}", always=True)
+        _print_error(f"{name}: {error}", every_rank=True)
         return EXIT_FAULT
-    except BrokenPipeError:  # the reader of our output, `head` say, has gone
+    except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
         return 0
     except Exception:
         if not logger.handlers:
             raise
-        logger.exception("%s: a fault", name)
+        logger.exception("%s: internal error", name)
         return EXIT_FAULT
 
 
 def leave(status: int) -> NoReturn:
-    """End the process with `status`, also when a thread that is named STUCK is left behind.
+    """End the process with `status`, also when a thread is abandoned in a call that does not return.
 
-    Should its call return while Python takes itself down, the process aborts, with another status.
+    If such a call returned while Python finalizes, the process would abort, with another exit status.
     """
-    if all(thread.name != STUCK for thread in threading.enumerate()):
+    if not has_abandoned_threads():
         sys.exit(status)
     try:
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):  # its reader has gone
+            with suppress(OSError, ValueError):  # its reader has exited
                 stream.flush()
     finally:
         os._exit(status)
 
 
-def _say(message: str, *, always: bool = False) -> None:
-    if always or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+def _print_error(message: str, *, every_rank: bool = False) -> None:
+    """Print to standard error: on rank 0, or on every rank."""
+    if every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         sys.stderr.write(message + "\n")
         sys.stderr.flush()

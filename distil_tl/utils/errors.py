@@ -1,4 +1,4 @@
-"""The ways a command ends other than well, and what each means to whoever started it."""
+"""Exceptions and exit codes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ EXIT_PREEMPTED = 3
 
 
 class UserError(Exception):
-    """The user's input is wrong: shown as one message without a traceback, exit status 2.
+    """The user's input is wrong: one message without a traceback, exit status 2.
 
-    The message names the thing that is wrong and the way out. `one_rank` says that other ranks may not have met it.
+    The message names what is wrong and how to correct it. With `one_rank`, other ranks may not have the same error, so
+    this one prints it even if it is not rank 0.
     """
 
     def __init__(self, message: str, *, one_rank: bool = False) -> None:
@@ -22,39 +23,39 @@ class UserError(Exception):
 
 
 class PreemptedError(BaseException):
-    """A signal asked the run to stop; everything is saved and the same command goes on: exit status 3.
+    """A signal stopped the run; everything is saved, and the same command resumes it: exit status 3.
 
-    No Exception, as KeyboardInterrupt is none: in start-up a signal raises it wherever the code happens to be, and a
-    library that catches what befalls its download must not catch this.
+    A BaseException, as KeyboardInterrupt is: during start-up the signal handler raises it anywhere in the code, and a
+    library that handles any Exception of a download must not catch it.
     """
 
 
 class LostRanksError(RuntimeError):
-    """A collective failed because another rank ended or hangs: exit status 1."""
+    """Another rank exited or does not respond: exit status 1."""
 
 
 class SupersededError(RuntimeError):
-    """Another attempt has gone on with the run, so this one may not write any more: exit status 1."""
+    """A newer process took over the run, so this one must not write any more: exit status 1."""
 
 
 class NoProgressError(RuntimeError):
-    """A job was restarted time and again and got nowhere: exit status 1."""
+    """A job was restarted several times without making progress: exit status 1."""
 
 
 class WriteError(OSError):
-    """A file of the run could not be written; what was saved before is as it was: exit status 1."""
+    """A file of the run could not be written; files saved before are unchanged: exit status 1."""
 
 
 class CheckpointError(WriteError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; older ones are unchanged."""
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or a gradient is no longer finite: a fault of the run, exit status 1, weights as they were before it."""
+    """The loss or a gradient is not finite; the weights are those before that step: exit status 1."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`", did you mean `x`?"` when something in `known` is close to `word`, else an empty string."""
+    """`", did you mean `x`?"` for the words of `known` that are close to `word`; an empty string if there are none."""
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     if not near:
         return ""

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, their checksums, and the cache directory."""
+"""Atomic writes, checksums, and the cache directory."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Replace `path` by `data` (text as UTF-8): a reader, even after a crash, sees the old or the new.
+    """Replace the file `path` by `data` (text as UTF-8). A reader sees the old or the new file, even after a crash.
 
     The parent directory must exist. A symlink at `path` is replaced, not followed.
 
     Raises:
-        OSError: as writing does; `path` is then what it was before.
+        OSError: the file can't be written; `path` is unchanged.
     """
     path = Path(path)
-    # Not tempfile: its files are private to the user, and a run directory is read by colleagues.
+    # Not tempfile: only the user may read its files, and colleagues read run directories.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -42,30 +42,30 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
 
 
 def write_json(path: str | Path, obj: object) -> None:
-    """`write_atomic` of `obj` as JSON, indented by 2, ending in a newline; NaN and infinities become null.
+    """Write `obj` as JSON by `write_atomic`, indented by 2, with a final newline; NaN and infinities become null.
 
     Raises:
-        TypeError: `obj` holds something that JSON has no word for.
-        OSError: as writing does.
+        TypeError: JSON has no form for a value in `obj`.
+        OSError: the file can't be written; `path` is unchanged.
     """
     text = json.dumps(json_safe(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # A file name that is not UTF-8 holds lone surrogates; their backslash form is JSON's own escape for them.
+    # A file name that is not UTF-8 holds lone surrogates; JSON's escape for them is their backslash form.
     write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says while `path` is written into a WriteError that names it."""
+    """Turn an OSError into a WriteError that names `path`, the file or folder being written."""
     try:
         yield
     except WriteError:
         raise
     except OSError as error:
-        raise WriteError(f"can't write {path}: {error.strerror or error}; what was saved before stays") from error
+        raise WriteError(f"can't write {path}: {error.strerror or error}; files saved before are unchanged") from error
 
 
 def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, 64 hex digits, in constant memory."""
+    """SHA-256 of a file, 64 hex digits. Reads in blocks, so memory use is constant."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):
@@ -74,9 +74,9 @@ def sha256_file(path: str | Path) -> str:
 
 
 def cache_dir() -> Path:
-    """Where downloads and derived files are kept; not created here.
+    """The folder of downloads and derived files. It may not exist yet.
 
-    `$DISTIL_TL_CACHE`, else `$XDG_CACHE_HOME/distil_tl`, else `~/.cache/distil_tl`; empty counts as unset.
+    `$DISTIL_TL_CACHE`, else `$XDG_CACHE_HOME/distil_tl`, else `~/.cache/distil_tl`. An empty variable counts as unset.
     """
     if own := os.environ.get("DISTIL_TL_CACHE"):
         return Path(own).expanduser()
@@ -86,7 +86,7 @@ def cache_dir() -> Path:
 
 
 def json_safe(obj: Any) -> Any:
-    """`obj` with null for every number that is not finite, at any depth of dicts, lists and tuples."""
+    """`obj` with None for every float that is not finite, at any depth of dicts, lists and tuples."""
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if isinstance(obj, dict):
@@ -97,7 +97,7 @@ def json_safe(obj: Any) -> Any:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the new name itself survive a power cut, where the system can."""
+    """Flush a directory to disk where the system can, so that a new file name survives a power failure."""
     if os.name == "nt":
         return
     handle = os.open(directory, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""One console for the run, one file for each rank, and progress on either kind of output."""
+"""Log output: the console, one file per rank, progress bars and text tables."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ logger = logging.getLogger("distil_tl")
 
 
 def printable(name: str | Path) -> str:
-    """A name from outside as it may stand in a line of text: line breaks and bytes that are not UTF-8 are escaped."""
+    """A name from the user's data, safe for one line of text: line breaks and bytes that are not UTF-8 are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
 
 
 class _RankFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        # Else a full disk would bring a traceback for each line, and none would be the run's own word about it.
+        # A full disk would print a traceback for each line; the run reports the full disk itself, once.
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
 
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        # A file name that is not UTF-8 holds lone surrogates, at which a stream would fail.
+        # A file name that is not UTF-8 holds lone surrogates, which a stream can't encode.
         return super().format(record).encode("utf-8", "backslashreplace").decode()
 
 
 def setup_console(is_main: bool) -> None:
-    """Messages of rank 0 as plain lines on standard output; of other ranks, errors alone on standard error."""
+    """Log rank 0 as plain lines to standard output, and only the errors of other ranks, to standard error."""
     logger.handlers.clear()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
@@ -45,7 +45,7 @@ def setup_console(is_main: bool) -> None:
 
 
 def add_rank_file(run_dir: Path, rank: int) -> None:
-    """Append everything this rank says to RUN_DIR/logs/rank-N.log, for as long as there is room for it.
+    """Also append this rank's log to RUN_DIR/logs/rank-N.log. A full disk later is not an error.
 
     Raises:
         WriteError: the file can't be opened.
@@ -59,14 +59,14 @@ def add_rank_file(run_dir: Path, rank: int) -> None:
 
 
 class Progress:
-    """Progress of a long piece of work on rank 0: a bar on a terminal, plain lines of text in a log."""
+    """Progress of long work on rank 0: a bar on a terminal, or lines in a log."""
 
     def __init__(self, label: str, total: int, *, done: int = 0, show: bool) -> None:
         self._bar: tqdm[Any] | None = None
         self._label = label
         self._show = show
         if show and sys.stderr.isatty():
-            from tqdm import tqdm  # most programs need no bar, and start sooner without it
+            from tqdm import tqdm  # imported only for a bar, so that commands start sooner
 
             self._bar = tqdm(total=total, initial=done, desc=label, leave=False, dynamic_ncols=True)
 
@@ -75,7 +75,7 @@ class Progress:
             self._bar.update(steps)
 
     def say(self, text: str) -> None:
-        """The latest figures: beside the bar, or as a line of its own."""
+        """Show the latest figures: beside the bar, or as a line of the log."""
         if self._bar is not None:
             self._bar.set_postfix_str(text)
             logger.debug("%s  %s", self._label, text)
@@ -88,7 +88,7 @@ class Progress:
 
 
 def table(rows: list[list[str]], header: list[str]) -> str:
-    """A plain-text table: first column to the left, the rest to the right."""
+    """A plain-text table: first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:

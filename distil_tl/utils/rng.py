@@ -1,4 +1,4 @@
-"""Randomness by key: a seed is a pure function of what it is for, never of what ran before it."""
+"""Keyed random seeds: a seed depends only on its purpose, never on earlier draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 def keyed_seed(*key: int | str) -> int:
     """A 63-bit seed that depends on every part of `key` and on nothing else.
 
-    The same on every machine, Python version and process, which `hash()` is not. Typical keys are
+    It is the same on every machine, Python version and process; `hash()` is not. Typical keys are
     `(seed, "order", stage, epoch)` and `(seed, "augment", stage, epoch, position)`.
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
@@ -18,10 +18,10 @@ def keyed_seed(*key: int | str) -> int:
 
 
 def seed_draws(device: torch.device, *key: int | str) -> None:
-    """Seed what modules draw from on the CPU and on `device`, dropout's and stochastic depth's, by `keyed_seed(*key)`.
+    """Seed torch's generators of the CPU and of `device` with `keyed_seed(*key)`, for dropout and stochastic depth.
 
-    As `torch.manual_seed` does, which also leaves a seed for each kind of accelerator that isn't there, and a stack
-    trace with each: too slow to be done in every step.
+    The same as `torch.manual_seed`, without its cost: that also stores a seed and a stack trace for each kind of
+    accelerator that is not present, which is too slow for every step.
     """
     seed = keyed_seed(*key)
     torch.default_generator.manual_seed(seed)

@@ -16,7 +16,8 @@ import pytest
 from distil_tl.data import local_copy
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import on_each_node, session
+from distil_tl.distributed.process_group import session
+from distil_tl.distributed.rank_zero import on_each_node
 from distil_tl.utils.errors import UserError
 from tests.helpers.arguments import small_args
 from tests.helpers.ranks import rank, run_ranks, train
@@ -160,7 +161,8 @@ def test_a_signal_ends_the_copy_at_once_and_a_rank_that_waits_with_it(folder: Pa
     args = [*small_args(folder), *SHORT, f"run_dir={tmp_path}/run", f"data.stage_to={near}"]
     (status, said), _ = found = run_ranks(2, interrupted, train, args, signal.SIGTERM, 20)
     assert [each for each, _ in found] == [3, 3]
-    assert said == "distil_tl.train: stopped by SIGTERM before training began; the same command starts again\n", status
+    message = "stopped by SIGTERM before training started; run the same command to start again"
+    assert said == f"distil_tl.train: {message}\n", status
     (place,) = folders_of(near)
     assert sorted(path.name for path in place.iterdir()) == ["lock", "partial"]
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""A signal before there is anything to save: the run ends at once, wherever it is."""
+"""A signal before training: the run ends at once, wherever it is."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from distil_tl.train import main
 from distil_tl.utils.errors import PreemptedError
 
 
-def signalled(*_args: object, **_options: object) -> NoReturn:
+def raise_signal(*_args: object, **_options: object) -> NoReturn:
     os.kill(os.getpid(), signal.SIGTERM)
     raise OSError("the handler has not raised")
 
 
-def test_a_library_that_catches_what_befalls_its_download_does_not_catch_a_signal(
+def test_a_library_that_handles_errors_of_its_download_does_not_catch_a_signal(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     timm = pytest.importorskip("timm")
-    monkeypatch.setattr(timm, "create_model", signalled)
-    with StopRequest(), pytest.raises(PreemptedError, match="stopped by SIGTERM before training began"):
+    monkeypatch.setattr(timm, "create_model", raise_signal)
+    with StopRequest(), pytest.raises(PreemptedError, match="stopped by SIGTERM before training started"):
         timm_models._create("vit_tiny_patch16_224", True)
 
 
@@ -36,8 +36,8 @@ def test_a_signal_in_start_up_ends_the_run_with_status_3(
 ) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
     train: Any = importlib.import_module("distil_tl.train")
-    monkeypatch.setattr(train, during, signalled)
+    monkeypatch.setattr(train, during, raise_signal)
     assert main([*small, f"run_dir={tmp_path}/run"]) == 3
-    assert "stopped by SIGTERM before training began; the same command starts again" in capsys.readouterr().err
+    assert "stopped by SIGTERM before training started; run the same command to start again" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert {number: signal.getsignal(number) for number in before} == before

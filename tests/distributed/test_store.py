@@ -1,14 +1,11 @@
-"""The store the ranks meet in: what it answers, and that it is not waited for once its process is frozen."""
+"""The store of the ranks: its answers, and its timeouts when its process is frozen."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,73 +20,14 @@ from distil_tl.utils.errors import LostRanksError
 from tests.helpers.ranks import free_port
 
 
-def test_within_gives_what_the_work_gives() -> None:
+def test_a_call_without_an_answer_is_an_error_of_the_store() -> None:
+    release = threading.Event()
+    with pytest.raises(dist.DistStoreError, match=r"no answer in 0\.1 s from the store of the ranks"):
+        within(0.1, release.wait)
+    with pytest.raises(dist.DistStoreError, match=r"no answer in 0\.1 s from rank 3"):
+        within(0.1, release.wait, peer="rank 3")
+    release.set()
     assert within(5, lambda: 3) == 3
-    assert within(5, lambda: None) is None
-
-
-def test_within_raises_what_the_work_raises() -> None:
-    with pytest.raises(ZeroDivisionError):
-        within(5, lambda: 1 / 0)
-
-
-def test_work_that_takes_too_long_is_left_behind() -> None:
-    hold = threading.Event()
-    with pytest.raises(dist.DistStoreError, match=r"no answer in 0\.1 s"):
-        within(0.1, hold.wait)
-    hold.set()
-
-
-class AskedToStopError(BaseException):
-    pass
-
-
-def test_a_signal_gets_through() -> None:
-    def raises(*_: object) -> None:
-        raise AskedToStopError
-
-    before = signal.signal(signal.SIGALRM, raises)
-    hold, began = threading.Event(), time.monotonic()
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    try:
-        with pytest.raises(AskedToStopError):
-            within(60, hold.wait)
-    finally:
-        signal.signal(signal.SIGALRM, before)
-        hold.set()
-    assert time.monotonic() - began < 30
-
-
-LEAVES_A_THREAD = """
-import atexit, sys, threading, time
-from distil_tl.utils.command import leave, run_command
-from distil_tl.utils.errors import PreemptedError
-from distil_tl.distributed.store import within
-
-def work():
-    try:
-        within(0.1, lambda: time.sleep(60))
-    except Exception as error:
-        print(error)
-        raise PreemptedError("stopped") from error
-
-atexit.register(lambda: print("in order"))
-status = run_command("test", work)
-threading.Thread(target=time.sleep, args=(600,)).start()  # which Python would wait for as it takes itself down
-leave(status)
-"""
-
-
-def test_the_exit_status_does_not_hang_on_a_thread_that_is_left_behind() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LEAVES_A_THREAD], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 3, done
-    assert done.stdout.splitlines() == [
-        "no answer in 0.1 s from the process that the ranks meet in",
-        "in order",
-    ]
-    assert done.stderr == "test: stopped\n"
 
 
 @pytest.fixture
@@ -97,7 +35,7 @@ def store() -> Store:
     return Store(HashStore(), 5.0)
 
 
-def test_words_and_counts(store: Store) -> None:
+def test_values_and_counters(store: Store) -> None:
     assert not store.check("a")
     store.set("a", "grüße")
     store.set("b", "2")
@@ -108,13 +46,13 @@ def test_words_and_counts(store: Store) -> None:
     assert [store.add("n", 1), store.add("n", 2), store.add("n", 0)] == [1, 3, 3]
 
 
-def test_below_another_name_keys_are_others(store: Store) -> None:
+def test_keys_below_a_prefix_are_separate(store: Store) -> None:
     store.set("a", "1")
     store.below("x").set("a", "2")
     assert store.get("a") == "1"
     assert store.below("x").get("a") == "2"
-    assert store.waiting(1).get("a") == "1"
-    assert (store.waiting(1).seconds, store.waiting(9).seconds) == (1, 5)
+    assert store.with_timeout(1).get("a") == "1"
+    assert (store.with_timeout(1).seconds, store.with_timeout(9).seconds) == (1, 5)
 
 
 def host(port: int, ready: Connection) -> None:
@@ -127,7 +65,7 @@ def host(port: int, ready: Connection) -> None:
 
 @pytest.fixture
 def frozen() -> Iterator[Callable[[], int]]:
-    """Starts a process that holds a store; the first call gives its port, the next one freezes it."""
+    """A function: its first call starts a process that serves a store and returns its port, the next freezes it."""
     context = multiprocessing.get_context("spawn")
     port, (here, there) = free_port(), context.Pipe()
     process = context.Process(target=host, args=(port, there), daemon=True)
@@ -138,7 +76,7 @@ def frozen() -> Iterator[Callable[[], int]]:
             assert here.recv()
         else:
             os.kill(process.pid, signal.SIGSTOP)
-            os.waitpid(process.pid, os.WUNTRACED)  # until it has
+            os.waitpid(process.pid, os.WUNTRACED)  # until it is frozen
         return port
 
     yield call
@@ -146,32 +84,32 @@ def frozen() -> Iterator[Callable[[], int]]:
     process.join()
 
 
-QUESTIONS: dict[str, Callable[[Store], Any]] = {  # what is set is only sent: there is no answer to wait for
+REQUESTS: dict[str, Callable[[Store], Any]] = {  # not "set", which has no answer
     "get": lambda store: store.get("a"),
     "check": lambda store: store.check("a"),
     "add": lambda store: store.add("n", 1),
 }
 
 
-@pytest.mark.parametrize("question", QUESTIONS)
-def test_a_frozen_store_is_not_waited_for(frozen: Callable[[], int], question: str) -> None:
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_a_request_to_a_frozen_store_times_out(frozen: Callable[[], int], request_: str) -> None:
     store = Store(TCPStore("127.0.0.1", frozen(), is_master=False), 1.0)
-    QUESTIONS[question](store)
+    REQUESTS[request_](store)
     frozen()
     with pytest.raises(dist.DistStoreError):
-        QUESTIONS[question](store)
+        REQUESTS[request_](store)
 
 
-def test_nor_is_it_waited_for_to_connect(frozen: Callable[[], int]) -> None:
+def test_a_connection_to_a_frozen_store_times_out(frozen: Callable[[], int]) -> None:
     launch = Launch(1, 2, 1, 2, url=f"tcp://127.0.0.1:{frozen()}", launcher="slurm")
     frozen()
     with pytest.raises(dist.DistStoreError):
         connect(launch, 1.0)
 
 
-def test_ranks_that_do_not_come_are_missed(frozen: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under torchrun the store is there before any rank is."""
+def test_ranks_that_do_not_connect_are_an_error(frozen: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun the store exists before any rank connects."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     launch = Launch(1, 2, 1, 2, url=f"tcp://127.0.0.1:{frozen()}", launcher="torchrun")
-    with pytest.raises(LostRanksError, match="rank 1 did not meet the other ranks within"):
+    with pytest.raises(LostRanksError, match="rank 1 did not connect to the other ranks within"):
         connect(launch, 1.0)

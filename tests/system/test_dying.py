@@ -54,9 +54,9 @@ def test_the_others_end_soon_and_say_when(
     assert ended.statuses[1 - by] == 1, ended
     said = ended.said[1 - by]
     assert "Traceback" not in said
-    wanted = [f"lost the other ranks during {phase}", "waited 5 s for another rank: "]
+    wanted = [f"lost contact with the other ranks during {phase}", "waited 5 s for another rank: "]
     if region == "start-up":  # one may be out of the meeting before the other is
-        wanted.append("could not meet the others")
+        wanted.append("could not connect to the other ranks")
     assert any(f"rank {1 - by} {words}" in said for words in wanted), said
     assert len(said.splitlines()) < 20, said
     assert left_over_processes(tmp_path) == []
@@ -84,7 +84,9 @@ def test_a_rank_that_is_not_there_to_meet_is_not_waited_for_for_ever(
     assert ended.statuses[1 - by] == 1, ended
     said = ended.said[1 - by]
     assert "Traceback" not in said
-    assert re.search(rf"rank {1 - by} could not meet the others at 127.0.0.1:\d+: .*see the others' logs", said)
+    assert re.search(
+        rf"rank {1 - by} could not connect to the other ranks at 127.0.0.1:\d+: .*see the logs of the others", said
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -245,7 +247,7 @@ def test_whichever_file_meets_the_full_disk_it_is_said_in_a_sentence(small: list
         [sys.executable, str(script), *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
-    said = f"distil_tl.train: can't write {metrics}: File too large; what was saved before stays\n"
+    said = f"distil_tl.train: can't write {metrics}: File too large; files saved before are unchanged\n"
     assert (done.returncode, done.stderr) == (1, said)
     assert "Traceback" not in done.stdout
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]

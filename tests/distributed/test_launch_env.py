@@ -1,4 +1,4 @@
-"""What the environment says about this process among the ranks, and when it says only half of it."""
+"""Rank and world size from the environment, and environments that are incomplete."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TORCHRUN = {
     "MASTER_ADDR": "gpu7",
     "MASTER_PORT": "29500",
 }
-# What sbatch gives to the batch script itself, of a job with 8 tasks.
+# The variables of a batch script of a job with 8 tasks.
 BATCH_SCRIPT = {
     "SLURM_JOB_ID": "4711",
     "SLURM_NTASKS": "8",
@@ -43,13 +43,13 @@ def without(env: dict[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in env.items() if name not in names}
 
 
-def complaint(env: dict[str, str]) -> str:
+def error_of(env: dict[str, str]) -> str:
     with pytest.raises(UserError) as caught:
         read_launch(env)
     return str(caught.value)
 
 
-def test_nothing_is_a_world_of_one():
+def test_an_empty_environment_is_a_single_process():
     assert read_launch({}) == Launch()
     assert read_launch({"MASTER_ADDR": "gpu7", "PATH": "/bin"}) == Launch()
     assert Launch().url is None
@@ -63,7 +63,7 @@ def test_torchrun_inside_a_slurm_step():
     assert read_launch({**SRUN, **TORCHRUN}) == read_launch(TORCHRUN)
 
 
-def test_a_hand_made_torchrun_environment_is_one_node():
+def test_a_torchrun_environment_made_by_hand_is_one_node():
     env = without({**TORCHRUN, "LOCAL_RANK": "5"}, "LOCAL_WORLD_SIZE", "GROUP_RANK")
     assert read_launch(env) == Launch(5, 8, 5, 8, node=0, url="env://", launcher="torchrun")
 
@@ -75,7 +75,7 @@ def test_srun():
     assert launch.url.startswith("tcp://gpu007:")
 
 
-def test_all_tasks_of_a_step_meet_at_one_place():
+def test_all_tasks_of_a_step_have_the_same_address():
     others = {**SRUN, "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     assert read_launch(SRUN).url == read_launch(others).url
 
@@ -90,23 +90,23 @@ def test_uneven_tasks_on_nodes():
     assert read_launch({**env, "SLURM_NODEID": "1"}).local_world_size == 3
 
 
-def test_a_batch_script_without_srun_is_a_world_of_one():
+def test_a_batch_script_without_srun_is_a_single_process():
     assert read_launch(BATCH_SCRIPT) == Launch()
 
 
-def test_a_step_of_one_task_is_a_world_of_one():
+def test_a_step_of_one_task_is_a_single_process():
     assert read_launch({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == Launch()
 
 
 @pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-def test_half_a_torchrun_environment(missing: str):
-    message = complaint(without(TORCHRUN, missing))
+def test_an_incomplete_torchrun_environment(missing: str):
+    message = error_of(without(TORCHRUN, missing))
     assert f"but {missing} is missing" in message
     assert "looks like torchrun's" in message
 
 
-def test_a_lone_rank_lists_all_that_is_missing():
-    message = complaint({"RANK": "0"})
+def test_all_missing_variables_are_listed():
+    message = error_of({"RANK": "0"})
     assert "(RANK set) but WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are missing" in message
     assert "unset RANK" in message
 
@@ -122,8 +122,8 @@ def test_a_lone_rank_lists_all_that_is_missing():
         "SLURM_JOB_ID",
     ],
 )
-def test_half_a_slurm_step(missing: str):
-    message = complaint(without(SRUN, missing))
+def test_an_incomplete_slurm_step(missing: str):
+    message = error_of(without(SRUN, missing))
     assert f"but {missing} is missing" in message
     assert "looks like srun's" in message
 
@@ -138,15 +138,15 @@ def test_half_a_slurm_step(missing: str):
         ({**SRUN, "SLURM_LOCALID": "4"}, "local rank 4 of 4"),
     ],
 )
-def test_contradictions(env: dict[str, str], part: str):
-    message = complaint(env)
-    assert "contradicts itself" in message
+def test_inconsistent_numbers(env: dict[str, str], part: str):
+    message = error_of(env)
+    assert "is inconsistent" in message
     assert part in message
 
 
 @pytest.mark.parametrize("env", [{**TORCHRUN, "RANK": "zero"}, {**SRUN, "SLURM_STEP_NUM_TASKS": "many"}])
-def test_what_is_not_a_number(env: dict[str, str]):
-    assert "is not a number" in complaint(env)
+def test_values_that_are_not_numbers(env: dict[str, str]):
+    assert "is not a number" in error_of(env)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_first_host_of_a_node_list(nodes: str, first: str):
 
 
 @pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "GROUP_RANK", "RANK"])
-def test_a_variable_that_is_no_number(name: str):
+def test_each_variable_must_be_a_number(name: str):
     with pytest.raises(UserError, match="is not a number"):
         read_launch({**TORCHRUN, name: "eight"})
 
@@ -179,11 +179,11 @@ def test_a_node_list_without_a_host():
         first_host("")
 
 
-def test_neighbouring_jobs_and_steps_have_ports_of_their_own():
+def test_neighbouring_jobs_and_steps_have_different_ports():
     urls = {
         read_launch({**SRUN, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}).url
         for job in range(4700, 4720)
         for step in range(20)
     }
     assert len(urls) == 20 * 20
-    assert all(1024 < int(str(url).rpartition(":")[2]) < 32768 for url in urls)  # Linux's ephemeral range begins there
+    assert all(1024 < int(str(url).rpartition(":")[2]) < 32768 for url in urls)  # where Linux's ephemeral range begins

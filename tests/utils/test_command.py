@@ -1,0 +1,108 @@
+"""Exit statuses and messages of commands, and that the modules behind them import quickly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import (
+    LostRanksError,
+    NonFiniteError,
+    NoProgressError,
+    PreemptedError,
+    SupersededError,
+    UserError,
+    WriteError,
+)
+from distil_tl.utils.log import logger
+
+
+def fails_with(error: BaseException) -> None:
+    raise error
+
+
+def test_the_exit_status_is_what_the_command_returns() -> None:
+    assert run_command("test", lambda: None) == 0
+    assert run_command("test", lambda: 1) == 1
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    ("error", "status", "ranks"),
+    [
+        (UserError("message"), 2, "0"),
+        (UserError("message", one_rank=True), 2, "01"),
+        (PreemptedError("message"), 3, "0"),
+        (NonFiniteError("message"), 1, "0"),
+        (NoProgressError("message"), 1, "0"),
+        (LostRanksError("message"), 1, "01"),
+        (SupersededError("message"), 1, "01"),
+        (WriteError("message"), 1, "01"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
+)
+def test_an_exception_becomes_a_message_and_an_exit_status(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    status: int,
+    ranks: str,
+    rank: str,
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert run_command("test", lambda: fails_with(error)) == status
+    assert capsys.readouterr().err == ("test: message\n" if rank in ranks else "")
+
+
+def test_an_exception_that_is_not_expected_has_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger, "handlers", [])
+    with pytest.raises(KeyError):
+        run_command("test", lambda: fails_with(KeyError("x")))
+
+
+LEAVES_A_THREAD = """
+import atexit, sys, threading, time
+from distil_tl.utils.command import leave, run_command
+from distil_tl.utils.errors import PreemptedError
+from distil_tl.utils.threads import call_with_timeout
+
+def work():
+    try:
+        call_with_timeout(0.1, lambda: time.sleep(60))
+    except Exception as error:
+        print(type(error).__name__)
+        raise PreemptedError("stopped") from error
+
+atexit.register(lambda: print("atexit"))
+status = run_command("test", work)
+threading.Thread(target=time.sleep, args=(600,)).start()  # Python would wait for it at exit
+leave(status)
+"""
+
+
+def test_the_exit_status_does_not_depend_on_an_abandoned_thread() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES_A_THREAD], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3, done
+    assert done.stdout.splitlines() == ["CallTimeoutError", "atexit"]
+    assert done.stderr == "test: stopped\n"
+
+
+LIGHT = [
+    *(f"distil_tl.utils.{name}" for name in ("command", "errors", "files", "log", "threads", "version")),
+    *("distil_tl.distributed.config", "distil_tl.distributed.launch_env", "distil_tl.tracking.config"),
+]
+HEAVY = {"torch", "numpy", "torchvision", "timm", "wandb", "tqdm", "PIL"}
+
+
+def test_what_a_command_needs_before_it_starts_is_light() -> None:
+    code = f"import sys, {', '.join(LIGHT)}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.split() == []
