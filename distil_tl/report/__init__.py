@@ -1,4 +1,4 @@
-"""`distil-tl report RUN_DIR`: a run directory as one self-contained `report.html`."""
+"""`distil-tl report RUN_DIR`: the report of a run, one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ __all__ = ["main", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.html` from the files of the run and return its path.
+    """Write `run_dir/report.html` from the files of the run and return its path. The run may be in progress or failed.
 
-    Works on a run in progress or one that failed; raises `UserError` when there is no metrics.jsonl.
+    Raises:
+        UserError: there is no metrics.jsonl.
     """
     path = Path(run_dir) / "report.html"
     write_atomic(path, str(render(load_run(Path(run_dir)))))
@@ -26,12 +27,12 @@ def write_report(run_dir: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: write the report and say where it is."""
+    """The command: write the report and print its path."""
     parser = argparse.ArgumentParser(
         prog="distil-tl report",
-        description="Write RUN_DIR/report.html: one file, nothing loaded from elsewhere.",
+        description="Write RUN_DIR/report.html: one self-contained file, also for a run in progress.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory (it holds metrics.jsonl)")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory with metrics.jsonl")
     run_dir = parser.parse_args(argv).run_dir
 
     def report() -> None:

@@ -1,4 +1,4 @@
-"""The confusion matrix: a heat map while it can be read, and the most confused pairs at any size."""
+"""The confusion matrix: a heat map for up to 60 classes, and the most confused pairs for any number."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from distil_tl.report.markup import Child, Markup, h
 from distil_tl.report.tables import bar, class_name, table
 from distil_tl.report.text import number
 
-MAX_DRAWN = 60
-NUMBERED = 20  # classes; with more the cells are too small for their counts
-MAX_LABEL = 18
+MAX_DRAWN = 60  # classes of a heat map
+NUMBERED = 20  # classes; with more, the cells are too small for their counts
+MAX_LABEL = 18  # characters
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Confusion:
 
     def pairs(self) -> list[tuple[float, int, int]]:
         """Every (count, true, predicted) off the diagonal, most first."""
-        found = [(n, i, j) for i, row in enumerate(self.rows) for j, n in enumerate(row) if n > 0 and i != j]
-        return sorted(found, key=lambda pair: (-pair[0], pair[1], pair[2]))
+        wrong = [(n, i, j) for i, row in enumerate(self.rows) for j, n in enumerate(row) if n > 0 and i != j]
+        return sorted(wrong, key=lambda pair: (-pair[0], pair[1], pair[2]))
 
-    def taken_for(self) -> dict[str, str]:
-        """What every class with mistakes is most often taken for."""
+    def confused_with(self) -> dict[str, str]:
+        """For each class with mistakes, the most frequent wrong prediction and its count."""
         result = {}
         for i, row in enumerate(self.rows):
             n, j = max(((n, -j) for j, n in enumerate(row) if j != i), default=(0.0, 0))
@@ -38,14 +38,14 @@ class Confusion:
 
 
 def read_confusion(run: Run) -> Confusion | None:
-    """The matrix of evaluation.json with its class names; None when there is none or it is not square."""
-    found = run.evaluation.get("confusion_matrix")
-    if not isinstance(found, list) or not found:
+    """The matrix of evaluation.json with its class names; None if it is missing or not square."""
+    matrix = run.evaluation.get("confusion_matrix")
+    if not isinstance(matrix, list) or not matrix:
         return None
-    if any(not isinstance(row, list) or len(row) != len(found) for row in found):
-        run.notes.append("The confusion matrix of evaluation.json is not square and is left out.")
+    if any(not isinstance(row, list) or len(row) != len(matrix) for row in matrix):
+        run.notes.append("The confusion matrix in evaluation.json is not square and is left out.")
         return None
-    rows = [[number(n) or 0.0 for n in row] for row in found]
+    rows = [[number(n) or 0.0 for n in row] for row in matrix]
     per_class = run.evaluation.get("per_class")
     if len(run.classes) == len(rows):
         names = run.classes
@@ -57,14 +57,15 @@ def read_confusion(run: Run) -> Confusion | None:
 
 
 def pair_table(confusion: Confusion) -> Markup | None:
-    """The most confused pairs: ten beside a heat map, thirty in its place."""
+    """The most confused pairs: ten beside a heat map, thirty without one."""
     rows: list[list[Child]] = []
     for n, i, j in confusion.pairs()[: 10 if len(confusion.rows) <= MAX_DRAWN else 30]:
         share = n / sum(confusion.rows[i])
         rows.append([confusion.names[i], confusion.names[j], text.count(n), bar(share, text.percent(share), "weak")])
     if not rows:
         return None
-    return table(["True class", "Taken for", "Images", "Of the class"], rows, texts=2, label="Most confused")
+    head = ["True class", "Predicted class", "Images", "Share of class"]
+    return table(head, rows, texts=2, label="Most confused pairs")
 
 
 def _label(name: str) -> str:
@@ -72,7 +73,7 @@ def _label(name: str) -> str:
 
 
 def heat_map(confusion: Confusion) -> Markup | None:
-    """The matrix as squares: right answers in one colour, mistakes in another, by share of the true class."""
+    """The matrix as squares: correct predictions in one colour, wrong ones in another, by share of the true class."""
     size = len(confusion.rows)
     if size > MAX_DRAWN:
         return None
@@ -93,8 +94,8 @@ def heat_map(confusion: Confusion) -> Markup | None:
                 continue
             share = n / total
             title = f"{confusion.names[i]} \u2192 {confusion.names[j]}: {text.count(n)} ({text.percent(share)})"
-            # The root makes one mistake in a hundred visible.
-            place: dict[str, str | float] = {"x": edge + j * cell + 1, "y": edge + i * cell + 1}
+            # The square root makes a share of 1 % visible.
+            position: dict[str, str | float] = {"x": edge + j * cell + 1, "y": edge + i * cell + 1}
             square = h(
                 "rect",
                 h("title", title),
@@ -103,21 +104,21 @@ def heat_map(confusion: Confusion) -> Markup | None:
                 height=cell - 2,
                 rx="2",
                 fill_opacity=round(0.12 + 0.88 * share**0.5, 3),
-                **place,
+                **position,
             )
             parts.append(square)
             if size <= NUMBERED:
-                shown = text.short(n).replace(text.SPACE, "")
+                shown = text.compact(n).replace(text.SPACE, "")
                 style = "count strong" if share > 0.3 else "count"
                 parts.append(h("text", shown, x=edge + (j + 0.5) * cell, y=middle + 4, class_=style))
     frame = h("rect", class_="frame", x=edge, y=edge, width=size * cell, height=size * cell)
     below = h("text", "predicted class", x=edge + size * cell / 2, y=edge + size * cell + 17, class_="tick x")
-    right = sum(row[i] for i, row in enumerate(confusion.rows))
+    correct = sum(row[i] for i, row in enumerate(confusion.rows))
     total = sum(map(sum, confusion.rows))
     picture = h(
         "svg",
         h("title", "Confusion matrix"),
-        h("desc", f"Rows are true classes, columns predicted ones; {right:,.0f} of {total:,.0f} are right."),
+        h("desc", f"Rows are true classes, columns predicted classes; {correct:,.0f} of {total:,.0f} are correct."),
         frame,
         parts,
         below,

@@ -1,4 +1,4 @@
-"""Which curves are drawn from the metrics, and on which axes."""
+"""The charts of a run: loss, accuracy, learning rate and throughput over steps, on suitable axes."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from distil_tl.report.svg import (
     line_chart,
 )
 
-DENSE = 300  # intervals; above this a mean is drawn over the raw curve
-MEANS = 120
+DENSE = 300  # logging intervals; with more, a smoothed curve is drawn over the raw one
+MEANS = 120  # points of the smoothed curve
 
 
 def _points(lines: Sequence[Metric], key: str) -> tuple[list[Point], int]:
-    """The finite values of `key` over steps, and how many lines of these have none."""
+    """The finite values of `key` over steps, and the number of lines without one."""
     value = attrgetter(key)
-    found = [(float(m.step), value(m)) for m in lines if value(m) is not None]
-    return found, len(lines) - len(found)
+    points = [(float(m.step), value(m)) for m in lines if value(m) is not None]
+    return points, len(lines) - len(points)
 
 
-def _missing(count: int) -> str:
-    return f"{count:,} value{'s' if count > 1 else ''} not finite, not drawn" if count else ""
+def _non_finite(count: int) -> str:
+    return f"{count:,} non-finite value{'s' if count > 1 else ''} not drawn" if count else ""
 
 
-def _train(points: list[Point], style: str, name: str) -> list[Series]:
-    """The raw curve, and over a dense one its mean: a hundred thousand noisy intervals hide their trend."""
+def _raw_and_mean(points: list[Point], style: str, name: str) -> list[Series]:
+    """The raw curve, and if it has many points also its mean over groups of intervals, as noise hides the trend."""
     if len(points) <= DENSE:
         return [Series(name, points, style)]
     means = bucket_means(points, MEANS)
@@ -51,8 +51,8 @@ def _values(series: Sequence[Series]) -> list[float]:
     return [y for s in series for _, y in s.points]
 
 
-def _span(name: str, points: Sequence[Point], show: text.Show) -> str:
-    """A sentence for those who do not see the curve."""
+def _describe(name: str, points: Sequence[Point], show: text.Format) -> str:
+    """A sentence about the curve for screen readers."""
     if not points:
         return f"No {name} values."
     ys = [y for _, y in points]
@@ -63,16 +63,16 @@ def _span(name: str, points: Sequence[Point], show: text.Show) -> str:
 
 
 def loss_chart(run: Run) -> Markup:
-    """Training loss of every interval, validation loss of every evaluation."""
+    """Training loss of each logging interval, validation loss of each evaluation."""
     train, bad_train = _points(run.lines("train", "interval") or run.lines("train", "epoch"), "loss")
     val, bad_val = _points(run.lines("val"), "loss")
-    series = [*_train(train, "c-train", "train"), Series("val", downsample(val), "c-val", dots=True)]
+    series = [*_raw_and_mean(train, "c-train", "train"), Series("val", downsample(val), "c-val", dots=True)]
     scale = fit_scale(_values(series), from_zero=True)
-    notes = ["log scale" if scale.log else "", _missing(bad_train + bad_val)]
+    notes = ["log scale" if scale.log else "", _non_finite(bad_train + bad_val)]
     return line_chart(
         Chart(
             title="Loss",
-            describe=f"{_span('train loss', train, text.decimal)} {_span('val loss', val, text.decimal)}",
+            describe=f"{_describe('train loss', train, text.decimal)} {_describe('val loss', val, text.decimal)}",
             series=series,
             bands=run.bands,
             scale=scale,
@@ -82,7 +82,7 @@ def loss_chart(run: Run) -> Markup:
 
 
 def accuracy_chart(run: Run) -> Markup:
-    """Top-1 of training epochs and of evaluations, the best one ringed."""
+    """Top-1 of training epochs and of evaluations, with a circle at the best."""
     train, bad_train = _points(run.lines("train", "epoch") or run.lines("train", "interval"), "top1")
     val, bad_val = _points(run.lines("val"), "top1")
     series = [
@@ -90,7 +90,7 @@ def accuracy_chart(run: Run) -> Markup:
         Series("val", downsample(val), "c-val", dots=True),
     ]
     values = _values(series) or [0.0]
-    room = max(max(values) - min(values), 0.02) * 0.08
+    margin = max(max(values) - min(values), 0.02) * 0.08
     best = run.best
     mark = None
     if best and best.top1 is not None and best.step is not None:
@@ -98,35 +98,35 @@ def accuracy_chart(run: Run) -> Markup:
     return line_chart(
         Chart(
             title="Top-1 accuracy",
-            describe=f"{_span('train top-1', train, text.percent)} {_span('val top-1', val, text.percent)}",
+            describe=f"{_describe('train top-1', train, text.percent)} {_describe('val top-1', val, text.percent)}",
             series=series,
             bands=run.bands,
-            scale=Scale(max(0.0, min(values) - room), max(values) + room),
+            scale=Scale(max(0.0, min(values) - margin), max(values) + margin),
             label=lambda v: f"{v * 100:.4g}{text.SPACE}%",
             percent=True,
             mark=mark if val else None,
-            note=_missing(bad_train + bad_val),
+            note=_non_finite(bad_train + bad_val),
         )
     )
 
 
 def lr_chart(run: Run) -> Markup:
-    """The learning rate; a new stage starts a new curve."""
+    """The learning rate, one curve for each stage."""
     lines = run.lines("train", "interval") or run.lines("train", "epoch")
     points, _ = _points(lines, "lr")
     peaks: dict[str, float] = {}
     for m in lines:
         peaks[m.stage] = max(peaks.get(m.stage, 0.0), m.lr or 0.0)
-    tops = [peak for peak in peaks.values() if peak > 0]
-    if tops and max(tops) / min(tops) >= 20:
-        # Stages that differ this much share no linear axis. A decay to zero is cut at a hundredth.
-        scale = Scale(min(tops) / 100, max(tops) * 1.3, log=True)
+    positive = [peak for peak in peaks.values() if peak > 0]
+    if positive and max(positive) / min(positive) >= 20:
+        # A linear axis would flatten the stage with the smallest rates. A decay to zero is cut at a hundredth of it.
+        scale = Scale(min(positive) / 100, max(positive) * 1.3, log=True)
     else:
-        scale = Scale(0.0, max(tops, default=0.9) * 1.1)
+        scale = Scale(0.0, max(positive, default=0.9) * 1.1)
     return line_chart(
         Chart(
             title="Learning rate",
-            describe=_span("learning rate", points, text.tick),
+            describe=_describe("learning rate", points, text.tick),
             series=[Series("learning rate", downsample(points), "c-plain", broken=True)],
             bands=run.bands,
             scale=scale,
@@ -137,14 +137,14 @@ def lr_chart(run: Run) -> Markup:
 
 
 def throughput_chart(run: Run) -> Markup:
-    """Training images a second, over all ranks."""
+    """Training images per second, all ranks together."""
     points, _ = _points(run.lines("train", "interval") or run.lines("train", "epoch"), "images_per_second")
-    series = _train(points, "c-plain", "train images/s")
+    series = _raw_and_mean(points, "c-plain", "train images/s")
     scale = fit_scale(_values(series), from_zero=True)
     return line_chart(
         Chart(
             title="Training images per second",
-            describe=_span("throughput", points, text.rate),
+            describe=_describe("throughput", points, text.rate),
             series=series,
             bands=run.bands,
             scale=scale,

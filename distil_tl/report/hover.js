@@ -1,5 +1,5 @@
 "use strict";
-// A read-out on the curves: the step under the pointer, its stage, and the nearest value of every curve.
+// A tooltip on the charts: the step at the pointer, its stage, and the nearest value of each curve.
 for (const plot of document.querySelectorAll("[data-chart]")) {
   const chart = JSON.parse(plot.dataset.chart);
   const [low, high, log] = chart.y;
@@ -30,7 +30,7 @@ for (const plot of document.querySelectorAll("[data-chart]")) {
   plot.addEventListener("pointermove", (event) => {
     const area = plot.getBoundingClientRect();
     const at = Math.min(Math.max((event.clientX - area.left) / area.width, 0), 1) * chart.x;
-    // The pointer snaps to the recorded step that is nearest on any curve.
+    // Of all curves, the recorded step that is nearest to the pointer.
     const found = chart.series.map((s) => nearest(s[2], at));
     const steps = chart.series.map((s, i) => s[2][found[i]]);
     const step = steps.reduce((x, y) => (Math.abs(y - at) < Math.abs(x - at) ? y : x));

@@ -1,4 +1,4 @@
-"""Read a run directory into one value. Only metrics.jsonl has to be there; nothing has to be complete."""
+"""Reading a run directory. Only metrics.jsonl is required, and every file may be incomplete or damaged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Metric(NamedTuple):
 
 
 class Band(NamedTuple):
-    """The steps of one stage."""
+    """The range of steps of one stage."""
 
     name: str
     start: int
@@ -38,7 +38,7 @@ class Band(NamedTuple):
 
 
 class Best(NamedTuple):
-    """The best validation, as summary.json or else metrics.jsonl has it."""
+    """The best evaluation on val: from summary.json, or from metrics.jsonl while there is none."""
 
     top1: float | None
     macro_f1: float | None
@@ -49,7 +49,7 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of a run say."""
+    """The content of a run directory. `notes` are problems to show on the page."""
 
     name: str
     directory: Path
@@ -67,7 +67,7 @@ class Run:
 
     @cached_property
     def bands(self) -> list[Band]:
-        """The stages as adjoining ranges of steps, in order."""
+        """The stages in order, as ranges of steps without gaps."""
         ends: dict[str, tuple[int, int]] = {}
         for m in self.metrics:
             first, last = ends.get(m.stage, (m.step, m.step))
@@ -81,14 +81,14 @@ class Run:
     @property
     def best(self) -> Best | None:
         """summary.json decides which validation was best; a run without one has its highest top-1."""
-        told = section(self.summary, "best")
-        if number(told.get("top1")) is not None:
+        saved = mapping(self.summary, "best")
+        if number(saved.get("top1")) is not None:
             return Best(
-                number(told.get("top1")),
-                number(told.get("macro_f1")),
-                str(told.get("stage") or ""),
-                whole(told.get("epoch")),
-                whole(told.get("step")),
+                number(saved.get("top1")),
+                number(saved.get("macro_f1")),
+                str(saved.get("stage") or ""),
+                integer(saved.get("epoch")),
+                integer(saved.get("step")),
             )
         scored = [(m.top1, m) for m in self.lines("val") if m.top1 is not None]
         if not scored:
@@ -97,27 +97,31 @@ class Run:
         return Best(m.top1, m.macro_f1, m.stage, m.epoch, m.step)
 
 
-def section(values: dict[str, Any], key: str) -> dict[str, Any]:
-    """`values[key]` where it is a mapping, else an empty one."""
-    part = values.get(key)
-    return part if isinstance(part, dict) else {}
+def mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """`values[key]` if it is a mapping, else an empty one."""
+    value = values.get(key)
+    return value if isinstance(value, dict) else {}
 
 
-def whole(value: object) -> int | None:
-    """A finite number as an int."""
-    found = number(value)
-    return None if found is None else int(found)
+def integer(value: object) -> int | None:
+    """A finite number as an int, None for anything else."""
+    finite = number(value)
+    return None if finite is None else int(finite)
 
 
 def load_run(run_dir: Path) -> Run:
-    """Read everything the report shows. Raises `UserError` when `run_dir` is not a run directory."""
+    """Everything that the report shows.
+
+    Raises:
+        UserError: `run_dir` is not a run directory.
+    """
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is not a directory; give the directory of a run (it holds metrics.jsonl)")
+        raise UserError(f"{run_dir} is not a directory; give a run directory, which has a metrics.jsonl")
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         raise UserError(
             f"{run_dir} has no metrics.jsonl, so there is nothing to report; "
-            "give the directory of a run that has begun to train"
+            "give the directory of a run that has started training"
         )
     notes: list[str] = []
     metrics = _metrics(path, notes)
@@ -137,7 +141,7 @@ def load_run(run_dir: Path) -> Run:
 
 
 def _json(path: Path, kind: type[Any], notes: list[str]) -> Any:
-    """The JSON of `path`; an empty `kind` without the file, and with a note when it holds something else."""
+    """The JSON in `path`. An empty `kind` if there is no file, or, with a note, if it holds something else."""
     if not path.is_file():
         return kind()
     try:
@@ -151,7 +155,7 @@ def _json(path: Path, kind: type[Any], notes: list[str]) -> Any:
 
 
 def _metrics(path: Path, notes: list[str]) -> list[Metric]:
-    """The lines by step. Where a resumed run repeated steps, the later line stands."""
+    """The lines, sorted by step. Where a resumed run repeated steps, the later line is taken."""
     kept: dict[tuple[str, str], list[tuple[int, Metric]]] = {}
     bad = 0
     lines = path.read_text("utf-8", errors="replace").split("\n")
@@ -160,7 +164,7 @@ def _metrics(path: Path, notes: list[str]) -> list[Metric]:
             continue
         metric = _metric(line)
         if metric is None:
-            bad += i < len(lines) - 1  # the last one may still be in the middle of being written
+            bad += i < len(lines) - 1  # the run may be writing the last line just now
             continue
         series = kept.setdefault((metric.split, metric.window), [])
         while series and series[-1][1].step >= metric.step:
@@ -177,13 +181,13 @@ def _metric(line: str) -> Metric | None:
         raw = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    step = whole(raw.get("step")) if isinstance(raw, dict) else None
+    step = integer(raw.get("step")) if isinstance(raw, dict) else None
     if step is None or step < 0:
         return None
     split = str(raw.get("split", ""))
     return Metric(
         step,
-        whole(raw.get("epoch")) or 0,
+        integer(raw.get("epoch")) or 0,
         str(raw.get("stage", "")),
         split,
         str(raw.get("window", "interval")) if split == "train" else "",

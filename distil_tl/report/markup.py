@@ -1,4 +1,4 @@
-"""HTML and SVG that is escaped by construction: plain strings are text, only `Markup` is markup."""
+"""HTML and SVG elements. Plain strings are escaped; only `Markup` is inserted as it is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ VOID = frozenset({"meta", "img", "br"})
 
 
 class Markup(str):
-    """A string that already is HTML."""
+    """A string that is already HTML."""
 
     __slots__ = ()
 
@@ -19,9 +19,9 @@ Attribute = str | float | bool | None
 
 
 def escape(text: str) -> str:
-    """`text` as it may stand in an element or a quoted attribute.
+    """`text`, safe inside an element or a quoted attribute.
 
-    A lone surrogate (a file name that is not UTF-8) could not be encoded later, so it is replaced here.
+    Lone surrogates, from file names that are not UTF-8, are replaced, because the page is encoded as UTF-8.
     """
     return html.escape(text.encode("utf-8", "replace").decode("utf-8"), quote=True)
 
@@ -55,5 +55,5 @@ def h(tag: str, *children: Child, **attributes: Attribute) -> Markup:
 
 
 def join(*parts: Child) -> Markup:
-    """Parts one after another without an element around them."""
+    """The parts, concatenated without an enclosing element."""
     return Markup(_flat(parts))

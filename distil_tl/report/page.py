@@ -1,4 +1,4 @@
-"""The page: what a person looks at, in the order they look at it."""
+"""The page: its sections from top to bottom."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from distil_tl.report import curves, tables, text
-from distil_tl.report.confusion import heat_map, pair_table, read_confusion
-from distil_tl.report.load import Run, section
+from distil_tl.report.confusion import Confusion, heat_map, pair_table, read_confusion
+from distil_tl.report.head_search import search_maps
+from distil_tl.report.load import Run, mapping
 from distil_tl.report.markup import Child, Markup, h, join
-from distil_tl.report.search import search_maps
 from distil_tl.report.text import number
 
 STATES = {
@@ -30,7 +30,7 @@ def render(run: Run) -> Markup:
     """The whole document."""
     style, script = _asset("style.css"), _asset("hover.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # A second lock behind the escaping: only this script runs and nothing is ever loaded.
+    # Defence in depth, besides the escaping: only this script may run, and nothing may be loaded.
     policy = (
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         "base-uri 'none'; form-action 'none'"
@@ -54,7 +54,7 @@ def render(run: Run) -> Markup:
 
 def _body(run: Run) -> Markup:
     confusion = read_confusion(run)
-    classes = tables.class_table(run, confusion.taken_for() if confusion else {})
+    classes = tables.class_table(run, confusion.confused_with() if confusion else {})
     charts = h("div", curves.loss_chart(run), curves.accuracy_chart(run), class_="pair")
     environment = tables.environment_table(run)
     return h(
@@ -64,30 +64,25 @@ def _body(run: Run) -> Markup:
         _notes(run),
         h("section", h("h2", "Training"), charts, curves.lr_chart(run)),
         h("section", h("h2", "Stages"), tables.stage_table(run)),
-        _part(
-            "Search", "Val top-1 of each head that was tried; the framed one was chosen.", search_maps(run), wide=True
+        _section(
+            "Head search", "Val top-1 of each candidate head. The outlined one was chosen.", search_maps(run), wide=True
         ),
         h("section", h("h2", "Evaluation"), _evaluation(run)) if run.evaluation else None,
-        _part("Classes", "Worst F1 first.", classes),
-        _part(
-            "Confusion",
-            "Share of each true class: right answers in blue, mistakes in orange.",
-            [
-                heat_map(confusion),
-                h("div", h("h3", "Most confused"), pairs) if (pairs := pair_table(confusion)) else None,
-            ]
-            if confusion
-            else None,
+        _section("Classes", "Sorted by F1, lowest first.", classes),
+        _section(
+            "Confusion matrix",
+            "Rows are true classes. Correct predictions are blue, wrong ones orange, by share of the row.",
+            [heat_map(confusion), _most_confused(confusion)] if confusion else None,
             wide=True,
         ),
-        _part("Mistakes", "The wrong answers the model was surest of.", tables.mistake_table(run)),
+        _section("Mistakes", "The most confident wrong predictions.", tables.mistake_table(run)),
         h("section", h("h2", "Throughput"), curves.throughput_chart(run)),
         h(
             "section",
-            h("h2", "How it was run"),
+            h("h2", "Environment and configuration"),
             h("details", h("summary", "Environment"), environment) if environment else None,
             h("details", h("summary", "config.yaml"), h("pre", run.config)) if run.config else None,
-            h("p", "Neither env.json nor config.yaml is there.", class_="empty")
+            h("p", "The run directory has no env.json and no config.yaml.", class_="empty")
             if not environment and not run.config
             else None,
         ),
@@ -95,7 +90,12 @@ def _body(run: Run) -> Markup:
     )
 
 
-def _part(title: str, hint: str, content: Child, *, wide: bool = False) -> Markup | None:
+def _most_confused(confusion: Confusion) -> Markup | None:
+    pairs = pair_table(confusion)
+    return h("div", h("h3", "Most confused pairs"), pairs) if pairs else None
+
+
+def _section(title: str, hint: str, content: Child, *, wide: bool = False) -> Markup | None:
     if not content:
         return None
     inner = h("div", content, class_="confusion") if wide else content
@@ -103,22 +103,22 @@ def _part(title: str, hint: str, content: Child, *, wide: bool = False) -> Marku
 
 
 def _status(run: Run) -> tuple[str, str, str]:
-    """Symbol, word and colour. Without a summary the run is in progress, or ended without a word."""
+    """Symbol, status and colour. Without a summary the run is in progress or was killed; both show as in progress."""
     status = str(run.summary.get("status") or "running")
     symbol, style = STATES.get(status, ("?", "paused"))
     return symbol, "in progress" if status == "running" else status, style
 
 
 def _header(run: Run) -> Markup:
-    symbol, word, style = _status(run)
+    symbol, status, style = _status(run)
     facts = [
-        text.moment(run.env.get("start_time")) if run.env.get("start_time") else "",
+        text.timestamp(run.env.get("start_time")) if run.env.get("start_time") else "",
         f"{len(run.classes):,} class{'es' if len(run.classes) != 1 else ''}" if run.classes else "",
         " \u2192 ".join(band.name for band in run.bands),
         str(run.env.get("device") or ""),
         str(run.env.get("host") or ""),
     ]
-    pill = h("span", h("span", symbol, aria_hidden="true"), " ", word, class_=f"pill {style}")
+    pill = h("span", h("span", symbol, aria_hidden="true"), " ", status, class_=f"pill {style}")
     return h(
         "header",
         h("div", h("h1", run.name), pill, class_="name"),
@@ -127,45 +127,45 @@ def _header(run: Run) -> Markup:
 
 
 def _total_seconds(run: Run) -> tuple[float | None, str]:
-    told = number(run.summary.get("total_seconds"))
-    if told is not None:
-        return told, ""
+    total = number(run.summary.get("total_seconds"))
+    if total is not None:
+        return total, ""
     times = [m.time for m in run.metrics if m.time is not None]
     return (max(times) - min(times), "first to last metric") if len(times) > 1 else (None, "")
 
 
 def _speed(run: Run) -> tuple[float | None, str]:
-    """The last stage that read images: cached features are another order of magnitude."""
-    stages = section(run.summary, "stages")
+    """Images per second of the last stage that read images; with cached features the rate is much higher."""
+    stages = mapping(run.summary, "stages")
     measured = [
-        (number(section(stages, name).get("images_per_second")), name)
+        (number(mapping(stages, name).get("images_per_second")), name)
         for name in stages
-        if section(stages, name).get("cached") is not True
+        if mapping(stages, name).get("cached") is not True
     ]
-    known = [(speed, name) for speed, name in measured if speed is not None]
-    if known:
-        return known[-1][0], f"training, {known[-1][1]}"
+    recorded = [(speed, name) for speed, name in measured if speed is not None]
+    if recorded:
+        return recorded[-1][0], f"training, {recorded[-1][1]}"
     lines = [m for m in run.lines("train") if m.images_per_second is not None]
     return (lines[-1].images_per_second, f"training, {lines[-1].stage}") if lines else (None, "")
 
 
 def _cards(run: Run) -> Markup:
-    best, test = run.best, section(run.summary, "test")
-    seconds, how = _total_seconds(run)
-    speed, where = _speed(run)
-    at = f"val, {best.stage}" + (f" epoch {best.epoch}" if best.epoch is not None else "") if best else ""
+    best, test = run.best, mapping(run.summary, "test")
+    seconds, seconds_hint = _total_seconds(run)
+    speed, speed_hint = _speed(run)
+    when = f"val, {best.stage}" + (f" epoch {best.epoch}" if best.epoch is not None else "") if best else ""
     world = number(run.summary.get("world_size"))
     world = number(run.env.get("world_size")) if world is None else world
     memory = number(run.summary.get("peak_memory_mb"))
     test_top1 = number(test.get("top1"))
-    cards: list[tuple[str, str, str]] = [("Best top-1", text.percent(best.top1 if best else None), at)]
-    cards.append(("Macro F1", text.percent(best.macro_f1 if best else None), at))
+    cards: list[tuple[str, str, str]] = [("Best top-1", text.percent(best.top1 if best else None), when)]
+    cards.append(("Macro F1", text.percent(best.macro_f1 if best else None), when))
     if test_top1 is not None:
         f1 = number(test.get("macro_f1"))
         cards.append(("Test top-1", text.percent(test_top1), f"macro F1 {text.percent(f1)}" if f1 else "test"))
     cards += [
-        ("Total time", text.duration(seconds), how),
-        ("Images/s", text.rate(speed), where),
+        ("Total time", text.duration(seconds), seconds_hint),
+        ("Images/s", text.rate(speed), speed_hint),
         (
             "World size",
             text.count(world),
@@ -183,9 +183,9 @@ def _cards(run: Run) -> Markup:
 def _notes(run: Run) -> Markup | None:
     notes = list(run.notes)
     if not run.metrics:
-        notes.append("No metrics yet: the run has not finished its first interval.")
+        notes.append("No metrics yet: the run has not completed its first logging interval.")
     elif not run.summary:
-        notes.append("No summary.json: the run is in progress or was killed; figures are from metrics.jsonl.")
+        notes.append("No summary.json: the run is in progress or was killed. The figures come from metrics.jsonl.")
     for key in ("error", "reason", "message"):
         if isinstance(run.summary.get(key), str):
             notes.append(str(run.summary[key]))
@@ -193,21 +193,21 @@ def _notes(run: Run) -> Markup | None:
 
 
 def _evaluation(run: Run) -> Markup:
-    told = run.evaluation
+    evaluation = run.evaluation
     figures = [
-        ("Split", str(told.get("split") or text.NOTHING)),
-        ("Images", text.count(number(told.get("n")))),
-        ("Top-1", text.percent(number(told.get("top1")))),
-        ("Top-5", text.percent(number(told.get("top5")))),
-        ("Macro F1", text.percent(number(told.get("macro_f1")))),
-        ("Loss", text.decimal(number(told.get("loss")))),
+        ("Split", str(evaluation.get("split") or text.MISSING)),
+        ("Images", text.count(number(evaluation.get("n")))),
+        ("Top-1", text.percent(number(evaluation.get("top1")))),
+        ("Top-5", text.percent(number(evaluation.get("top5")))),
+        ("Macro F1", text.percent(number(evaluation.get("macro_f1")))),
+        ("Loss", text.decimal(number(evaluation.get("loss")))),
     ]
     return h("dl", [h("div", h("dt", k), h("dd", v)) for k, v in figures], class_="line")
 
 
 def _footer(run: Run) -> Markup:
     now = f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
-    commit = section(run.env, "git").get("commit")
-    dirty = " with local changes" if section(run.env, "git").get("dirty") is True else ""
-    code = f" \u00b7 code at {commit[:12]}{dirty}" if isinstance(commit, str) and commit else ""
-    return h("footer", f"Written by distil-tl report, {now} \u00b7 {len(run.metrics):,} metric lines{code}")
+    commit = mapping(run.env, "git").get("commit")
+    dirty = " with local changes" if mapping(run.env, "git").get("dirty") is True else ""
+    code = f" \u00b7 commit {commit[:12]}{dirty}" if isinstance(commit, str) and commit else ""
+    return h("footer", f"Written by distil-tl report, {now} \u00b7 {len(run.metrics):,} lines of metrics{code}")

@@ -1,7 +1,7 @@
-"""Line charts as inline SVG that keep their text size at any width.
+"""Line charts as inline SVG whose text keeps its size at any width.
 
-Everything is placed in per cent of the plot and only the curves live in a stretched inner `svg`
-(with strokes that do not scale), so one drawing serves a phone, a wide screen and paper.
+Positions are percentages of the plot. Only the curves are in an inner `svg` that is stretched, with strokes that do
+not scale. So one drawing fits a phone, a wide screen and paper.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from distil_tl.report.text import tick
 
 Point = tuple[float, float]
 MAX_POINTS = 600
-UNITS = 10_000  # of the inner svg, both ways: integer coordinates are fine enough and short
+UNITS = 10_000  # width and height of the inner svg, so that integer coordinates are precise enough
 
 
 @dataclass(frozen=True)
 class Series:
-    """A curve. `style` is its CSS class; `broken` curves start anew in every stage."""
+    """A curve. `style` is its CSS class. A `broken` curve has gaps between stages; a `faint` one has no legend."""
 
     name: str
     points: Sequence[Point]
@@ -34,7 +34,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Scale:
-    """Values to fractions of the axis, 0 at `low`."""
+    """An axis: maps a value to a fraction of its length, 0 at `low` and 1 at `high`."""
 
     low: float
     high: float
@@ -47,21 +47,21 @@ class Scale:
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, about: int) -> list[float]:
-        """Round values inside the axis, some `about` of them."""
+        """Round values on the axis, approximately `about` of them."""
         if not self.log:
             return linear_ticks(self.low, self.high, about)
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
         for factors in ((1,), (1, 3), (1, 2, 5)):
-            found = [f * 10.0**e for e in range(first, last + 1) for f in factors]
-            found = [t for t in found if self.low * 0.999 <= t <= self.high * 1.001]
-            if len(found) >= 3:
-                return found[:: math.ceil(len(found) / (about + 2))]
+            ticks = [f * 10.0**e for e in range(first, last + 1) for f in factors]
+            ticks = [t for t in ticks if self.low * 0.999 <= t <= self.high * 1.001]
+            if len(ticks) >= 3:
+                return ticks[:: math.ceil(len(ticks) / (about + 2))]
         return linear_ticks(self.low, self.high, about)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point with a word at it."""
+    """A labelled point."""
 
     x: float
     y: float
@@ -70,7 +70,10 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure: its curves over steps, on the stage bands."""
+    """Curves over steps, with the stages as bands behind them.
+
+    `describe` is text for screen readers. `low` makes a chart of half the height.
+    """
 
     title: str
     describe: str
@@ -94,19 +97,19 @@ def linear_ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def fit_scale(values: Sequence[float], *, from_zero: bool = False, log_from: float = 30.0) -> Scale:
-    """An axis around `values`; logarithmic where they span more than a factor of `log_from`."""
+    """An axis around `values`; logarithmic if they span more than a factor of `log_from`."""
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if low > 0 and high / low > log_from:
-        # Nobody reads more than eight decades; what is below them lies on the axis.
+        # At most eight decades; smaller values are drawn at the lower end.
         return Scale(max(low * 0.8, high * 1e-8), high * 1.25, log=True)
     if from_zero and low >= 0:
         return Scale(0.0, high * 1.08 or 1.0)
-    room = (high - low) * 0.06 or abs(high) * 0.1 or 0.5
-    return Scale(low if low == 0 else low - room, high + room)
+    margin = (high - low) * 0.06 or abs(high) * 0.1 or 0.5
+    return Scale(low if low == 0 else low - margin, high + margin)
 
 
 def downsample(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most `limit` of the points: first, last, and the lowest and highest of every bucket between."""
+    """At most `limit` of the points: the first, the last, and the lowest and highest of each bucket between them."""
     if len(points) <= limit:
         return list(points)
     buckets = max(1, (limit - 2) // 2)
@@ -120,7 +123,7 @@ def downsample(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 def bucket_means(points: Sequence[Point], buckets: int) -> list[Point]:
-    """The mean point of every one of `buckets` equal runs of points."""
+    """The mean point of each of `buckets` groups of consecutive points, equal in size."""
     means = []
     for b in range(buckets):
         part = points[b * len(points) // buckets : (b + 1) * len(points) // buckets]
@@ -129,17 +132,17 @@ def bucket_means(points: Sequence[Point], buckets: int) -> list[Point]:
 
 
 def _curve(series: Series, x: Scale, y: Scale, edges: Sequence[int]) -> list[Markup]:
-    places = [(round(x(px) * UNITS), round((1 - y(py)) * UNITS)) for px, py in series.points]
-    path, stage = [], -1
-    for (px, _), (cx, cy) in zip(series.points, places, strict=True):
-        now = sum(px > edge for edge in edges) if series.broken else 0
-        path.append(f"{'L' if now == stage else 'M'}{cx} {cy}")
-        stage = now
+    coordinates = [(round(x(px) * UNITS), round((1 - y(py)) * UNITS)) for px, py in series.points]
+    path, previous = [], -1
+    for (px, _), (cx, cy) in zip(series.points, coordinates, strict=True):
+        stage = sum(px > edge for edge in edges) if series.broken else 0
+        path.append(f"{'L' if stage == previous else 'M'}{cx} {cy}")
+        previous = stage
     style = f"curve {series.style}" + (" faint" if series.faint else "")
     parts = [h("path", class_=style, d="".join(path), vector_effect="non-scaling-stroke")]
-    if (series.dots and len(places) <= 80) or len(places) == 1:
-        # A line of no length with round caps stays a circle however the svg is stretched.
-        dots = "".join(f"M{cx} {cy}h0" for cx, cy in places)
+    if (series.dots and len(coordinates) <= 80) or len(coordinates) == 1:
+        # A line of length zero with round caps stays a circle when the svg is stretched.
+        dots = "".join(f"M{cx} {cy}h0" for cx, cy in coordinates)
         parts.append(h("path", class_=f"dots {series.style}", d=dots, vector_effect="non-scaling-stroke"))
     return parts
 
@@ -157,38 +160,29 @@ def _axes(chart: Chart, x: Scale) -> list[Markup]:
         if i:
             parts.append(h("line", class_="edge", x1=left, x2=left, y1="0", y2="100%"))
     for value in chart.scale.ticks(3 if chart.low else 5):
-        place = _percent(1 - chart.scale(value))
-        parts.append(h("line", class_="grid", x1="0", x2="100%", y1=place, y2=place))
-        parts.append(h("text", chart.label(value), class_="tick y", x="-8", y=place, dy="4"))
+        height = _percent(1 - chart.scale(value))
+        parts.append(h("line", class_="grid", x1="0", x2="100%", y1=height, y2=height))
+        parts.append(h("text", chart.label(value), class_="tick y", x="-8", y=height, dy="4"))
     parts.append(h("line", class_="axis", x1="0", x2="100%", y1="100%", y2="100%"))
     for value in x.ticks(4):
         if value == int(value):
-            place = _percent(x(value))
-            parts.append(
-                h(
-                    "text",
-                    tick(value) if value >= 10_000 else f"{value:,.0f}",
-                    class_="tick x",
-                    x=place,
-                    y="100%",
-                    dy="18",
-                )
-            )
+            label = tick(value) if value >= 10_000 else f"{value:,.0f}"
+            parts.append(h("text", label, class_="tick x", x=_percent(x(value)), y="100%", dy="18"))
     return parts
 
 
 def _mark(mark: Mark, x: Scale, y: Scale) -> list[Markup]:
     fx, fy = x(mark.x), y(mark.y)
     anchor = "end" if fx > 0.8 else "start" if fx < 0.2 else "middle"
-    place = {"x": _percent(fx), "y": _percent(1 - fy)}
+    left, top = _percent(fx), _percent(1 - fy)
     return [
-        h("circle", class_="ring", cx=place["x"], cy=place["y"], r="6"),
-        h("text", mark.label, class_="best", dy="28" if fy > 0.5 else "-15", text_anchor=anchor, **place),
+        h("circle", class_="ring", cx=left, cy=top, r="6"),
+        h("text", mark.label, class_="best", dy="28" if fy > 0.5 else "-15", text_anchor=anchor, x=left, y=top),
     ]
 
 
 def _strip(chart: Chart, x: Scale) -> Markup:
-    """The stage names above the plot: HTML, because SVG text cannot end in an ellipsis."""
+    """The stage names above the plot. In HTML, because SVG text can't be shortened with an ellipsis."""
     names = []
     for i, band in enumerate(chart.bands):
         left, width = x(band.start), x(band.end) - x(band.start)
@@ -199,7 +193,7 @@ def _strip(chart: Chart, x: Scale) -> Markup:
 
 
 def _readout(chart: Chart, x: Scale) -> str:
-    """What the hover script needs, as JSON."""
+    """The data for hover.js, as JSON."""
     shown = [s for s in chart.series if not s.faint]
     return json.dumps(
         {
@@ -222,11 +216,11 @@ def _readout(chart: Chart, x: Scale) -> str:
 
 
 def line_chart(chart: Chart) -> Markup:
-    """The figure with title, legend, stage names and curves; a sentence when there is no data."""
+    """The figure with title, legend, stage names and curves, or a note that there is no data."""
     heading = h("h3", chart.title)
     series = [s for s in chart.series if s.points]
     if not series:
-        return h("figure", h("figcaption", heading), h("p", "Nothing recorded yet.", class_="empty"))
+        return h("figure", h("figcaption", heading), h("p", "No data yet.", class_="empty"))
     x = Scale(0.0, float(max([b.end for b in chart.bands] + [round(s.points[-1][0]) for s in series])) or 1.0)
     edges = [b.end for b in chart.bands[:-1]]
     curves = [part for s in series for part in _curve(s, x, chart.scale, edges)]
@@ -243,8 +237,7 @@ def line_chart(chart: Chart) -> Markup:
         width="100%",
         height="100%",
     )
-    named = [s for s in series if not s.faint]
-    legend = [h("span", h("i", class_=f"key {s.style}"), s.name) for s in named]
+    legend = [h("span", h("i", class_=f"key {s.style}"), s.name) for s in series if not s.faint]
     note = h("span", chart.note, class_="note") if chart.note else None
     return h(
         "figure",

@@ -1,19 +1,19 @@
-"""Numbers as people read them. Every function takes None for a value that is not there."""
+"""Formatting of numbers for the report. Every function accepts None for a missing value."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime, timezone
 
-NOTHING = "\u2014"
-Show = Callable[[float], str]
-SPACE = "\u202f"  # narrow and unbreakable: between a number and its unit
+MISSING = "\u2014"
+Format = Callable[[float], str]
+SPACE = "\u202f"  # narrow no-break space, between a number and its unit
 
 
 def number(value: object) -> float | None:
-    """`value` as a finite float, or None for anything else: files of failed runs hold null and NaN.
+    """`value` as a finite float, or None for anything else: files of failed runs contain null and NaN.
 
-    What is finite but beyond any measure counts as neither: axes could not be computed around it.
+    Absolute values above 1e100 also give None, and values below 1e-100 give 0, so that axes can be computed.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -29,39 +29,39 @@ def number(value: object) -> float | None:
 def percent(value: float | None, digits: int = 1) -> str:
     """0.934 as `93.4 %`; never rounded up to 100 when it is less."""
     if value is None:
-        return NOTHING
+        return MISSING
     shown = value * 100
     if value < 1 and round(shown, digits) >= 100:
         shown = 100 - 10**-digits
     return f"{shown:.{digits}f}{SPACE}%"
 
 
-def points(value: float | None) -> str:
-    """A difference of two fractions, in percentage points with its sign."""
-    return NOTHING if value is None else f"{value * 100:+.1f}".replace("-", "\u2212")
+def percentage_points(value: float | None) -> str:
+    """A difference of two fractions, in percentage points with a sign."""
+    return MISSING if value is None else f"{value * 100:+.1f}".replace("-", "\u2212")
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    """A fixed number of digits."""
-    return NOTHING if value is None else f"{value:.{digits}f}"
+    """A fixed number of decimal places."""
+    return MISSING if value is None else f"{value:.{digits}f}"
 
 
 def count(value: float | None) -> str:
-    """Whole numbers with separators."""
-    return NOTHING if value is None else f"{round(value):,}"
+    """A whole number with thousands separators."""
+    return MISSING if value is None else f"{round(value):,}"
 
 
 def rate(value: float | None) -> str:
-    """Images a second: digits only where they matter."""
+    """Images per second: a decimal place only below 100."""
     if value is None:
-        return NOTHING
+        return MISSING
     return count(value) if value >= 100 else f"{value:.1f}"
 
 
-def short(value: float | None) -> str:
-    """Large counts: `25.6 M`."""
+def compact(value: float | None) -> str:
+    """A large count: `25.6 M`."""
     if value is None:
-        return NOTHING
+        return MISSING
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{SPACE}{unit}"
@@ -69,11 +69,11 @@ def short(value: float | None) -> str:
 
 
 def tick(value: float) -> str:
-    """An axis label for a plain number, short: `0.05`, `2e-5`, `25 k`."""
+    """A short axis label: `0.05`, `2e-5`, `25 k`."""
     if value == 0:
         return "0"
     if abs(value) >= 10000:
-        return short(value)
+        return compact(value)
     if abs(value) >= 1e-3:
         return f"{value:.6g}"
     digits, power = f"{value:.2e}".split("e")
@@ -81,9 +81,9 @@ def tick(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in the two largest units."""
+    """Seconds, in the two largest units: `2 h 5 min`."""
     if seconds is None:
-        return NOTHING
+        return MISSING
     if 0 <= seconds < 10:
         return f"{seconds:.1f}{SPACE}s"
     whole = round(seconds)
@@ -94,12 +94,12 @@ def duration(seconds: float | None) -> str:
     return f"{whole}{SPACE}s"
 
 
-def moment(value: object) -> str:
-    """A unix time in UTC; a text stays as it is."""
+def timestamp(value: object) -> str:
+    """A Unix time as a date and time in UTC; text is returned unchanged."""
     seconds = number(value)
     if seconds is None:
-        return value if isinstance(value, str) else NOTHING
+        return value if isinstance(value, str) else MISSING
     try:
         return f"{datetime.fromtimestamp(seconds, tz=timezone.utc):%Y-%m-%d %H:%M} UTC"
     except (OverflowError, OSError, ValueError):
-        return NOTHING
+        return MISSING

@@ -1,4 +1,4 @@
-"""Synthetic run directories, and a page checked as it is read."""
+"""Synthetic run directories for the report, and checks of the written page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = ["daisy", "dandelion", "rose", "sunflower", "tulip", "iris", "lily", "or
 
 
 def build_metrics(intervals: int = 12) -> list[dict[str, Any]]:
-    """A staged run: each stage brings the loss down further, with its own learning rate."""
+    """A run in stages: each lowers the loss further, with its own learning rate."""
     noise = random.Random(7)
     lines: list[dict[str, Any]] = []
     step, clock, seen, level = 0, 1_760_000_000.0, 0, 2.2
@@ -60,7 +60,7 @@ def build_metrics(intervals: int = 12) -> list[dict[str, Any]]:
 
 
 def build_evaluation(names: list[str], per: int = 80, directory: Path | None = None) -> dict[str, Any]:
-    """An evaluation in which neighbouring classes are taken for each other."""
+    """An evaluation in which neighbouring classes are confused."""
     noise = random.Random(3)
     size = len(names)
     matrix = [[0] * size for _ in names]
@@ -113,7 +113,7 @@ def write_lines(run: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def build_run(run: Path, names: list[str] | None = None, intervals: int = 12) -> Path:
-    """A completed run with every file the report reads."""
+    """A completed run with all files that the report reads."""
     names = names or NAMES
     lines = build_metrics(intervals)
     write_lines(run, lines)
@@ -159,7 +159,7 @@ def build_run(run: Path, names: list[str] | None = None, intervals: int = 12) ->
 
 
 class Checker(HTMLParser):
-    """Balanced tags, and nothing that the page would load or run from data."""
+    """Checks that tags are balanced, and that the page loads nothing and runs no script from the data."""
 
     def __init__(self, page: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -196,7 +196,7 @@ class Checker(HTMLParser):
 
 
 def report(run: Path) -> tuple[str, str]:
-    """The page's source and its words, checked."""
+    """The source of the page and its visible text, after the checks of `Checker`."""
     path = write_report(run)
     assert path == run / "report.html"
     page = path.read_text("utf-8")

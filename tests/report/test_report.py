@@ -1,4 +1,4 @@
-"""The report of synthetic run directories: what it says, that it is harmless, small and self-contained."""
+"""The report of synthetic run directories: its content, and that it is safe, small and self-contained."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from distil_tl.report import main
 from distil_tl.report.load import load_run
 from distil_tl.report.markup import Markup, h
 from distil_tl.report.svg import MAX_POINTS, Scale, downsample, fit_scale, linear_ticks
-from distil_tl.report.text import duration, moment, number, percent, short
-from distil_tl.report.text import points as points_text
+from distil_tl.report.text import compact, duration, number, percent, percentage_points, timestamp
 from tests.helpers.report_runs import EVIL, NAMES, build_evaluation, build_metrics, build_run, report, write_lines
 
 
@@ -26,7 +25,7 @@ def run(tmp_path: Path) -> Path:
     return build_run(tmp_path / "flowers-r50")
 
 
-def test_it_shows_the_run(run):
+def test_it_shows_the_figures_of_the_run(run):
     page, words = report(run)
     best = json.loads((run / "summary.json").read_text())["best"]
     assert f"{best['top1'] * 100:.1f} %" in words
@@ -51,22 +50,22 @@ def test_it_shows_the_run(run):
     ):
         assert expected in words
     order = [page.index(f">{part}</h") for part in ("Loss", "Top-1 accuracy", "Learning rate", "Stages")]
-    order += [page.index(f">{part}</h2>") for part in ("Classes", "Confusion", "Mistakes", "Throughput")]
+    order += [page.index(f">{part}</h2>") for part in ("Classes", "Confusion matrix", "Mistakes", "Throughput")]
     assert order == sorted(order)
     assert not list(run.glob("*.tmp*"))
     assert "nan" not in re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.S).lower().split()
 
 
-def test_classes_come_worst_first_with_what_they_are_taken_for(run):
+def test_classes_are_sorted_by_f1_with_their_most_frequent_wrong_prediction(run):
     evaluation = json.loads((run / "evaluation.json").read_text())
     _, words = report(run)
-    table = words[words.index("Most often taken for") : words.index("Confusion Share")]
+    table = words[words.index("Most confused with") : words.index("Confusion matrix Rows")]
     ranked = [e["class"] for e in sorted(evaluation["per_class"], key=lambda e: e["f1"])]
     assert re.findall("|".join(NAMES), table)[::2] == ranked
 
 
 def add_search(run: Path, rates: list[Any], decays: list[Any], chosen: tuple[Any, Any]) -> None:
-    """A search of the head stage whose every second head diverged."""
+    """A head search of stage head in which every second head diverged."""
     summary = json.loads((run / "summary.json").read_text())
     pairs = [(rate, decay) for rate in rates for decay in decays]
     heads = [
@@ -77,25 +76,25 @@ def add_search(run: Path, rates: list[Any], decays: list[Any], chosen: tuple[Any
     (run / "summary.json").write_text(json.dumps(summary))
 
 
-def test_a_search_is_drawn_with_its_choice(run):
-    assert "<h2>Search" not in report(run)[0]
+def test_a_head_search_is_drawn_with_the_chosen_head_outlined(run):
+    assert "<h2>Head search" not in report(run)[0]
     add_search(run, [0.1, 1e-4], [0, 0.5, 2], (1e-4, 0.5))
     page, _ = report(run)
-    part = page[page.index("<h2>Search") : page.index("<h2>Evaluation")]
+    part = page[page.index("<h2>Head search") : page.index("<h2>Evaluation")]
     assert part.count("<rect") == 6
     (frame,) = re.findall(r'<rect class="right chosen"[^>]*><title>([^<]*)', part)
     assert frame == "lr 1e-4, weight decay 0.5: top-1 80.0\u202f%"
     assert re.findall(r'class="count[^>]*>([^<]*)', part) == ["80.0", "\u2014", "80.0", "\u2014", "80.0", "\u2014"]
 
 
-def test_a_large_search_is_listed(run):
+def test_a_large_head_search_is_a_list(run):
     add_search(run, [1 / (i + 1) for i in range(80)], [0.5], (1.0, 0.5))
     page, words = report(run)
-    assert "<rect" not in page[page.index("<h2>Search") : page.index("<h2>Evaluation")]
+    assert "<rect" not in page[page.index("<h2>Head search") : page.index("<h2>Evaluation")]
     assert words[words.index("Learning rate Weight decay Val top-1") :].split()[6:9] == ["0.0126582", "0.5", "80.8"]
 
 
-def test_a_search_of_odd_values(run):
+def test_a_head_search_with_unusable_values(run):
     for rates in ([EVIL], [None, 0.1], [1e300, math.inf], []):
         add_search(run, rates, [0.1], (EVIL, None))
         assert EVIL not in report(run)[0]
@@ -103,7 +102,7 @@ def test_a_search_of_odd_values(run):
     for search in (EVIL, [1], {"heads": EVIL}, {"heads": [EVIL, None]}):
         summary["stages"]["head"]["search"] = search
         (run / "summary.json").write_text(json.dumps(summary))
-        assert "<h2>Search" not in report(run)[0]
+        assert "<h2>Head search" not in report(run)[0]
 
 
 def test_everything_from_data_is_escaped(tmp_path):
@@ -142,10 +141,10 @@ def test_an_empty_metrics_file(tmp_path):
     write_lines(tmp_path, [])
     _, words = report(tmp_path)
     assert "No metrics yet" in words
-    assert "Nothing recorded yet" in words
+    assert "No data yet" in words
 
 
-def test_values_that_are_not_numbers(tmp_path):
+def test_damaged_files_and_values_that_are_not_numbers(tmp_path):
     lines = build_metrics()
     for i, line in enumerate(lines):
         if i % 3 == 0:
@@ -168,7 +167,7 @@ def test_values_that_are_not_numbers(tmp_path):
     (tmp_path / "env.json").write_text("{")
     page, words = report(tmp_path)
     assert "failed" in words
-    assert "values not finite, not drawn" in words
+    assert "non-finite values not drawn" in words
     assert "5 lines of metrics.jsonl could not be read" in words
     assert "env.json could not be read" in words
     assert "classes.json could not be read" in words
@@ -179,7 +178,7 @@ def test_values_that_are_not_numbers(tmp_path):
 def test_a_run_whose_every_loss_is_nan(tmp_path):
     write_lines(tmp_path, [line | {"loss": math.nan, "top1": None} for line in build_metrics()])
     _, words = report(tmp_path)
-    assert "Nothing recorded yet" in words
+    assert "No data yet" in words
 
 
 def test_a_single_class_and_constant_values(tmp_path):
@@ -191,15 +190,15 @@ def test_a_single_class_and_constant_values(tmp_path):
     _, words = report(run)
     assert "1 class" in words
     assert "1 classes" not in words
-    assert "Most confused" not in words
+    assert "Most confused pairs" not in words
 
 
 def test_many_classes_are_listed_rather_than_drawn(tmp_path):
     names = [f"class-{i}" for i in range(1500)]
     page, words = report(build_run(tmp_path / "many", names))
     assert 'class="heat' not in page
-    assert "The other 975 classes (500 better ones left out)" in words
-    pairs = words[words.index("Most confused") : words.index("Mistakes The")]
+    assert "975 more classes (500 with a higher F1 are not shown)" in words
+    pairs = words[words.index("Most confused pairs") : words.index("Mistakes The")]
     assert pairs.count("class-") == 60
     assert len(page) < 800_000
 
@@ -210,7 +209,7 @@ def test_sixty_classes_are_drawn(tmp_path):
     assert "<title>class-0 \u2192 class-1: " in page
 
 
-def test_thumbnails_of_images_that_are_still_there(run):
+def test_images_that_exist_have_thumbnails(run):
     image_module = pytest.importorskip("PIL.Image")
     mistakes = json.loads((run / "evaluation.json").read_text())["mistakes"]
     for i, mistake in enumerate(mistakes):
@@ -225,17 +224,17 @@ def test_thumbnails_of_images_that_are_still_there(run):
     assert len(page) < 300_000
 
 
-def test_large_runs_stay_small_and_quick(tmp_path):
+def test_the_report_of_a_large_run_is_small_and_quick(tmp_path):
     run = build_run(tmp_path / "large", intervals=5000)
     assert len(load_run(run).metrics) > 100_000
     began = time.perf_counter()
     page, words = report(run)
-    assert time.perf_counter() - began < 20  # some two seconds on a machine that is not busy
+    assert time.perf_counter() - began < 20  # about two seconds on an idle machine
     assert len(page) < 250_000
     assert "mean of 833 intervals" in words
 
 
-def test_a_resumed_run_shows_the_later_lines(tmp_path):
+def test_of_steps_that_a_resumed_run_repeated_the_later_lines_are_shown(tmp_path):
     lines = build_metrics()
     again = [line | {"loss": 7.5} for line in lines[5:9]]
     write_lines(tmp_path, lines[:10] + again)
@@ -258,7 +257,7 @@ def test_not_a_run_directory(tmp_path, capsys):
     assert "not a directory" in capsys.readouterr().err
 
 
-def test_the_command_says_where_the_report_is(run, capsys):
+def test_the_command_prints_the_path_of_the_report(run, capsys):
     assert main([str(run)]) == 0
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
     assert main([str(run)]) == 0
@@ -278,7 +277,7 @@ def test_downsampling_keeps_ends_and_extremes():
 
 
 @pytest.mark.parametrize("values", [[], [0.0], [1.0], [1.0, 1.0], [-3.0, 5.0], [1e-9, 3.0], [1e-99, 1e99], [5e8]])
-def test_scales_hold_their_values_and_have_ticks(values):
+def test_scales_include_their_values_and_have_ticks(values):
     for from_zero in (True, False):
         scale = fit_scale(values, from_zero=from_zero)
         assert all(0 <= scale(v) <= 1 for v in values)
@@ -296,7 +295,7 @@ def test_markup_escapes_text_but_not_markup():
     )
 
 
-def test_numbers_as_people_read_them():
+def test_formatting_of_numbers():
     assert percent(0.93456) == "93.5\u202f%"
     assert percent(0.99999) == "99.9\u202f%"
     assert percent(1.0) == "100.0\u202f%"
@@ -307,8 +306,8 @@ def test_numbers_as_people_read_them():
         "2\u202fh 5\u202fmin",
         "1\u202fd 3\u202fh",
     ]
-    assert short(25_557_032) == "25.6\u202fM"
-    assert points_text(-0.012) == "\u22121.2"
-    assert moment(0) == "1970-01-01 00:00 UTC"
-    assert moment(1e300) == moment(None) == "\u2014"
+    assert compact(25_557_032) == "25.6\u202fM"
+    assert percentage_points(-0.012) == "\u22121.2"
+    assert timestamp(0) == "1970-01-01 00:00 UTC"
+    assert timestamp(1e300) == timestamp(None) == "\u2014"
     assert [number(v) for v in (True, "1", None, math.nan, math.inf, 10**400, 3)] == [None] * 6 + [3.0]

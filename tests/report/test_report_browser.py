@@ -1,4 +1,4 @@
-"""The report in a real browser: laid out in the viewport, silent on the console, its curves answer."""
+"""The report in a real browser: its layout, no console messages, tooltips on the curves, printing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = [
 
 
 class Page:
-    """One tab, driven over the DevTools pipe: JSON messages that end with a zero byte."""
+    """One tab, controlled over the DevTools pipe: JSON messages that end with a zero byte."""
 
     def __init__(self, source: int, sink: int) -> None:
         self._source, self._sink = os.fdopen(source, "rb", 0), os.fdopen(sink, "wb", 0)
@@ -55,7 +55,7 @@ class Page:
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             data = self._source.read(1 << 16)
-            assert data, "Chromium went away"
+            assert data, "Chromium has exited"
             self._buffer += data
         message, self._buffer = self._buffer.split(b"\0", 1)
         return dict(json.loads(message))
@@ -86,8 +86,8 @@ class Page:
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._receive())
 
-    def complaints(self) -> list[dict[str, Any]]:
-        """Exceptions, console and log lines (refused loads and policy violations among them)."""
+    def errors(self) -> list[dict[str, Any]]:
+        """Exceptions, console and log messages, which include blocked requests and policy violations."""
         self.evaluate("0")
         bad = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [event for event in self.events if event.get("method") in bad]
@@ -99,8 +99,8 @@ class Page:
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Page]:
-    """A headless Chromium with a fresh profile, ended with the block."""
-    # Chromium reads 3 and writes 4; higher numbers keep clear of these until bash has put them there.
+    """A headless Chromium with a new profile, terminated at the end of the block."""
+    # Chromium reads descriptor 3 and writes 4. Ours have higher numbers until bash moves them there.
     commands, to_browser = os.pipe()
     from_browser, answers = os.pipe()
     inner = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (commands, answers)]
@@ -136,15 +136,15 @@ def page() -> Iterator[Page]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    names = [EVIL, "a-class-with-a-name-that-goes-on-and-on-and-on", "rose", "tulip"]
+    names = [EVIL, "a-class-with-a-very-long-name-and-no-spaces", "rose", "tulip"]
     return write_report(build_run(tmp_path_factory.mktemp("runs") / "browser", names))
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 768, 1400])
-def test_it_is_laid_out_in_the_viewport(page, report, width, scheme):
+def test_the_layout_fits_the_viewport(page, report, width, scheme):
     page.show(report, width, scheme)
-    assert page.complaints() == []
+    assert page.errors() == []
     assert page.requests() == [report.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     boxes = page.evaluate(
@@ -166,7 +166,7 @@ def test_it_is_laid_out_in_the_viewport(page, report, width, scheme):
     assert dark == (scheme == "dark")
 
 
-def test_texts_of_a_chart_do_not_run_into_each_other(page, report):
+def test_labels_of_a_chart_do_not_overlap(page, report):
     for width in (360, 1400):
         page.show(report, width)
         overlaps = page.evaluate(
@@ -179,7 +179,7 @@ def test_texts_of_a_chart_do_not_run_into_each_other(page, report):
         assert overlaps == []
 
 
-def test_the_pointer_reads_the_curves(page, report):
+def test_the_tooltip_shows_the_values_at_the_pointer(page, report):
     page.show(report, 1200)
     place = "document.querySelectorAll('.plot')[1].getBoundingClientRect()"
     x, y = page.evaluate(f"(r => [r.left + r.width / 2, r.top + r.height / 2])({place})")
@@ -198,7 +198,7 @@ def test_the_pointer_reads_the_curves(page, report):
     assert abs(spot[0] + 4.5 - x) < 3
     page.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
     assert page.evaluate("document.querySelectorAll('.over').length") == 0
-    assert page.complaints() == []
+    assert page.errors() == []
 
 
 def test_it_prints(page, report):
@@ -209,4 +209,4 @@ def test_it_prints(page, report):
     page.call("Emulation.setEmulatedMedia", media="print", features=[])
     assert page.evaluate("document.documentElement.scrollWidth") <= 720
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    assert page.complaints() == []
+    assert page.errors() == []

@@ -1,0 +1,98 @@
+"""Results of the head search: val top-1 of each head, by learning rate and weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from distil_tl.report import text
+from distil_tl.report.load import Run, mapping
+from distil_tl.report.markup import Child, Markup, h
+from distil_tl.report.tables import table
+from distil_tl.report.text import number
+
+MAX_DRAWN = 60  # rows or columns of a heat map; of a larger grid only the best heads are listed
+LISTED = 15
+WIDTH, HEIGHT = 52, 28  # of a cell, in pixels
+LEFT, TOP = 74, 40  # space for the labels, in pixels
+
+Cells = dict[tuple[float, float], float | None]  # (learning rate, weight decay): top-1, None if not finite
+
+
+def search_maps(run: Run) -> list[Markup]:
+    """A heat map, or a list of the best heads, for each stage with a head search."""
+    stages = mapping(run.summary, "stages")
+    maps = []
+    for name in stages:
+        search = mapping(mapping(stages, name), "search")
+        cells = _cells(search.get("heads"))
+        if cells:
+            chosen = (number(search.get("lr")), number(search.get("weight_decay")))
+            maps.append(h("div", h("h3", f"Stage {name}"), _heat_map(cells, chosen)))
+    return maps
+
+
+def _cells(heads: object) -> Cells:
+    cells: Cells = {}
+    for head in heads if isinstance(heads, list) else []:
+        if isinstance(head, dict):
+            lr, decay = number(head.get("lr")), number(head.get("weight_decay"))
+            if lr is not None and decay is not None:
+                cells.setdefault((lr, decay), number(head.get("top1")))
+    return cells
+
+
+def _heat_map(cells: Cells, chosen: tuple[float | None, float | None]) -> Markup:
+    rates, decays = (list(dict.fromkeys(column)) for column in zip(*cells, strict=True))
+    if max(len(rates), len(decays)) > MAX_DRAWN:
+        return _best_heads(cells)
+    scores = [value for value in cells.values() if value is not None] or [0.0]
+    span = min(scores), max(scores)
+    width, height = LEFT + len(decays) * WIDTH + 8, TOP + len(rates) * HEIGHT + 4
+    best = f"{text.tick(chosen[0] or 0)} with weight decay {text.tick(chosen[1] or 0)}"
+    picture = h(
+        "svg",
+        h("title", "Head search"),
+        h("desc", f"Top-1 on val; rows are learning rates, columns weight decays. Chosen: learning rate {best}."),
+        h("text", "lr", x=LEFT - 8, y=32, class_="tick y"),
+        h("text", "weight decay", x=LEFT + len(decays) * WIDTH / 2, y=14, class_="tick x"),
+        [h("text", text.tick(d), x=LEFT + (j + 0.5) * WIDTH, y=32, class_="tick x") for j, d in enumerate(decays)],
+        [h("text", text.tick(r), x=LEFT - 8, y=TOP + i * HEIGHT + 18, class_="tick y") for i, r in enumerate(rates)],
+        [
+            _cell(cells, span, (rate, decay), LEFT + j * WIDTH, TOP + i * HEIGHT, (rate, decay) == chosen)
+            for i, rate in enumerate(rates)
+            for j, decay in enumerate(decays)
+        ],
+        role="img",
+        class_="heat",
+        viewBox=f"0 0 {width} {height}",
+        width=width,
+        height=height,
+    )
+    return h("div", picture, class_="scroll", tabindex="0", role="region", aria_label="Head search")
+
+
+def _cell(
+    cells: Cells, span: tuple[float, float], settings: tuple[float, float], x: int, y: int, is_chosen: bool
+) -> list[Markup]:
+    top1 = cells.get(settings)
+    # Colours range from the worst to the best top-1, which may be close; the square emphasises the best ones.
+    share = 0.0 if top1 is None else ((top1 - span[0]) / ((span[1] - span[0]) or 1.0)) ** 2
+    shown = text.MISSING if top1 is None else f"{top1 * 100:.1f}"
+    title = f"lr {text.tick(settings[0])}, weight decay {text.tick(settings[1])}: top-1 {text.percent(top1)}"
+    square = h(
+        "rect",
+        h("title", title),
+        class_="right chosen" if is_chosen else "right",
+        x=x + 1, y=y + 1, width=WIDTH - 2, height=HEIGHT - 2, rx="2",
+        fill_opacity=round(0.06 + 0.94 * share, 3),
+    )  # fmt: skip
+    label = h("text", shown, x=x + WIDTH / 2, y=y + 18, class_="count strong" if share > 0.6 else "count")
+    return [square, label]
+
+
+def _best_heads(cells: Cells) -> Markup:
+    scored = sorted(((top1, pair) for pair, top1 in cells.items() if top1 is not None), key=lambda each: -each[0])
+    rows: Sequence[Sequence[Child]] = [
+        [text.tick(rate), text.tick(decay), text.percent(top1)] for top1, (rate, decay) in scored[:LISTED]
+    ]
+    return table(["Learning rate", "Weight decay", "Val top-1"], rows, label=f"The best {LISTED} of {len(cells)} heads")
