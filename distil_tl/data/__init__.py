@@ -1,1 +1,1 @@
-"""Images on disk to batches of tensors: index, decode, transform, order, load."""
+"""From images on disk to batches of tensors: scan, decode, transform, sample, load."""

@@ -1,4 +1,4 @@
-"""Images that can't be used: refused by name, or left out, counted and listed."""
+"""Images that cannot be used: an error, or skipped and listed, as `data.on_bad_image` says."""
 
 from __future__ import annotations
 
@@ -13,55 +13,59 @@ from distil_tl.utils.log import logger, printable
 
 
 class BadImages:
-    """The bad images met so far, by split and path below it, with the reason.
+    """The bad images so far: {split: {path relative to it: reason}}, in `found`.
 
     Args:
         policy: `data.on_bad_image`.
-        known: what an earlier attempt of the run met.
+        before: the bad images of the run before it was resumed.
     """
 
-    def __init__(self, policy: str, known: dict[str, dict[str, str]] | None = None) -> None:
+    def __init__(self, policy: str, before: dict[str, dict[str, str]] | None = None) -> None:
         self.policy = policy
-        self.found: dict[str, dict[str, str]] = {split: dict(images) for split, images in (known or {}).items()}
+        self.found: dict[str, dict[str, str]] = {split: dict(images) for split, images in (before or {}).items()}
 
     def read(self, batches: Iterable[Batch], split: str, index: Index) -> Iterator[Batch]:
-        """A loader's batches, with the policy applied to what is bad in them.
+        """The same batches, with the policy applied to their bad images.
 
         Raises:
-            UserError: an image can't be used, and the policy is `error`; named by path and class.
+            UserError: an image cannot be used and the policy is `error`, or its file cannot be read.
         """
         for batch in batches:
             self.meet(batch.faults, split, index)
             yield batch
 
     def meet(self, faults: Iterable[tuple[int, str]], split: str, index: Index) -> None:
-        """Apply the policy to bad images, by their places in the index, with the reasons. Raises as `read` does."""
+        """Apply the policy to bad images: (position in the index, reason) of each. Raises as `read` does."""
         for i, reason in faults:
             path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
             unreadable = reason.startswith(UNREADABLE)
             if self.policy == "error" or unreadable:
-                way_out = "Repair or remove it, or leave such images out with data.on_bad_image=skip"
+                advice = "Repair or remove it, or skip such images with data.on_bad_image=skip"
                 if unreadable:
-                    way_out = "That is no fault of the image, so it is not left out; see whether its disk is there"
-                raise UserError(f"can't use the image {path} of class {name}: {reason}. {way_out}", one_rank=True)
-            met = self.found.setdefault(split, {})
-            if index.relative(i) not in met:
-                logger.warning("left out the image %s of class %s: %s", path, name, reason)
-                met[index.relative(i)] = reason
+                    advice = "Unreadable files are never skipped, as the image may be fine; check the disk"
+                raise UserError(f"can't use the image {path} of class {name}: {reason}. {advice}", one_rank=True)
+            skipped = self.found.setdefault(split, {})
+            if index.relative(i) not in skipped:
+                logger.warning("skipped the image %s of class %s: %s", path, name, reason)
+                skipped[index.relative(i)] = reason
 
     def refuse_none_left(self, counted: int, split: str, index: Index) -> None:
-        """Raises UserError when nothing was counted, over all ranks: not one image read of a split could be used."""
-        met = self.found.get(split, {})
-        if counted == 0 and met:
-            name, reason = next(iter(met.items()))
+        """Raises UserError if no image of a split could be used.
+
+        Args:
+            counted: number of images used, over all ranks.
+        """
+        skipped = self.found.get(split, {})
+        if counted == 0 and skipped:
+            name, reason = next(iter(skipped.items()))
             raise UserError(
-                f"not one of the images read from {index.root} can be used; {printable(name)}, for one: {reason}. "
-                f"Repair them, or give another data.root"
+                f"none of the images read from {index.root} can be used, for example {printable(name)}: {reason}. "
+                f"Repair them, or set another data.root"
             )
 
     def share(self, info: DistInfo) -> None:
-        """Let every rank know what all have met. A collective."""
-        for found in gather_objects(info, self.found):
-            for split, images in found.items():
+        """Combine the bad images of all ranks. A collective."""
+        for of_rank in gather_objects(info, self.found):
+            for split, images in of_rank.items():
                 self.found.setdefault(split, {}).update(images)
         self.found = {split: dict(sorted(images.items())) for split, images in sorted(self.found.items())}

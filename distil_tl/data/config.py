@@ -1,4 +1,4 @@
-"""Configuration of the data, and what can be checked of it without reading images. Imports no torch and no numpy."""
+"""Configuration of the data and its checks, without torch or numpy."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ ON_BAD_IMAGE = ("error", "skip")
 @dataclass
 class DataConfig:
     root: str | None = None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; null: scikit-learn's digits
-    stage_to: str | None = None  # a folder on each node's own disk, as '$SLURM_TMPDIR', to bring the images to first
+    stage_to: str | None = None  # a folder on each node's own disk, as '$SLURM_TMPDIR', to copy the images to
     global_batch_size: int = 32  # what the optimizer sees, over all ranks
-    max_local_batch_size: int | None = None  # what fits one device; smaller than a rank's share: accumulate
-    image_size: int | None = None  # pixels; null: what the weights were made for
-    workers: int | None = None  # loader processes a rank; null: from the CPUs this process may use
+    max_local_batch_size: int | None = None  # what fits one device; if a rank's share is larger: accumulate
+    image_size: int | None = None  # pixels; null: that of the pretrained weights
+    workers: int | None = None  # loader processes per rank; null: from the number of available CPUs
     augment: str = "light"  # none | light | strong
-    hflip: bool = True  # whether a mirror image is still of its class
-    on_bad_image: str = "error"  # error: name it and stop | skip: leave it out, count it and list it in summary.json
+    hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class
+    on_bad_image: str = "error"  # error: stop with an error | skip: do not train on it, and list it in summary.json
 
     def problems(self) -> list[str]:
         found = []
@@ -36,7 +36,7 @@ class DataConfig:
         if self.image_size is not None and self.image_size < 8:
             found.append("data.image_size must be at least 8 pixels")
         if self.workers is not None and self.workers < 0:
-            found.append("data.workers must be 0 or more, or null to choose by the CPUs at hand")
+            found.append("data.workers must be 0 or more, or null to choose by the available CPUs")
         if self.augment not in AUGMENTATIONS:
             found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
         if self.on_bad_image not in ON_BAD_IMAGE:
@@ -45,32 +45,33 @@ class DataConfig:
 
 
 def fitting_world_sizes(global_batch_size: int) -> list[int]:
+    """The world sizes that divide the global batch size."""
     return [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0]
 
 
 def default_workers(cpus: int) -> int:
-    """Loader processes for a rank with `cpus` CPUs: one CPU is left to the rank itself."""
+    """Number of loader processes for a rank with `cpus` CPUs, one of which is left to the rank itself."""
     return max(0, min(16, cpus - 1))
 
 
 def data_name(root: Path) -> str:
-    """The name of a folder or a tar file of images, without what its file name ends in."""
+    """The name of a folder or a tar file of images, without the extension of the tar file."""
     name = root.resolve().name
     suffix = next((s for s in ARCHIVES if name.endswith(s)), "") if root.is_file() else ""
     return name.removesuffix(suffix)
 
 
 def archive_problem(root: Path, stage_to: str | None) -> str | None:
-    """What is wrong with a file as `data.root`, as far as its beginning shows."""
+    """Why a file cannot be used as `data.root`; None if it can. Only the beginning of the file is read."""
     if not root.name.endswith(ARCHIVES):
         return f"data.root={root} is neither a folder nor a tar file ({', '.join(ARCHIVES)})"
     if stage_to is None:
         return (
-            f"data.root={root} is a tar file, and training reads a folder: let each node unpack it, as with "
-            f"'data.stage_to=$SLURM_TMPDIR', or unpack it yourself and give the folder"
+            f"data.root={root} is a tar file, but training reads a folder: let each node unpack it, for example "
+            f"with 'data.stage_to=$SLURM_TMPDIR', or unpack it and set data.root to the folder"
         )
     try:
-        sound = tarfile.is_tarfile(root)
+        valid = tarfile.is_tarfile(root)
     except (OSError, EOFError, zlib.error) as error:
         return f"data.root={root} can't be read: {error}"
-    return None if sound else f"data.root={root} is no tar file, or a damaged one; make it again"
+    return None if valid else f"data.root={root} is not a tar file, or is damaged; create it again"

@@ -1,4 +1,4 @@
-"""Batches on their way to the device."""
+"""Copy of batches to the device."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from distil_tl.data.loader import Batch
 
 
 def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, with images, targets and validity on `device`; `indices` stay where they are.
+    """The same batches, with images, targets and validity on `device`; `indices` stay on the CPU.
 
-    On CUDA they are copied on a stream of their own. The process that trains runs ahead of its GPU, so it asks for a
-    batch while the GPU still computes on the one before, and the copy is made meanwhile. No batch is taken from
-    `batches` before it is asked for, so a position in them means what it says.
+    On CUDA, batches are copied on a separate stream. The training process runs ahead of its GPU, so it requests a
+    batch while the GPU still computes the previous one; copy and computation overlap. No batch is taken from
+    `batches` before it is requested, so a position in the epoch stays exact.
     """
     if device.type != "cuda":
         yield from batches
         return
-    copying = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     for batch in batches:
-        with torch.cuda.stream(copying):
+        with torch.cuda.stream(copy_stream):
             moved = [part.to(device, non_blocking=True) for part in (batch.images, batch.targets, batch.valid)]
-        computing = torch.cuda.current_stream(device)
-        computing.wait_stream(copying)
+        compute_stream = torch.cuda.current_stream(device)
+        compute_stream.wait_stream(copy_stream)
         for part in moved:
-            part.record_stream(computing)  # else its memory were free for the next copy while it is still read
+            part.record_stream(compute_stream)  # else its memory could be reused for the next copy while in use
         images, targets, valid = moved
         yield batch._replace(images=images, targets=targets, valid=valid)

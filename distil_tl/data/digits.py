@@ -18,11 +18,11 @@ _MANIFEST = "manifest.json"  # {"train/0": number of files, ...}
 
 
 def digits_folder(cache: Path | None = None) -> Path:
-    """The folder `digits-v1` in `cache` (default: `cache_dir()`), written by the first call.
+    """The folder `digits-v1` in `cache` (default: `cache_dir()`), created by the first call.
 
-    It holds `{train,val}/{0..9}/NNNN.png`: 1,442 and 355 grey 8 x 8 images, NNNN being the position in
-    scikit-learn's set. Every fifth sample of a class is for validation. Processes may call this at the same
-    time, and an interrupted call leaves nothing half made.
+    It contains `{train,val}/{0..9}/NNNN.png`: 1,442 and 355 grey 8 x 8 images, where NNNN is the position in
+    scikit-learn's data set. Every fifth sample of a class is for validation. Several processes may call this at the
+    same time. An interrupted call leaves no incomplete folder.
 
     Raises:
         UserError: scikit-learn is not installed, or the cache cannot be written.
@@ -33,14 +33,12 @@ def digits_folder(cache: Path | None = None) -> Path:
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".digits-", dir=cache) as temporary:
-                # Inside, not itself: the temporary folder is closed to other users.
+                # A sub-folder, because the temporary folder itself is not readable by other users.
                 built = Path(temporary) / "built"
                 _write(built)
                 _move_into_place(built, folder, aside=Path(temporary) / "old")
         except OSError as error:
-            raise UserError(
-                f"cannot write the demo data: {error}. Set DISTIL_TL_CACHE to a folder that can be written"
-            ) from error
+            raise UserError(f"cannot write the demo data: {error}. Set DISTIL_TL_CACHE to a writable folder") from error
     return folder
 
 
@@ -48,7 +46,7 @@ def _write(folder: Path) -> None:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError("the demo data need scikit-learn: pip install 'distil_tl[demo]'") from error
+        raise UserError("the demo data require scikit-learn: pip install 'distil_tl[demo]'") from error
     digits = load_digits()
     grey = (digits.images.astype(np.int64) * 255 + 8) // 16  # 0..16 to 0..255, rounded
     seen: Counter[int] = Counter()
@@ -59,13 +57,13 @@ def _write(folder: Path) -> None:
         files[f"{split}/{label}"] += 1
         path = folder / split / str(label) / f"{position:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Uncompressed, as zlibs differ in what they make and file sizes are part of a split's fingerprint.
+        # Uncompressed: the output of zlib depends on its version, and fingerprints depend on the file sizes.
         Image.fromarray(pixels.astype(np.uint8)).save(path, compress_level=0)
     write_json(folder / _MANIFEST, dict(files))
 
 
 def _is_complete(folder: Path) -> bool:
-    """Whether every file is there by number: whatever tidies caches may have taken some."""
+    """Whether the number of files is right: a tool that cleans caches may have deleted some."""
     try:
         expected = json.loads((folder / _MANIFEST).read_text())
         return all(len(list((folder / part).iterdir())) >= count for part, count in expected.items())
@@ -74,7 +72,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _move_into_place(built: Path, folder: Path, aside: Path) -> None:
-    """Rename `built` to `folder`; a damaged one goes to `aside`, another process's complete one stays."""
+    """Rename `built` to `folder`. A damaged `folder` is renamed to `aside`; a complete one is kept."""
     if folder.exists() and not _is_complete(folder):
         with contextlib.suppress(FileNotFoundError):  # another process was first
             folder.rename(aside)

@@ -1,4 +1,4 @@
-"""From sample keys to batches of uint8 images."""
+"""Dataset and loader: from sample keys to batches of uint8 images."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from distil_tl.utils.log import logger
 from distil_tl.utils.rng import keyed_seed
 from distil_tl.utils.threads import available_cpus
 
-UNREADABLE = "the file can't be read"
+UNREADABLE = "the file can't be read"  # the beginning of the reason
 
 
 class BatchPlan(NamedTuple):
-    """How a global batch is dealt out: `world_size * accumulation * micro == global_batch_size`."""
+    """The division of a global batch: `world_size * accumulation * micro == global_batch_size`."""
 
     micro: int
     accumulation: int
@@ -42,13 +42,13 @@ def plan_batches(global_batch_size: int, world_size: int, max_local_batch_size: 
 
 
 class Batch(NamedTuple):
-    """A batch, and what could not be used of it.
+    """A batch, in which some images may be unusable.
 
     Attributes:
-        images: uint8 [N, 3, S, S]; black in the place of a bad one.
+        images: uint8 [N, 3, S, S]; black in place of a bad image.
         targets: int64 [N].
-        indices: int64 [N] into the index, to name an image again.
-        valid: bool [N], False in the place of a bad image.
+        indices: int64 [N], positions of the images in the index.
+        valid: bool [N], False for a bad image.
         faults: (index, reason) of each bad image.
     """
 
@@ -61,19 +61,19 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Item:
-    """One image [3, S, S] of a batch to be, or the reason why there is none."""
+    """One image [3, S, S] of a batch, or the reason why it cannot be used."""
 
     image: Tensor | None
     target: int
     index: int
-    fault: str | None
+    bad_reason: str | None
 
 
 Loader: TypeAlias = "DataLoader[Batch]"
 
 
 class ImageDataset(Dataset[Item]):
-    """Decoded, transformed images; what is random about one is drawn from its key."""
+    """Decoded and transformed images. The augmentation of an image is a function of its key."""
 
     def __init__(self, index: Index, transform: View, image_size: int, *, seed: int = 0, stage: str = "") -> None:
         self.index = index
@@ -86,7 +86,7 @@ class ImageDataset(Dataset[Item]):
         return len(self.index)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For loader processes that are not forked: they share the memory that the index is in."""
+        """The state for loader processes that are not forked; the index is put into shared memory for them."""
         self.index = self.index.to_share()
         return vars(self)
 
@@ -94,9 +94,9 @@ class ImageDataset(Dataset[Item]):
         target = int(self.index.targets[key.image])
         try:
             image = decode(self.index.file(key.image), enough=self.transform.enough)
-        except ImageError as error:  # as a value: raised in a worker it would arrive as a wall of text
+        except ImageError as error:  # returned: an exception in a worker would be printed with a long traceback
             return Item(None, target, key.image, error.reason)
-        except OSError as error:  # not the image's fault, so that leaving out bad images must not hide it
+        except OSError as error:  # an error of the file system, not of the image: it must not be skipped
             where = f", at {self.index.file(key.image)}" if self.index.copy is not None else ""
             return Item(None, target, key.image, f"{UNREADABLE}{where}: {error.strerror or error}")
         with torch.random.fork_rng(devices=[]):
@@ -105,35 +105,35 @@ class ImageDataset(Dataset[Item]):
         return Item(image, target, key.image, None)
 
     def collate(self, items: list[Item]) -> Batch:
-        """A bad image keeps its place, so that every global batch is the same for any number of ranks."""
+        """The batch of these items. A bad image keeps its position: batches do not depend on the number of ranks."""
         blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
         return Batch(
             torch.stack([blank if item.image is None else item.image for item in items]),
             torch.tensor([item.target for item in items]),
             torch.tensor([item.index for item in items]),
             torch.tensor([item.image is not None for item in items]),
-            [(item.index, item.fault) for item in items if item.fault is not None],
+            [(item.index, item.bad_reason) for item in items if item.bad_reason is not None],
         )
 
 
 def choose_workers(launch: Launch, workers: int | None) -> int:
-    """Loader processes of this rank: `data.workers`, or by its CPUs."""
+    """Number of loader processes of this rank: `workers`, or a number that follows from its CPUs."""
     return default_workers(cpus_of_rank(launch)) if workers is None else workers
 
 
 def warn_of_few_cpus(launch: Launch, workers: int | None) -> None:
-    """Say so when the loader will want more CPUs than this rank may use. Slurm gives a task one, if not asked for more.
+    """Warn if the loader needs more CPUs than this rank may use. By default, Slurm gives a task only one.
 
-    Not where the whole machine is small, as there is nothing to be done about that.
+    No warning if this process may use the whole machine, because then nothing can be changed.
     """
     cpus, machine = cpus_of_rank(launch), os.cpu_count() or 1
     if cpus >= (2 if workers is None else workers) or (workers is None and available_cpus() >= machine):
         return
-    wanted = "none is left for loader processes" if workers is None else f"data.workers is {workers}"
+    need = "none is left for loader processes" if workers is None else f"data.workers is {workers}"
     logger.warning(
-        "each process may use %d of the machine's %d CPUs, and %s: training will wait for images. Ask for more CPUs "
+        "each process may use %d of the machine's %d CPUs, and %s: training will wait for images. Request more CPUs "
         "with slurm.cpus_per_task (launch.submit) or --cpus-per-task (srun), or set data.workers",
-        cpus, machine, wanted,
+        cpus, machine, need,
     )  # fmt: skip
 
 
@@ -145,15 +145,15 @@ def make_loader(
     workers: int,
     pin_memory: bool,
 ) -> Loader:
-    """A loader over `sampler`, or with `batch_size=None` over batches that are given.
+    """A loader of the samples of `sampler`; with `batch_size=None`, `sampler` yields whole batches.
 
-    Workers live on from epoch to epoch; set the sampler's position before iterating.
+    Worker processes are kept between epochs. Set the position of the sampler before iterating.
     """
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)
     loader: Loader = DataLoader(
-        dataset,  # type: ignore[arg-type]  # typed by what its items are collated to
+        dataset,  # type: ignore[arg-type]  # typed by the batches, not by the items
         **({"batch_sampler": sampler} if batch_size is None else {"sampler": sampler, "batch_size": batch_size}),
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -166,14 +166,15 @@ def make_loader(
 
 
 def ignore_signals(worker: int) -> None:
-    # Slurm and a terminal signal every process of a job; the rank decides when to stop, and ends its workers then.
+    # Slurm and terminals send signals to all processes of a job. The rank decides when to stop, and then ends its
+    # workers.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _kill_workers() -> None:
-    # After an error the loader's iterator may still be alive at exit, where multiprocessing would send its workers a
-    # TERM, which they ignore, and wait for them forever.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would make an error of their end
+    # After an error, the loader's iterator may still exist at exit. multiprocessing would then send SIGTERM to its
+    # workers, which ignore it, and wait for them without a timeout.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error when they end
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -1,4 +1,4 @@
-"""One image of a folder, made smaller for a copy of that folder: by itself, and whole or not at all."""
+"""Resize of one image for a smaller copy of its folder. The new file appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from torchvision.transforms.v2 import functional as F
 from distil_tl.data.decode import ImageError, decode_bytes
 from distil_tl.data.index import Index
 
-TEMPORARY = r"\.shrink-[0-9a-f]{16}\.tmp"  # what an end by force may leave
-LONGEST = 65_500  # pixels, of a JPEG
-_JPEG = (".jpg", ".jpeg", ".webp")  # what is not here was kept without loss, and stays so
+TEMPORARY = r"\.shrink-[0-9a-f]{16}\.tmp"  # left over if the process is killed
+LONGEST = 65_500  # pixels, the maximal side of a JPEG
+_JPEG = (".jpg", ".jpeg", ".webp")  # resized as JPEG; all other formats are lossless, and are resized as PNG
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of image `index`: `done` is resized, copied or there; `fault` says why it is no image, and then
-    nothing is written; `error` what file could not be read or written, and why."""
+    """The result for image `index`.
+
+    Attributes:
+        done: "resized", "copied" or, if the new file existed already, "there"; empty otherwise.
+        fault: why it is not a usable image; nothing is written then.
+        error: which file could not be read or written, and why.
+    """
 
     index: int
     done: str = ""
@@ -35,10 +40,10 @@ class Outcome:
 
 
 class ShrinkDataset(Dataset[Outcome]):
-    """Reading item i writes image i of `index` below `out`, whose folders must be there, if it is not there yet.
+    """Item i writes image i of `index` below `out` unless it exists. The folders below `out` must exist.
 
-    An image whose shorter side has more pixels than `resize` is made that large, by the rules of `decode`, and written
-    without metadata. Any other is copied byte for byte, one that is as narrow as no JPEG can be among them.
+    An image whose shorter side is longer than `resize` pixels is decoded by the rules of `decode`, resized to it and
+    written without metadata. Any other image is copied byte for byte, as is an image too long for a JPEG.
     """
 
     def __init__(self, index: Index, out: Path, resize: int, quality: int) -> None:
@@ -70,7 +75,7 @@ class ShrinkDataset(Dataset[Outcome]):
             return Outcome(i, error=f"{error.filename or self.index.path(i)}: {error.strerror or error}")
 
     def copy(self, i: int) -> Outcome:
-        """Copy image i as it is, whatever it is."""
+        """Copy the file of image i without decoding it."""
         try:
             _write(self.out / self.index.relative(i), self.index.path(i).read_bytes())
         except OSError as error:
@@ -79,21 +84,21 @@ class ShrinkDataset(Dataset[Outcome]):
 
 
 def name_of_resized(root: Path, name: str) -> str:
-    """What the image `name` below `root` is called when it was made smaller.
+    """The name of the resized image of `name` below `root`.
 
-    Its name stays where that says how it is written, as JPEG or PNG; else it grows: a/x.bmp becomes a/x.bmp.png.
+    It is the same for JPEG and PNG; for another format an extension is added: a/x.bmp becomes a/x.bmp.png.
     """
     suffix = Path(name).suffix.lower()
     if suffix in (".jpg", ".jpeg", ".png"):
         return name
     ending = ".jpg" if suffix in _JPEG else ".png"
-    while os.path.lexists(root / (name + ending)):  # that is another image's name
+    while os.path.lexists(root / (name + ending)):  # the name of another image
         name += "_"
     return name + ending
 
 
 def smaller(image: Tensor, side: int) -> Tensor:
-    """An image uint8 [3, H, W] with a shorter side of `side` pixels, antialiased."""
+    """An image uint8 [3, H, W] resized to a shorter side of `side` pixels, with antialiasing."""
     small: Tensor = F.resize(image, [side], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return small
 
@@ -104,16 +109,16 @@ def _encoded(image: Tensor, name: str, quality: int) -> bytes:
     if torch.equal(red, green) and torch.equal(red, blue):
         pixels = red.contiguous()
     file = io.BytesIO()
-    picture = Image.fromarray(pixels.numpy())
+    pillow_image = Image.fromarray(pixels.numpy())
     if name.lower().endswith(".png"):
-        picture.save(file, "PNG")
+        pillow_image.save(file, "PNG")
     else:
-        picture.save(file, "JPEG", quality=quality)
+        pillow_image.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
 def _write(path: Path, data: bytes) -> None:
-    # Not synchronised to disk one by one, which would take longer than all the rest.
+    # Without fsync, which would take longer than all other work together.
     partial = path.with_name(f".shrink-{secrets.token_hex(8)}.tmp")
     try:
         with partial.open("xb") as file:

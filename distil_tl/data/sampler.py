@@ -1,4 +1,4 @@
-"""Which sample comes when: a function of (seed, stage, epoch) alone, dealt out to however many ranks there are."""
+"""Order of the samples: a function of (seed, stage, epoch), divided among any number of ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from distil_tl.utils.rng import keyed_seed
 
 
 class SampleKey(NamedTuple):
-    """A sample to load, and what its augmentation is drawn from.
+    """A sample to load, with the epoch and position that its augmentation depends on.
 
-    It travels to the loader's workers in place of a bare index, so that they need to know nothing of epochs.
+    The sampler yields such keys instead of indices, so that loader processes need no other state.
     """
 
     image: int
@@ -30,16 +30,16 @@ def epoch_order(length: int, seed: int, stage: str, epoch: int) -> np.ndarray:
 
 
 class TrainSampler(DistributedSampler[SampleKey]):
-    """The training order, whose global batches do not depend on the world size.
+    """The training order; global batches do not depend on the world size.
 
-    Global batch `s` is `order[s * B : (s + 1) * B]`; of it, rank `r` of `W` takes every `W`-th sample from the
-    `r`-th, as `DistributedSampler` does. The tail that does not fill a batch is left out of this epoch (another
-    one in each epoch, as the order changes).
+    Global batch `s` is `order[s * B : (s + 1) * B]`. Rank `r` of `W` takes every `W`-th sample of it, beginning with
+    sample `r`, as `DistributedSampler` does. The last samples, which do not fill a batch, are dropped; these are
+    different samples in each epoch, as the order changes.
 
     Args:
         length: number of images.
         global_batch_size: `B`; must be divisible by `world_size` and at most `length`.
-        seed, stage: what the order is a function of, with the epoch.
+        seed, stage: determine the order, together with the epoch.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
         self.consumed = 0
 
     def set_position(self, epoch: int, consumed: int = 0) -> None:
-        """Go on in `epoch` after `consumed` samples, counted over all ranks: a multiple of the global batch."""
+        """Continue in `epoch` after `consumed` samples over all ranks, a multiple of the global batch size."""
         if consumed % self.global_batch_size:
             raise ValueError(f"{consumed} samples are not a whole number of global batches")
         self.set_epoch(epoch)
@@ -63,7 +63,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
 
     @property
     def end(self) -> int:
-        """Samples of an epoch over all ranks, the tail left out."""
+        """Number of samples of an epoch over all ranks, without the dropped ones."""
         return self.steps_per_epoch * self.global_batch_size
 
     def __len__(self) -> int:
@@ -76,7 +76,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
 
 
 class EvalSampler(DistributedSampler[SampleKey]):
-    """Every sample once over all ranks: no padding, no dropping, so that shares may differ by one."""
+    """Every sample exactly once over all ranks, without padding: the ranks' shares may differ by one."""
 
     def __init__(self, length: int, *, world_size: int, rank: int) -> None:
         super().__init__(cast(Any, range(length)), num_replicas=world_size, rank=rank, shuffle=False)

@@ -9,15 +9,15 @@ from torchvision.transforms import v2
 
 from distil_tl.models.preprocess import Preprocess
 
-_SMALLEST_CROP = {"light": 0.5, "strong": 0.2}  # share of the image's area
-_NARROWEST_CROP = 3 / 4  # of its own sides, the shorter to the longer
+_MIN_CROP_AREA = {"light": 0.5, "strong": 0.2}  # relative to the area of the image
+_MIN_ASPECT_RATIO = 3 / 4  # of a crop, shorter to longer side
 
 
 class View(nn.Sequential):
-    """Steps from a decoded image to what the model sees, and how large an image they need.
+    """The transforms from a decoded image to the model's input, and the size of the image that they need.
 
-    `enough` is a shorter side in pixels of which the steps, at their closest crop, still use two pixels or more for
-    each that they make: a larger image may be decoded at a fraction of its size, down to that.
+    `enough` is a length in pixels of the image's shorter side: from it, even the smallest crop has at least two pixels
+    for each pixel of the output. A larger image may be decoded at a reduced size, down to `enough`.
     """
 
     def __init__(self, steps: list[nn.Module], enough: int) -> None:
@@ -33,15 +33,15 @@ def eval_transform(preprocess: Preprocess, image_size: int) -> View:
 
 
 def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip: bool) -> View:
-    """The training view of an image, uint8 in and out; random draws come from torch's default CPU generator.
+    """The training transform, uint8 in and out; random numbers come from torch's default CPU generator.
 
-    `none` is the evaluation view. `light` is a random resized crop (at least half the area) and a mirror image.
-    `strong` crops down to a fifth, adds TrivialAugment (Mueller and Hutter, 2021) and random erasing
-    (Zhong et al., 2017). `hflip=False` leaves out the mirror image, for letters, digits, left and right hands.
+    `none` is `eval_transform`. `light` is a random resized crop (at least half the area) and a random horizontal flip.
+    `strong` crops down to a fifth of the area, and adds TrivialAugment (Mueller and Hutter, 2021) and random erasing
+    (Zhong et al., 2017). `hflip=False` omits the flip, for example for letters, digits, left and right hands.
     """
     if augment == "none":
         return eval_transform(preprocess, image_size)
-    scale, ratio = (_SMALLEST_CROP[augment], 1.0), (_NARROWEST_CROP, 1 / _NARROWEST_CROP)
+    scale, ratio = (_MIN_CROP_AREA[augment], 1.0), (_MIN_ASPECT_RATIO, 1 / _MIN_ASPECT_RATIO)
     steps: list[nn.Module] = [
         v2.RandomResizedCrop(image_size, scale=scale, ratio=ratio, interpolation=preprocess.mode, antialias=True)
     ]
@@ -55,6 +55,6 @@ def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip
 
 
 def closest_crop(augment: str) -> float:
-    """The shorter side that a crop of the training view has at least, as a share of the image's shorter side."""
-    # Of all images of the same shorter side, a square one has the smallest area, and so the smallest crops.
-    return 1.0 if augment == "none" else math.sqrt(_SMALLEST_CROP[augment] * _NARROWEST_CROP)
+    """The least possible shorter side of a training crop, relative to the shorter side of the image."""
+    # Of all images with the same shorter side, a square one has the smallest area, and therefore the smallest crops.
+    return 1.0 if augment == "none" else math.sqrt(_MIN_CROP_AREA[augment] * _MIN_ASPECT_RATIO)

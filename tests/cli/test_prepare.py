@@ -123,7 +123,7 @@ def test_prepared_json_describes_the_copy(source: Path, tmp_path: Path) -> None:
     assert found["images"] == {"train": 9, "val": 2, "test": 1}
     assert set(found["bad"]) == {"train"}
     assert set(found["bad"]["train"]) == {"a/bad.jpg", "b/cut.jpg"}
-    assert "no image" in found["bad"]["train"]["a/bad.jpg"]
+    assert "not a readable image" in found["bad"]["train"]["a/bad.jpg"]
     for split in ("train", "val", "test"):
         before = scan(source / split, classes=("a", "b"))
         after = scan(out / split, classes=("a", "b"))

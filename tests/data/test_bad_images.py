@@ -75,7 +75,7 @@ def turned(path: Path) -> None:
 # What can't be used, with how the reason begins.
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated.jpg": (truncated, "damaged image: "),
-    "renamed.jpg": (renamed, "no image that can be read (JPEG, PNG"),
+    "renamed.jpg": (renamed, "not a readable image (JPEG, PNG"),
     "zero.png": (zero_bytes, "the file is empty"),
     "bomb.png": (bomb, "25000 x 24000 pixels are more than the 178,956,970 allowed; make it smaller"),
 }
@@ -168,7 +168,7 @@ def test_a_bad_image_is_refused_with_its_class_the_reason_and_the_way_out(
     add(root / "train" / "stripes", name)
     message = refused([*small_args(root), f"run_dir={tmp_path}/run"], capsys)
     assert f"can't use the image {root}/train/stripes/{name} of class stripes: {BAD[name][1]}" in message
-    assert "Repair or remove it, or leave such images out with data.on_bad_image=skip" in message
+    assert "Repair or remove it, or skip such images with data.on_bad_image=skip" in message
     assert len(message.splitlines()) == 1
 
 
@@ -202,11 +202,11 @@ def test_skipping_trains_to_the_end_and_lists_what_was_left_out(runs: Any) -> No
 def test_each_is_warned_of_once_over_all_ranks_epochs_and_evaluations(runs: Any, found: Path) -> None:
     for world, (run_dir, _) in runs.items():
         said = "".join(path.read_text() for path in (run_dir / "logs").iterdir())
-        warned = [line for line in said.splitlines() if "left out the image" in line]
+        warned = [line for line in said.splitlines() if "skipped the image" in line]
         assert len(warned) == 7, (world, warned)
         for split, names in FOUND.items():
             for name in names:
-                image = f"left out the image {found}/{split}/{name} of class {Path(name).parent}: {reason_of(name)}"
+                image = f"skipped the image {found}/{split}/{name} of class {Path(name).parent}: {reason_of(name)}"
                 assert sum(image in line for line in warned) == 1, (world, image)
 
 
@@ -247,7 +247,7 @@ def test_a_run_that_goes_on_keeps_the_list(runs: Any, skipping: list[str], tmp_p
     assert run_ranks(1, train, [*skipping, f"run_dir={run_dir}"]) == [0]
     assert summary_of(run_dir)["bad_images"] == summary_of(runs[1][0])["bad_images"]
     said = (run_dir / "logs" / "rank-0.log").read_text()
-    assert said.count("left out the image") == 7
+    assert said.count("skipped the image") == 7
     one, two = (load_file(path / "checkpoints" / "last" / "weights.safetensors") for path in (run_dir, runs[1][0]))
     assert all(torch.equal(one[key], two[key]) for key in two)
 
@@ -313,8 +313,8 @@ def test_a_split_without_one_good_image_is_refused(
         path.write_bytes(b"")
     run_dir = tmp_path / "run"
     message = refused([*small_args(root), "data.on_bad_image=skip", f"run_dir={run_dir}"], capsys)
-    assert f"not one of the images read from {root}/{split} can be used; " in message
-    assert "for one: the file is empty" in message
+    assert f"none of the images read from {root}/{split} can be used, for example " in message
+    assert ".png: the file is empty" in message
     assert summary_of(run_dir)["status"] == "failed"
 
 

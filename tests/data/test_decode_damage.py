@@ -88,11 +88,11 @@ def test_truncated(tmp_path: Path, kind, share):
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"hello, I am a text file", r"no image that can be read \(JPEG, PNG"),
+        (b"hello, I am a text file", r"not a readable image \(JPEG, PNG"),
         (b"P", "."),
         (b"\xff\xd8\xff", "damaged image: ."),
         (b"\x89PNG\r\n\x1a\n", "damaged image: ."),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image that can be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable image"),
     ],
 )
 def test_no_image(tmp_path: Path, data, reason):

@@ -221,9 +221,13 @@ def test_an_empty_class_is_seen_in_a_tar_file_as_it_is_in_a_folder(folder: Path,
 @pytest.mark.parametrize(
     ("name", "stage_to", "message"),
     [
-        ("a.tar", None, "is a tar file, and training reads a folder: let each node unpack it, as with 'data.stage_to="),
+        (
+            "a.tar",
+            None,
+            "is a tar file, but training reads a folder: let each node unpack it, for example",
+        ),
         ("a.tar.zst", "/tmp", "is neither a folder nor a tar file (.tar, .tar.gz, .tgz)"),
-        ("broken.tar", "/tmp", "broken.tar is no tar file, or a damaged one"),
+        ("broken.tar", "/tmp", "broken.tar is not a tar file, or is damaged"),
         ("missing.tar", "/tmp", "missing.tar is not a folder"),
     ],
 )

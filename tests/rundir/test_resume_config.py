@@ -98,7 +98,7 @@ def test_drift_of_val_is_refused_and_of_classes_said(
     gone = sorted((data / "val" / "circles").iterdir())[0]
     gone.rename(data / "val" / "noise" / "moved.png")
     message = refused([*small_args(data), f"run_dir={run_dir}"], capsys)
-    assert f"{data}/val are not those" in message
+    assert f"the images in {data}/val differ from those" in message
     assert f"1 added ('noise/moved.png'); 1 removed ('circles/{gone.name}')" in message
 
     (data / "train" / "noise").rename(data / "train" / "rustle")

@@ -272,7 +272,7 @@ def test_names_from_data_stay_names(tmp_path: Path, capfd: pytest.CaptureFixture
     assert json.loads((run_dir / "classes.json").read_text()) == sorted(NASTY)
     assert summary_of(run_dir)["bad_images"]["train"]["count"] == len(NASTY)
     log = (run_dir / "logs" / "rank-0.log").read_text()
-    assert log.count("left out the image") == 2 * len(NASTY) - 1
+    assert log.count("skipped the image") == 2 * len(NASTY) - 1
     assert not [line for line in log.splitlines() if line.startswith("2026-01-01 00:00:00,000")]
     assert "\\n2026-01-01 00:00:00,000 ERROR a forged line" in log
     assert "\u202e" not in log + said

@@ -297,6 +297,7 @@ def test_a_file_that_cannot_be_read_is_never_skipped(
     monkeypatch.setattr(loader, "decode", decode)
     message = refused([*small, f"run_dir={tmp_path}/run", "data.on_bad_image=skip", "data.workers=1"], capsys)
     assert (
-        "0001.png of class noise: the file can't be read: Permission denied. That is no fault of the image" in message
+        "0001.png of class noise: the file can't be read: Permission denied. Unreadable files are never skipped"
+        in message
     )
     assert "data.on_bad_image=skip" not in message, "it is set, and does not help"
