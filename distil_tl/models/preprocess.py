@@ -18,7 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What a set of weights expects of its input.
+    """The preprocessing that a set of weights expects.
 
     Attributes:
         mean, std: per channel, of pixels scaled to 0..1.
@@ -39,7 +39,7 @@ class Preprocess:
         return cls(**{**tree, "mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
 
     def resize_for(self, image_size: int) -> int:
-        """Shorter side before a centre crop of `image_size`, in the proportion of the weights' evaluation."""
+        """Shorter side in pixels before a centre crop of `image_size`, in the same proportion as for `crop_size`."""
         return max(image_size, round(image_size * self.resize_size / self.crop_size))
 
     @property

@@ -1,4 +1,4 @@
-"""Classifiers of timm, an optional extra imported only when a model of it is asked for."""
+"""timm classifiers. timm is an optional dependency, imported only if it is needed."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from torch import nn
 
 from distil_tl.models.head import seeded
-from distil_tl.models.layer_groups import LayerGroup, groups_from_parameters, top_level_parts
+from distil_tl.models.layer_groups import LayerGroup, groups_from_parts, parameters_by_child
 from distil_tl.models.names import TIMM_PREFIX
 from distil_tl.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from distil_tl.utils.errors import UserError, did_you_mean
 
 INSTALL = "pip install 'distil_tl[timm]'"
-# What torchvision can resize tensors with; timm knows others.
+# Those that torchvision supports for tensors; timm also has others.
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 
 def installed() -> bool:
-    """Whether timm can be imported; it is not."""
+    """Whether timm is installed; does not import it."""
     return importlib.util.find_spec("timm") is not None
 
 
@@ -39,31 +39,31 @@ def _timm() -> ModuleType:
 
 
 def names() -> list[str]:
-    """Names of timm's architectures, without tags and without the `timm/` in front."""
+    """Names of timm's architectures, without tags and without the `timm/` prefix."""
     return list(_timm().list_models())
 
 
 def name_problem(name: str) -> str | None:
-    """What is wrong with a timm name, ARCHITECTURE or ARCHITECTURE.TAG; None if nothing is."""
+    """The message for an invalid timm name; None for a valid one, ARCHITECTURE or ARCHITECTURE.TAG."""
     timm = _timm()
     if not timm.is_model(name):
-        near = did_you_mean(TIMM_PREFIX + name.partition(".")[0], [TIMM_PREFIX + known for known in names()])
-        return f"timm has no model {name!r}{near}"
+        suggestion = did_you_mean(TIMM_PREFIX + name.partition(".")[0], [TIMM_PREFIX + valid for valid in names()])
+        return f"timm has no model {name!r}{suggestion}"
     architecture, _, tag = name.partition(".")
-    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    tags = [full_name.partition(".")[2] for full_name in timm.list_pretrained(f"{architecture}.*")]
     if tag and tag not in tags:
-        known = ", ".join(tags) or "none"
-        return f"timm has no weights {tag!r} of {architecture}{did_you_mean(tag, tags)} (known are {known})"
+        valid = ", ".join(tags) or "none"
+        return f"timm has no weights {tag!r} of {architecture}{did_you_mean(tag, tags)} (valid are {valid})"
     return None
 
 
 def has_weights(name: str) -> bool:
-    """Whether timm publishes weights for this name."""
+    """Whether timm has pretrained weights for this name."""
     return bool(_timm().models.is_model_pretrained(name))
 
 
 def preprocess(name: str) -> Preprocess:
-    """What timm's weights for this name expect of their input; known without network."""
+    """The preprocessing that timm's weights for this name expect; read without network access."""
     timm = _timm()
     published = timm.models.get_pretrained_cfg(name)
     config = timm.data.resolve_data_config(pretrained_cfg=published.to_dict() if published else {}, args={})
@@ -82,18 +82,18 @@ def preprocess(name: str) -> Preprocess:
 def build(
     name: str, num_classes: int, image_size: int, *, pretrained: bool, seed: int
 ) -> tuple[nn.Module, tuple[str, ...], bool]:
-    """The model with its head to be initialised, the head's paths, and whether the size is fixed.
+    """The model with a new, not yet initialised head, the paths of the head, and whether the image size is fixed.
 
-    Transformers that can take images of any size at run time are built so, others for `image_size`.
+    Transformers with dynamic image sizes are built with them, other transformers for `image_size` only.
 
     Raises:
-        UserError: the weights cannot be had, the model is no classifier, or it cannot take such images.
+        UserError: the weights cannot be loaded, the model is not a classifier, or it does not support `image_size`.
     """
-    accepted = _constructor_parameters(name)
+    arguments = _constructor_arguments(name)
     options: dict[str, object] = {}
-    if "dynamic_img_size" in accepted:
+    if "dynamic_img_size" in arguments:
         options["dynamic_img_size"] = True
-    elif "img_size" in accepted:
+    elif "img_size" in arguments:
         options["img_size"] = image_size
     with seeded(seed, "model"):
         module = _create(name, pretrained, num_classes=num_classes, **options)
@@ -101,17 +101,17 @@ def build(
     return module, _heads(name, module, num_classes), "img_size" in options
 
 
-def _constructor_parameters(name: str) -> set[str]:
-    """Names of what the class behind `name` and its bases take, which timm tells only through an instance."""
+def _constructor_arguments(name: str) -> set[str]:
+    """Names of the arguments of the model's class and its bases. Only an instance tells which class it is."""
     with torch.device("meta"):
         probe = _timm().create_model(name, pretrained=False)
-    parameters: set[str] = set()
+    arguments: set[str] = set()
     for base in type(probe).__mro__:
-        taken = inspect.signature(base.__init__).parameters  # type: ignore[misc]
-        parameters |= set(taken)
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        arguments |= set(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
-    return parameters
+    return arguments
 
 
 def _create(name: str, pretrained: bool, **options: object) -> nn.Module:
@@ -120,7 +120,7 @@ def _create(name: str, pretrained: bool, **options: object) -> nn.Module:
         return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
     try:
         return timm.create_model(name, pretrained=True, **options)  # type: ignore[no-any-return]
-    # The hub client's failures have no common type: OSError, httpx errors, its own.
+    # Errors of the hub's client have no common base class: OSError, httpx errors, its own.
     except Exception as error:
         published = timm.models.get_pretrained_cfg(name)
         origin = published and (published.hf_hub_id or published.url)
@@ -132,25 +132,26 @@ def _create(name: str, pretrained: bool, **options: object) -> nn.Module:
 
 
 def check_size(name: str, module: nn.Module, size: int) -> None:
+    """Raise UserError if the model does not support images with this side in pixels."""
     patch = getattr(getattr(module, "patch_embed", None), "patch_size", None)
     step = patch[0] if isinstance(patch, (tuple, list)) else patch
     if isinstance(step, int) and size % step:
         below = size // step * step
-        sizes = " or ".join(str(near) for near in (below, below + step) if near)
+        sizes = " or ".join(str(multiple) for multiple in (below, below + step) if multiple)
         raise UserError(
-            f"data.image_size={size} does not suit {TIMM_PREFIX}{name}, which needs a multiple of {step}: try {sizes}"
+            f"data.image_size={size} does not fit {TIMM_PREFIX}{name}: use a multiple of {step}, such as {sizes}"
         )
 
 
 def _heads(name: str, module: nn.Module, num_classes: int) -> tuple[str, ...]:
-    """Paths of the classifier; models trained with distillation have two of them."""
+    """Paths of the classifier layers; models trained with distillation have two."""
     config: Any = getattr(module, "pretrained_cfg", None) or {}
     listed = config.get("classifier") or ()
     paths = (listed,) if isinstance(listed, str) else tuple(listed)
-    known = dict(module.named_modules())
-    layers = [known.get(path) for path in paths]
-    fits = [isinstance(part, (nn.Linear, nn.Conv2d)) and len(part.weight) == num_classes for part in layers]
-    if not fits or not all(fits):
+    modules = dict(module.named_modules())
+    layers = [modules.get(path) for path in paths]
+    valid = [isinstance(layer, (nn.Linear, nn.Conv2d)) and len(layer.weight) == num_classes for layer in layers]
+    if not valid or not all(valid):
         raise UserError(
             f"model.name: {TIMM_PREFIX}{name} has no classifier to replace; choose an image classifier of timm"
         )
@@ -158,24 +159,24 @@ def _heads(name: str, module: nn.Module, num_classes: int) -> tuple[str, ...]:
 
 
 def groups(module: nn.Module, head: tuple[str, ...]) -> tuple[LayerGroup, ...]:
-    """Groups of a timm model: its own coarse ones where it has any, else its top-level children."""
+    """Groups of a timm model: the coarse groups that timm defines, else one group for each top-level child."""
     from timm.models import group_parameters
 
     try:
-        found = group_parameters(module, module.group_matcher(coarse=True))  # type: ignore[operator]
+        parts = group_parameters(module, module.group_matcher(coarse=True))  # type: ignore[operator]
     except (AttributeError, AssertionError, NotImplementedError):
-        return groups_from_parameters(module, top_level_parts(module), head)
-    return groups_from_parameters(module, [found[index] for index in sorted(found)], head)
+        return groups_from_parts(module, parameters_by_child(module), head)
+    return groups_from_parts(module, [parts[index] for index in sorted(parts)], head)
 
 
 def source(name: str) -> str:
-    """What timm's weights for this name are called in records."""
+    """The name of timm's weights in records, such as "timm resnet18.a1_in1k"."""
     published = _timm().models.get_pretrained_cfg(name)
     return f"timm {published.architecture}.{published.tag}" if published and published.tag else f"timm {name}"
 
 
-def prepare(name: str) -> None:
-    """Downloads timm's weights for this name into the Hugging Face cache if they are not there.
+def download(name: str) -> None:
+    """Download timm's weights for this name into the Hugging Face cache if they are missing.
 
     Raises:
         UserError: the download failed.
@@ -184,7 +185,7 @@ def prepare(name: str) -> None:
 
 
 def cached_file(name: str) -> Path | None:
-    """The file timm read its weights from, where the Hugging Face cache still has it."""
+    """The file of timm's weights in the Hugging Face cache, None if it is missing."""
     published = _timm().models.get_pretrained_cfg(name)
     if not published or not published.hf_hub_id:
         return None

@@ -1,4 +1,4 @@
-"""Layer groups of torchvision's families, one short rule each, in the names their papers and users know."""
+"""Layer groups of torchvision models: one short rule for each family, with the names that its paper uses."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from torchvision import models as tv
 
-from distil_tl.models.layer_groups import HEAD, LayerGroup, groups_from_parameters, top_level_parts
+from distil_tl.models.layer_groups import HEAD, LayerGroup, groups_from_parts, parameters_by_child
 
 
 def torchvision_groups(module: nn.Module, head: tuple[str, ...]) -> tuple[LayerGroup, ...]:
     """Groups of a torchvision classifier from stem to head; `head` is the dotted path of its classifier.
 
-    A family without a rule here is split into its top-level children.
+    A family without a rule in this module gets one group for each top-level child.
     """
     for family, rule in _RULES:
         if isinstance(module, family):
             return (*rule(module), LayerGroup(HEAD, head))
-    return groups_from_parameters(module, top_level_parts(module), head)
+    return groups_from_parts(module, parameters_by_child(module), head)
 
 
 def _resnet(_: nn.Module) -> list[LayerGroup]:
@@ -52,7 +52,7 @@ def _efficientnet(module: nn.Module) -> list[LayerGroup]:
 
 
 def _mobilenet(module: nn.Module) -> list[LayerGroup]:
-    """MobileNet v2 and v3: a stage begins where the resolution is halved."""
+    """MobileNet v2 and v3: each stage begins with the block that halves the resolution."""
     stem, *blocks, top = _children(module, "features")
     stages: list[tuple[str, ...]] = []
     for path in blocks:
@@ -84,7 +84,7 @@ def _swin(module: nn.Module) -> list[LayerGroup]:
 
 
 def _alternating(module: nn.Module, final_norm: str) -> list[LayerGroup]:
-    """`features` is stem, stage, downsampling, stage, ...: each downsampling joins the stage it feeds."""
+    """`features` is stem, stage, downsampling, stage, ...: each downsampling is grouped with the stage after it."""
     stem, first, *rest = _children(module, "features")
     stages = [(first,), *zip(rest[0::2], rest[1::2], strict=True)]
     stages[-1] = (*stages[-1], final_norm)
@@ -146,7 +146,7 @@ _RULES: tuple[tuple[type[nn.Module], Callable[[nn.Module], list[LayerGroup]]], .
 
 
 def _children(module: nn.Module, path: str) -> list[str]:
-    """Dotted paths of the children of `path` that have parameters, in order."""
+    """Dotted paths of the children of `path` with parameters, in order."""
     children = module.get_submodule(path).named_children()
     return [f"{path}.{name}" for name, child in children if next(child.parameters(), None) is not None]
 
@@ -160,7 +160,7 @@ def _stages(parts: list[tuple[str, ...]] | Iterator[tuple[str, ...]]) -> list[La
 
 
 def _between_pools(module: nn.Module) -> list[tuple[str, ...]]:
-    """Children of `features` that have parameters, cut at every max pooling."""
+    """Children of `features` with parameters, in parts divided by the max poolings."""
     parts: list[tuple[str, ...]] = [()]
     for name, child in module.get_submodule("features").named_children():
         if isinstance(child, nn.MaxPool2d):

@@ -1,4 +1,4 @@
-"""Classifiers of torchvision: architecture, published weights and the preprocessing these expect."""
+"""Torchvision classifiers: architectures, published weights, and the preprocessing that the weights expect."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 
 from distil_tl.models.head import find_head, replace_head, seeded
 from distil_tl.models.preprocess import Preprocess
-from distil_tl.models.weights import State, renamed
+from distil_tl.models.weights import StateDict, renamed
 from distil_tl.utils.errors import UserError
 
-# Their published weights were trained on inputs scaled to -1..1, and they rescale for themselves.
+# Their published weights were trained on inputs scaled to -1..1, and `transform_input` rescales inside the model.
 _WITH_AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 _OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
@@ -29,18 +29,18 @@ def names() -> list[str]:
 
 def weights_names(name: str) -> list[str]:
     """Names of the published weights of a model, such as IMAGENET1K_V2."""
-    return [entry.name for entry in tv.get_model_weights(name)]
+    return [weights.name for weights in tv.get_model_weights(name)]
 
 
-def entry(name: str, weights: str) -> Any:
-    """The published weights called `weights`; the model's default ones for any word that names none."""
+def published_weights(name: str, weights: str) -> Any:
+    """Torchvision's entry for the weights named `weights`; the default one if there is none of this name."""
     published = tv.get_model_weights(name)
     return published[weights] if weights in published.__members__ else published.DEFAULT
 
 
 def preprocess(name: str, weights: str) -> Preprocess:
-    """What the published weights of a model expect of its input."""
-    preset = entry(name, weights).transforms()
+    """The preprocessing that the published weights of a model expect."""
+    preset = published_weights(name, weights).transforms()
     return Preprocess(
         mean=tuple(preset.mean),
         std=tuple(preset.std),
@@ -51,19 +51,20 @@ def preprocess(name: str, weights: str) -> Preprocess:
 
 
 def fixed_size(name: str) -> bool:
-    """Whether the architecture is built for one image size: by position embeddings or partition."""
+    """Whether the architecture is built for one image size, by its position embeddings or partitions."""
     return name.startswith(("vit_", "maxvit"))
 
 
 def build(
     name: str, num_classes: int, image_size: int, *, random: bool, seed: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The architecture with a head for `num_classes` still to be initialised, and the path of that head.
+    """The architecture without auxiliary classifiers and with a new, not yet initialised head; the head's path.
 
-    `random` says that no weights follow. Auxiliary classifiers are left out.
+    Args:
+        random: whether the random weights stay, as no others will be loaded.
 
     Raises:
-        UserError: the architecture cannot take images of `image_size`.
+        UserError: the architecture does not support `image_size`.
     """
     check_size(name, image_size)
     options: dict[str, object] = {}
@@ -81,6 +82,7 @@ def build(
 
 
 def check_size(name: str, size: int) -> None:
+    """Raise UserError if the architecture does not support images with this side in pixels."""
     step = 1
     if name.startswith("vit_"):
         step = int(name.rpartition("_")[2])
@@ -88,30 +90,33 @@ def check_size(name: str, size: int) -> None:
         step = 224
     if size < step or size % step:
         below = size // step * step
-        sizes = " or ".join(str(near) for near in (below, below + step) if near)
-        raise UserError(f"data.image_size={size} does not suit {name}, which needs a multiple of {step}: try {sizes}")
+        sizes = " or ".join(str(multiple) for multiple in (below, below + step) if multiple)
+        raise UserError(f"data.image_size={size} does not fit {name}: use a multiple of {step}, such as {sizes}")
     smallest = tv.get_model_weights(name).DEFAULT.meta["min_size"][0]
-    # Swin pads to its windows, so what its weights give as the least size is only what they were trained at.
+    # Swin pads to its windows: the minimum size in its metadata is only the size that it was trained at.
     if size < smallest and not fixed_size(name) and not name.startswith("swin"):
         raise UserError(f"data.image_size={size} is too small for {name}: use at least {smallest}")
 
 
-def auxiliary(name: str) -> tuple[str, ...]:
-    """Paths of the auxiliary classifiers that weights of this model may hold and the built module lacks."""
+def auxiliary_classifiers(name: str) -> tuple[str, ...]:
+    """Paths of the auxiliary classifiers that weights files may contain and `build` leaves out."""
     return _WITH_AUXILIARY.get(name, ())
 
 
-def adapt_state(state: State, module: nn.Module) -> State:
-    """`state` with the names and position embeddings that `module` has.
+def adapt_state_dict(state: StateDict, module: nn.Module) -> StateDict:
+    """`state` with the names and position embeddings of `module`.
 
-    DenseNet's published weights still have the names of an older torchvision; position embeddings are
+    The published weights of DenseNet have the parameter names of an older torchvision. Position embeddings are
     interpolated to the image size that a vision transformer was built for.
+
+    Raises:
+        UserError: the position embeddings cannot be interpolated.
     """
     if isinstance(module, tv.DenseNet):
         return renamed(state, {key: _OLD_DENSENET_NAME.sub(r"\1\2", key) for key in state})
     if isinstance(module, tv.VisionTransformer) and "encoder.pos_embedding" in state:
         try:
-            resized: State = interpolate_embeddings(module.image_size, module.patch_size, OrderedDict(state))
+            resized: StateDict = interpolate_embeddings(module.image_size, module.patch_size, OrderedDict(state))
         except ValueError as error:
             raise UserError(f"model.weights: the position embeddings cannot be resized: {error}") from error
         return resized
@@ -119,24 +124,24 @@ def adapt_state(state: State, module: nn.Module) -> State:
 
 
 def cache_path(name: str, weights: str) -> Path:
-    """Where torch.hub keeps the published weights, or would."""
-    url: str = entry(name, weights).url
+    """The path of the published weights in torch.hub's cache, whether or not the file exists."""
+    url: str = published_weights(name, weights).url
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
 
 
 def published_digest(path: Path) -> str | None:
-    """How the SHA-256 of a published file begins, which its name says."""
-    found = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    return found[1] if found else None
+    """The first characters of a published file's SHA-256, which are part of its name."""
+    match = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    return match[1] if match else None
 
 
-def cached_file(name: str, weights: str) -> Path:
-    """Where torch.hub keeps the published weights, downloaded first when they are not there.
+def download(name: str, weights: str) -> Path:
+    """The path of the published weights in torch.hub's cache, downloaded if they are missing.
 
     Raises:
         UserError: the download failed.
     """
-    published = entry(name, weights)
+    published = published_weights(name, weights)
     url: str = published.url
     path = cache_path(name, weights)
     if path.is_file():

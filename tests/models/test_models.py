@@ -102,7 +102,7 @@ def test_the_head_keeps_the_kind_and_the_lack_of_a_bias():
     ("name", "size", "hint"),
     [
         ("vit_b_16", 100, "96 or 112"),
-        ("vit_h_14", 10, "try 14"),
+        ("vit_h_14", 10, "such as 14"),
         ("maxvit_t", 256, "224 or 448"),
         ("inception_v3", 64, "at least 75"),
         ("timm/vit_tiny_patch16_224", 100, "96 or 112"),

