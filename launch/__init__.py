@@ -1,1 +1,1 @@
-"""Runs and sweeps of runs on Slurm, by way of submitit: see docs/cluster.md."""
+"""Submission of runs and sweeps to Slurm through submitit; see docs/cluster.md."""

@@ -1,14 +1,15 @@
-"""Search by Optuna: `python -m launch.adaptive SWEEP.yaml --trials 50 --parallel 8 [key=value ...]`.
+"""Adaptive search with Optuna: `python -m launch.adaptive SWEEP.yaml --trials 50 --parallel 8 [key=value ...]`.
 
-The space is the sweep's `random`. Trials are jobs like those of launch.sweep; this process proposes them, watches their
-evaluations, and ends the weak ones early. It may be stopped and started again: everything is in SWEEP_DIR.
+The search space is the sweep's `random`. Trials are jobs as in launch.sweep. This process proposes them, reads their
+evaluations and stops weak trials early. All its state is in SWEEP_DIR, so it can be stopped and restarted.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,28 @@ from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import setup_console
-from launch import args as options
-from launch.args import say
+from launch.args import CLUSTERS, argument_parser, print_line
+from launch.executor import make_private_folder
 from launch.snapshot import snapshot_path, take_snapshot
-from launch.submit import CLUSTERS, make_private
-from launch.sweep import Spec, make_plan, read_spec, refuse_other_sweep
 from launch.sweep_file import Sweep, Trial
+from launch.sweep_plan import SweepArgs, plan_trials, read_sweep_args, refuse_other_common
 
-CLAIM = "search.json"  # of the process that searches
+LOCK_FILE = "search.json"  # names the process that searches in the folder
 POLL_S = {"slurm": 15.0, "local": 2.0}
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    parser = options.argument_parser("python -m launch.adaptive", __doc__)
-    parser.add_argument("--dir", type=Path, help="where the trials go; sweeps/NAME if not given")
-    parser.add_argument("--trials", type=int, help="how many in all; the sweep's `count` if not given")
-    parser.add_argument("--parallel", type=int, default=4, help="how many are jobs at a time")
-    parser.add_argument("--cluster", choices=CLUSTERS[:2], default="slurm", help="local: on this machine")
-    parser.add_argument("--poll", type=float, metavar="SECONDS", help="between two looks at the trials")
-    parser.add_argument("--new-code", action="store_true", help="go on with the code as it is now")
-    known, rest = parser.parse_known_args(args)
-    return run_command("launch.adaptive", lambda: search(rest, **vars(known)))
+    parser = argument_parser("python -m launch.adaptive", __doc__)
+    parser.add_argument("--dir", type=Path, help="folder for the run directories of the trials (default: sweeps/NAME)")
+    parser.add_argument("--trials", type=int, help="total number of trials (default: the sweep's `count`)")
+    parser.add_argument("--parallel", type=int, default=4, help="maximum number of jobs at a time (default: 4)")
+    parser.add_argument("--cluster", choices=CLUSTERS[:2], default="slurm", help="local: processes of this machine")
+    parser.add_argument(
+        "--poll", type=float, metavar="SECONDS", help="time between two checks of the trials (default: 15, local 2)"
+    )
+    parser.add_argument("--new-code", action="store_true", help="run new trials with the current code")
+    options, rest = parser.parse_known_args(args)
+    return run_command("launch.adaptive", lambda: search(rest, **vars(options)))
 
 
 def search(
@@ -52,95 +54,113 @@ def search(
     poll: float | None,
     new_code: bool,
 ) -> int:
-    """Propose and watch trials until there are as many as asked for, and say which was best. The exit status.
+    """Propose and monitor trials until the wanted number has ended, and print the best. Returns the exit status.
+
+    Args:
+        dir: holds the run directories of the trials; sweeps/NAME if None.
+        trials: in total, with those of earlier calls; the sweep's `count` if None.
+        parallel: maximum number of jobs at a time.
+        cluster: slurm or local.
+        poll: seconds between two checks of the trials.
+        new_code: further trials of an earlier search run the current code.
 
     Raises:
-        UserError: the sweep has no `random`, its trials can't work, or the folder is another search's.
+        UserError: the sweep has no `random`, its trials can't work, or the folder holds another search.
     """
     setup_console(True)
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise UserError("launch.adaptive needs Optuna: pip install 'distil_tl[optuna]'") from None
-    from launch.optuna_driver import Driver, open_study
-
-    spec = read_spec("launch.adaptive", args, dir)
-    wanted = trials if trials is not None else spec.sweep.count or 0
+    sweep_args = read_sweep_args("launch.adaptive", args, dir)
+    sweep, folder = sweep_args.sweep, sweep_args.folder
+    wanted = trials if trials is not None else sweep.count or 0
     poll = poll if poll is not None else POLL_S[cluster]
-    refuse(list(_problems(spec.sweep, wanted, parallel, poll)))
-    plan = make_plan(spec, cluster, corners(spec.sweep))
-    refuse_other_sweep(plan)
-    refuse_other_search(spec.folder)
-    make_private(spec.folder / "slurm")
-    claim = Attempt(spec.folder, CLAIM)
-    claim.begin(0, {})
+    refuse(list(_problems(sweep, wanted, parallel, poll)))
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("launch.adaptive needs Optuna: pip install 'distil_tl[optuna]'")
+    plan = plan_trials(sweep_args, cluster, boundary_trials(sweep))
+    refuse_other_common(plan)
+    refuse_other_search(folder)
+    from launch.optuna_driver import Driver
+    from launch.optuna_study import open_study
+
+    make_private_folder(folder / "slurm")
+    lock = Attempt(folder, LOCK_FILE)
+    lock.begin(0, {})
     try:
-        study = open_study(spec.sweep, spec.folder)
-        code = code_of(study, spec.folder, new=new_code)
-        return Driver(study, keep(spec), plan, code, cluster, claim).run(wanted, parallel, poll)
+        study = open_study(sweep, folder)
+        code = choose_code(study, folder, new=new_code)
+        return Driver(study, copy_config(sweep_args), plan, code, cluster, lock).run(wanted, parallel, poll)
     finally:
-        claim.end()
+        lock.end()
 
 
-def _problems(sweep: Sweep, wanted: int, parallel: int, poll: float) -> list[str]:
+def _problems(sweep: Sweep, wanted: int, parallel: int, poll: float) -> Iterator[str]:
     others = [name for name in ("trials", "grid", "seeds") if getattr(sweep, name)]
-    found = []
     if not sweep.random:
-        found.append("the sweep has no `random`, which is the space to search")
+        yield "the sweep has no `random`, which is the search space"
     if "seed" in sweep.set:
-        found.append("set: each trial has a `seed` of its own, counted from the sweep's; set that, beside `random`")
+        yield "set: remove `seed`; each trial has its own, counted from the sweep's `seed`, which is beside `random`"
     if others:
-        found.append(f"the search is of `random` alone; leave out `{'` and `'.join(others)}`, or use launch.sweep")
+        yield f"launch.adaptive searches in `random` only; remove `{'` and `'.join(others)}`, or use launch.sweep"
     if sweep.random and wanted < 1:
-        found.append("--trials must be at least 1")
+        yield "--trials must be at least 1"
     if wanted > sweep.max_trials:
-        found.append(f"--trials {wanted} is more than max_trials={sweep.max_trials}; ask for less, or raise it")
+        yield f"--trials {wanted} is more than max_trials={sweep.max_trials}; use a smaller number, or raise max_trials"
     if parallel < 1:
-        found.append("--parallel must be at least 1")
+        yield "--parallel must be at least 1"
     if poll < 0:
-        found.append("--poll must be at least 0")
-    return found
+        yield "--poll must be at least 0"
 
 
-def corners(sweep: Sweep) -> list[Trial]:
-    """Trials with each choice and each bound of the space, to be checked before any is proposed."""
-    spaces = {key: next(iter(how.values())) for key, how in sweep.random.items()}
-    most = max(map(len, spaces.values()))
+def boundary_trials(sweep: Sweep) -> list[Trial]:
+    """Trials with every choice and both bounds of each key, to check the search space before the search begins."""
+    spaces = {key: next(iter(distribution.values())) for key, distribution in sweep.random.items()}
+    count = max(map(len, spaces.values()))
     return [
         Trial({**{key: values[i % len(values)] for key, values in spaces.items()}, "seed": sweep.seed})
-        for i in range(most)
+        for i in range(count)
     ]
 
 
 def refuse_other_search(folder: Path) -> None:
-    """Refuse a folder that a process of this machine searches; one of another machine ends when it is replaced."""
-    other = read_attempt(folder / CLAIM)
+    """Check that no process of this machine searches in `folder`. A process on another machine can't be seen from here:
+    it ends when it finds that this one has taken the lock.
+
+    Raises:
+        UserError: names the process.
+    """
+    other = read_attempt(folder / LOCK_FILE)
     if other is not None and "ended_at" not in other and is_alive(other):
         raise UserError(
-            f"process {other['pid']} of this machine has been searching in {folder} since {other['started_at']}; wait "
-            f"for it, end it with `kill {other['pid']}`, or give another --dir"
+            f"{folder} is in use: process {other['pid']} of this machine has been searching there since "
+            f"{other['started_at']}. Wait until it ends, run `kill {other['pid']}`, or choose another --dir"
         )
 
 
-def code_of(study: Any, folder: Path, *, new: bool) -> Path:
-    """The code that all trials run, those of a search that goes on too, as they are compared with each other."""
+def choose_code(study: Any, folder: Path, *, new: bool) -> Path:
+    """The code snapshot that trials run. A resumed search keeps its own, as its trials are compared with each other.
+
+    Args:
+        new: takes a new snapshot of the current code.
+    """
     own = folder / "code" / str(study.user_attrs.get("code"))
     if own.is_dir() and not new:
         if own != snapshot_path(folder):
-            say(f"the code was edited since this search began, and it goes on with its own, {own}; else: --new-code")
+            print_line(
+                f"the code has changed since this search began; trials still run the copy in {own} (to use the current "
+                f"code, add --new-code)"
+            )
         return own
     code = take_snapshot(folder)
     study.set_user_attr("code", code.name)
     return code
 
 
-def keep(spec: Spec) -> Spec:
-    """A sweep that edits of its configuration no longer reach."""
-    if spec.sweep.config is None:
-        return spec
-    copy = spec.folder / "slurm" / "search.yaml"
-    write_atomic(copy, to_yaml(OmegaConf.create(read_yaml(spec.sweep.config, ()))))
-    return dataclasses.replace(spec, sweep=dataclasses.replace(spec.sweep, config=copy))
+def copy_config(args: SweepArgs) -> SweepArgs:
+    """Copy the sweep's configuration to the folder, so that later edits of the file do not change running searches."""
+    if args.sweep.config is None:
+        return args
+    copy = args.folder / "slurm" / "search.yaml"
+    write_atomic(copy, to_yaml(OmegaConf.create(read_yaml(args.sweep.config, ()))))
+    return dataclasses.replace(args, sweep=dataclasses.replace(args.sweep, config=copy))
 
 
 if __name__ == "__main__":

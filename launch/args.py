@@ -1,4 +1,4 @@
-"""The command line of the launchers: a training configuration, with a `slurm` section beside it."""
+"""Command line of the launchers: a training configuration with a `slurm` section beside it."""
 
 from __future__ import annotations
 
@@ -17,95 +17,108 @@ from distil_tl.utils.args import apply, is_file, overlay, parse_overrides, read_
 from distil_tl.utils.errors import UserError
 from launch.slurm_config import SlurmConfig
 
+CLUSTERS = ("slurm", "local", "debug")
+
 
 def argument_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
-    """A command's parser, whose help explains the keys of `slurm` too."""
+    """A parser whose --help also lists the keys of `slurm`."""
     keys = "\n".join(configuration.explain(SlurmConfig(), "slurm."))
     return argparse.ArgumentParser(
         program,
         usage=f"{program} [options] FILE.yaml [key=value ...] [slurm.key=value ...]",
         description=(doc or "").splitlines()[0],
-        epilog=f"keys of slurm:\n{keys}\n\nThe others: python -m distil_tl.train --help",
+        epilog=f"Slurm keys, their defaults and meanings:\n{keys}\n\nTraining keys: python -m distil_tl.train --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-def read(args: Sequence[str]) -> tuple[Config, DictConfig, SlurmConfig]:
-    """What `[CONFIG.yaml] [key=value ...]` means, `slurm.key=value` among them, of both a file and the command line.
+def read_run(args: Sequence[str]) -> tuple[Config, DictConfig, SlurmConfig]:
+    """The run that `[CONFIG.yaml] [key=value ...] [slurm.key=value ...]` describes.
+
+    Returns:
+        The training configuration, the same with unresolved interpolations, and the `slurm` section.
 
     Raises:
-        UserError: listing what is unknown or of the wrong type.
+        UserError: lists unknown keys and values of the wrong type.
     """
-    pairs, rest = split(args)
+    pairs, rest = split_slurm(args)
     files = [Path(arg) for arg in rest if is_file(arg) and not arg.startswith("-")]
-    wrong = []
+    errors = []
     try:
-        slurm = read_slurm(slurm_section(files[0]) if files else None, pairs)
+        slurm = parse_slurm(load_slurm_section(files[0]) if files else None, pairs)
     except UserError as error:
-        wrong.append(str(error))
+        errors.append(str(error))
     try:
         config, source = configuration.load(rest)
     except UserError as error:
-        wrong.append(str(error))
-    if wrong:
-        raise UserError("\n".join(dict.fromkeys(wrong)))
+        errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(dict.fromkeys(errors)))
     return config, source, slurm
 
 
-def split(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`slurm.key=value` arguments, and the others."""
+def split_slurm(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The `slurm.key=value` arguments, and all others."""
     pairs = [arg for arg in args if arg.startswith("slurm.") and "=" in arg]
     return pairs, [arg for arg in args if arg not in pairs]
 
 
-class _AsWritten(yaml.SafeLoader):
-    """Takes nothing but null, true and false for more than text: to YAML 24:00:00 is a number of base 60."""
+class _TextLoader(yaml.SafeLoader):
+    """A YAML loader that converts only null, true and false. YAML itself reads 24:00:00 as a number in base 60."""
 
 
-_AsWritten.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in ("null", "bool", "merge")]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+_TextLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "bool", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 
 
-def slurm_section(path: Path) -> Any:
-    """The `slurm` section of a file, over that of its `base`; numbers are text, as they were written."""
-    read_yaml(path, ())  # refuses what can't be read
+def load_slurm_section(path: Path) -> Any:
+    """The `slurm` section of a file, merged over that of its `base`. Numbers stay text, as in the file.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    read_yaml(path, ())  # raises for an unreadable file
 
     def section(path: Path) -> Any:
-        tree = yaml.load(path.read_text(), _AsWritten)
-        below = section((path.parent / tree["base"]).resolve()) if tree.get("base") is not None else None
-        if isinstance(below, dict) and isinstance(tree.get("slurm"), dict):
-            return overlay(below, tree["slurm"])
-        return tree.get("slurm", below)
+        tree = yaml.load(path.read_text(), _TextLoader)
+        base = section((path.parent / tree["base"]).resolve()) if tree.get("base") is not None else None
+        if isinstance(base, dict) and isinstance(tree.get("slurm"), dict):
+            return overlay(base, tree["slurm"])
+        return tree.get("slurm", base)
 
     return section(path.resolve())
 
 
-def read_slurm(tree: Any, pairs: Sequence[str]) -> SlurmConfig:
-    """A file's `slurm` section with `slurm.key=value` over it."""
+def parse_slurm(section: Any, pairs: Sequence[str]) -> SlurmConfig:
+    """A file's `slurm` section, overridden by `slurm.key=value` arguments.
+
+    Raises:
+        UserError: lists unknown keys and values of the wrong type.
+    """
     problems: list[str] = []
     schema = OmegaConf.create({"slurm": OmegaConf.structured(SlurmConfig)})
-    if tree is not None and not isinstance(tree, dict):
-        problems.append(f"`slurm` holds keys of its own, as in `slurm.nodes=2`, not {tree!r}")
-        tree = None
+    if section is not None and not isinstance(section, dict):
+        problems.append(f"`slurm` holds keys of its own, as in `slurm.nodes=2`, not {section!r}")
+        section = None
     extra = {}
     for key, _, text in (pair.removeprefix("slurm.extra.").partition("=") for pair in pairs if _is_extra(pair)):
         extra[key] = {"true": True, "false": False, "null": None}.get(text, text)
     overrides = parse_overrides(schema, [pair for pair in pairs if not _is_extra(pair)], problems)
-    given = overlay(overlay({"slurm": tree or {}}, overrides), {"slurm": {"extra": extra}} if extra else {})
-    apply(schema, given, "", problems)
+    tree = overlay(overlay({"slurm": section or {}}, overrides), {"slurm": {"extra": extra}} if extra else {})
+    apply(schema, tree, "", problems)
     refuse(problems)
-    found = to_object(schema.slurm)
-    assert isinstance(found, SlurmConfig)
-    return found
+    config = to_object(schema.slurm)
+    assert isinstance(config, SlurmConfig)
+    return config
 
 
 def _is_extra(pair: str) -> bool:
     return pair.startswith("slurm.extra.")
 
 
-def say(text: str) -> None:
-    """A line on standard output; unlike a logger's, it ends the command quietly when its reader has gone."""
+def print_line(text: str) -> None:
+    """Write a line to standard output. Unlike a logger, it lets `run_command` end quietly when the pipe is closed."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()

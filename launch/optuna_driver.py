@@ -1,278 +1,238 @@
-"""What a search does: trials under way as jobs, and Optuna told how they do. Needs Optuna."""
+"""The loop of an adaptive search: it submits trials as jobs, reports their evaluations to Optuna, and stops weak ones.
+
+Needs Optuna.
+"""
 
 from __future__ import annotations
 
-import random
 import shlex
 import signal
 import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import optuna
+from optuna.trial import Trial as OptunaTrial
+from optuna.trial import TrialState
 
 from distil_tl.rundir.lock import Attempt
 from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
-from distil_tl.utils.files import write_atomic, write_json
-from launch.args import say
+from distil_tl.utils.files import write_json
+from launch.args import print_line
+from launch.executor import make_executor
+from launch.local_job import is_job_alive, stop_job
+from launch.optuna_study import ask_trial
 from launch.records import read_record
-from launch.run_status import evaluations, is_starting, number, stand
-from launch.squeue import QueuedJob, SlurmUnavailableError, cancel, queued
-from launch.submit import executor_for, stop_here
-from launch.sweep import Plan, Spec, launch_trials, make_plan, write_down
-from launch.sweep_file import Sweep, Trial, Values, draw_value
-
-STORAGE = "optuna.log"
-PRUNED = "pruned.json"
-STARTUP = 5  # trials that are completed before any is judged by them
-
-
-def open_study(sweep: Sweep, folder: Path) -> Any:
-    """The study in `folder`, begun or gone on with.
-
-    Raises:
-        UserError: it was begun with another space.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    path = folder / STORAGE
-    if path.exists() and not (whole := path.read_bytes()).endswith(b"\n"):
-        write_atomic(path, whole[: whole.rfind(b"\n") + 1])  # a kill or a full disk cut its last line
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path))),
-        study_name="search",
-        direction="minimize" if sweep.metric == "loss" else "maximize",
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP),
-        load_if_exists=True,
-    )
-    space = {"metric": sweep.metric, "seed": sweep.seed, "random": sweep.random}
-    before = study.user_attrs.get("space", space)
-    changed = [f"`{key}`" for key in space if before.get(key) != space[key]]
-    if changed:
-        raise UserError(
-            f"{folder} holds a search with another {' and '.join(changed)}; go back to it, or give another --dir"
-        )
-    if "space" not in study.user_attrs:
-        study.set_user_attr("space", space)
-    return study
+from launch.run_status import PRUNED_FILE, get_number, read_evaluations, read_status
+from launch.squeue import QueuedJob, SlurmUnavailableError, cancel_jobs, read_queue
+from launch.sweep_file import Trial, Values
+from launch.sweep_plan import SweepArgs, SweepPlan, plan_trials, save_plan, submit_trials
 
 
 class Driver:
-    """Keeps as many trials under way as it may, and Optuna told of how they do.
+    """Keeps up to a number of trials running, and reports to Optuna how they do.
 
     Args:
-        plan: of the whole search; its trials are of no interest.
-        code: what all trials run.
-        claim: on the folder, which nobody else may search.
+        plan: of the sweep; its trials are not used.
+        code: the code snapshot that all trials run.
+        lock: held on the folder, so that only one process searches there.
+
+    Attributes:
+        active: Optuna's trials that have not ended, by name (that of the run directory, as below).
+        values: of all trials, ended or not.
+        reported: how many evaluations were reported to Optuna.
+        seen_ended: trials that had failed or stopped at the last check.
+        inherited: active trials that an earlier search process submitted.
     """
 
-    def __init__(self, study: Any, spec: Spec, plan: Plan, code: Path, cluster: str, claim: Attempt) -> None:
-        self.study, self.spec, self.plan, self.cluster, self.claim = study, spec, plan, cluster, claim
-        self.under_way: dict[str, Any] = {}  # by the run directory's name, as all that follows
-        self.values: dict[str, Values] = {}  # of these and of all before
-        self.reported: Counter[str] = Counter()  # evaluations
-        self.doubted: set[str] = set()  # those that were seen to have ended once
-        for known in study.get_trials(deepcopy=False):
-            self._take_up(known)
-        self.left = set(self.under_way)  # by the search before this one
-        self.executor = executor_for(plan.folder, code, plan.slurm, cluster, name=plan.sweep.name)
-        write_down(plan, self.values)
+    def __init__(self, study: Any, args: SweepArgs, plan: SweepPlan, code: Path, cluster: str, lock: Attempt) -> None:
+        self.study, self.args, self.plan, self.cluster, self.lock = study, args, plan, cluster, lock
+        self.active: dict[str, Any] = {}
+        self.values: dict[str, Values] = {}
+        self.reported: Counter[str] = Counter()
+        self.seen_ended: set[str] = set()
+        for stored in study.get_trials(deepcopy=False):
+            self._restore(stored)
+        self.inherited = set(self.active)
+        self.executor = make_executor(plan.folder, code, plan.slurm, cluster, name=plan.sweep.name)
+        save_plan(plan, self.values)
 
-    def _take_up(self, known: Any) -> None:
-        """A trial that the storage has."""
-        running = known.state == optuna.trial.TrialState.RUNNING
-        if "values" not in known.user_attrs:
-            if running:  # the search was killed while it was proposed, and there is no job of it
-                self.study.tell(known.number, state=optuna.trial.TrialState.FAIL)
+    def _restore(self, stored: Any) -> None:
+        """Take over a trial from the storage."""
+        running = stored.state == TrialState.RUNNING
+        if "values" not in stored.user_attrs:
+            if running:  # the search was killed while it proposed this trial, so there is no job
+                self.study.tell(stored.number, state=TrialState.FAIL)
             return
-        name = Trial(known.user_attrs["values"]).name
-        self.values[name] = known.user_attrs["values"]
-        self.reported[name] = 1 + max(known.intermediate_values, default=-1)
+        name = Trial(stored.user_attrs["values"]).name
+        self.values[name] = stored.user_attrs["values"]
+        self.reported[name] = 1 + max(stored.intermediate_values, default=-1)
         if running:
-            self.under_way[name] = optuna.trial.Trial(self.study, known._trial_id)
+            self.active[name] = OptunaTrial(self.study, stored._trial_id)
 
     def run(self, wanted: int, parallel: int, poll: float) -> int:
-        """Until there are as many as wanted, and all of them are over; the exit status."""
+        """Search until `wanted` trials exist and all have ended. Returns the exit status."""
         try:
-            while self.under_way or len(self.values) < wanted:
-                with _undisturbed():
+            while self.active or len(self.values) < wanted:
+                with _delayed_ctrl_c():
                     self.step(wanted, parallel)
-                if self.under_way:
+                if self.active:
                     time.sleep(poll)
         except KeyboardInterrupt:
-            self.leave()
+            self.stop()
             return EXIT_PREEMPTED
-        return self.say_best()
+        return self.print_best()
 
     def step(self, wanted: int, parallel: int) -> None:
-        self.claim.check()
-        while len(self.values) < wanted and len(self.under_way) < parallel:
+        """Propose new trials, and check all active ones once."""
+        self.lock.check()
+        while len(self.values) < wanted and len(self.active) < parallel:
             self.propose()
-        queue = self.ask()
-        for name in list(self.under_way):
-            self.look(name, queue)
+        queue = self.read_queue()
+        for name in list(self.active):
+            self.check_trial(name, queue)
 
     def propose(self) -> None:
-        """A trial that Optuna suggests; `look` submits it, as it has no job."""
-        sweep = self.plan.sweep
-        # Of this trial's own, so that a search that goes on does not draw what it has drawn before.
-        self.study.sampler = _sampler(f"{sweep.seed} {len(self.study.get_trials(deepcopy=False))}")
-        asked = self.study.ask()
-        values = {key: draw_value(_Suggest(asked, key), how) for key, how in sweep.random.items()}
-        trial = Trial({**values, "seed": sweep.seed + asked.number})  # two alike are still two
-        asked.set_user_attr("values", trial.values)
-        self.under_way[trial.name], self.values[trial.name] = asked, trial.values
-        write_down(self.plan, self.values)
+        """Add a trial that Optuna suggests. It has no job yet; `check_trial` submits it."""
+        asked, values = ask_trial(self.study, self.plan.sweep)
+        name = Trial(values).name
+        self.active[name], self.values[name] = asked, values
+        save_plan(self.plan, self.values)
 
-    def look(self, name: str, queue: dict[str, QueuedJob] | None) -> None:
-        """See to one trial, and tell Optuna of its evaluations and its end."""
-        run_dir, metric, states = self.plan.folder / name, self.plan.sweep.metric, optuna.trial.TrialState
-        standing = stand(run_dir, queue)
-        if standing.state == "missing" or (standing.state == "stopped" and name in self.left):
-            self.launch(name)
+    def check_trial(self, name: str, queue: Mapping[str, QueuedJob] | None) -> None:
+        """Submit, report, prune or end one trial, by its state."""
+        run_dir = self.plan.folder / name
+        status = read_status(run_dir, queue)
+        if status.state == "missing" or (status.state == "stopped" and name in self.inherited):
+            self.submit(name)
             return
         if queue is not None:
-            self.left.discard(name)
+            self.inherited.discard(name)
         self.report(name)
-        ended = standing.state in ("failed", "stopped")
-        if standing.state == "completed":
-            value = number(standing.best or {}, metric)
-            self.tell(name, value, states.FAIL if value is None else states.COMPLETE)
-        elif ended and name in self.doubted:  # twice: what a node wrote may be seen here after its job has gone
-            self.tell(name, None, states.FAIL, standing.detail)
-        elif standing.state == "pruned":
+        ended = status.state in ("failed", "stopped")
+        if status.state == "completed":
+            value = get_number(status.best or {}, self.plan.sweep.metric)
+            self.tell(name, value, TrialState.FAIL if value is None else TrialState.COMPLETE)
+        elif ended and name in self.seen_ended:  # at two checks, as a node's last files may appear late
+            self.tell(name, None, TrialState.FAIL, status.detail)
+        elif status.state == "pruned":
             self.prune(name, queue)
-        elif standing.state == "running" and self.under_way[name].should_prune():
-            write_json(run_dir / PRUNED, {"after": standing.epoch, "stage": standing.stage})
+        elif status.state == "running" and self.active[name].should_prune():
+            write_json(run_dir / PRUNED_FILE, {"after": status.epoch, "stage": status.stage})
             self.prune(name, queue)
         if ended:
-            self.doubted.add(name)
+            self.seen_ended.add(name)
         else:
-            self.doubted.discard(name)
+            self.seen_ended.discard(name)
 
-    def launch(self, name: str) -> None:
-        """Submit a trial, or again one that was stopped with the search.
+    def submit(self, name: str) -> None:
+        """Submit a trial, or resubmit one that stopped together with an earlier search process.
 
         Raises:
-            UserError: it can't work, or sbatch refuses it while no other job is there to wait for.
+            UserError: it can't work, or sbatch refuses it and no other trial has a job to wait for.
         """
         trial = Trial(self.values[name])
         try:
-            plan = make_plan(self.spec, self.cluster, [trial])
+            plan = plan_trials(self.args, self.cluster, [trial])
         except UserError:
-            self.tell(name, None, optuna.trial.TrialState.FAIL)
+            self.tell(name, None, TrialState.FAIL)
             raise
         try:
-            (job,) = launch_trials(plan, self.executor, list(plan.trials), self.cluster)
+            (job,) = submit_trials(plan, self.executor, list(plan.trials), self.cluster)
         except UserError as error:
-            if not any(read_record(self.plan.folder / other) for other in self.under_way if other != name):
+            if not any(read_record(self.plan.folder / other) for other in self.active if other != name):
                 raise
-            sys.stderr.write(f"launch: {error}; trying again later\n")
+            _warn_retry(error)
             return
-        self.left.discard(name)
-        say(f"trial {self.under_way[name].number}, job {job.job_id}: {' '.join(trial.arguments)}")
+        self.inherited.discard(name)
+        print_line(f"trial {self.active[name].number}, job {job.job_id}: {' '.join(trial.arguments)}")
 
     def report(self, name: str) -> None:
-        for index, line in enumerate(evaluations(self.plan.folder / name)):
+        """Report new evaluations of a trial to Optuna."""
+        for index, line in enumerate(read_evaluations(self.plan.folder / name)):
             if index >= self.reported[name]:
-                value = number(line, self.plan.sweep.metric)
+                value = get_number(line, self.plan.sweep.metric)
                 if value is not None:
-                    self.under_way[name].report(value, index)
+                    self.active[name].report(value, index)
                 self.reported[name] = index + 1
 
-    def prune(self, name: str, queue: dict[str, QueuedJob] | None) -> None:
-        """End a trial's job; where that can't be done now, it is tried again at the next look."""
+    def prune(self, name: str, queue: Mapping[str, QueuedJob] | None) -> None:
+        """End a trial's job. If Slurm does not answer, the trial stays active, and the next check tries again."""
         record = read_record(self.plan.folder / name)
         if record is not None and record["cluster"] == "slurm":
             if queue is None:
                 return
             job = queue.get(str(record["job_id"]))
             try:
-                cancel([job.id] if job is not None and job.lives else [])
+                cancel_jobs([job.id] if job is not None and job.is_active else [])
             except SlurmUnavailableError as error:
-                sys.stderr.write(f"launch: {error}; trying again later\n")
+                _warn_retry(error)
                 return
-        elif record is not None and is_starting(record):
-            stop_here(record["job_id"])
-        self.tell(name, None, optuna.trial.TrialState.PRUNED)
+        elif record is not None and is_job_alive(record):
+            stop_job(record["job_id"])
+        self.tell(name, None, TrialState.PRUNED)
 
     def tell(self, name: str, value: float | None, state: Any, why: str | None = None) -> None:
-        trial = self.under_way.pop(name)
+        """End a trial in Optuna's storage."""
+        trial = self.active.pop(name)
         self.study.tell(trial, value, state=state)
-        word = {"COMPLETE": "", "FAIL": "failed", "PRUNED": "pruned"}[state.name] if value is None else f"{value:.4f}"
-        say(f"trial {trial.number}: {word}{f': {why}' if why else ''}")
+        result = {"COMPLETE": "", "FAIL": "failed", "PRUNED": "pruned"}[state.name] if value is None else f"{value:.4f}"
+        print_line(f"trial {trial.number}: {result}{f': {why}' if why else ''}")
 
-    def ask(self) -> dict[str, QueuedJob] | None:
-        records = [read_record(self.plan.folder / name) for name in self.under_way]
+    def read_queue(self) -> dict[str, QueuedJob] | None:
+        """Slurm's queue; None if Slurm does not answer, empty if no active trial is a Slurm job."""
+        records = [read_record(self.plan.folder / name) for name in self.active]
         if not any(record is not None and record["cluster"] == "slurm" for record in records):
             return {}
         try:
-            return queued()
+            return read_queue()
         except SlurmUnavailableError as error:
-            sys.stderr.write(f"launch: {error}; asking again later\n")
+            _warn_retry(error)
             return None
 
-    def leave(self) -> None:
-        """What Ctrl-C means: jobs of this machine save and end with the search, those of Slurm go on."""
-        records = [read_record(self.plan.folder / name) for name in self.under_way]
-        here = [record for record in records if record is not None and is_starting(record)]
-        for record in here:
-            stop_here(record["job_id"])
+    def stop(self) -> None:
+        """End the search after Ctrl-C: local jobs save and stop, Slurm's jobs continue."""
+        records = [read_record(self.plan.folder / name) for name in self.active]
+        local = [record for record in records if record is not None and is_job_alive(record)]
+        for record in local:
+            stop_job(record["job_id"])
         with suppress(KeyboardInterrupt):
-            while any(map(is_starting, here)):
+            while any(map(is_job_alive, local)):
                 time.sleep(0.1)
-        others = "" if here or not self.under_way else "; its jobs go on"
-        sys.stderr.write(f"launch: the search was stopped, and the same command goes on with it{others}\n")
+        jobs = "" if local or not self.active else "; its jobs continue"
+        sys.stderr.write(f"launch: the search was stopped{jobs}; run the same command to resume\n")
 
-    def say_best(self) -> int:
-        done = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
-        if done:
+    def print_best(self) -> int:
+        """Print the best trial. Returns the exit status: a fault if no trial completed."""
+        completed = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if completed:
             best = self.study.best_trial
             values = " ".join(Trial(best.user_attrs["values"]).arguments)
-            say(f"best: {self.plan.sweep.metric} {best.value:.4f} of trial {best.number}: {values}")
+            print_line(f"best: {self.plan.sweep.metric} {best.value:.4f} of trial {best.number}: {values}")
         else:
-            say("no trial was completed")
-        say(f"all of them: python -m launch.status {shlex.quote(str(self.plan.folder))}")
-        return 0 if done else EXIT_FAULT
+            print_line("no trial completed")
+        print_line(f"all trials: python -m launch.status {shlex.quote(str(self.plan.folder))}")
+        return 0 if completed else EXIT_FAULT
 
 
-class _Suggest:
-    """Optuna in the place of a random number generator, for `draw_value`."""
-
-    def __init__(self, trial: Any, key: str) -> None:
-        self.trial, self.key = trial, key
-
-    def choice(self, values: list[Any]) -> Any:
-        return values[self.trial.suggest_categorical(self.key, list(range(len(values))))]
-
-    def uniform(self, low: float, high: float) -> float:
-        found: float = self.trial.suggest_float(self.key, low, high)
-        return found
-
-
-def _sampler(seed: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=random.Random(seed).getrandbits(32), multivariate=True, constant_liar=True
-        )
+def _warn_retry(error: Exception) -> None:
+    sys.stderr.write(f"launch: {error}; trying again later\n")
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C comes when this is done, so that no job is submitted of which nothing is written down."""
-    asked: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: asked.append(number))
-    # What is started meanwhile inherits this: a terminal sends Ctrl-C to sbatch too.
+def _delayed_ctrl_c() -> Iterator[None]:
+    """Delay Ctrl-C to the end of the block, so that every submitted job is also recorded."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    # Child processes inherit the mask: a terminal sends Ctrl-C to sbatch, too.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, before)
-    if asked and before is not signal.SIG_IGN:
+    if received and before is not signal.SIG_IGN:
         raise KeyboardInterrupt

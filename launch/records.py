@@ -1,4 +1,4 @@
-"""Which job was to work in a run directory."""
+"""Small files that tell which job was submitted for a run directory, and which trials belong to a sweep."""
 
 from __future__ import annotations
 
@@ -10,30 +10,36 @@ from typing import Any
 
 from distil_tl.utils.files import write_json
 
-RECORD = "submitted.json"
-SWEEP = "sweep.json"  # of a whole sweep: its trials, and what they set; `earlier` ones are no longer in it
+RECORD_FILE = "submitted.json"  # of a run directory
+SWEEP_FILE = "sweep.json"  # of a sweep: its trials and their values; `earlier` are trials that it no longer contains
 
 
-def record(run_dir: Path, job_id: str, cluster: str) -> None:
+def write_record(run_dir: Path, job_id: str, cluster: str) -> None:
+    """Save which job was submitted for `run_dir`."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found = {"job_id": job_id, "cluster": cluster, "host": socket.gethostname(), "time": now}
-    write_json(run_dir / RECORD, found)
+    record = {"job_id": job_id, "cluster": cluster, "host": socket.gethostname(), "time": now}
+    write_json(run_dir / RECORD_FILE, record)
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
-    """What `record` wrote, if it did."""
-    try:
-        found: dict[str, Any] = json.loads((run_dir / RECORD).read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"job_id", "cluster", "time"} <= found.keys() else None
+    """The content of submitted.json; None if it is missing or incomplete."""
+    record = read_json(run_dir / RECORD_FILE)
+    return record if record is not None and {"job_id", "cluster", "time"} <= record.keys() else None
 
 
 def read_sweep_record(folder: Path) -> dict[str, Any] | None:
-    """What a sweep's folder says about it, if it holds one."""
+    """The content of a sweep's sweep.json; None if it is missing or incomplete."""
+    record = read_json(folder / SWEEP_FILE)
+    if record is None or "trials" not in record:
+        return None
+    valid = all(isinstance(record.get(key, {}), dict) for key in ("trials", "earlier"))
+    return record if valid else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file is missing, incomplete or holds something else."""
     try:
-        found: dict[str, Any] = json.loads((folder / SWEEP).read_text())
+        content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    known = isinstance(found, dict) and all(isinstance(found.get(key, {}), dict) for key in ("trials", "earlier"))
-    return found if known and "trials" in found else None
+    return content if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""What a job asks of Slurm: the `slurm` section of a configuration."""
+"""The `slurm` section of a configuration: the resources of a job and its options for sbatch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-EARLY_S = 60  # a warning may come up to this much before its time
+EARLY_S = 60  # Slurm may send the signal before the time limit up to this much early
 
-# Options of sbatch that have a key of their own here, by which they are checked.
+# Options of sbatch that have a key of their own here, so that they are checked.
 KEY_OF = {
     **{name: name for name in ("partition", "account", "qos", "nodes", "mem", "time", "constraint", "exclude")},
     **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-task"), "gpus_per_node"),  # a task must see its node's GPUs
@@ -24,19 +24,19 @@ KEY_OF = {
 @dataclass
 class SlurmConfig:
     partition: str | None = None  # null: the cluster's default
-    account: str | None = None  # who pays
+    account: str | None = None  # account to charge
     qos: str | None = None  # quality of service
-    nodes: int = 1  # how many machines
-    gpus_per_node: int = 1  # and a task for each; 0 trains on CPUs
-    tasks_per_node: int | None = None  # null: one per GPU; for CPUs how many processes
-    cpus_per_task: int = 8  # for the loader's processes
-    mem: str | None = None  # per node, as in 64GB; null: the cluster's default
-    time: str = "24:00:00"  # minutes, HH:MM:SS or D-HH:MM:SS; the job is requeued when it is up
+    nodes: int = 1  # number of nodes
+    gpus_per_node: int = 1  # GPUs per node, with one task for each; 0 trains on CPUs
+    tasks_per_node: int | None = None  # null: one per GPU; without GPUs, the number of processes
+    cpus_per_task: int = 8  # CPU cores per task, for the data loader's processes
+    mem: str | None = None  # memory per node, as in 64GB; null: the cluster's default
+    time: str = "24:00:00"  # time limit: minutes, HH:MM:SS or D-HH:MM:SS; then the job saves and is requeued
     constraint: str | None = None  # features that nodes must have
     exclude: str | None = None  # nodes to avoid, as in gpu[3-4],gpu9
     array_parallelism: int = 16  # trials of a sweep that may run at once
-    signal_delay_s: int = 120  # seconds before its time is up that a job is warned, to save and be requeued
-    nodes_download: bool = False  # whether nodes have a network to fetch missing weights by
+    signal_delay_s: int = 120  # seconds before the time limit at which a job is signalled to save and be requeued
+    nodes_download: bool = False  # whether compute nodes may download missing weights
     setup: list[str] = field(default_factory=list)  # shell lines before training, as in [module load cuda]
     extra: dict[str, Any] = field(default_factory=dict)  # further options of sbatch, as in {reservation: course}
 
@@ -51,43 +51,46 @@ class SlurmConfig:
 
     @property
     def minutes(self) -> int:
+        """The time limit in minutes."""
         minutes = parse_minutes(self.time)
         assert minutes is not None
         return minutes
 
     def problems(self) -> Iterator[str]:
-        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1), ("array_parallelism", 1)):
-            if getattr(self, name) < least:
-                yield f"slurm.{name} must be at least {least}"
+        """What is wrong with the values, and how to correct it."""
+        for name, minimum in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1), ("array_parallelism", 1)):
+            if getattr(self, name) < minimum:
+                yield f"slurm.{name} must be at least {minimum}"
         if self.tasks_per_node is not None and self.tasks_per_node < 1:
             yield "slurm.tasks_per_node must be at least 1, or null for one per GPU"
         elif self.gpus_per_node > 0 and self.tasks != self.gpus_per_node:
-            why = "each task needs one of its own" if self.tasks > self.gpus_per_node else "a task uses one of them"
+            why = "each task needs its own GPU" if self.tasks > self.gpus_per_node else "a task uses only one GPU"
             yield (
-                f"slurm.tasks_per_node={self.tasks_per_node} with slurm.gpus_per_node={self.gpus_per_node}: {why}, so "
-                f"leave tasks_per_node out, or make them equal"
+                f"slurm.tasks_per_node={self.tasks_per_node} with slurm.gpus_per_node={self.gpus_per_node}: {why}; "
+                f"leave out tasks_per_node, or use the same number for both"
             )
         minutes = parse_minutes(self.time)
         if minutes is None or minutes < 1:
-            yield f"slurm.time={self.time} is no time limit; give minutes, HH:MM:SS or D-HH:MM:SS"
+            yield f"slurm.time={self.time} is not a time limit; use minutes, HH:MM:SS or D-HH:MM:SS"
         elif self.signal_delay_s < 1:
             yield "slurm.signal_delay_s must be at least 1"
         elif self.signal_delay_s + EARLY_S >= 60 * minutes:
             yield (
-                f"slurm.signal_delay_s={self.signal_delay_s}: Slurm may warn {EARLY_S} s earlier still, which is as "
-                f"long as slurm.time={self.time}, so the job would be stopped as it begins; use less, or more time"
+                f"slurm.signal_delay_s={self.signal_delay_s}: Slurm may send the signal {EARLY_S} s earlier still, so "
+                f"with slurm.time={self.time} the job could be stopped as soon as it starts; use a shorter delay or a "
+                f"longer time limit"
             )
         if self.mem is not None and not re.fullmatch(r"0|\d+[KMGT]B?", self.mem, re.IGNORECASE):
-            yield f"slurm.mem={self.mem} is no amount of memory; write it as 64GB, or 0 for all that a node has"
+            yield f"slurm.mem={self.mem} is not an amount of memory; use for example 64GB, or 0 for all of a node"
         for option in self.extra:
             key = KEY_OF.get(option.replace("_", "-"))
             if key is not None:
                 yield f"slurm.extra.{option}: use slurm.{key}"
 
     def parameters(self, name: str) -> dict[str, Any]:
-        """For submitit's AutoExecutor."""
+        """The parameters of submitit's AutoExecutor for a job called `name`."""
         extra = {"requeue": True, **self.extra}
-        found: dict[str, Any] = {
+        parameters: dict[str, Any] = {
             "name": name,
             "timeout_min": self.minutes,
             "nodes": self.nodes,
@@ -99,16 +102,16 @@ class SlurmConfig:
             "slurm_additional_parameters": {k: v for k, v in extra.items() if v is not None and v is not False},
         }
         if self.gpus_per_node:
-            found["gpus_per_node"] = self.gpus_per_node
+            parameters["gpus_per_node"] = self.gpus_per_node
         for key in ("partition", "account", "qos", "mem", "constraint", "exclude"):
             value = getattr(self, key)
             if value is not None:
-                found[f"slurm_{key}"] = value
-        return found
+                parameters[f"slurm_{key}"] = value
+        return parameters
 
 
 def parse_minutes(text: str) -> int | None:
-    """Slurm's ways to write a time: `90`, `90:00`, `1:30:00`, `1-12`, `1-12:30`, `1-12:30:00`; seconds round up."""
+    """Minutes of a Slurm time: 90, 90:00, 1:30:00, 1-12, 1-12:30, 1-12:30:00. Rounded up; None if invalid."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""The code that a job runs is the code that was submitted, whatever is edited while it waits."""
+"""Code snapshots: a job runs the code that was submitted, even if the checkout is edited while the job waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from distil_tl.rundir.directory import git_state
 from distil_tl.utils.files import write_atomic
 
 PACKAGES = ("distil_tl", "launch")
@@ -17,31 +16,33 @@ SNAPSHOT = "snapshot.json"
 
 
 def snapshot_path(folder: Path) -> Path:
-    """Where below `folder` a copy of the code as it is now belongs: named by its content, so it never changes."""
-    return _place(folder, _read())
+    """The path below `folder` of a snapshot of the current code. The name is a hash of the content."""
+    return _path_of(folder, _read_source())
 
 
 def take_snapshot(folder: Path) -> Path:
-    """A copy of the packages as they are now, below `folder`, with the commit they are of; made unless it is there."""
-    files = _read()  # once: what is edited from here on is neither in the copy nor in its name
-    target = _place(folder, files)
+    """Copy the packages and their git commit to a folder below `folder`, unless that copy exists. Returns its path."""
+    from distil_tl.rundir import directory  # imports torch
+
+    files = _read_source()  # once, so that the copy and the hash in its name agree if a file is edited meanwhile
+    target = _path_of(folder, files)
     if target.exists():
         return target
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     for path, content in files.items():
         (partial / path).parent.mkdir(parents=True, exist_ok=True)
         (partial / path).write_bytes(content)
-    write_atomic(partial / "distil_tl" / SNAPSHOT, json.dumps(git_state()) + "\n")
+    write_atomic(partial / "distil_tl" / SNAPSHOT, json.dumps(directory.git_state()) + "\n")
     try:
         partial.rename(target)
-    except OSError:  # somebody else was faster
+    except OSError:  # another process created it first
         shutil.rmtree(partial)
         if not target.exists():
             raise
     return target
 
 
-def _place(folder: Path, files: Mapping[Path, bytes]) -> Path:
+def _path_of(folder: Path, files: Mapping[Path, bytes]) -> Path:
     digest = hashlib.sha256()
     for path, content in files.items():
         digest.update(f"{path}\0".encode())
@@ -49,14 +50,15 @@ def _place(folder: Path, files: Mapping[Path, bytes]) -> Path:
     return folder / "code" / digest.hexdigest()[:12]
 
 
-def _source() -> Path:
+def _source_root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-def _read() -> dict[Path, bytes]:
-    found = {}
+def _read_source() -> dict[Path, bytes]:
+    root = _source_root()
+    files = {}
     for package in PACKAGES:
-        for path in sorted((_source() / package).rglob("*")):
+        for path in sorted((root / package).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts and path.name != SNAPSHOT:
-                found[path.relative_to(_source())] = path.read_bytes()
-    return found
+                files[path.relative_to(root)] = path.read_bytes()
+    return files

@@ -1,4 +1,4 @@
-"""What Slurm says about jobs, asked of squeue and scontrol alone: accounting may not be there."""
+"""Slurm's state of jobs, from squeue and scontrol only, as a cluster may have no accounting (sacct)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
-TIMEOUT_S = 60
 ACTIVE = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
+TIMEOUT_S = 60  # of one command
 
 
 class SlurmUnavailableError(Exception):
-    """Slurm can't be asked: its commands are not here, or its controller does not answer."""
+    """A Slurm command is not installed, failed or timed out."""
 
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A line of squeue. `id` is that of sbatch, with `_TASK` for a task of an array."""
+    """One line of squeue.
+
+    Attributes:
+        id: the job id that sbatch printed, followed by `_TASK` for a task of an array.
+        nodes: node list, empty while the job waits.
+        reason: why the job waits, in Slurm's words.
+    """
 
     id: str
     state: str
@@ -27,73 +33,79 @@ class QueuedJob:
     reason: str
 
     @property
-    def waits(self) -> bool:
+    def is_waiting(self) -> bool:
         return self.state in WAITING
 
     @property
-    def lives(self) -> bool:
-        """Whether Slurm has it still to run, or runs it."""
+    def is_active(self) -> bool:
+        """Whether the job is waiting or running."""
         return self.state in WAITING or self.state in ACTIVE
 
 
-def queued(user: int | None = None) -> dict[str, QueuedJob]:
-    """The jobs that Slurm knows of a user, oneself if none is given; those that ended are forgotten after some minutes.
+def read_queue(user: int | None = None) -> dict[str, QueuedJob]:
+    """All jobs of a user (the current one if None) by id. Slurm forgets ended jobs after some minutes.
 
-    A task of an array that has begun is there twice, as ARRAY_TASK and by the id of its own that it sees itself.
+    A started task of an array has two keys: ARRAY_TASK, and its own job id, which is in its environment.
 
     Raises:
-        SlurmUnavailableError: squeue is not here or does not answer.
+        SlurmUnavailableError: squeue is not installed or does not answer.
     """
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%N|%r"]
     command.append("--me" if user is None else f"--user={user}")
-    found = {}
-    for line in _ask(command).splitlines():
-        job, own, state, nodes, reason = (line.strip().split("|") + [""] * 5)[:5]
-        found[job] = QueuedJob(job, state, nodes, reason)
-        if nodes or own != job.partition("_")[0]:  # else it is the array's
-            found[own] = found[job]
-    return found
+    queue = {}
+    for line in _run(command).splitlines():
+        job, own_id, state, nodes, reason = (line.strip().split("|") + [""] * 5)[:5]
+        queue[job] = QueuedJob(job, state, nodes, reason)
+        if nodes or own_id != job.partition("_")[0]:  # otherwise it is the id of the whole array
+            queue[own_id] = queue[job]
+    return queue
 
 
-def state_of(job_id: str) -> str | None:
-    """The state of one job now, None when Slurm has forgotten it.
+def job_state(job_id: str) -> str | None:
+    """The current state of one job; None if Slurm no longer knows it.
 
     Raises:
-        SlurmUnavailableError: squeue is not here or does not answer.
+        SlurmUnavailableError: squeue is not installed or does not answer.
     """
     try:
-        answer = _ask(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"])
+        words = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]).split()
     except SlurmUnavailableError as error:
         if "Invalid job id" in str(error):
             return None
         raise
-    return answer.split()[0] if answer.split() else None
+    return words[0] if words else None
 
 
-def requeue(job_id: str) -> None:
+def requeue_job(job_id: str) -> None:
     """Put a running job back into the queue; Slurm ends its processes.
 
     Raises:
-        SlurmUnavailableError: scontrol refused.
+        SlurmUnavailableError: scontrol failed.
     """
-    _ask(["scontrol", "requeue", job_id])
+    _run(["scontrol", "requeue", job_id])
 
 
-def cancel(job_ids: Iterable[str]) -> None:
+def cancel_jobs(job_ids: Iterable[str]) -> None:
+    """Cancel jobs.
+
+    Raises:
+        SlurmUnavailableError: scancel failed.
+    """
     ids = list(job_ids)
     if ids:
-        _ask(["scancel", *ids])
+        _run(["scancel", *ids])
 
 
-def _ask(command: list[str]) -> str:
+def _run(command: list[str]) -> str:
+    """The standard output of a Slurm command."""
     if shutil.which(command[0]) is None:
         raise SlurmUnavailableError(f"{command[0]} is not on this machine")
-    # What somebody set for reading squeue, such as one partition alone, would hide jobs from us.
+    # A user's SQUEUE_* settings, such as SQUEUE_PARTITION, would hide jobs.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, check=False)
     except subprocess.TimeoutExpired:
         raise SlurmUnavailableError(f"{command[0]} does not answer") from None
-    if ran.returncode != 0:
-        raise SlurmUnavailableError(f"{command[0]}: {ran.stderr.strip() or f'exit status {ran.returncode}'}")
-    return ran.stdout
+    if done.returncode != 0:
+        raise SlurmUnavailableError(f"{command[0]}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+    return done.stdout

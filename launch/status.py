@@ -1,6 +1,7 @@
-"""How runs stand: `python -m launch.status DIR [--watch [SECONDS]] [--json]`, for a run, a sweep, or a folder of runs.
+"""Show the status of runs: `python -m launch.status DIR [--watch [SECONDS]] [--json]`.
 
-From the run directories, and from squeue where it answers; neither accounting nor the submitting shell is needed.
+DIR is a run, a sweep, or a folder with runs. The status is read from the run directories and, where Slurm answers, from
+squeue. It needs neither Slurm's accounting nor the shell that submitted the runs.
 """
 
 from __future__ import annotations
@@ -10,187 +11,207 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import sleep
 from typing import Any
 
-from distil_tl.rundir.lock import FILE as ATTEMPT
+from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_safe
 from distil_tl.utils.log import printable, setup_console, table
-from launch.records import RECORD, read_sweep_record
-from launch.run_status import STATES, Standing, loss_of, number, stand
-from launch.squeue import QueuedJob, SlurmUnavailableError, queued
+from launch.records import RECORD_FILE, read_sweep_record
+from launch.run_status import STATES, RunStatus, get_number, loss_of, read_status
+from launch.squeue import QueuedJob, SlurmUnavailableError, read_queue
 from launch.sweep_file import Values
 
-OVER = ("completed", "failed", "stopped", "pruned")
-WAITS = ("pending", "requeued")
+ENDED = ("completed", "failed", "stopped", "pruned")
+WAITING = ("pending", "requeued")
 DEFAULT_METRIC = "top1"
 
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m launch.status", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dir", type=Path, help="a run directory, a sweep's, or any folder above some")
+    parser.add_argument("dir", type=Path, help="a run directory, the folder of a sweep, or any folder with runs in it")
     parser.add_argument(
-        "--watch", type=float, nargs="?", const=10.0, metavar="SECONDS", help="again and again, every 10"
+        "--watch",
+        type=float,
+        nargs="?",
+        const=10.0,
+        metavar="SECONDS",
+        help="repeat every SECONDS (default: 10) until all runs have ended",
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
-    known = parser.parse_args(args)
-    return run_command("launch.status", lambda: status(known.dir, watch=known.watch, as_json=known.json))
+    parser.add_argument("--json", action="store_true", help="print JSON, for other programs")
+    options = parser.parse_args(args)
+    return run_command("launch.status", lambda: status(options.dir, watch=options.watch, as_json=options.json))
 
 
 @dataclass(frozen=True)
 class Overview:
+    """The status of all runs in a folder.
+
+    Attributes:
+        rows: runs with the values that their trials set, best first.
+        note: why Slurm's queue could not be read.
+        earlier: trials that are no longer in the sweep.
+    """
+
     folder: Path
     metric: str
-    rows: list[tuple[Standing, Values]]
-    note: str | None  # when Slurm could not be asked
-    earlier: frozenset[Path] = frozenset()  # trials that are no longer in the sweep
+    rows: list[tuple[RunStatus, Values]]
+    note: str | None
+    earlier: frozenset[Path] = frozenset()
 
     @property
-    def over(self) -> bool:
-        return all(standing.state in OVER for standing, _ in self.rows)
+    def all_ended(self) -> bool:
+        return all(run.state in ENDED for run, _ in self.rows)
 
 
 def status(folder: Path, *, watch: float | None = None, as_json: bool = False) -> None:
-    """Print how everything in `folder` stands, with `watch` until all of it is over.
+    """Print the status of all runs in `folder`; with `watch`, every so many seconds until all have ended.
 
     Raises:
-        UserError: there is no run.
+        UserError: the folder contains no run.
     """
     setup_console(True)
-    with suppress(KeyboardInterrupt):  # the way to leave --watch
+    with suppress(KeyboardInterrupt):  # ends --watch
         while True:
-            found = overview(folder.absolute())
-            text = to_json(found) if as_json else to_text(found)
+            overview = read_overview(folder.absolute())
+            text = to_json(overview) if as_json else to_text(overview)
             if watch is not None and sys.stdout.isatty():
-                sys.stdout.write("\x1b[H\x1b[2J")
+                sys.stdout.write("\x1b[H\x1b[2J")  # clears the terminal
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
-            if watch is None or found.over:
+            if watch is None or overview.all_ended:
                 return
             sleep(max(watch, 0.1))
 
 
-def overview(folder: Path) -> Overview:
-    """All runs in `folder`, best first."""
+def read_overview(folder: Path) -> Overview:
+    """The status of all runs in `folder`.
+
+    Raises:
+        UserError: the folder does not exist or contains no run.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give a run directory, or one above some")
+        raise UserError(f"{folder} is not a folder; give a run directory, or a folder with runs in it")
     sweep = read_sweep_record(folder)
     earlier: dict[str, Values] = {}
     if sweep is not None:
         earlier = sweep.get("earlier", {})
-        values = {folder / name: given for name, given in {**earlier, **sweep["trials"]}.items()}
+        values = {folder / name: trial for name, trial in {**earlier, **sweep["trials"]}.items()}
     else:
         values = {run_dir: {} for run_dir in find_runs(folder)}
     metric = (sweep or {}).get("metric", DEFAULT_METRIC)
     if not values:
-        raise UserError(f"{folder} holds no run; a run directory has {ATTEMPT} or {RECORD}")
+        raise UserError(f"{folder} contains no run; a run directory has {ATTEMPT_FILE} or {RECORD_FILE}")
     queue: dict[str, QueuedJob] | None = None
     note = None
     try:
-        queue = queued(folder.stat().st_uid)  # who may be a colleague
+        queue = read_queue(folder.stat().st_uid)  # of the owner, who may be another user
     except SlurmUnavailableError as error:
-        note = f"{error}: jobs are judged by their files"
-    rows = [(stand(run_dir, queue), given) for run_dir, given in values.items()]
+        note = f"{error}; the states of jobs are read from their files only"
+    rows = [(read_status(run_dir, queue), trial) for run_dir, trial in values.items()]
     rows.sort(key=lambda row: (*_rank(row[0], metric), STATES.index(row[0].state), row[0].run_dir.name))
     return Overview(folder, metric, rows, note, frozenset(folder / name for name in earlier))
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Run directories in `folder`: itself, or up to three levels below."""
+    """The run directories in `folder`: `folder` itself, or all up to three levels below."""
     if is_run(folder):
         return [folder]
-    found = []
+    runs = []
     for depth in range(1, 4):
-        found += [path for path in folder.glob("/".join("*" * depth)) if path.is_dir() and is_run(path)]
-    return sorted(found)
+        runs += [path for path in folder.glob("/".join("*" * depth)) if path.is_dir() and is_run(path)]
+    return sorted(runs)
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / ATTEMPT).exists() or (folder / RECORD).exists()
+    return (folder / ATTEMPT_FILE).exists() or (folder / RECORD_FILE).exists()
 
 
-def _rank(standing: Standing, metric: str) -> tuple[float, float]:
-    """By the metric, of equal ones by loss; smaller is better."""
-    best = standing.best or {}
-    value = number(best, metric)
+def _rank(run: RunStatus, metric: str) -> tuple[float, float]:
+    """A sort key: the metric, then the loss; smaller is better."""
+    best = run.best or {}
+    value = get_number(best, metric)
     if value is None:
         return math.inf, math.inf
     return (value if metric == "loss" else -value), loss_of(best)
 
 
-def to_text(found: Overview) -> str:
-    keys = list(dict.fromkeys(key for _, given in found.rows for key in given))
-    shown = _distinct(keys)
-    head = ["", "run", "state", "done", found.metric, *(shown[key] for key in keys), "at", "job", "restarts", "where"]
-    lines = []
-    for rank, (standing, given) in enumerate(found.rows, start=1):
-        value = number(standing.best or {}, found.metric)
-        at = f"{standing.stage} {standing.epoch}" if standing.stage else ""
-        name = (
-            standing.run_dir.name
-            if standing.run_dir == found.folder
-            else str(standing.run_dir.relative_to(found.folder))
-        )
-        lines.append(
-            [
-                str(rank) if value is not None else "",
-                printable(name),
-                standing.state,
-                f"{100 * standing.progress:.0f}%" if standing.progress is not None else "",
-                f"{value:.4f}" if value is not None else "",
-                *(_cell(given.get(key)) for key in keys),
-                at,
-                standing.job_id or "",
-                str(standing.restarts or ""),
-                printable(
-                    standing.host or (f"({standing.detail})" if standing.state in WAITS and standing.detail else "")
-                ),
-            ]
-        )
-    used = [i for i in range(len(head)) if i < 5 or any(line[i] for line in lines)]
-    text = [table([[line[i] for i in used] for line in lines], [head[i] for i in used])]
-    counts = Counter(standing.state for standing, _ in found.rows)
+def to_text(overview: Overview) -> str:
+    """A table with a row for each run, without empty columns, and a summary below."""
+    keys = list(dict.fromkeys(key for _, values in overview.rows for key in values))
+    short = _short_names(keys)
+    head = ["", "run", "state", "done", overview.metric, *(short[key] for key in keys)]
+    head += ["at", "job", "restarts", "where"]
+    rows = [_cells(overview, rank, run, [values.get(key) for key in keys])
+            for rank, (run, values) in enumerate(overview.rows, start=1)]  # fmt: skip
+    used = [i for i in range(len(head)) if i < 5 or any(row[i] for row in rows)]
+    text = [table([[row[i] for i in used] for row in rows], [head[i] for i in used])]
+    counts = Counter(run.state for run, _ in overview.rows)
     text.append(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]))
-    text += [f"{s.run_dir.name}: {s.detail}" for s, _ in found.rows if s.detail and s.state in ("failed", "unknown")]
-    if found.earlier:
-        text.append(f"no longer in the sweep: {', '.join(sorted(path.name for path in found.earlier))}")
-    if found.note:
-        text.append(found.note)
+    for run, _ in overview.rows:
+        if run.detail and run.state in ("failed", "unknown"):
+            text.append(f"{run.run_dir.name}: {run.detail}")
+    if overview.earlier:
+        text.append(f"no longer in the sweep: {', '.join(sorted(path.name for path in overview.earlier))}")
+    if overview.note:
+        text.append(overview.note)
     return "\n".join(text)
 
 
-def to_json(found: Overview) -> str:
+def _cells(overview: Overview, rank: int, run: RunStatus, values: Sequence[Any]) -> list[str]:
+    """A row of the table."""
+    metric = get_number(run.best or {}, overview.metric)
+    is_folder = run.run_dir == overview.folder
+    name = run.run_dir.name if is_folder else str(run.run_dir.relative_to(overview.folder))
+    reason = f"({run.detail})" if run.state in WAITING and run.detail else ""
+    return [
+        str(rank) if metric is not None else "",
+        printable(name),
+        run.state,
+        f"{100 * run.progress:.0f}%" if run.progress is not None else "",
+        f"{metric:.4f}" if metric is not None else "",
+        *("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in values),
+        f"{run.stage} {run.epoch}" if run.stage else "",
+        run.job_id or "",
+        str(run.restarts or ""),
+        printable(run.host or reason),
+    ]
+
+
+def to_json(overview: Overview) -> str:
+    """The same for other programs."""
     runs = [
         {
-            **asdict(standing),
-            "run_dir": str(standing.run_dir),
-            "values": given,
-            "earlier": standing.run_dir in found.earlier,
+            **asdict(run),
+            "run_dir": str(run.run_dir),
+            "values": values,
+            "earlier": run.run_dir in overview.earlier,
         }
-        for standing, given in found.rows
+        for run, values in overview.rows
     ]
-    whole: dict[str, Any] = {"folder": str(found.folder), "metric": found.metric, "note": found.note, "runs": runs}
-    return json.dumps(json_safe(whole), indent=2)
+    content: Mapping[str, Any] = {
+        "folder": str(overview.folder),
+        "metric": overview.metric,
+        "note": overview.note,
+        "runs": runs,
+    }
+    return json.dumps(json_safe(content), indent=2)
 
 
-def _distinct(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest endings of dotted keys that tell them apart."""
-    found = {}
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """The shortest endings of dotted keys that are distinct."""
+    short = {}
     for key in keys:
         parts = key.split(".")
         endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        found[key] = next(e for e in endings if sum(k == e or k.endswith(f".{e}") for k in keys) == 1 or e == key)
-    return found
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+        short[key] = next(e for e in endings if sum(k == e or k.endswith(f".{e}") for k in keys) == 1 or e == key)
+    return short
 
 
 if __name__ == "__main__":

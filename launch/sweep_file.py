@@ -1,4 +1,4 @@
-"""What a sweep tries: an explicit list, a grid, random draws and seeds, multiplied with each other."""
+"""Sweep files: a list of trials, a grid, random draws and seeds, all combined with each other."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DISTRIBUTIONS = ("uniform", "log_uniform", "choice")
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a sweep: what it sets, and a name made of that alone."""
+    """One run of a sweep: the keys that it sets. Its name is a hash of these values only."""
 
     values: Values
     label: str | None = None
@@ -41,12 +41,16 @@ class Trial:
 
 @dataclass
 class Sweep:
-    """A sweep file.
+    """The content of a sweep file.
 
     Attributes:
-        config: the training configuration that all trials share, and `set` what they change in it.
-        trials: sets of keys, by label where they have one.
-        metric: of summary.json's `best`, by which trials are ranked; larger is better, except of `loss`.
+        config: a training configuration that all trials share.
+        set: keys that all trials change in it.
+        trials: explicit trials, with or without a label.
+        grid: lists of values, by key.
+        random: distributions, by key, of which `count` values are drawn with `seed`.
+        seeds: values of the training's `seed`.
+        metric: ranks the trials, by `best` in summary.json. Larger is better, except for `loss`.
     """
 
     name: str
@@ -62,47 +66,47 @@ class Sweep:
     metric: str = "top1"
 
     def all_trials(self) -> list[Trial]:
-        """Every trial once, in a fixed order; a larger `count` adds to the draws of a smaller one. Equal draws are one.
+        """All trials, in a fixed order. A larger `count` keeps the draws of a smaller one; equal draws are one trial.
 
         Raises:
-            UserError: there are more than `max_trials`, or two are one and the same.
+            UserError: there are more than `max_trials`, or two trials set the same values.
         """
         seeds: list[Values] = [{"seed": seed} for seed in self.seeds] or [{}]
         combinations = math.prod(map(len, self.grid.values()))
         number = max(1, len(self.trials)) * combinations * (self.count or 1) * len(seeds)
         if number > self.max_trials:
             raise UserError(
-                f"the sweep has {number:,} trials, more than max_trials={self.max_trials:,}; try less, or raise "
+                f"the sweep has {number:,} trials, more than max_trials={self.max_trials:,}; reduce it, or raise "
                 f"max_trials"
             )
         grids = [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
-        drawn_all = [draw(self.random, self.seed, i) for i in range(self.count or 0)] or [{}]
-        draws = list({Trial(drawn).name: drawn for drawn in drawn_all}.values())
-        found: dict[str, Trial] = {}
-        for given, grid, drawn, seed in itertools.product(self.trials or [Trial({})], grids, draws, seeds):
-            trial = Trial({**given.values, **grid, **drawn, **seed}, given.label)
-            if trial.name in found:
-                raise UserError(f"two trials of the sweep are the same: {', '.join(trial.arguments) or 'nothing set'}")
-            found[trial.name] = trial
-        return list(found.values())
+        all_draws = [draw(self.random, self.seed, i) for i in range(self.count or 0)] or [{}]
+        draws = list({Trial(values).name: values for values in all_draws}.values())
+        trials: dict[str, Trial] = {}
+        for listed, grid, drawn, seed in itertools.product(self.trials or [Trial({})], grids, draws, seeds):
+            trial = Trial({**listed.values, **grid, **drawn, **seed}, listed.label)
+            if trial.name in trials:
+                raise UserError(f"two trials of the sweep are equal: {', '.join(trial.arguments) or 'no key is set'}")
+            trials[trial.name] = trial
+        return list(trials.values())
 
 
 def read_sweep(path: Path) -> Sweep:
-    """A sweep file.
+    """Read a sweep file.
 
     Raises:
-        UserError: it can't be read, or listing what is wrong with it.
+        UserError: it can't be read, or lists what is wrong with it.
     """
     tree = read_yaml(path, ())
     refuse(list(_problems(path, tree)))
     config = path.parent / tree["config"] if tree.get("config") is not None else None
-    given = tree.get("trials") or []
-    labelled = given.items() if isinstance(given, dict) else ((None, values) for values in given)
+    trials = tree.get("trials") or []
+    labelled = trials.items() if isinstance(trials, dict) else ((None, values) for values in trials)
     return Sweep(
         name=str(tree.get("name") or path.stem),
         config=config,
-        set=_flat(tree.get("set")),
-        trials=[Trial(_flat(values), label) for label, values in labelled],
+        set=_flatten(tree.get("set")),
+        trials=[Trial(_flatten(values), label) for label, values in labelled],
         grid=tree.get("grid") or {},
         random=tree.get("random") or {},
         count=tree.get("count"),
@@ -116,67 +120,66 @@ def read_sweep(path: Path) -> Sweep:
 def _problems(path: Path, tree: dict[str, Any]) -> Iterator[str]:
     for key in tree:
         if key not in KEYS:
-            hint = did_you_mean(str(key), KEYS) or f"; known are {', '.join(KEYS)}"
+            hint = did_you_mean(str(key), KEYS) or f"; valid keys are {', '.join(KEYS)}"
             yield f"unknown key `{key}` in {path}{hint}"
     for key in ("set", "grid", "random"):
         if not isinstance(tree.get(key) or {}, dict):
             yield f"`{key}` in {path} must hold keys and values"
             return
+    yield from _value_problems(path, tree)
+    trials = tree.get("trials") or []
+    if not isinstance(trials, (dict, list)):
+        yield f"trials: {trials!r} is not a list of trials"
+        trials = []
+    yield from _trial_problems(trials)
+    yield from _space_problems(tree)
+    yield from _overlap_problems(tree, list(trials.values() if isinstance(trials, dict) else trials))
+    seeds = tree.get("seeds") or []
+    if not isinstance(seeds, list) or not all(_is_integer(seed) for seed in seeds):
+        yield "`seeds` must be a list of integers"
+
+
+def _value_problems(path: Path, tree: dict[str, Any]) -> Iterator[str]:
     config = tree.get("config")
     if config is not None and not (path.parent / str(config)).is_file():
         yield f"config: there is no file {path.parent / str(config)}"
     if "name" in tree and not _is_name(tree["name"]):
-        yield f"name: {tree['name']!r} can't name a folder; use letters, digits, `_`, `-` and `.`"
+        yield f"name: {tree['name']!r} can't be the name of a folder; use letters, digits, `_`, `-` and `.`"
     if tree.get("metric", "top1") not in METRICS:
-        yield f"metric: {tree['metric']!r} is none of {', '.join(METRICS)}"
-    for key, least in (("seed", None), ("max_trials", 1)):
-        if key in tree and not _is_whole(tree[key], least):
-            yield f"`{key}` is a whole number" + (f", at least {least}" if least is not None else "")
-    given = tree.get("trials") or []
-    if not isinstance(given, (dict, list)):
-        yield f"trials: {given!r} is no list of trials"
-        given = []
-    listed = list(given.values() if isinstance(given, dict) else given)
-    for label in given if isinstance(given, dict) else ():
+        yield f"metric: {tree['metric']!r} is not one of {', '.join(METRICS)}"
+    for key, minimum in (("seed", None), ("max_trials", 1)):
+        if key in tree and not _is_integer(tree[key], minimum):
+            yield f"`{key}` must be an integer" + (f", at least {minimum}" if minimum is not None else "")
+
+
+def _trial_problems(trials: dict[Any, Any] | list[Any]) -> Iterator[str]:
+    for label in trials if isinstance(trials, dict) else ():
         if not _is_name(label):
             yield f"trials: {label!r} can't be part of a folder's name; use letters, digits, `_`, `-` and `.`"
-    for values in listed:
+    for values in trials.values() if isinstance(trials, dict) else trials:
         if not isinstance(values, dict):
-            yield f"trials: {values!r} is no set of keys, as in `{{model.name: resnet18}}`"
+            yield f"trials: {values!r} must hold keys and values, as in `{{model.name: resnet18}}`"
+
+
+def _space_problems(tree: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with `grid`, `random` and `count`."""
     for key, values in (tree.get("grid") or {}).items():
         if not isinstance(values, list) or not values:
             yield f"grid: `{key}` needs a list of values, not {values!r}"
-    for key, how in (tree.get("random") or {}).items():
-        yield from _random_problems(key, how)
+    for key, distribution in (tree.get("random") or {}).items():
+        yield from _distribution_problems(key, distribution)
     count = tree.get("count")
-    if tree.get("random") and not _is_whole(count, 1):
+    if tree.get("random") and not _is_integer(count, 1):
         yield "`random` needs `count`, the number of draws"
     if count is not None and not tree.get("random"):
-        yield "`count` is the number of draws of `random`, which is not there"
-    keys = [set(_flat(values)) for values in listed if isinstance(values, dict)]
-    parts = [set().union(*keys), set(tree.get("grid") or {}), set(tree.get("random") or {})]
-    parts.append({"seed"} if tree.get("seeds") else set())
-    for one, two in itertools.combinations(parts, 2):
-        for key in sorted(one & two):
-            yield f"`{key}` is varied twice"
-    seeds = tree.get("seeds") or []
-    if not isinstance(seeds, list) or not all(_is_whole(seed) for seed in seeds):
-        yield "`seeds` is a list of whole numbers"
+        yield "`count` is the number of draws of `random`, but there is no `random`"
 
 
-def _is_name(value: Any) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", str(value)) is not None
-
-
-def _is_whole(value: Any, least: int | None = None) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)
-
-
-def _random_problems(key: str, how: Any) -> Iterator[str]:
-    if not isinstance(how, dict) or len(how) != 1 or next(iter(how)) not in DISTRIBUTIONS:
+def _distribution_problems(key: str, distribution: Any) -> Iterator[str]:
+    if not isinstance(distribution, dict) or len(distribution) != 1 or next(iter(distribution)) not in DISTRIBUTIONS:
         yield f"random: `{key}` needs one of {', '.join(DISTRIBUTIONS)}, as in `{{log_uniform: [1e-5, 1e-2]}}`"
         return
-    ((kind, values),) = how.items()
+    ((kind, values),) = distribution.items()
     if not isinstance(values, list) or not values:
         yield f"random: `{key}`: {kind} needs a list"
     elif kind != "choice":
@@ -187,22 +190,47 @@ def _random_problems(key: str, how: Any) -> Iterator[str]:
             yield f"random: `{key}`: log_uniform needs numbers above 0"
 
 
+def _overlap_problems(tree: dict[str, Any], trials: list[Any]) -> Iterator[str]:
+    """Keys that two parts of the sweep set."""
+    listed = [set(_flatten(values)) for values in trials if isinstance(values, dict)]
+    parts = [set().union(*listed), set(tree.get("grid") or {}), set(tree.get("random") or {})]
+    parts.append({"seed"} if tree.get("seeds") else set())
+    for one, other in itertools.combinations(parts, 2):
+        for key in sorted(one & other):
+            yield f"`{key}` is varied twice"
+
+
+def _is_name(value: Any) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", str(value)) is not None
+
+
+def _is_integer(value: Any, minimum: int | None = None) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and (minimum is None or value >= minimum)
+
+
 def draw(space: dict[str, dict[str, list[Any]]], seed: int, number: int) -> Values:
-    """The `number`-th draw of each key; a key's draws do not depend on which others there are."""
-    return {key: draw_value(random.Random(f"{seed} {number} {key}"), how) for key, how in space.items()}
+    """The `number`-th draw of each key. A key's draws do not depend on the other keys."""
+    return {
+        key: draw_value(random.Random(f"{seed} {number} {key}"), distribution) for key, distribution in space.items()
+    }
 
 
-def draw_value(rng: Any, how: dict[str, list[Any]]) -> Any:
-    """A value of one key, from `rng.choice` and `rng.uniform`."""
-    ((kind, values),) = how.items()
+def draw_value(rng: Any, distribution: dict[str, list[Any]]) -> Any:
+    """A value of one key, rounded to four digits.
+
+    Args:
+        rng: has `choice` and `uniform`, as random.Random has.
+    """
+    ((kind, values),) = distribution.items()
     if kind == "choice":
         return rng.choice(values)
     low, high = map(float, values)
     number = rng.uniform(low, high) if kind == "uniform" else math.exp(rng.uniform(math.log(low), math.log(high)))
-    return min(max(float(f"{number:.4g}"), low), high)  # short to read
+    return min(max(float(f"{number:.4g}"), low), high)
 
 
 def as_arguments(values: Values) -> list[str]:
+    """The values as `key=value` arguments of training."""
     return [f"{key}={_text(value)}" for key, value in values.items()]
 
 
@@ -212,11 +240,11 @@ def _text(value: Any) -> str:
     return json.dumps(value) if value is not None else "null"
 
 
-def _flat(tree: Values | None) -> Values:
-    """Nested or dotted, keys come out dotted."""
+def _flatten(tree: Values | None) -> Values:
+    """Dotted keys, from nested or dotted ones."""
     return {key: value for key, value in flatten(tree).items() if key} if tree else {}
 
 
-def same_keys(trials: Sequence[Trial]) -> list[str]:
-    """The keys that any trial sets, in order of appearance."""
+def varied_keys(trials: Sequence[Trial]) -> list[str]:
+    """The keys that at least one trial sets, in order of appearance."""
     return list(dict.fromkeys(key for trial in trials for key in trial.values))

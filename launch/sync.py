@@ -1,14 +1,13 @@
-"""Send to Weights & Biases what it lacks: `python -m launch.sync DIR [--dry-run]`, of a run, a sweep, or several runs.
+"""Send unsent metrics to Weights & Biases: `python -m launch.sync DIR [--dry-run]`, for a run, a sweep or several.
 
-For what trained without network (`tracking.wandb.mode=offline`), and where tracking was cut off. From
-metrics.jsonl, which is whole and holds each step once, however often a run was killed and went on.
+For runs that trained without network (`tracking.wandb.mode=offline`), or whose connection broke. The source is
+metrics.jsonl, which is complete and has each step once, even if the run was killed and resumed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from distil_tl.rundir.lock import FILE as ATTEMPT
+from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.rundir.lock import is_alive, read_attempt
 from distil_tl.tracking.config import WandbConfig
 from distil_tl.tracking.tracker import Mirror, wandb_task
@@ -24,115 +23,121 @@ from distil_tl.tracking.wandb.process import Marks, Rows, Task, segments, wandb_
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, UserError
 from distil_tl.utils.log import setup_console
-from launch.args import say
+from launch.args import print_line
+from launch.records import read_json
 from launch.status import find_runs
 
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m launch.sync", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dir", type=Path, help="a run directory, a sweep's, or any folder above some")
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be sent")
-    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS", help="of one run; 600 if not given")
-    known = parser.parse_args(args)
-    return run_command("launch.sync", lambda: sync(known.dir, known.dry_run, known.timeout))
+    parser.add_argument("dir", type=Path, help="a run directory, the folder of a sweep, or any folder with runs in it")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
+    parser.add_argument(
+        "--timeout", type=float, default=600, metavar="SECONDS", help="time limit for each run (default: 600)"
+    )
+    options = parser.parse_args(args)
+    return run_command("launch.sync", lambda: sync(options.dir, options.dry_run, options.timeout))
 
 
 @dataclass(frozen=True)
-class Todo:
-    """What W&B lacks of a run. `ended` is how the run stands: completed, preempted, failed, or killed if unknown."""
+class Unsent:
+    """What W&B does not have of a run yet.
+
+    Attributes:
+        steps: number of steps.
+        segments: number of offline attempts.
+        status: of the run: completed, preempted, failed, or killed if it wrote none.
+        nothing: W&B has everything.
+    """
 
     run_dir: Path
     steps: int
     segments: int
-    ended: str
-    done: bool
+    status: str
+    nothing: bool
 
-    @property
-    def what(self) -> str:
-        if self.done:
-            return "all is sent"
-        attempts = f", of {self.segments} offline attempts" if self.segments else ""
-        return f"{self.steps} steps to send{attempts}" if self.steps else "its end to send"
+    def __str__(self) -> str:
+        if self.nothing:
+            return "nothing left to send"
+        attempts = f" from {self.segments} offline attempts" if self.segments else ""
+        return f"{self.steps} steps to send{attempts}" if self.steps else "final status to send"
 
 
 def sync(folder: Path, dry_run: bool = False, timeout: float = 600) -> int:
-    """Send what W&B lacks of all runs in `folder`, one after the other. The exit status: a fault when any failed.
+    """Send what W&B does not have yet, for all runs in `folder`. Returns the exit status: a fault if one failed.
 
     Raises:
-        UserError: there is no run that W&B was to have, or W&B can't be used here at all.
+        UserError: no run was meant for W&B, or wandb is not installed.
     """
     setup_console(True)
     folder = folder.absolute()
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give a run directory, or one above some")
+        raise UserError(f"{folder} is not a folder; give a run directory, or a folder with runs in it")
     runs = [run_dir for run_dir in find_runs(folder) if wandb_id(run_dir)]
     if not runs:
         raise UserError(
-            f"{folder} holds no run for Weights & Biases; one is with tracking.wandb.mode=offline or online"
+            f"{folder} contains no run for Weights & Biases, which needs tracking.wandb.mode=offline or online"
         )
     if importlib.util.find_spec("wandb") is None:
-        raise UserError("this needs wandb: pip install wandb")
+        raise UserError("launch.sync needs wandb: pip install wandb")
     failed = 0
     for run_dir in runs:
         name = run_dir.relative_to(folder.parent)
-        todo = look(run_dir)
-        if todo.done or dry_run:
-            say(f"{name}: {todo.what}")
+        unsent = find_unsent(run_dir)
+        if unsent.nothing or dry_run:
+            print_line(f"{name}: {unsent}")
             continue
         try:
-            send(todo, timeout)
-            say(f"{name}: sent")
+            send(unsent, timeout)
+            print_line(f"{name}: sent")
         except UserError as error:
             failed += 1
-            say(f"{name}: {error}")
+            print_line(f"{name}: {error}")
     if failed:
-        say(f"{failed} of {len(runs)} failed; the same command tries them again")
+        print_line(f"{failed} of {len(runs)} failed; run the same command to retry")
     return EXIT_FAULT if failed else 0
 
 
-def look(run_dir: Path) -> Todo:
-    """What W&B lacks of a run, as far as its own files know."""
+def find_unsent(run_dir: Path) -> Unsent:
+    """What W&B does not have of a run, according to the run directory."""
     marks, rows = Marks.of(run_dir, "online"), Rows(run_dir / "metrics.jsonl")
     steps = [step for step, _ in rows.whole()] if rows.path.exists() else []
-    try:
-        ended = str(json.loads((run_dir / "summary.json").read_text())["status"])
-    except (OSError, ValueError, KeyError):
-        ended = "killed"
-    if ended == "completed":
+    status = str((read_json(run_dir / "summary.json") or {}).get("status", "killed"))
+    if status == "completed":
         steps.append(rows.last()[0])
-    lacking = sum(step > marks.step for step in steps)
-    done = marks.done if ended == "completed" else lacking == 0 and marks.safe == marks.step
-    return Todo(run_dir, lacking, len(segments(run_dir)), ended, done)
+    unsent = sum(step > marks.step for step in steps)
+    nothing = marks.done if status == "completed" else unsent == 0 and marks.safe == marks.step
+    return Unsent(run_dir, unsent, len(segments(run_dir)), status, nothing)
 
 
-def send(todo: Todo, timeout: float) -> None:
-    """Send one run.
+def send(unsent: Unsent, timeout: float) -> None:
+    """Send one run, within `timeout` seconds.
 
     Raises:
-        UserError: saying why it could not be, or not to its end.
+        UserError: why nothing, or not all of it, was sent.
     """
-    signed = read_attempt(todo.run_dir / ATTEMPT)
-    settings, config = read_settings(todo.run_dir)
-    in_use = signed is not None and "ended_at" not in signed and is_alive(signed)
+    attempt = read_attempt(unsent.run_dir / ATTEMPT_FILE)
+    settings, config = read_settings(unsent.run_dir)
+    in_use = attempt is not None and "ended_at" not in attempt and is_alive(attempt)
     if in_use and settings.mode == "online":
-        raise UserError("is training, and sends by itself")
-    task: Task = replace(wandb_task(todo.run_dir, settings, config), mode="online")
+        raise UserError("still training, and sends its metrics itself")
+    task: Task = replace(wandb_task(unsent.run_dir, settings, config), mode="online")
     mirror = Mirror(task, quiet=True)
-    if not mirror.end(todo.ended, timeout):
+    if not mirror.end(unsent.status, timeout):
         raise UserError(mirror.reason or "could not be sent")
 
 
 def read_settings(run_dir: Path) -> tuple[WandbConfig, dict[str, Any]]:
-    """Of the run's config.yaml: the settings for W&B as they are meant, and the configuration as it may be shown."""
+    """From config.yaml: the W&B settings, and the whole configuration with unresolved interpolations (no secrets)."""
     try:
         source = OmegaConf.load(run_dir / "config.yaml")
-        shown: Any = OmegaConf.to_container(source, resolve=False)
+        config: Any = OmegaConf.to_container(source, resolve=False)
         given = OmegaConf.merge(OmegaConf.structured(WandbConfig), source.tracking.wandb)
         settings = OmegaConf.to_object(given)
     except Exception as error:  # the parsers' own errors share no public base
         raise UserError(f"can't read config.yaml: {' '.join(str(error).split())}") from None
     assert isinstance(settings, WandbConfig)
-    return settings, shown
+    return settings, config
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from tests.helpers.ranks import lines
 PLAIN = ["data.root=null", "model.name=shufflenet_v2_x0_5", "model.weights=none"]
 SPACE = "{random: {stages.head.lr: {log_uniform: [1e-3, 1]}, optim.name: {choice: [sgd, adamw]}}, count: 4}"
 HERE = Path("sweeps/rates")
-STOPPED = "the search was stopped, and the same command goes on with it"
+STOPPED = "the search was stopped"
+RESUME = "run the same command to resume"
 Curve = Callable[[dict[str, Any]], list[float]]
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import optuna_driver as search
-from launch import status, sweep
+from launch import optuna_driver, optuna_study, status, sweep_plan
 from launch.records import read_record
 from tests.helpers.adaptive_jobs import (
     HERE,
+    RESUME,
     SPACE,
     STOPPED,
     Jobs,
@@ -47,7 +47,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 def jobs(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     """All alike, unless a test gives them another `curve`."""
     found = Jobs(slurm, lambda values: [0.5, 0.6])
-    monkeypatch.setattr(search, "time", SimpleNamespace(sleep=found.sleep))
+    monkeypatch.setattr(optuna_driver, "time", SimpleNamespace(sleep=found.sleep))
     return found
 
 
@@ -71,7 +71,7 @@ def test_a_search_from_its_first_trial_to_its_last(slurm: FakeSlurm, jobs: Jobs,
         assert (saved["run_dir"], saved["tracking"]["wandb"]["group"]) == (str(run_dir), "rates")
     said = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"best: top1 0.9000 of trial \d: stages.head.lr=\S+ optim.name=adamw seed=\d", said[-2])
-    assert said[-1] == f"all of them: python -m launch.status {HERE.absolute()}"
+    assert said[-1] == f"all trials: python -m launch.status {HERE.absolute()}"
     assert status.main([str(HERE)]) == 0
     assert "\n6 completed\n" in capsys.readouterr().out
     for trial in stored():
@@ -107,10 +107,10 @@ def test_weak_trials_are_ended_early(
 ) -> None:
     Path("rates.yaml").write_text(SPACE.replace("{random", f"{{metric: {metric}, random"))
     jobs.metric = metric
-    jobs.curve = lambda values: [good if values["seed"] < search.STARTUP else bad] * 4
+    jobs.curve = lambda values: [good if values["seed"] < optuna_study.STARTUP else bad] * 4
     searched("--trials=8", "--parallel=1")
     assert states() == {"COMPLETE": 5, "PRUNED": 3}
-    pruned = [run_dir for run_dir in trials() if values_of(run_dir)["seed"] >= search.STARTUP]
+    pruned = [run_dir for run_dir in trials() if values_of(run_dir)["seed"] >= optuna_study.STARTUP]
     for run_dir in pruned:
         job = (read_record(run_dir) or {})["job_id"]
         assert slurm.jobs[job]["state"] == "CANCELLED"
@@ -122,7 +122,7 @@ def test_weak_trials_are_ended_early(
 
 
 def weak(values: dict[str, Any]) -> list[float]:
-    return [0.9 if values["seed"] < search.STARTUP else 0.1] * 4
+    return [0.9 if values["seed"] < optuna_study.STARTUP else 0.1] * 4
 
 
 def test_a_search_killed_before_it_ended_a_pruned_job_ends_it_later(
@@ -134,7 +134,7 @@ def test_a_search_killed_before_it_ended_a_pruned_job_ends_it_later(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "cancel", kill)
+        patch.setattr(optuna_driver, "cancel_jobs", kill)
         with pytest.raises(Killed):
             searched("--trials=6", "--parallel=1")
     assert slurm.jobs["12"]["state"] == "RUNNING"
@@ -147,7 +147,7 @@ def test_a_job_is_pruned_later_when_slurm_does_not_answer(slurm: FakeSlurm, jobs
     jobs.curve = weak
     slurm.refuse("scancel", "Unable to contact slurm controller")
     told = len(weak({"seed": 0}))
-    after = search.STARTUP * (told + 2) + 5
+    after = optuna_study.STARTUP * (told + 2) + 5
     jobs.meanwhile[after] = lambda: slurm.refuse("scancel", None)
     searched("--trials=6", "--parallel=1")
     assert states() == {"COMPLETE": 5, "PRUNED": 1}
@@ -158,14 +158,22 @@ def test_a_job_is_pruned_later_when_slurm_does_not_answer(slurm: FakeSlurm, jobs
 # Ends of the search
 
 
-@pytest.mark.parametrize("place", ["draw_value", "Driver.launch", "launch_trials", "Driver.look", "Driver.tell"])
+PLACES: dict[str, tuple[Any, str]] = {
+    "draw_value": (optuna_study, "draw_value"),
+    "submit": (optuna_driver.Driver, "submit"),
+    "submit_trials": (optuna_driver, "submit_trials"),
+    "check_trial": (optuna_driver.Driver, "check_trial"),
+    "tell": (optuna_driver.Driver, "tell"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("calls", [1, 3])
-def test_a_search_that_is_killed_anywhere_goes_on(
+def test_a_search_that_is_killed_anywhere_can_be_resumed(
     slurm: FakeSlurm, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, place: str, calls: int
 ) -> None:
-    """As it calls that, for the first time or for a later one."""
-    owner, _, name = place.rpartition(".")
-    target: Any = getattr(search, owner) if owner else search
+    """Killed at the first or a later call of that function."""
+    target, name = PLACES[place]
     function, count = getattr(target, name), [0]
 
     def kill(*args: Any) -> Any:
@@ -192,7 +200,7 @@ def test_a_search_that_is_killed_anywhere_goes_on(
 def test_ctrl_c_leaves_slurms_jobs_alone(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
     jobs.meanwhile[2] = lambda: os.kill(os.getpid(), signal.SIGINT)
     searched("--parallel=2", returns=3)
-    assert capsys.readouterr().err == f"launch: {STOPPED}; its jobs go on\n"
+    assert capsys.readouterr().err == f"launch: {STOPPED}; its jobs continue; {RESUME}\n"
     assert [job["state"] for job in slurm.jobs.values()] == ["RUNNING"] * 2
     assert "ended_at" in json.loads((HERE / "search.json").read_text())
     searched("--parallel=2")
@@ -203,7 +211,7 @@ def test_ctrl_c_leaves_slurms_jobs_alone(slurm: FakeSlurm, jobs: Jobs, capsys) -
 def test_ctrl_c_while_a_job_is_submitted_comes_when_that_is_written_down(
     slurm: FakeSlurm, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submit = sweep.launch_trials
+    submit = sweep_plan.submit_trials
 
     def interrupt(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -211,7 +219,7 @@ def test_ctrl_c_while_a_job_is_submitted_comes_when_that_is_written_down(
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0, "sbatch is not hit either"
         return submit(*args)
 
-    monkeypatch.setattr(search, "launch_trials", interrupt)
+    monkeypatch.setattr(optuna_driver, "submit_trials", interrupt)
     searched("--parallel=1", returns=3)
     assert len(trials()) == len(slurm.calls("sbatch")) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -234,7 +242,7 @@ def test_trials_that_fail_are_no_end_of_the_search(slurm: FakeSlurm, jobs: Jobs,
     searched("--parallel=3")
     assert states() == {"COMPLETE": 2, "FAIL": 2}
     said = capsys.readouterr().out
-    assert "trial 1: failed: it ended without a word (job 8 is FAILED)\n" in said
+    assert "trial 1: failed: exited without writing a status (job 8 is FAILED)\n" in said
     assert "trial 2: failed: cancelled\n" in said
 
 
@@ -246,7 +254,7 @@ def test_a_search_in_which_all_fail_is_a_fault(
     jobs.end, jobs.curve = end, lambda values: curve
     searched("--trials=2", returns=1)
     assert states() == {"FAIL": 2}
-    assert "no trial was completed\n" in capsys.readouterr().out
+    assert "no trial completed\n" in capsys.readouterr().out
 
 
 def test_a_preempted_trial_comes_back(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
@@ -271,7 +279,7 @@ def test_a_preempted_trial_comes_back(slurm: FakeSlurm, jobs: Jobs, capsys) -> N
     searched("--trials=1")
     assert states() == {"COMPLETE": 1}
     assert len(slurm.calls("sbatch")) == 1
-    assert "launch: squeue: no controller; asking again later\n" in capsys.readouterr().err
+    assert "launch: squeue: no controller; trying again later\n" in capsys.readouterr().err
 
 
 def test_sbatch_that_refuses_for_a_while(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:

@@ -16,8 +16,7 @@ import pytest
 import yaml
 
 from distil_tl.rundir.lock import Attempt
-from launch import adaptive, snapshot
-from launch import optuna_driver as search
+from launch import adaptive, optuna_driver, snapshot
 from tests.helpers.adaptive_jobs import (
     HERE,
     PLAIN,
@@ -46,7 +45,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 def jobs(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Jobs:
     """All alike, unless a test gives them another `curve`."""
     found = Jobs(slurm, lambda values: [0.5, 0.6])
-    monkeypatch.setattr(search, "time", SimpleNamespace(sleep=found.sleep))
+    monkeypatch.setattr(optuna_driver, "time", SimpleNamespace(sleep=found.sleep))
     return found
 
 
@@ -57,7 +56,7 @@ def test_all_trials_run_the_code_and_the_configuration_of_the_beginning(
     slurm: FakeSlurm, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     source = fake_training(tmp_path / "source", "return 0")
-    monkeypatch.setattr(snapshot, "_source", lambda: source)
+    monkeypatch.setattr(snapshot, "_source_root", lambda: source)
     Path("base.yaml").write_text("optim: {momentum: 0.5}")
     Path("common.yaml").write_text("{base: base.yaml, data: {root: null}}")
     Path("rates.yaml").write_text(SPACE.replace("{random", "{config: common.yaml, random"))
@@ -81,7 +80,7 @@ def test_all_trials_run_the_code_and_the_configuration_of_the_beginning(
     searched("--parallel=1", "--trials=3")
     (own,) = set(codes())
     assert Path(own, "distil_tl/train.py").read_text() != "# edited"
-    assert f"and it goes on with its own, {own}; else: --new-code\n" in capsys.readouterr().out
+    assert f"trials still run the copy in {own} (to use the current code, add --new-code)\n" in capsys.readouterr().out
     searched("--parallel=1", "--trials=4", "--new-code")
     assert [code == own for code in codes()] == [True] * 3 + [False]
     assert Path(codes()[-1], "distil_tl/train.py").read_text() == "# edited"
@@ -93,7 +92,8 @@ def test_a_search_with_another_space_is_another_one(slurm: FakeSlurm, jobs: Jobs
     searched("--trials=1")
     Path("rates.yaml").write_text(SPACE.replace("1e-3, 1]", "1e-3, 2]").replace("{random", "{metric: loss, random"))
     assert refusal(capsys, "--trials=2") == (
-        f"{HERE.absolute()} holds a search with another `metric` and `random`; go back to it, or give another --dir\n"
+        f"{HERE.absolute()} holds a search with another `metric` and `random`; use the earlier values, or another "
+        "--dir\n"
     )
     Path("rates.yaml").write_text(SPACE)
     assert "optim.momentum: was 0.9, now 0.25" in refusal(capsys, "--trials=2", "optim.momentum=0.25")
@@ -107,7 +107,10 @@ def test_one_search_at_a_time_in_a_folder(slurm: FakeSlurm, jobs: Jobs, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("distil_tl.rundir.lock.os.getpid", lambda: -1)
         message = refusal(capsys)
-    assert f"process {os.getpid()} of this machine has been searching in {HERE.absolute()} since 20" in message
+    assert (
+        f"{HERE.absolute()} is in use: process {os.getpid()} of this machine has been searching there since 20"
+        in message
+    )
     assert len(slurm.calls("sbatch")) == 1
 
 
@@ -125,16 +128,16 @@ def test_a_search_that_was_replaced_ends(slurm: FakeSlurm, jobs: Jobs, capsys) -
 @pytest.mark.parametrize(
     ("text", "args", "message"),
     [
-        ("seeds: [0, 1]", [], "the sweep has no `random`, which is the space to search"),
+        ("seeds: [0, 1]", [], "the sweep has no `random`, which is the search space"),
         ("{random: {seed: {choice: [1]}}, count: 1, seeds: [0]}", [], "`seed` is varied twice"),
-        (SPACE[:-1] + ", seeds: [0, 1]}", [], "leave out `seeds`, or use launch.sweep"),
-        (SPACE[:-1] + ", grid: {precision: [fp32]}}", [], "leave out `grid`, or use launch.sweep"),
-        (SPACE[:-1] + ", set: {seed: 5}}", [], "each trial has a `seed` of its own"),
+        (SPACE[:-1] + ", seeds: [0, 1]}", [], "remove `seeds`, or use launch.sweep"),
+        (SPACE[:-1] + ", grid: {precision: [fp32]}}", [], "remove `grid`, or use launch.sweep"),
+        (SPACE[:-1] + ", set: {seed: 5}}", [], "set: remove `seed`; each trial has its own"),
         (SPACE, ["--trials=0"], "--trials must be at least 1"),
         (SPACE, ["--parallel=0"], "--parallel must be at least 1"),
         (SPACE, ["--poll=-1"], "--poll must be at least 0"),
         (SPACE, ["--trials=1001"], "--trials 1001 is more than max_trials=1000"),
-        (SPACE, ["seed=3"], "for all trials there is a value of seed, which the sweep varies"),
+        (SPACE, ["seed=3"], "the sweep varies seed, and the command line sets it for all trials"),
         (SPACE, ["slurm.nods=3"], "unknown key `slurm.nods`, did you mean `nodes`?"),
         (SPACE, ["--frobnicate"], "usage: python -m launch.adaptive SWEEP.yaml"),
         ("{random: {optim.nam: {choice: [sgd]}}, count: 2}", [], "unknown key `optim.nam`, did you mean `name`?"),
@@ -195,7 +198,7 @@ def command(slurm: FakeSlurm, tmp_path: Path) -> list[str]:
     """A search of two trials at a time, which end once there is a file `go`."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom launch import adaptive, snapshot\n"
-        f"snapshot._source = lambda: Path({str(fake_training(tmp_path / 'source', BODY))!r})\n"
+        f"snapshot._source_root = lambda: Path({str(fake_training(tmp_path / 'source', BODY))!r})\n"
         "sys.exit(adaptive.main(sys.argv[1:]))"
     )
     args = ["--cluster=local", "slurm.gpus_per_node=0", "--trials=3", "--parallel=2", "--poll=0.1"]

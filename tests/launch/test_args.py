@@ -30,7 +30,7 @@ def yaml_file(text: str, name: str = "config.yaml") -> str:
 
 
 def slurm_of(*args: str) -> SlurmConfig:
-    return options.read([*args, "data.root=images", "model.weights=none"])[2]
+    return options.read_run([*args, "data.root=images", "model.weights=none"])[2]
 
 
 def of_file(text: str, *args: str) -> SlurmConfig:
@@ -39,7 +39,7 @@ def of_file(text: str, *args: str) -> SlurmConfig:
 
 def message_of(*args: str) -> str:
     with pytest.raises(UserError) as caught:
-        options.read(args)
+        options.read_run(args)
     return str(caught.value)
 
 
@@ -62,7 +62,7 @@ def test_defaults_then_base_then_file_then_command_line() -> None:
 
 def test_the_training_is_read_from_the_same_arguments() -> None:
     path = yaml_file("{seed: 5, slurm: {nodes: 2}}")
-    config, source, slurm = options.read([path, "slurm.gpus_per_node=8", "data.root=images", "model.weights=none"])
+    config, source, slurm = options.read_run([path, "slurm.gpus_per_node=8", "data.root=images", "model.weights=none"])
     assert (config.seed, slurm.nodes, slurm.gpus_per_node) == (5, 2, 8)
     assert "slurm" not in source
 
@@ -192,7 +192,7 @@ def test_the_words_of_the_section_explain_themselves(capsys) -> None:
         said = capsys.readouterr().out
         for key in ("slurm.partition=null", "slurm.signal_delay_s=120", "slurm.extra={}"):
             assert key in said
-        assert "seconds before its time is up" in said
+        assert "seconds before the time limit" in said
 
 
 def test_a_line_for_a_reader_who_has_gone_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -201,7 +201,7 @@ def test_a_line_for_a_reader_who_has_gone_ends_quietly(monkeypatch: pytest.Monke
     os.close(reader)
     with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
-        assert run_command("launch.submit", lambda: options.say("a line")) == 0
+        assert run_command("launch.submit", lambda: options.print_line("a line")) == 0
         assert sys.stdout is not gone
     assert capsys.readouterr().err == ""
 

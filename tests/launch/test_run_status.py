@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from distil_tl.rundir.lock import Attempt
 from launch import run_status as states
-from launch.records import read_record, record
-from launch.run_status import QUIET_S, STATES, Standing, evaluations, stand
+from launch.records import read_record, write_record
+from launch.run_status import QUIET_S, STATES, RunStatus, read_evaluations, read_status
 from launch.squeue import ACTIVE, WAITING, QueuedJob
 
 Queue = dict[str, QueuedJob]
@@ -36,7 +36,7 @@ class Run:
         return self
 
     def submitted(self, job: str = "7", cluster: str = "slurm", **fields: Any) -> Run:
-        record(self.path, job, cluster)
+        write_record(self.path, job, cluster)
         return self._change("submitted.json", fields)
 
     def attempt(self, **fields: Any) -> Run:
@@ -62,12 +62,12 @@ class Run:
         (self.path / name).write_text(json.dumps({k: v for k, v in content.items() if v != "absent"}))
         return self
 
-    def stands(self, queue: Queue | None = None, **jobs: str) -> Standing:
-        return stand(self.path, queued(**jobs) if queue is None else queue)
+    def stands(self, queue: Queue | None = None, **jobs: str) -> RunStatus:
+        return read_status(self.path, queued(**jobs) if queue is None else queue)
 
     @property
-    def unasked(self) -> Standing:
-        return stand(self.path, None)
+    def unasked(self) -> RunStatus:
+        return read_status(self.path, None)
 
 
 def queued(**jobs: str) -> Queue:
@@ -176,7 +176,7 @@ def test_stopped(run: Run) -> None:
     run.submitted().attempt(ended_at="now").summary("preempted")
     found = run.stands()
     assert found.state == "stopped"
-    assert found.detail == "asked to stop, and saved; submitting it again goes on"
+    assert found.detail == "preempted and saved; submit it again to resume"
     assert run.unasked.state == "unknown", "Slurm may have it in the queue again"
     assert run.submitted("7", "local").attempt(slurm_job_id=None, ended_at="now").unasked.state == "stopped"
 
@@ -196,13 +196,16 @@ def test_failed_without_a_word(run: Run, state: str) -> None:
     """COMPLETED too: Slurm knows of exit statuses, and not of trainings."""
     for run_ in (run.submitted(), run.attempt()):
         found = run_.stands(_7=state)
-        assert (found.state, found.detail) == ("failed", f"it ended without a word (job 7 is {state})")
+        assert (found.state, found.detail) == ("failed", f"exited without writing a status (job 7 is {state})")
 
 
 def test_failed_and_forgotten(run: Run) -> None:
     for run_ in (run.submitted(), run.attempt()):
         found = run_.stands()
-        assert (found.state, found.detail) == ("failed", "it ended without a word (its job is gone)")
+        assert (found.state, found.detail) == (
+            "failed",
+            "exited without writing a status (its job is no longer in the queue)",
+        )
 
 
 def test_pruned(run: Run) -> None:
@@ -212,30 +215,30 @@ def test_pruned(run: Run) -> None:
 
 def test_missing(run: Run, tmp_path: Path) -> None:
     assert run.stands().state == "missing"
-    assert stand(tmp_path / "nowhere", None) == Standing(tmp_path / "nowhere", "missing")
+    assert read_status(tmp_path / "nowhere", None) == RunStatus(tmp_path / "nowhere", "missing")
 
 
 def test_unknown_when_slurm_cannot_be_asked(run: Run) -> None:
     """Submitted, or started by a batch script; with metrics of late it is taken for a running one."""
     for run_ in (run.submitted(), run.attempt()):
-        assert (run_.unasked.state, run_.unasked.detail) == ("unknown", "Slurm can't be asked")
+        assert (run_.unasked.state, run_.unasked.detail) == ("unknown", "Slurm does not answer")
     run.evaluated(0.5, ago=QUIET_S + 60)
     assert run.unasked.state == "unknown"
     run.evaluated(0.6)
-    assert (run.unasked.state, run.unasked.detail) == ("running", "Slurm can't be asked")
+    assert (run.unasked.state, run.unasked.detail) == ("running", "Slurm does not answer")
 
 
 def test_unknown_on_another_machine_that_is_no_node(run: Run) -> None:
     """A colleague's, say: its processes are not to be seen from here."""
     run.attempt(slurm_job_id=None, host="colleague")
     for found in (run.stands(), run.unasked):
-        assert (found.state, found.detail) == ("unknown", "colleague can't be asked")
+        assert (found.state, found.detail) == ("unknown", "can't check its process on colleague")
     assert run.evaluated(0.5).stands().state == "running"
     assert run.attempt(slurm_job_id=None, host="colleague", ended_at="now").stands().state == "failed"
 
 
 def test_unknown_on_another_machine_that_has_not_begun(run: Run) -> None:
-    assert run.submitted("123", "local", host="colleague").stands().detail == "colleague can't be asked"
+    assert run.submitted("123", "local", host="colleague").stands().detail == "can't check its process on colleague"
 
 
 def test_all_states_are_known_to_the_table() -> None:
@@ -338,7 +341,7 @@ def test_lines_that_are_being_written_are_passed_over(run: Run) -> None:
         file.write(b'5\n[1]\nnull\n\n"text"\n\xff\xfe\n{"step": 11, "epo')
     found = run.stands(_7="RUNNING")
     assert (found.state, found.epoch, found.best and found.best["top1"]) == ("running", 1, 0.5)
-    assert len(evaluations(run.path)) == 1
+    assert len(read_evaluations(run.path)) == 1
 
 
 NAMES = ("summary.json", "attempt.json", "submitted.json", "metrics.jsonl", "config.yaml")
@@ -385,7 +388,7 @@ def test_files_cut_anywhere_or_foreign_are_never_a_completed_run(tmp_path: Path,
         if content is not None:
             (tmp_path / name).write_bytes(content)
     for queue in (None, {}, queued(_7="RUNNING"), queued(_7="PENDING"), queued(_7="COMPLETED")):
-        assert stand(tmp_path, queue).state in STATES[1:]
+        assert read_status(tmp_path, queue).state in STATES[1:]
 
 
 def test_a_summary_that_is_a_folder(run: Run) -> None:

@@ -49,7 +49,7 @@ def test_slurms_ways_to_write_a_time(text: str, minutes: int) -> None:
 @pytest.mark.parametrize("text", ["", "soon", "1h", "-5", "1:2:3:4", "1-", "1-2-3", "1.5", ":30", "30:", "UNLIMITED"])
 def test_what_is_no_time(text: str) -> None:
     assert parse_minutes(text) is None
-    assert only_problem(time=text) == f"slurm.time={text} is no time limit; give minutes, HH:MM:SS or D-HH:MM:SS"
+    assert only_problem(time=text) == f"slurm.time={text} is not a time limit; use minutes, HH:MM:SS or D-HH:MM:SS"
 
 
 @given(st.data())
@@ -92,24 +92,24 @@ def test_the_defaults_are_all_right() -> None:
         ({"tasks_per_node": 0}, "slurm.tasks_per_node must be at least 1, or null for one per GPU"),
         (
             {"tasks_per_node": 4, "gpus_per_node": 2},
-            "slurm.tasks_per_node=4 with slurm.gpus_per_node=2: each task needs one of its own, so leave "
-            "tasks_per_node out, or make them equal",
+            "slurm.tasks_per_node=4 with slurm.gpus_per_node=2: each task needs its own GPU; leave out "
+            "tasks_per_node, or use the same number for both",
         ),
         (
             {"tasks_per_node": 2, "gpus_per_node": 8},
-            "slurm.tasks_per_node=2 with slurm.gpus_per_node=8: a task uses one of them, so leave tasks_per_node out, "
-            "or make them equal",
+            "slurm.tasks_per_node=2 with slurm.gpus_per_node=8: a task uses only one GPU; leave out tasks_per_node, "
+            "or use the same number for both",
         ),
         ({"signal_delay_s": 0}, "slurm.signal_delay_s must be at least 1"),
-        ({"time": "0"}, "slurm.time=0 is no time limit; give minutes, HH:MM:SS or D-HH:MM:SS"),
+        ({"time": "0"}, "slurm.time=0 is not a time limit; use minutes, HH:MM:SS or D-HH:MM:SS"),
         (
             {"time": "3"},
-            "slurm.signal_delay_s=120: Slurm may warn 60 s earlier still, which is as long as slurm.time=3, so the job "
-            "would be stopped as it begins; use less, or more time",
+            "slurm.signal_delay_s=120: Slurm may send the signal 60 s earlier still, so with slurm.time=3 the job "
+            "could be stopped as soon as it starts; use a shorter delay or a longer time limit",
         ),
         (
             {"mem": "lots"},
-            "slurm.mem=lots is no amount of memory; write it as 64GB, or 0 for all that a node has",
+            "slurm.mem=lots is not an amount of memory; use for example 64GB, or 0 for all of a node",
         ),
         ({"extra": {"ntasks_per_node": 8}}, "slurm.extra.ntasks_per_node: use slurm.tasks_per_node"),
         ({"extra": {"time": 5}}, "slurm.extra.time: use slurm.time"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from launch import status
-from launch.records import record
+from launch.records import write_record
 from tests.helpers.fake_slurm import FakeSlurm
 from tests.helpers.paths import ROOT
 
@@ -28,7 +28,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 def finished(run_dir: Path, state: str = "completed", **best: Any) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     if not (run_dir / "submitted.json").exists():
-        record(run_dir, "7", "slurm")
+        write_record(run_dir, "7", "slurm")
     content = {"status": state, "best": {"stage": "full", "epoch": 2, "step": 20, **best} if best else None}
     (run_dir / "summary.json").write_text(json.dumps({**content, "total_seconds": 12.5}))
     return run_dir
@@ -100,7 +100,7 @@ def test_those_without_a_figure_come_last_by_state(slurm: FakeSlurm, tmp_path: P
     finished(folder / "odd", top1=None, loss=9.0)
     finished(folder / "dead", "failed")
     (folder / "waits").mkdir()
-    record(folder / "waits", "8", "slurm")
+    write_record(folder / "waits", "8", "slurm")
     slurm.add("8")
     text = shown(capsys, folder)
     assert column(text, "run") == ["worst", "odd", "waits", "dead", "gone"]
@@ -114,13 +114,13 @@ def test_those_without_a_figure_come_last_by_state(slurm: FakeSlurm, tmp_path: P
 
 def test_short_names_of_columns_are_distinct() -> None:
     keys = ["stages.head.lr", "stages.full.lr", "optim.name", "model.name", "seed", "lr", "a.seed"]
-    found = status._distinct(keys)
+    found = status._short_names(keys)
     assert found == {
         "stages.head.lr": "head.lr", "stages.full.lr": "full.lr", "optim.name": "optim.name",
         "model.name": "model.name", "seed": "seed", "lr": "lr", "a.seed": "a.seed",
     }  # fmt: skip
     assert len(set(found.values())) == len(keys)
-    assert status._distinct(["stages.head.lr", "optim.momentum"]) == {
+    assert status._short_names(["stages.head.lr", "optim.momentum"]) == {
         "stages.head.lr": "lr", "optim.momentum": "momentum"
     }  # fmt: skip
 
@@ -157,8 +157,10 @@ def test_a_run_under_way_says_where_and_how_far(slurm: FakeSlurm, tmp_path: Path
 
 def test_why_a_run_failed_is_said_below(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
-    record(tmp_path / "run", "7", "slurm")
-    assert "\nrun: it ended without a word (its job is gone)\n" in shown(capsys, tmp_path / "run")
+    write_record(tmp_path / "run", "7", "slurm")
+    assert "\nrun: exited without writing a status (its job is no longer in the queue)\n" in shown(
+        capsys, tmp_path / "run"
+    )
 
 
 # Which runs
@@ -186,7 +188,7 @@ def test_a_sweep_whose_trials_have_not_begun(slurm: FakeSlurm, tmp_path: Path, c
     assert column(text, "state") == ["missing", "missing"]
     for task in (0, 1):
         (folder / "ab"[task]).mkdir()
-        record(folder / "ab"[task], f"7_{task}", "slurm")
+        write_record(folder / "ab"[task], f"7_{task}", "slurm")
         slurm.add(f"7_{task}", reason=["None", "PartitionConfig"][task])
     text = shown(capsys, folder)
     assert column(text, "where") == ["", "(PartitionConfig)"]
@@ -210,10 +212,10 @@ def test_a_folder_with_nothing_is_the_users_error(slurm: FakeSlurm, tmp_path: Pa
     (tmp_path / "empty").mkdir()
     assert status.main([str(tmp_path / "empty")]) == 2
     assert capsys.readouterr().err == (
-        f"launch.status: {tmp_path}/empty holds no run; a run directory has attempt.json or submitted.json\n"
+        f"launch.status: {tmp_path}/empty contains no run; a run directory has attempt.json or submitted.json\n"
     )
     assert status.main([str(tmp_path / "nowhere")]) == 2
-    assert f"{tmp_path}/nowhere is no folder" in capsys.readouterr().err
+    assert f"{tmp_path}/nowhere is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"trials": 5}', '{"trials": {}, "earlier": 5}'])
@@ -239,15 +241,17 @@ def test_the_queue_is_that_of_the_folders_owner(slurm: FakeSlurm, tmp_path: Path
 
 def test_slurm_that_cannot_be_asked_is_said(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "run").mkdir()
-    record(tmp_path / "run", "7", "slurm")
+    write_record(tmp_path / "run", "7", "slurm")
     slurm.refuse("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
     text = shown(capsys, tmp_path / "run")
     assert column(text, "state") == ["unknown"]
-    assert "\nrun: Slurm can't be asked\n" in text
-    assert text.endswith("Unable to contact slurm controller: jobs are judged by their files\n")
+    assert "\nrun: Slurm does not answer\n" in text
+    assert text.endswith("Unable to contact slurm controller; the states of jobs are read from their files only\n")
     (tmp_path / "empty").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert "squeue is not on this machine: jobs are judged by their files" in shown(capsys, tmp_path / "run")
+    assert "squeue is not on this machine; the states of jobs are read from their files only" in shown(
+        capsys, tmp_path / "run"
+    )
 
 
 # For programs
@@ -277,7 +281,7 @@ def test_watching_ends_when_all_is_over(slurm: FakeSlurm, tmp_path: Path, monkey
     folder = sweep(tmp_path / "s", {"a": {}, "b": {}})
     for task, name in enumerate("ab"):
         (folder / name).mkdir()
-        record(folder / name, f"7_{task}", "slurm")
+        write_record(folder / name, f"7_{task}", "slurm")
         slurm.add(f"7_{task}")
     slept: list[float] = []
 

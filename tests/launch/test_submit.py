@@ -17,10 +17,11 @@ import pytest
 import torch
 import yaml
 
+from distil_tl.models import transfer
 from distil_tl.rundir import directory as rundir
 from distil_tl.rundir.lock import Attempt
 from launch import snapshot, submit, sweep
-from launch.records import read_record, record
+from launch.records import read_record, write_record
 from tests.helpers.fake_slurm import FakeSlurm, fake_training
 
 PLAIN = ["data.root=null", "model.name=shufflenet_v2_x0_5", "model.weights=none", "run_dir=runs/flowers"]
@@ -74,12 +75,12 @@ def test_a_dry_run_is_the_script_that_is_submitted(slurm: FakeSlurm, capsys) -> 
 def test_a_dry_run_says_what_else_it_has_to_say_on_standard_error(slurm: FakeSlurm, capsys) -> None:
     """`--dry-run > job.sh` is a script."""
     Path("runs/flowers").mkdir(parents=True)
-    record(Path("runs/flowers"), "5", "slurm")
+    write_record(Path("runs/flowers"), "5", "slurm")
     slurm.refuse("squeue", "no controller")
     submitted("--dry-run")
     said = capsys.readouterr()
     assert said.out.startswith("#!/bin/bash\n")
-    assert "can't ask Slurm whether a job works in" in said.err
+    assert "can't check with Slurm whether a job is using" in said.err
 
 
 def test_there_is_no_script_for_other_clusters(slurm: FakeSlurm, capsys) -> None:
@@ -107,9 +108,9 @@ def test_what_a_submission_leaves_in_the_run_directory(slurm: FakeSlurm, capsys)
     assert stat.S_IMODE((run_dir / "slurm").stat().st_mode) == 0o700, "pickles run what is in them"
     said = capsys.readouterr().out.splitlines()
     assert said == [
-        f"job 7 will train in {run_dir}, on 1 x 1 GPUs for 24:00:00 at a time",
-        f"look after it: python -m launch.status {run_dir}",
-        f"its output: {run_dir}/slurm/7_TASK_log.out",
+        f"submitted job 7: {run_dir}, 1 node x 1 GPU, time limit 24:00:00",
+        f"monitor with: python -m launch.status {run_dir}",
+        f"output: {run_dir}/slurm/7_TASK_log.out",
     ]
 
 
@@ -133,7 +134,7 @@ def test_a_run_directory_with_odd_characters(slurm: FakeSlurm, capsys) -> None:
     (line,) = re.findall("^cd .*$", script, re.MULTILINE)
     found = subprocess.run(["bash", "-c", f"{line}; pwd"], capture_output=True, text=True, check=True).stdout
     assert str(Path('runs/it\'s a $HOME "run"').absolute()) in found
-    assert "has a %, in which Slurm sees something to replace" in refusal(capsys, "run_dir=runs/%j")
+    assert "contains %, which Slurm replaces in file names" in refusal(capsys, "run_dir=runs/%j")
 
 
 # What the job then runs
@@ -153,14 +154,14 @@ def test_a_queued_job_runs_the_code_that_was_submitted(
         (elsewhere / package / "__init__.py").write_text("raise AssertionError('another package')")
     source = fake_training(
         tmp_path / "source",
-        "import launch.job\n"
-        "    found = [__file__, launch.job.__file__, os.getcwd(), args, os.environ['OMP_NUM_THREADS']]\n"
+        "import launch.task\n"
+        "    found = [__file__, launch.task.__file__, os.getcwd(), args, os.environ['OMP_NUM_THREADS']]\n"
         f"    pathlib.Path({str(told)!r}).write_text(json.dumps(found))\n    return 0",
     )
-    monkeypatch.setattr(snapshot, "_source", lambda: source)
+    monkeypatch.setattr(snapshot, "_source_root", lambda: source)
     submitted()
     (source / "distil_tl/train.py").write_text("raise AssertionError('edited since')")
-    (source / "launch/job.py").write_text("raise AssertionError('edited since')")
+    (source / "launch/task.py").write_text("raise AssertionError('edited since')")
 
     script = tmp_path / "script.sh"
     script.write_text(slurm.jobs["7"]["script"])
@@ -174,7 +175,7 @@ def test_a_queued_job_runs_the_code_that_was_submitted(
     train, job, cwd, args, threads = json.loads(told.read_text())
     run_dir = tmp_path / "here/runs/flowers"
     (code,) = (run_dir / "code").iterdir()
-    assert (train, job) == (f"{code}/distil_tl/train.py", f"{code}/launch/job.py")
+    assert (train, job) == (f"{code}/distil_tl/train.py", f"{code}/launch/task.py")
     assert (cwd, args, threads) == (str(tmp_path / "here"), [str(run_dir / "slurm/config.yaml")], "1")
 
 
@@ -188,8 +189,8 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "source/distil_tl/rundir").mkdir()
     shutil.copy(rundir.__file__, tmp_path / "source/distil_tl/rundir/directory.py")
     (tmp_path / "source/launch/page.html").write_text("<p>")
-    monkeypatch.setattr(snapshot, "_source", lambda: tmp_path / "source")
-    monkeypatch.setattr(snapshot, "git_state", lambda: {"commit": "c0ffee", "dirty": True})
+    monkeypatch.setattr(snapshot, "_source_root", lambda: tmp_path / "source")
+    monkeypatch.setattr(rundir, "git_state", lambda: {"commit": "c0ffee", "dirty": True})
     return tmp_path / "source"
 
 
@@ -241,7 +242,7 @@ def test_an_edit_while_a_job_is_submitted_comes_too_late(
             path.write_bytes(content + b"# edited\n")
         return content
 
-    monkeypatch.setattr(snapshot, "_source", lambda: tmp_path / "source")
+    monkeypatch.setattr(snapshot, "_source_root", lambda: tmp_path / "source")
     monkeypatch.setattr(Path, "read_bytes", read_and_edit)
     Path("seeds.yaml").write_text("seeds: [0, 1]")
     args = PLAIN if command is submit.main else [arg for arg in PLAIN if not arg.startswith("run_dir")]
@@ -278,7 +279,7 @@ def test_a_refusal_is_passed_on_and_nothing_is_recorded(slurm: FakeSlurm, capsys
     said = capsys.readouterr()
     assert "launch.submit: sbatch refused the job: sbatch: error: invalid partition specified: gpuu\n" in said.err
     assert "Traceback" not in said.err
-    assert "will train" not in said.out
+    assert "submitted" not in said.out
     assert read_record(run_dir) is None
     assert (run_dir / "summary.json").exists()
     assert slurm.jobs == {}
@@ -304,7 +305,7 @@ def test_a_job_submitted_from_within_a_job_has_nothing_of_that_one(
 
 def test_an_answer_without_a_job_number(slurm: FakeSlurm, capsys) -> None:
     (slurm.folder / "sbatch").write_text("#!/bin/sh\necho welcome\n")
-    assert "sbatch gave no job number" in refusal(capsys)
+    assert "sbatch printed no job id" in refusal(capsys)
 
 
 def test_a_submission_puts_an_end_to_what_the_last_attempt_said(slurm: FakeSlurm) -> None:
@@ -327,7 +328,7 @@ def test_all_that_cannot_work_is_listed_together(slurm: FakeSlurm, capsys, monke
     assert message.startswith("6 problems:\n")
     for part in (
         "slurm.cpus_per_task must be at least 1",
-        "so the job would be stopped as it begins",
+        "so with slurm.time=1 the job could be stopped as soon as it starts",
         "data.root=nowhere is not a folder",
         "sgdd",
         "there is no sbatch on this machine; submit from a login node, or use --cluster local",
@@ -341,7 +342,7 @@ def test_all_that_cannot_work_is_listed_together(slurm: FakeSlurm, capsys, monke
     ("args", "message"),
     [
         (["slurm.nodes=3", "slurm.gpus_per_node=5"], "can't be dealt out evenly to 15 processes"),
-        (["--cluster=local", "slurm.nodes=2"], "slurm.nodes=2 with --cluster local, which is this machine alone"),
+        (["--cluster=local", "slurm.nodes=2"], "slurm.nodes=2 with --cluster local, which uses only this machine"),
         (["--cluster=debug", "slurm.gpus_per_node=2"], "--cluster debug is one process"),
         (["--cluster=local", "distributed.device=cuda", "distributed.backend=nccl"], "torch sees no CUDA device"),
         (["slurm.nods=2"], "unknown key `slurm.nods`, did you mean `nodes`?"),
@@ -373,7 +374,7 @@ def test_what_is_wrong_with_devices_on_any_machine_is_refused(slurm: FakeSlurm, 
 
 
 def test_weights_that_nodes_could_not_fetch(slurm: FakeSlurm, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(submit, "missing_weights", lambda config: "https://weights")
+    monkeypatch.setattr(transfer, "missing_weights", lambda config: "https://weights")
     message = refusal(capsys)
     assert "the weights of shufflenet_v2_x0_5 (https://weights) are not on this machine" in message
     assert "distil-tl prefetch" in message
@@ -382,7 +383,7 @@ def test_weights_that_nodes_could_not_fetch(slurm: FakeSlurm, capsys, monkeypatc
 
 def test_without_submitit_it_says_how_to_get_it(slurm: FakeSlurm, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert "launching needs submitit: pip install 'distil_tl[slurm]'" in refusal(capsys)
+    assert "launch needs submitit: pip install 'distil_tl[slurm]'" in refusal(capsys)
     assert not list(Path().iterdir())
 
 
@@ -393,7 +394,10 @@ def test_without_submitit_it_says_how_to_get_it(slurm: FakeSlurm, capsys, monkey
 def test_a_job_that_waits_or_runs_there(slurm: FakeSlurm, capsys, state: str) -> None:
     submitted()
     slurm.change("7", state)
-    assert f"job 7 ({state}) works in {Path('runs/flowers').absolute()}; wait for it, `scancel 7`" in refusal(capsys)
+    assert (
+        f"job 7 ({state}) is using {Path('runs/flowers').absolute()}; wait until it ends, run `scancel 7`"
+        in refusal(capsys)
+    )
     assert len(slurm.calls("sbatch")) == 1
     submitted("run_dir=runs/other")
 
@@ -415,7 +419,7 @@ def test_a_job_of_a_batch_script_is_known_by_its_attempt(slurm: FakeSlurm, capsy
     attempt = json.loads(Path("runs/flowers/attempt.json").read_text())
     Path("runs/flowers/attempt.json").write_text(json.dumps({**attempt, "process": "of a node"}))
     slurm.add("5_2", "RUNNING", own="9", nodes="n1")
-    assert "job 9 (RUNNING) works in" in refusal(capsys)
+    assert "job 9 (RUNNING) is using" in refusal(capsys)
     slurm.forget("5_2")
     submitted()
 
@@ -432,8 +436,8 @@ def test_a_job_of_this_machine_is_known_before_it_trains(slurm: FakeSlurm, capsy
     code = "import time; time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code, "submitit.local._local"])
     try:
-        record(Path("runs/flowers"), str(process.pid), "local")
-        assert f"job {process.pid} of this machine works in" in refusal(capsys)
+        write_record(Path("runs/flowers"), str(process.pid), "local")
+        assert f"local job {process.pid} is using" in refusal(capsys)
     finally:
         process.kill()
         process.wait()
@@ -444,4 +448,4 @@ def test_when_slurm_cannot_be_asked_it_goes_on_with_a_warning(slurm: FakeSlurm, 
     submitted()
     slurm.refuse("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
     submitted()
-    assert "can't ask Slurm whether a job works in" in capsys.readouterr().err
+    assert "can't check with Slurm whether a job is using" in capsys.readouterr().err

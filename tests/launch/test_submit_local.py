@@ -57,7 +57,7 @@ def test_a_run_of_this_machine_with_two_tasks(slurm: FakeSlurm, folder: Path, ca
     (code,) = Path("run/code").absolute().iterdir()
     environment = json.loads(Path("run/env.json").read_text())
     assert environment["git"] == json.loads((code / "distil_tl/snapshot.json").read_text())
-    assert "on 2 processes of this machine" in capsys.readouterr().out
+    assert ", 2 local processes" in capsys.readouterr().out
     assert not slurm.calls("sbatch")
 
 
@@ -67,7 +67,7 @@ def test_a_run_of_this_machine_that_fails(
 ) -> None:
     """Its status is that of training, and the message says where its output is."""
     source = fake_training(tmp_path / "source", f"sys.stderr.write('why it failed'); return {status}")
-    monkeypatch.setattr(snapshot, "_source", lambda: source)
+    monkeypatch.setattr(snapshot, "_source_root", lambda: source)
     assert submit.main(local(folder)) == status
     said = capsys.readouterr().err
     (output,) = re.findall("launch: the job failed; its output is in (.*)\n", said)
@@ -96,7 +96,7 @@ def test_a_run_of_this_machine_is_set_up_as_by_sbatch(
     source = fake_training(
         tmp_path / "source", f"if os.environ.get('SUBMITIT_LOCAL_GLOBALID') == '0': {body}\n    return 0"
     )
-    monkeypatch.setattr(snapshot, "_source", lambda: source)
+    monkeypatch.setattr(snapshot, "_source_root", lambda: source)
     setup = "slurm.setup=['false', '[[ bash == b* ]] && words=(\"an array\") && export X=$words']"
     assert submit.main([*local(folder, setup), f"slurm.gpus_per_node={gpus}"]) == 0
     assert json.loads(told.read_text()) == [seen, "an array"]
@@ -105,8 +105,10 @@ def test_a_run_of_this_machine_is_set_up_as_by_sbatch(
 def test_more_gpus_than_the_user_lets_be_seen(slurm: FakeSlurm, capsys, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     message = refusal(capsys, "--cluster=local", "slurm.gpus_per_node=2")
-    assert message == ("slurm.gpus_per_node=2, but CUDA_VISIBLE_DEVICES=3 leaves 1; ask for less, or unset it\n")
-    assert "leaves 1" not in refusal(capsys, "--cluster=slurm", "slurm.gpus_per_node=2", "slurm.nodes=0")
+    assert message == (
+        "slurm.gpus_per_node=2, but CUDA_VISIBLE_DEVICES=3 allows only 1; use a smaller number, or unset it\n"
+    )
+    assert "allows only 1" not in refusal(capsys, "--cluster=slurm", "slurm.gpus_per_node=2", "slurm.nodes=0")
 
 
 def test_what_was_best_is_known_before_the_end(trained: Path, tmp_path: Path, monkeypatch) -> None:
@@ -114,7 +116,7 @@ def test_what_was_best_is_known_before_the_end(trained: Path, tmp_path: Path, mo
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     (tmp_path / "run/summary.json").unlink()
     monkeypatch.setattr(states, "TAIL", 10)
-    assert states.stand(tmp_path / "run", {}).best == json.loads((trained / "summary.json").read_text())["best"]
+    assert states.read_status(tmp_path / "run", {}).best == json.loads((trained / "summary.json").read_text())["best"]
 
 
 def wait_for_steps(run_dir: Path, count: int) -> None:
@@ -146,7 +148,7 @@ def test_ctrl_c_in_a_terminal_leaves_time_to_save(slurm: FakeSlurm, folder: Path
     return 3"""
     code = (
         "import sys\nfrom pathlib import Path\nfrom launch import snapshot, submit\n"
-        f"snapshot._source = lambda: Path({str(fake_training(tmp_path / 'source', body))!r})\n"
+        f"snapshot._source_root = lambda: Path({str(fake_training(tmp_path / 'source', body))!r})\n"
         "sys.exit(submit.main(sys.argv[1:]))"
     )
     process = subprocess.Popen(
@@ -164,7 +166,7 @@ def test_ctrl_c_in_a_terminal_leaves_time_to_save(slurm: FakeSlurm, folder: Path
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 3
-    assert said == "launch: the job was stopped, and the same command goes on with it\n"
+    assert said == "launch: the job was stopped; run the same command to resume\n"
     assert Path("run/saved").exists()
     assert processes_of(Path("run").absolute()) == []
 
@@ -198,7 +200,7 @@ def completed(trained: Path, slurm: FakeSlurm) -> list[str]:
 
 def test_a_completed_run_is_not_submitted_again(completed: list[str], slurm: FakeSlurm, capsys) -> None:
     assert submit.main(completed) == 0
-    assert f"{Path('run').absolute()} holds this run, completed" in capsys.readouterr().out
+    assert f"{Path('run').absolute()} is already completed" in capsys.readouterr().out
     assert submit.main([*completed, "--dry-run"]) == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n")
     assert not slurm.calls("sbatch")

@@ -66,8 +66,8 @@ def test_a_sweep_is_one_array(slurm: FakeSlurm, capsys) -> None:
     assert "#SBATCH --job-name=rates\n" in script
     folder = Path("sweeps/rates").absolute()
     assert capsys.readouterr().out.splitlines() == [
-        "job 7: 3 trials, each on 1 x 1 GPUs for 8:00:00 at a time, 2 at once",
-        f"look after it: python -m launch.status {folder}",
+        "submitted job 7: 3 trials, each on 1 node x 1 GPU, time limit 8:00:00; at most 2 run at once",
+        f"monitor with: python -m launch.status {folder}",
     ]
 
 
@@ -137,8 +137,8 @@ def test_the_same_sweep_again_submits_nothing(slurm: FakeSlurm, capsys) -> None:
     submitted("rates.yaml", "--resubmit-failed")
     assert len(slurm.calls("sbatch")) == 1
     assert capsys.readouterr().out.splitlines() == [
-        "left alone: 1 completed, 1 pending, 1 running",
-        f"nothing to submit; python -m launch.status {Path('sweeps/rates').absolute()}",
+        "not submitted: 1 completed, 1 pending, 1 running",
+        f"nothing to submit; monitor with: python -m launch.status {Path('sweeps/rates').absolute()}",
     ]
     assert {path: path.read_bytes() for path in Path("sweeps").rglob("*") if path.is_file()} == before
 
@@ -199,7 +199,7 @@ def test_failed_ones_wait_to_be_asked_for(slurm: FakeSlurm, capsys) -> None:
     submitted("rates.yaml")
     assert jobs_of() == {0: "7_0", 1: "7_1", 2: "8", 3: "7_3"}, "one that was stopped goes on, as it was not wrong"
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["left alone: 1 completed, 2 failed", "those that failed go on with --resubmit-failed"]
+    assert said[:2] == ["not submitted: 1 completed, 2 failed", "to resume failed trials, add --resubmit-failed"]
     submitted("rates.yaml", "--resubmit-failed")
     assert jobs_of() == {0: "7_0", 1: "9_0", 2: "8", 3: "9_1"}
     assert not (trials_of()[1] / "summary.json").exists(), "it stands for an attempt that is over"
@@ -212,8 +212,8 @@ def test_trials_are_left_alone_while_slurm_cannot_be_asked(slurm: FakeSlurm, cap
     capsys.readouterr()
     submitted("rates.yaml", "--resubmit-failed")
     said = capsys.readouterr()
-    assert "left alone: 2 unknown" in said.out
-    assert said.err == "launch: squeue: no controller: how jobs stand is told from their files alone\n"
+    assert "not submitted: 2 unknown" in said.out
+    assert said.err == "launch: squeue: no controller; the states of jobs are read from their files only\n"
     assert len(slurm.calls("sbatch")) == 1
 
 
@@ -221,16 +221,16 @@ def test_trials_in_slurms_queue_are_not_run_here_too(slurm: FakeSlurm, capsys) -
     submitted(yaml_file("seeds: [0, 1]"))
     capsys.readouterr()
     submitted("rates.yaml", "--cluster=local", "--resubmit-failed", "slurm.gpus_per_node=0")
-    assert "left alone: 2 pending" in capsys.readouterr().out
+    assert "not submitted: 2 pending" in capsys.readouterr().out
 
 
 def test_another_common_configuration_is_refused(slurm: FakeSlurm, capsys) -> None:
     submitted(yaml_file("seeds: [0, 1]"))
     message = refusal(capsys, "rates.yaml", "optim.momentum=0.25", "stages.head.epochs=7")
-    assert f"{Path('sweeps/rates').absolute()} holds trials of another common configuration:" in message
+    assert f"{Path('sweeps/rates').absolute()} holds trials with another common configuration:" in message
     assert "optim.momentum: was 0.9, now 0.25" in message
     assert "stages.head.epochs: was 3, now 7" in message
-    assert "or give another --dir" in message
+    assert "or another --dir" in message
     assert len(slurm.calls("sbatch")) == 1
     submitted("rates.yaml", "data.workers=3", "tracking.log_every=5", "slurm.nodes=2")  # these change no result
     submitted("rates.yaml", "optim.momentum=0.25", "--dir", "another")
@@ -241,7 +241,7 @@ def test_trials_without_a_snapshot_of_their_own_keep_theirs(
 ) -> None:
     """Code that was edited between two submissions is for the second alone."""
     source = fake_training(tmp_path / "source", "return 0")
-    monkeypatch.setattr(snapshot, "_source", lambda: source)
+    monkeypatch.setattr(snapshot, "_source_root", lambda: source)
     submitted(yaml_file("seeds: [0, 1]"))
     (source / "distil_tl/train.py").write_text("# edited")
     submitted(yaml_file("seeds: [0, 1, 2]"))
@@ -374,7 +374,7 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             return end("preempted", 3)
     return end("failed", 1) if seed == 1 else end("completed", 0)"""
     source = fake_training(tmp_path / "source", body)
-    monkeypatch.setattr(snapshot, "_source", lambda: source)
+    monkeypatch.setattr(snapshot, "_source_root", lambda: source)
 
 
 LOCAL = ["--cluster=local", "slurm.gpus_per_node=0"]
@@ -386,15 +386,15 @@ def test_a_sweep_of_this_machine_runs_one_trial_after_the_other(slurm: FakeSlurm
     trials = trials_of()
     assert said.out.splitlines() == [
         *(f"trial {i + 1} of 3: {trials[i]}" for i in range(3)),
-        "1 of 3 failed",
-        f"look after it: python -m launch.status {Path('sweeps/rates').absolute()}",
+        "1 of 3 trials failed",
+        f"monitor with: python -m launch.status {Path('sweeps/rates').absolute()}",
     ]
     (output,) = re.findall("launch: the job failed; its output is in (.*)\n", said.err)
     assert "seed 1" in Path(output).read_text()
     assert not slurm.calls("sbatch")
 
     assert sweep.main([*PLAIN, *LOCAL, "rates.yaml"]) == 0
-    assert "left alone: 2 completed, 1 failed" in capsys.readouterr().out
+    assert "not submitted: 2 completed, 1 failed" in capsys.readouterr().out
     assert sweep.main([*PLAIN, *LOCAL, "rates.yaml", "--resubmit-failed"]) == 1
     assert f"trial 1 of 1: {trials[1]}" in capsys.readouterr().out
 
@@ -410,6 +410,6 @@ def test_ctrl_c_ends_the_trial_and_the_sweep(slurm: FakeSlurm, short: None, caps
     thread.start()
     assert sweep.main([*PLAIN, *LOCAL, yaml_file("seeds: [0, 9, 2]")]) == 3
     thread.join()
-    assert "the job was stopped, and the same command goes on with it" in capsys.readouterr().err
+    assert "the job was stopped; run the same command to resume" in capsys.readouterr().err
     assert json.loads((trials_of()[9] / "summary.json").read_text())["status"] == "preempted"
     assert sorted(jobs_of()) == [0, 9], "the third did not begin"

@@ -110,7 +110,7 @@ def test_too_many_trials_are_refused_before_they_are_made() -> None:
     grid = {f"key{i}": list(range(10)) for i in range(12)}
     with pytest.raises(UserError, match="the sweep has 1,000,000,000,000 trials, more than max_trials=1,000"):
         Sweep("s", grid=grid).all_trials()
-    with pytest.raises(UserError, match="has 4 trials, more than max_trials=3; try less, or raise max_trials"):
+    with pytest.raises(UserError, match="has 4 trials, more than max_trials=3; reduce it, or raise max_trials"):
         Sweep("s", seeds=[1, 2, 3, 4], max_trials=3).all_trials()
     assert len(Sweep("s", seeds=[1, 2, 3, 4], max_trials=4).all_trials()) == 4
     with pytest.raises(UserError, match="has 8 trials"):
@@ -123,11 +123,11 @@ def test_too_many_trials_are_refused_before_they_are_made() -> None:
         (Sweep("s", trials=[Trial({"x": 1}), Trial({"x": 1})]), "x=1"),
         (Sweep("s", grid={"x": [1, 2, 1]}), "x=1"),
         (Sweep("s", seeds=[3, 3]), "seed=3"),
-        (Sweep("s", trials=[Trial({}), Trial({})]), "nothing set"),
+        (Sweep("s", trials=[Trial({}), Trial({})]), "no key is set"),
     ],
 )
 def test_the_same_trial_twice_is_refused_by_name(sweep: Sweep, which: str) -> None:
-    with pytest.raises(UserError, match=f"two trials of the sweep are the same: {which}"):
+    with pytest.raises(UserError, match=f"two trials of the sweep are equal: {which}"):
         sweep.all_trials()
 
 
@@ -273,18 +273,18 @@ def test_a_sweep_is_called_as_its_file(sweep_file) -> None:
     ("text", "message"),
     [
         ("grids: {a: [1]}", "unknown key `grids` in {path}, did you mean `grid`?"),
-        ("zzz: 1", "unknown key `zzz` in {path}; known are name, config, set,"),
+        ("zzz: 1", "unknown key `zzz` in {path}; valid keys are name, config, set,"),
         ("grid: [1]", "`grid` in {path} must hold keys and values"),
         ("set: 5", "`set` in {path} must hold keys and values"),
         ("random: [1]", "`random` in {path} must hold keys and values"),
         ("grid: {a: 1}", "grid: `a` needs a list of values, not 1"),
         ("grid: {a: []}", "grid: `a` needs a list of values, not []"),
         ("grid: {stages: {head: [1]}}", "grid: `stages` needs a list of values"),
-        ("trials: 5", "trials: 5 is no list of trials"),
-        ("trials: [5]", "trials: 5 is no set of keys, as in `{{model.name: resnet18}}`"),
+        ("trials: 5", "trials: 5 is not a list of trials"),
+        ("trials: [5]", "trials: 5 must hold keys and values, as in `{{model.name: resnet18}}`"),
         ("trials: {a/b: {}}", "trials: 'a/b' can't be part of a folder's name"),
         ("trials: {..: {}}", "trials: '..' can't be part of a folder's name"),
-        ("name: a/b", "name: 'a/b' can't name a folder"),
+        ("name: a/b", "name: 'a/b' can't be the name of a folder"),
         ("config: nowhere.yaml", "config: there is no file {folder}/nowhere.yaml"),
         ("config: 5", "config: there is no file {folder}/5"),
         ("{random: {a: 1}, count: 1}", "random: `a` needs one of uniform, log_uniform, choice, as in"),
@@ -300,18 +300,18 @@ def test_a_sweep_is_called_as_its_file(sweep_file) -> None:
         ("random: {a: {choice: [1]}}", "`random` needs `count`, the number of draws"),
         ("{random: {a: {choice: [1]}}, count: many}", "`random` needs `count`, the number of draws"),
         ("{random: {a: {choice: [1]}}, count: true}", "`random` needs `count`, the number of draws"),
-        ("count: 5", "`count` is the number of draws of `random`, which is not there"),
+        ("count: 5", "`count` is the number of draws of `random`, but there is no `random`"),
         ("{trials: [{a: 1}], grid: {a: [2]}}", "`a` is varied twice"),
         ("{grid: {a: [2]}, random: {a: {choice: [1]}}, count: 1}", "`a` is varied twice"),
         ("{trials: [{}, {seed: 1}], seeds: [1]}", "`seed` is varied twice"),
         ("{trials: [{stages: {head: {lr: 1}}}], grid: {stages.head.lr: [2]}}", "`stages.head.lr` is varied twice"),
-        ("seeds: [1.5]", "`seeds` is a list of whole numbers"),
-        ("seeds: 5", "`seeds` is a list of whole numbers"),
-        ("seeds: [true]", "`seeds` is a list of whole numbers"),
-        ("seed: x", "`seed` is a whole number"),
-        ("max_trials: many", "`max_trials` is a whole number, at least 1"),
-        ("max_trials: 0", "`max_trials` is a whole number, at least 1"),
-        ("metric: accuracy", "metric: 'accuracy' is none of top1, top5, macro_f1, loss"),
+        ("seeds: [1.5]", "`seeds` must be a list of integers"),
+        ("seeds: 5", "`seeds` must be a list of integers"),
+        ("seeds: [true]", "`seeds` must be a list of integers"),
+        ("seed: x", "`seed` must be an integer"),
+        ("max_trials: many", "`max_trials` must be an integer, at least 1"),
+        ("max_trials: 0", "`max_trials` must be an integer, at least 1"),
+        ("metric: accuracy", "metric: 'accuracy' is not one of top1, top5, macro_f1, loss"),
     ],
 )
 def test_mistakes_are_named(sweep_file, tmp_path: Path, text: str, message: str) -> None:

@@ -58,13 +58,13 @@ def test_attempts_without_network_become_one_run(
     assert len(segments(run_dir)) == 1
     assert len(list(run_dir.glob("wandb/unfinished-offline-run-*"))) == 1, "of the attempt that was killed"
     assert main([str(run_dir), "--dry-run"]) == 0
-    assert "run: 12 steps to send, of 1 offline attempts" in capsys.readouterr().out
+    assert "run: 12 steps to send from 1 offline attempts" in capsys.readouterr().out
     assert main([str(run_dir)]) == 0
     assert "run: sent" in capsys.readouterr().out
     for server in (wandb_server, telling_server):
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         assert main([str(run_dir)]) == 0
-        assert "run: all is sent" in capsys.readouterr().out
+        assert "run: nothing left to send" in capsys.readouterr().out
     assert wandb_server.steps(run_dir) == ALL
     assert wandb_server.steps(run_dir, "val/top1") == [6, 12]
     there = wandb_server.run(run_dir)
@@ -111,11 +111,11 @@ def test_a_sweep(killed: Run, tmp_path: Path, wandb_server: Server, capsys: pyte
     assert "sweep/a: sent" in said
     assert "sweep/b: sent" in said
     assert "sweep/broken: can't read config.yaml" in said
-    assert "1 of 3 failed; the same command tries them again" in said
+    assert "1 of 3 failed; run the same command to retry" in said
     (broken / "config.yaml").write_text(config)
     assert main([str(sweep)]) == 0
     said = capsys.readouterr().out
-    assert "sweep/a: all is sent" in said
+    assert "sweep/a: nothing left to send" in said
     assert "sweep/broken: sent" in said
     for run_dir in (a, b, broken):
         assert wandb_server.steps(run_dir) == ALL
@@ -144,7 +144,7 @@ def test_what_is_sent_so_far_is_not_sent_again(
     summary = (run_dir / "summary.json").read_text()
     (run_dir / "metrics.jsonl").write_text("".join(whole[:6]))
     (run_dir / "summary.json").write_text('{"status": "preempted"}')
-    for said in ("sent", "all is sent"):
+    for said in ("sent", "nothing left to send"):
         assert main([str(run_dir)]) == 0
         assert f"run: {said}\n" in capsys.readouterr().out
         assert wandb_server.steps(run_dir) == ALL[:5], "that a step has no more lines is known from the next one"
@@ -164,9 +164,9 @@ def test_what_can_not_be_done_is_said(
         assert main([str(arg) for arg in args]) == 2
         return capsys.readouterr().err
 
-    assert "is no folder" in refused(tmp_path / "nothing")
+    assert "is not a folder" in refused(tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
-    assert "holds no run for Weights & Biases" in refused(tmp_path / "empty")
+    assert "contains no run for Weights & Biases" in refused(tmp_path / "empty")
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     assert "pip install wandb" in refused(run_dir)

@@ -193,7 +193,7 @@ def test_a_preempted_run_goes_on(cluster: Tracked, reference: Path, job_args, sl
     cluster.wait_for(urgent, "COMPLETED")
     run.finished(reference)
     assert cluster.history(run.job) == ["PREEMPTED", "COMPLETED"]
-    assert "is left to Slurm" in run.said(), "who requeues one that Slurm requeues would do it twice"
+    assert "so it is not requeued" in run.said(), "who requeues one that Slurm requeues would do it twice"
 
 
 def test_a_run_that_is_preempted_with_grace_requeues_itself(
@@ -247,7 +247,7 @@ def test_a_node_is_cut_off_and_the_time_of_a_job_on_the_other_is_up(
 
     limited.finished(reference, timeout=200)
     assert set(cluster.history(limited.job)[:-1]) == {"REQUEUED"}
-    assert f"job {limited.job} goes back into the queue" in limited.said()
+    assert f"job {limited.job} is requeued" in limited.said()
 
 
 def test_a_node_whose_daemon_dies(cluster: Tracked, reference: Path, job_args, slowly: Path, tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_a_sweep_with_two_failures(cluster: Tracked, trials: Path, small: list[s
     assert found["runs"][-2:] == failed, "they rank last"
 
     said = launched(cluster, "sweep", trials, "--dir", folder)
-    assert "left alone: 10 completed, 2 failed" in said
+    assert "not submitted: 10 completed, 2 failed" in said
     assert "nothing to submit" in said
     model = build(ModelConfig("shufflenet_v2_x0_5", weights="none"), 1000, image_size=None, seed=0)
     torch.save(model.module.state_dict(), tmp_path / "broken.pt")

@@ -26,9 +26,9 @@ slurm: {gpus_per_node: 2, cpus_per_task: 1, time: 10, setup: ['export PYTHONPATH
 SEARCH = """
 import sys
 from launch import adaptive
-from launch import optuna_driver as search
-search.STARTUP = 1
-search._Suggest.choice = lambda self, values: values[self.trial.number]  # the second one learns nothing
+from launch import optuna_study
+optuna_study.STARTUP = 1
+optuna_study._Suggest.choice = lambda self, values: values[self.trial.number]  # the second one learns nothing
 sys.exit(adaptive.main(sys.argv[1:]))
 """
 

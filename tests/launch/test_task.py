@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from distil_tl.utils.errors import EXIT_PREEMPTED
-from launch import job as task
-from launch import task as batch
-from launch.job import Training, requeue_if_running, train_and_requeue
-from launch.squeue import QueuedJob, SlurmUnavailableError, queued, state_of
+from launch import squeue, task
+from launch.requeue import requeue_if_running
+from launch.squeue import QueuedJob, SlurmUnavailableError, job_state, read_queue
+from launch.task import TrainingTask, train_and_requeue
 from tests.helpers.fake_slurm import FakeSlurm
 
 
@@ -37,21 +37,21 @@ def without(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def test_a_running_job_goes_back_into_the_queue(slurm: FakeSlurm, capsys) -> None:
     slurm.add("7", "RUNNING", nodes="n1")
-    assert requeue_if_running({"SLURM_JOB_ID": "7"}) == "job 7 goes back into the queue"
+    assert requeue_if_running({"SLURM_JOB_ID": "7"}) == "job 7 is requeued"
     assert slurm.jobs["7"]["state"] == "PENDING"
-    assert capsys.readouterr().err == "launch: job 7 goes back into the queue\n"
+    assert capsys.readouterr().err == "launch: job 7 is requeued\n"
 
 
 @pytest.mark.parametrize("state", ["PENDING", "COMPLETING", "CANCELLED", "PREEMPTED", "TIMEOUT"])
 def test_a_job_in_any_other_state_is_left_to_slurm(slurm: FakeSlurm, state: str) -> None:
     slurm.add("7", state)
-    assert requeue_if_running({"SLURM_JOB_ID": "7"}) == f"job 7 is {state}, and is left to Slurm"
+    assert requeue_if_running({"SLURM_JOB_ID": "7"}) == f"job 7 is {state}, so it is not requeued"
     assert not slurm.calls("scontrol")
     assert slurm.jobs["7"]["state"] == state
 
 
 def test_a_job_that_slurm_has_forgotten_is_left_alone(slurm: FakeSlurm) -> None:
-    assert requeue_if_running({"SLURM_JOB_ID": "7"}) == "job 7 is no longer known, and is left to Slurm"
+    assert requeue_if_running({"SLURM_JOB_ID": "7"}) == "job 7 is no longer known to Slurm, so it is not requeued"
     assert not slurm.calls("scontrol")
 
 
@@ -60,7 +60,7 @@ def test_one_task_of_an_array_takes_no_other_along(slurm: FakeSlurm) -> None:
     for number, own in enumerate(("8", "9", "7")):
         slurm.add(f"7_{number}", "RUNNING", own=own, nodes="n1")
     environ = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
-    assert requeue_if_running(environ) == "job 7_2 goes back into the queue"
+    assert requeue_if_running(environ) == "job 7_2 is requeued"
     assert [job["state"] for job in slurm.jobs.values()] == ["RUNNING", "RUNNING", "PENDING"]
 
 
@@ -68,7 +68,7 @@ def test_a_waiting_neighbour_in_the_array_does_not_hide_that_a_task_runs(slurm: 
     slurm.add("7_1")
     slurm.add("7_0", "RUNNING", own="7", nodes="n1")
     environ = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
-    assert requeue_if_running(environ) == "job 7_0 goes back into the queue"
+    assert requeue_if_running(environ) == "job 7_0 is requeued"
 
 
 def test_slurm_that_cannot_be_asked_is_no_reason_to_fail(
@@ -77,13 +77,13 @@ def test_slurm_that_cannot_be_asked_is_no_reason_to_fail(
     slurm.add("7", "RUNNING")
     slurm.refuse("scontrol", "Requested operation is presently disabled")
     assert requeue_if_running({"SLURM_JOB_ID": "7"}) == (
-        "job 7 can't be requeued (scontrol: Requested operation is presently disabled); submit it again to go on"
+        "job 7 can't be requeued (scontrol: Requested operation is presently disabled); submit it again to resume"
     )
     slurm.refuse("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
-    assert "Unable to contact slurm controller); submit it again to go on" in requeue_if_running({"SLURM_JOB_ID": "7"})
+    assert "Unable to contact slurm controller); submit it again to resume" in requeue_if_running({"SLURM_JOB_ID": "7"})
     without(monkeypatch, tmp_path)
     assert requeue_if_running({"SLURM_JOB_ID": "7"}) == (
-        "job 7 can't be requeued (squeue is not on this machine); submit it again to go on"
+        "job 7 can't be requeued (squeue is not on this machine); submit it again to resume"
     )
 
 
@@ -123,7 +123,7 @@ def test_rank_0_requeues_a_job_that_was_asked_to_stop(
         monkeypatch.setenv(key, value)
     assert train_and_requeue(["a.yaml"]) == status
     assert bool(slurm.calls("scontrol")) is requeues
-    assert batch.main(["a.yaml", "slurm.nodes=2", "seed=1"]) == status
+    assert task.main(["a.yaml", "slurm.nodes=2", "seed=1"]) == status
     assert seen == [["a.yaml"], ["a.yaml", "seed=1"]]
 
 
@@ -143,11 +143,13 @@ def test_a_job_on_this_machine_does_not_requeue_the_slurm_job_it_was_started_in(
     monkeypatch.setattr("distil_tl.train.main", lambda args: EXIT_PREEMPTED)
     for cluster in ("local", "debug"):
         monkeypatch.setattr("submitit.JobEnvironment", lambda cluster=cluster: Submitted(cluster))
-        assert Training("a.yaml", str(tmp_path))() == EXIT_PREEMPTED, "which is kept: its process has no exit status"
+        assert TrainingTask("a.yaml", str(tmp_path))() == EXIT_PREEMPTED, (
+            "which is kept: its process has no exit status"
+        )
         assert not slurm.calls("scontrol")
     monkeypatch.setattr("submitit.JobEnvironment", lambda: Submitted("slurm"))
     with pytest.raises(SystemExit):
-        Training("a.yaml", str(tmp_path))()
+        TrainingTask("a.yaml", str(tmp_path))()
     assert slurm.calls("scontrol") == [["requeue", "7"]]
 
 
@@ -164,11 +166,11 @@ def test_training_begins_where_it_was_submitted_and_its_status_is_the_tasks(
         return 0
 
     monkeypatch.setattr("distil_tl.train.main", train)
-    assert Training("a.yaml", str(tmp_path / "there"))() == 0
+    assert TrainingTask("a.yaml", str(tmp_path / "there"))() == 0
     assert seen == [(["a.yaml"], tmp_path / "there")]
     monkeypatch.setattr("distil_tl.train.main", lambda args: 1)
     with pytest.raises(SystemExit) as ended:
-        Training("a.yaml", str(tmp_path))()
+        TrainingTask("a.yaml", str(tmp_path))()
     assert ended.value.code == 1
 
 
@@ -195,26 +197,26 @@ def test_the_queue_has_every_job_and_every_task_once(slurm: FakeSlurm) -> None:
     slurm.add("8_1", reason="Resources")
     slurm.add("8_2", own="10", reason="BeginTime")  # it was requeued
     slurm.add("11", "COMPLETED")
-    found = queued()
+    found = read_queue()
     assert found["7"] == QueuedJob("7", "RUNNING", "n[1-2]", "None")
     assert found["9"] is found["8_0"]
     assert found["10"] is found["8_2"]
     assert "8" not in found, "a task that waits has no number of its own"
-    assert (found["8_1"].waits, found["8_1"].lives) == (True, True)
-    assert (found["7"].waits, found["7"].lives) == (False, True)
-    assert (found["11"].waits, found["11"].lives) == (False, False)
+    assert (found["8_1"].is_waiting, found["8_1"].is_active) == (True, True)
+    assert (found["7"].is_waiting, found["7"].is_active) == (False, True)
+    assert (found["11"].is_waiting, found["11"].is_active) == (False, False)
     assert "--me" in slurm.calls("squeue")[0]
 
 
 def test_the_state_of_one_job(slurm: FakeSlurm) -> None:
     slurm.add("7", "RUNNING")
     slurm.add("8", "FAILED")
-    assert (state_of("7"), state_of("8"), state_of("9")) == ("RUNNING", "FAILED", None)
+    assert (job_state("7"), job_state("8"), job_state("9")) == ("RUNNING", "FAILED", None)
 
 
 def test_slurm_that_does_not_answer_in_time(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shutil.which("squeue") == str(slurm.folder / "squeue")
     (slurm.folder / "squeue").write_text("#!/bin/sh\nexec sleep 30\n")
-    monkeypatch.setattr("launch.squeue.TIMEOUT_S", 0.2)
+    monkeypatch.setattr(squeue, "TIMEOUT_S", 0.2)
     with pytest.raises(SlurmUnavailableError, match="squeue does not answer"):
-        queued()
+        read_queue()

@@ -1,0 +1,127 @@
+"""Submission through submitit: jobs on Slurm, on this machine, or in this process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distil_tl.utils.errors import UserError
+from launch.slurm_config import SlurmConfig
+from launch.snapshot import snapshot_path
+
+
+def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str, *, name: str) -> Any:
+    """A submitit executor for jobs that run the code in `snapshot`; its own files are in `folder`/slurm.
+
+    Args:
+        cluster: slurm, local (processes of this machine) or debug (this process).
+        name: of the job.
+    """
+    import submitit
+
+    logging.getLogger("submitit").setLevel(logging.WARNING)
+    executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster)
+    code = shlex.quote(str(snapshot))
+    setup = [
+        *slurm.setup,
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",  # as torchrun does; the data loader has its own processes
+        # `python -m` looks first in the current folder, and then in PYTHONPATH.
+        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"cd {code}",
+    ]
+    parameters = slurm.parameters(name)
+    if cluster == "slurm":
+        # Since Slurm 22.05, srun no longer takes --cpus-per-task from sbatch.
+        parameters["slurm_setup"] = [*setup, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
+    else:
+        parameters = {k: v for k, v in parameters.items() if not k.startswith("slurm_")}
+        if cluster == "local":
+            parameters["local_setup"] = [_bash_command(setup, executor.folder, slurm.gpus_per_node)]
+    executor.update_parameters(**parameters)
+    if cluster == "slurm":  # submitit's default is --wckey=submitit, which a cluster that checks such keys refuses
+        executor._executor.parameters["wckey"] = None
+    return executor
+
+
+def _bash_command(setup: Sequence[str], folder: Path, gpus: int) -> str:
+    """The command of a local job. submitit starts it with sh; `setup` needs bash, as in a batch script."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    lines = [
+        "trap '' INT",  # Ctrl-C is for the training processes; submitit's controller would kill them after a second
+        *([f"export CUDA_VISIBLE_DEVICES={shlex.quote(visible)}"] if gpus and visible is not None else []),
+        *setup,
+        shlex.join([sys.executable, "-m", "submitit.local._local", str(folder)]),
+        "exit $?",  # keeps bash as the parent process, as the controller uses its parent's pid as the job id
+    ]
+    return "exec bash -c " + shlex.quote("\n".join(lines))
+
+
+def sbatch_script(folder: Path, slurm: SlurmConfig, cluster: str, *, name: str, tasks: int = 1) -> str:
+    """The script that sbatch would get, for one job or an array of `tasks` jobs.
+
+    Raises:
+        UserError: `cluster` is not slurm.
+    """
+    if cluster != "slurm":
+        raise UserError(f"--dry-run prints the script for sbatch; --cluster {cluster} has none")
+    # submitit has no public function that returns the script without submitting it.
+    inner = make_executor(folder, snapshot_path(folder), slurm, cluster, name=name)._executor
+    if tasks > 1:
+        inner.parameters["map_count"] = tasks
+    text: str = inner._make_submission_file_text(inner._submitit_command_str, "dry-run")
+    return text.rstrip()
+
+
+def make_private_folder(folder: Path) -> None:
+    """Create a folder that only its owner can open: submitit stores pickles there, and loading a pickle runs code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+
+
+def submit_jobs(executor: Any, tasks: Sequence[Callable[[], int]]) -> list[Any]:
+    """Submit one job, or several as one array. Returns submitit's jobs, in the order of `tasks`.
+
+    Raises:
+        UserError: sbatch refused the job.
+    """
+    import submitit
+
+    try:
+        with _without_slurm_variables(), executor.batch():
+            jobs = [executor.submit(task) for task in tasks]
+    except submitit.core.utils.FailedJobError as error:
+        raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
+    except submitit.core.utils.FailedSubmissionError as error:
+        raise UserError(f"sbatch printed no job id: {str(error).splitlines()[0]}") from None
+    return jobs
+
+
+@contextmanager
+def _without_slurm_variables() -> Iterator[None]:
+    """Hide the variables of a surrounding Slurm job, such as memory per CPU: srun would apply them to the new job."""
+    hidden = {}
+    if "SLURM_JOB_ID" in os.environ:
+        names = [name for name in os.environ if name.startswith(("SLURM_", "SLURMD_")) and name != "SLURM_CONF"]
+        hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def describe_resources(slurm: SlurmConfig, cluster: str) -> str:
+    """The resources of a job for messages, such as `2 nodes x 8 GPUs, time limit 24:00:00`."""
+    if cluster != "slurm":
+        return _count(slurm.tasks, "local process", "local processes")
+    per_node = _count(slurm.gpus_per_node, "GPU") if slurm.gpus_per_node else _count(slurm.tasks, "CPU task")
+    return f"{_count(slurm.nodes, 'node')} x {per_node}, time limit {slurm.time}"
+
+
+def _count(number: int, singular: str, plural: str | None = None) -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"

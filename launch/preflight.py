@@ -1,0 +1,110 @@
+"""Checks before anything is submitted: configuration, resources, weights, and whether the run directory is in use."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from distil_tl import config as configuration
+from distil_tl.config import Config
+from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
+from distil_tl.rundir.lock import read_attempt
+from distil_tl.utils.args import refuse
+from distil_tl.utils.errors import UserError
+from launch.local_job import is_job_alive
+from launch.records import read_record
+from launch.slurm_config import SlurmConfig
+from launch.squeue import SlurmUnavailableError, read_queue
+
+
+def check_submission(config: Config, slurm: SlurmConfig, cluster: str) -> None:
+    """Check everything that can be known before a job starts.
+
+    Raises:
+        UserError: lists all problems.
+    """
+    problems = list(slurm.problems())
+    world_size = slurm.world_size if not problems else 1
+    problems += configuration.problems(_without_device(config) if cluster == "slurm" else config, world_size)
+    problems += _cluster_problems(config, slurm, cluster)
+    problems += _weights_problems(config, slurm, cluster)
+    refuse(problems)
+
+
+def _without_device(config: Config) -> Config:
+    """The configuration with device and backend auto where only a compute node can check them."""
+    device, backend = config.distributed.device, config.distributed.backend
+    distributed = dataclasses.replace(
+        config.distributed,
+        device="auto" if device == "cuda" else device,
+        backend="auto" if backend == "nccl" and device != "cpu" else backend,
+    )
+    return dataclasses.replace(config, distributed=distributed)
+
+
+def _cluster_problems(config: Config, slurm: SlurmConfig, cluster: str) -> Iterator[str]:
+    if importlib.util.find_spec("submitit") is None:
+        yield "launch needs submitit: pip install 'distil_tl[slurm]'"
+    missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
+    if cluster == "slurm" and missing:
+        yield f"there is no {missing[0]} on this machine; submit from a login node, or use --cluster local"
+    if "%" in str(config.run_dir):
+        yield f"run_dir={config.run_dir} contains %, which Slurm replaces in file names; use another name"
+    if cluster != "slurm" and slurm.nodes > 1:
+        yield f"slurm.nodes={slurm.nodes} with --cluster {cluster}, which uses only this machine; use slurm.nodes=1"
+    visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
+    if cluster == "local" and 0 < len(visible) < slurm.gpus_per_node:
+        yield (
+            f"slurm.gpus_per_node={slurm.gpus_per_node}, but CUDA_VISIBLE_DEVICES={','.join(visible)} allows only "
+            f"{len(visible)}; use a smaller number, or unset it"
+        )
+    if cluster == "debug" and slurm.tasks > 1:
+        yield "--cluster debug is one process; use slurm.gpus_per_node=1, or --cluster local"
+
+
+def _weights_problems(config: Config, slurm: SlurmConfig, cluster: str) -> Iterator[str]:
+    if cluster != "slurm" or slurm.nodes_download or list(config.model.problems()):
+        return
+    from distil_tl.models import transfer  # imports torch
+
+    weights = transfer.missing_weights(config.model)
+    if weights is not None:
+        yield (
+            f"the weights of {config.model.name} ({weights}) are not on this machine, and compute nodes may have no "
+            f"network; run `distil-tl prefetch` with the same arguments first, or set slurm.nodes_download=true"
+        )
+
+
+def refuse_active_run(run_dir: Path) -> None:
+    """Check that no waiting or running job uses the run directory. If Slurm does not answer, only print a warning.
+
+    Raises:
+        UserError: a job does; the message names it.
+    """
+    record = read_record(run_dir)
+    if record is not None and is_job_alive(record):
+        raise UserError(
+            f"local job {record['job_id']} is using {run_dir}; wait until it ends, or choose another run_dir"
+        )
+    jobs = {str(record["job_id"])} if record is not None and record["cluster"] == "slurm" else set()
+    attempt = read_attempt(run_dir / ATTEMPT_FILE)
+    if attempt is not None and "ended_at" not in attempt and attempt["slurm_job_id"] is not None:
+        jobs.add(attempt["slurm_job_id"])
+    if not jobs:
+        return
+    try:
+        queue = read_queue()
+    except SlurmUnavailableError as error:
+        sys.stderr.write(f"launch: can't check with Slurm whether a job is using {run_dir} ({error})\n")
+        return
+    for job in sorted(jobs):
+        if job in queue and queue[job].is_active:
+            raise UserError(
+                f"job {job} ({queue[job].state}) is using {run_dir}; wait until it ends, run `scancel {job}`, or "
+                f"choose another run_dir"
+            )
