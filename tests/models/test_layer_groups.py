@@ -1,4 +1,4 @@
-"""Layer groups: a partition in execution order for every architecture, and what freezing looks up."""
+"""Layer groups: a partition in execution order for every architecture, and the group of a parameter or module."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TIMM = [
     "timm/poolformer_s12",
 ]
 
-# The smallest of each family and of each way it is put together: siblings differ in depth and width only.
+# The smallest of each family and of each variant of its structure; the others differ in depth and width only.
 FAMILIES = [
     "alexnet",
     "vgg11",
@@ -72,7 +72,7 @@ def on_meta(name: str) -> TransferModel:
     with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
         # RegNet's constructor computes its widths with tensors.
         patch.setattr(regnet.BlockParams, "from_init_params", on_cpu)
-        # Meta tensors have no values, and finding that out for each of them takes most of the time.
+        # Meta tensors have no values, and initialising them takes most of the time.
         for init in ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uniform_", "xavier_uniform_"):
             patch.setattr(f"torch.nn.init.{init}", lambda tensor, *_args, **_options: tensor)
         return build(ModelConfig(name, "none"), 7, image_size=None, seed=0)
@@ -99,7 +99,7 @@ def _under(parameter: str, group: LayerGroup) -> bool:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *TIMM])
-def test_groups_run_in_depth_order(name: str):
+def test_groups_are_in_depth_order(name: str):
     model = on_meta(name)
     ran: list[int] = []
 
@@ -183,19 +183,19 @@ def test_group_names_are_what_users_expect(name: str):
         ("timm/vit_tiny_patch16_224", "head_drop", "head"),
     ],
 )
-def test_lookup(model: str, part: str, group: str | None):
+def test_group_of_a_parameter_buffer_or_module(model: str, part: str, group: str | None):
     found = on_meta(model)
     index = found.group_of(part)
     assert (None if index is None else found.group_names[index]) == group
 
 
-def test_lookup_of_an_unknown_name():
+def test_group_of_an_unknown_name_is_an_error():
     with pytest.raises(KeyError):
         on_meta("resnet50").group_of("layer5")
 
 
 @pytest.mark.parametrize("name", ["vgg11", "efficientnet_b0", "convnext_tiny", "timm/vit_tiny_patch16_224"])
-def test_every_module_has_a_group_or_spans_several(name: str):
+def test_every_module_has_a_group_or_contains_several(name: str):
     model = on_meta(name)
     for path, part in model.module.named_modules():
         inside = {index for p, index in model.parameter_groups.items() if p.startswith(path + "." if path else "")}
@@ -205,8 +205,8 @@ def test_every_module_has_a_group_or_spans_several(name: str):
             assert (model.module_groups[path] is None) == bool(inside), (path, type(part))
 
 
-class Future(nn.Module):
-    """An architecture no rule knows."""
+class UnknownFamily(nn.Module):
+    """An architecture without a rule."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Future(nn.Module):
 
 
 def test_unknown_families_are_split_into_their_children():
-    module = Future()
+    module = UnknownFamily()
     groups = groups_from_parts(module, parameters_by_child(module), ("classifier.2",))
     assert groups == (
         LayerGroup("stem", ("token", "begin")),
@@ -236,6 +236,6 @@ def test_unknown_families_are_split_into_their_children():
         (LayerGroup("a", ("token", "begin", "trunk", "classifier")), LayerGroup("head", ("gone",))),
     ],
 )
-def test_groups_that_are_no_partition_are_refused(groups: tuple[LayerGroup, ...]):
+def test_groups_that_are_not_a_partition_are_refused(groups: tuple[LayerGroup, ...]):
     with pytest.raises(ValueError, match="group"):
-        groups_of_parameters(Future(), groups)
+        groups_of_parameters(UnknownFamily(), groups)

@@ -1,4 +1,4 @@
-"""Weights from packages, files and caches: they arrive whole, and nothing in a file is ever run."""
+"""Weights from packages, files and caches: complete, and read without running any code in a file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load(name: str, weights: str | Path, size: int | None = None) -> TransferMod
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, Tensor]:
-    """A ResNet-18 for 1000 classes, as if it were trained."""
+    """A state dict of a ResNet-18 for 1000 classes."""
     donor = build(ModelConfig("resnet18", "none"), 1000, image_size=None, seed=99)
     return donor.module.state_dict()
 
@@ -57,7 +57,7 @@ def test_the_package_has_the_weights_it_is_named_after():
 
 
 def test_the_package_recognises_a_photograph():
-    """The whole network with its own classifier: a flower of ImageNet, seen through our preprocessing."""
+    """The whole network with its own classifier, on a photograph of a class of ImageNet, with our preprocessing."""
     datasets = pytest.importorskip("sklearn.datasets")
     timm = pytest.importorskip("timm")
     from distil_tl.data.transforms import eval_transform
@@ -77,7 +77,7 @@ def test_the_package_recognises_a_photograph():
     assert logits.argmax() == daisy
 
 
-def test_a_package_that_holds_another_model_is_refused(state: dict[str, Tensor]):
+def test_a_package_with_another_model_is_refused(state: dict[str, Tensor]):
     module = load(LITE, "none").module
     with pytest.raises(UserError, match="does not contain this model"):
         match_by_position(state, module, skip_shape=("classifier",), source="package x")
@@ -129,7 +129,7 @@ def test_old_files_without_batch_counters_are_read(tmp_path: Path, state: dict[s
     assert_backbone(load("resnet18", tmp_path / "old.pth"), state)
 
 
-class Evil:
+class Malicious:
     """Unpickling it would create a file."""
 
     def __init__(self, path: Path) -> None:
@@ -141,7 +141,7 @@ class Evil:
 
 def test_a_malicious_pickle_is_refused_unrun(tmp_path: Path, state: dict[str, Tensor]):
     trap = tmp_path / "it-ran"
-    torch.save({"state_dict": state, "extra": Evil(trap)}, tmp_path / "evil.pth")
+    torch.save({"state_dict": state, "extra": Malicious(trap)}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="refused") as caught:
         load("resnet18", tmp_path / "evil.pth")
     assert "safetensors" in str(caught.value)
@@ -150,7 +150,7 @@ def test_a_malicious_pickle_is_refused_unrun(tmp_path: Path, state: dict[str, Te
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK\x03\x04broken"])
-def test_files_that_are_no_weights(tmp_path: Path, suffix: str, content: bytes):
+def test_files_that_are_not_weights_are_refused(tmp_path: Path, suffix: str, content: bytes):
     path = tmp_path / f"broken{suffix}"
     path.write_bytes(content)
     with pytest.raises(UserError, match="readable weights") as caught:
@@ -158,14 +158,14 @@ def test_files_that_are_no_weights(tmp_path: Path, suffix: str, content: bytes):
     assert str(path) in str(caught.value)
 
 
-def test_a_checkpoint_without_a_state_dict(tmp_path: Path):
+def test_a_checkpoint_without_a_state_dict_is_refused(tmp_path: Path):
     torch.save({"optimizer": {"lr": 1}, "epoch": 3}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"no state dict.*optimizer"):
         load("resnet18", tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
-def test_the_backbone_has_to_fit_exactly(tmp_path: Path, state: dict[str, Tensor], change: str):
+def test_the_backbone_must_match_exactly(tmp_path: Path, state: dict[str, Tensor], change: str):
     changed = dict(state)
     if change == "missing":
         del changed["layer1.0.conv1.weight"]
@@ -180,7 +180,7 @@ def test_the_backbone_has_to_fit_exactly(tmp_path: Path, state: dict[str, Tensor
     assert "1 tensors differ" in str(caught.value)
 
 
-def test_other_architectures_are_told_briefly(tmp_path: Path, state: dict[str, Tensor]):
+def test_the_message_for_another_architecture_is_short(tmp_path: Path, state: dict[str, Tensor]):
     path = tmp_path / "w.safetensors"
     safetensors.torch.save_file(state, path)
     with pytest.raises(UserError, match=r"and [0-9]+ more") as caught:
@@ -205,7 +205,7 @@ def test_position_embeddings_are_interpolated(tmp_path: Path):
 
 def fake_cache(monkeypatch: pytest.MonkeyPatch, root: Path, name: str, state: dict[str, Tensor]) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(root))
-    monkeypatch.setattr("torch.hub._hub_dir", None)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
     path = root / "hub/checkpoints" / Path(published_weights(name, "default").url).name
     path.parent.mkdir(parents=True)
     torch.save(state, path)
@@ -220,7 +220,7 @@ def test_cached_torchvision_weights_are_only_read(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, state: dict[str, Tensor]
 ):
     path = fake_cache(monkeypatch, tmp_path, "resnet18", state)
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     prepare_weights(ModelConfig("resnet18", "default"))
     model = load("resnet18", "IMAGENET1K_V1")
     assert_backbone(model, state)
@@ -267,9 +267,9 @@ def test_mnasnet_is_read_with_and_without_versions(tmp_path: Path, suffix: str):
     assert_backbone(load("mnasnet0_5", path), donor)
 
 
-def test_a_failed_torchvision_download_names_the_ways_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_failed_torchvision_download_names_the_alternatives(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(UserError) as caught:
         prepare_weights(ModelConfig("resnet18", "default"))
     for part in ("resnet18", "https://download.pytorch.org", "model.weights=PATH", "no network"):
@@ -303,7 +303,7 @@ def test_cached_timm_weights_are_only_read(hub: Path):
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_failed_timm_download_names_the_ways_out():
+def test_a_failed_timm_download_names_the_alternatives():
     with pytest.raises(UserError) as caught:
         prepare_weights(ModelConfig("timm/test_vit", "default"))
     for part in ("test_vit", "timm/test_vit.r160_in1k", "model.weights=PATH"):
@@ -311,8 +311,8 @@ def test_a_failed_timm_download_names_the_ways_out():
 
 
 @pytest.mark.parametrize("weights", ["none", "package", "w.pth"])
-def test_preparing_what_needs_no_download_does_nothing(monkeypatch: pytest.MonkeyPatch, weights: str):
-    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+def test_preparing_weights_without_download_does_nothing(monkeypatch: pytest.MonkeyPatch, weights: str):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     prepare_weights(ModelConfig(LITE, weights))
 
 
