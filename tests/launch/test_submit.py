@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from distil_tl.models.transfer import transfer
+from distil_tl.models import transfer
 from distil_tl.rundir import directory as rundir
 from distil_tl.rundir.lock import Attempt
 from launch import snapshot, submit, sweep
