@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.fold_batchnorm import ConvNorm
 from distil_tl.models.transfer import build
-from distil_tl.training.network import ImageNetwork, any_images
+from distil_tl.training.config import StageConfig
+from distil_tl.training.network import ImageNetwork, dummy_images, set_layout, try_to_fold
 from distil_tl.training.precision import Compute
-from distil_tl.training.stage import StageConfig, apply_stage
+from distil_tl.training.stage import apply_stage
 
 MODELS = ["timm/tf_efficientnet_lite0", "mobilenet_v2", "resnet18", "resnet50"]
 ROUNDS = 9
@@ -60,10 +61,13 @@ def measure(name: str, image_size: int, batch: int, rounds: int = ROUNDS) -> lis
     """A row for each of training and evaluation, folded and apart."""
     model = build(ModelConfig(name, weights="none"), CLASSES, image_size=image_size, seed=0)
     apply_stage(model, StageConfig(unfreeze="all"))
-    network = ImageNetwork(model, Compute(None, True), torch.device("cpu")).fold(image_size, trains=True)
+    cpu, compute = torch.device("cpu"), Compute(None, True)
+    set_layout(model.module, compute)
+    folded_model = try_to_fold(model, image_size, cpu, trains=True)
+    network = ImageNetwork(model, compute, cpu, folded_model, image_size)
     if network.folded is None:
         raise SystemExit(f"{name} has nothing to fold, or can't be")
-    images, targets = any_images(batch, image_size, torch.device("cpu")), torch.arange(batch) % CLASSES
+    images, targets = dummy_images(batch, image_size, torch.device("cpu")), torch.arange(batch) % CLASSES
     rates: dict[tuple[str, bool], list[float]] = {}
     for turn in range(rounds + 1):
         for folded in (True, False) if turn % 2 else (False, True):

@@ -17,20 +17,25 @@ import torch
 
 from benchmarks.images import write_images
 from benchmarks.measure import Results, Spread, environment, interleaved, markdown, run_process, say
+from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import DataConfig
-from distil_tl.data.loader import Batch
-from distil_tl.data.splits import open_splits, train_batches
+from distil_tl.data.loader import Batch, BatchPlan
+from distil_tl.data.source import ImageSource
+from distil_tl.data.splits import open_splits
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import DistInfo, session
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build
+from distil_tl.rundir.state import Position
+from distil_tl.train import forward_backward
+from distil_tl.training.config import OptimConfig, StageConfig
 from distil_tl.training.metrics import Meter
-from distil_tl.training.network import ImageNetwork
-from distil_tl.training.optim import OptimConfig
-from distil_tl.training.precision import usual_way
-from distil_tl.training.stage import StageConfig
-from distil_tl.training.step import begin_stage, train_epoch
+from distil_tl.training.network import ImageNetwork, dummy_images, set_layout, try_to_fold
+from distil_tl.training.precision import default_compute
+from distil_tl.training.stage import Stage, apply_stage
+from distil_tl.training.stage_setup import StageSetup
+from distil_tl.training.step import begin_stage, optimizer_step
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.threads import available_cpus
@@ -160,16 +165,18 @@ def run_one(task: Task) -> dict[str, Any]:
         splits = open_splits(info, config)
         settings = ModelConfig(name=task.model, weights="none")
         model = build(settings, len(splits.classes), image_size=task.image_size, seed=0)
-        sampler, loader = train_batches(
-            info, config, splits.train, model.preprocess,
-            image_size=task.image_size, augment=task.augment, seed=0, stage="full",
-        )  # fmt: skip
-        network = ImageNetwork(model, usual_way(task.precision, model.module, info.device), info.device)
-        network.fold(task.image_size, trains=True)
-        stage, optim = StageConfig(epochs=task.epochs), OptimConfig()
-        total = task.epochs * sampler.steps_per_epoch
-        run = begin_stage(info, model, network, "full", stage, optim, total, remember=1)
-        seconds = []
+        stage = Stage("full", StageConfig(epochs=task.epochs), OptimConfig(), task.image_size, task.augment, seed=0,
+                      precision=task.precision, compile="none")  # fmt: skip
+        apply_stage(model, stage.config)
+        compute = default_compute(task.precision, model.module, info.device)
+        model.module.to(info.device)
+        set_layout(model.module, compute)
+        folded = try_to_fold(model, task.image_size, info.device, trains=True)
+        network = ImageNetwork(model, compute, info.device, folded, task.image_size)
+        setup = StageSetup(network, None, dummy_images(2, task.image_size, info.device))
+        source = ImageSource(info, config, splits, model.preprocess, BadImages("error"))
+        training = begin_stage(info, stage, model, setup, source, BatchPlan(task.batch, 1), log_every=1)
+        sampler, loader, seconds = training.sampler, training.loader, []
         for epoch in range(task.epochs):
             sampler.set_position(epoch)
             began = time.monotonic()
@@ -177,11 +184,15 @@ def run_one(task: Task) -> dict[str, Any]:
                 for _ in loader:
                     pass
             else:
-                batches = iter(loader) if task.mode == "both" else synthetic(info, task, sampler.steps_per_epoch)
-                meter = Meter(info, len(splits.classes))
-                for _ in train_epoch(info, run, batches, sampler, meter, accumulation=1, optim=optim, seed=0):
-                    pass
-                meter.total()  # waits for the device
+                batches = (
+                    source.batches(loader, "train")
+                    if task.mode == "both"
+                    else synthetic(info, task, sampler.steps_per_epoch)
+                )
+                training.meter = Meter(info, len(splits.classes))
+                for step in training.steps_left(Position("full", epoch, 0, 0)):
+                    optimizer_step(training, forward_backward(info, training, next(batches), step, 0), step)
+                training.meter.total()  # waits for the device
             seconds.append(time.monotonic() - began)
     return {"images": sampler.end, "epoch_seconds": seconds, "device": str(info.device)}
 

@@ -14,7 +14,7 @@ from distil_tl.data.transforms import View, eval_transform
 from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.rundir import checkpoint as ckpt
-from distil_tl.rundir.checkpoint import Checkpoints, find_fault
+from distil_tl.rundir.checkpoint import Checkpoints, find_damage
 from distil_tl.utils.errors import UserError
 
 
@@ -108,7 +108,7 @@ def restore(run_dir: str | Path, checkpoint: str = "best", overrides: list[str] 
         raise UserError(f"{run_dir} is not a run directory: config.yaml is missing")
     config, _ = load([str(saved), *(overrides or [])])
     path = _find_checkpoint(run_dir, checkpoint)
-    fault = find_fault(path)
+    fault = find_damage(path)
     if fault is not None:
         raise UserError(f"the checkpoint {path} is damaged: {fault}")
     state = ckpt.load_state(path)

@@ -1,4 +1,4 @@
-"""What lives as long as a run: its state, its records, and how they are saved."""
+"""A run in progress: its state, its records, its checkpoints, and how it stops."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from distil_tl.config import Config, interpolated
+from distil_tl.config import Config
 from distil_tl.data.bad_images import BadImages
-from distil_tl.data.loader import plan_batches
+from distil_tl.data.loader import BatchPlan, plan_batches
+from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import Splits
 from distil_tl.distributed.preemption import Agreement, Request, StopRequest
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.models.transfer import TransferModel
-from distil_tl.rundir import checkpoint as ckpt
-from distil_tl.rundir.checkpoint import Checkpoints, Position, find_fault
-from distil_tl.rundir.directory import RunDirectory, RunState, Start, refuse_unseen
+from distil_tl.rundir.changes import interpolation_digests, refuse_changes
+from distil_tl.rundir.checkpoint import Checkpoints
+from distil_tl.rundir.directory import RunDirectory, check_shared
 from distil_tl.rundir.lock import read_attempt
+from distil_tl.rundir.opening import open_outputs, restore_state
+from distil_tl.rundir.start import Start, find_start
+from distil_tl.rundir.state import Position, RunState, StageRecord
 from distil_tl.tracking.tracker import Tracker
 from distil_tl.training.evaluation import Evaluation
-from distil_tl.training.metrics import ClassificationMetrics, Meter
-from distil_tl.training.network import ImageNetwork
+from distil_tl.training.metrics import ClassificationMetrics
 from distil_tl.training.optim import current_lr
-from distil_tl.training.precision import Compute, usual_way
-from distil_tl.training.stage import StageConfig
-from distil_tl.training.step import StageRun
+from distil_tl.training.precision import Compute, default_compute
+from distil_tl.training.stage import Stage
+from distil_tl.training.step import StageTraining
 from distil_tl.utils.args import plain
 from distil_tl.utils.errors import PreemptedError, SupersededError
 from distil_tl.utils.files import writing
@@ -36,101 +39,113 @@ from distil_tl.utils.log import add_rank_file, logger
 
 
 @dataclass
-class Job:
-    """One run in this process. Ranks hold equal ones, except that only rank 0 has a tracker and writes."""
+class Run:
+    """One run in this process. All ranks hold equal ones, except that only rank 0 writes.
+
+    Attributes:
+        plan: how a global batch is divided.
+        tracker: metrics.jsonl and W&B; None on other ranks than 0.
+        train_state: of the checkpoint that the run resumes from, until its stage has taken it.
+        training: what the current stage trains with; None before the first.
+        saved_at: time of the last checkpoint, monotonic seconds.
+        ticked_at: until when the run's total time is counted, monotonic seconds.
+        unsaved: something was trained since the last checkpoint.
+        best_evaluation: of the best checkpoint in full, if it was made in this process.
+    """
 
     info: DistInfo
     config: Config
-    splits: Splits
+    source: ImageSource
     model: TransferModel
-    network: ImageNetwork
     state: RunState
     directory: RunDirectory
     checkpoints: Checkpoints
     tracker: Tracker | None
     stop: StopRequest
-    bad_images: BadImages
-    train_state: dict[str, Any] | None  # of the checkpoint the run goes on from, until its stage takes it
-    clock: float
-    saved_at: float
+    train_state: dict[str, Any] | None
     interpolated: dict[str, str] = field(default_factory=dict)
-    best_evaluation: Evaluation | None = None  # of the best checkpoint in full, if it was made here
+    training: StageTraining | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+    ticked_at: float = field(default_factory=time.monotonic)
+    unsaved: bool = False
+    best_evaluation: Evaluation | None = None
+    plan: BatchPlan = field(init=False)
     agreement: Agreement = field(init=False)
 
     def __post_init__(self) -> None:
-        self.agreement = Agreement(self.info, self.due)
+        data = self.config.data
+        self.plan = plan_batches(data.global_batch_size, self.info.world_size, data.max_local_batch_size)
+        self.agreement = Agreement(self.info, self.request)
 
     @property
     def num_classes(self) -> int:
-        return len(self.splits.classes)
+        return len(self.source.index("train").classes)
 
-    @property
-    def remembered_batches(self) -> int:
-        """How many micro-batches can pass between two looks at whether all is finite."""
-        data = self.config.data
-        plan = plan_batches(data.global_batch_size, self.info.world_size, data.max_local_batch_size)
-        return self.config.tracking.log_every * plan.accumulation
-
-    def image_size(self, stage: StageConfig) -> int:
-        return stage.image_size or self.config.data.image_size or self.model.preprocess.crop_size
-
-    def compute(self, name: str) -> Compute:
-        """What stage `name`, which has begun, trains in."""
-        record = self.state.stages.get(name)
-        if record is None or record.precision is None:  # of a checkpoint of an earlier version
-            return self.network.compute
-        return Compute.parse(record.precision)
-
-    def position(self, name: str) -> Position:
-        """Where stage `name` begins or goes on."""
-        at = self.state.position
-        return at if at is not None and at.stage == name else Position(name, 0, 0, self.state.step)
+    # Stages.
 
     def has_finished(self, name: str) -> bool:
         epochs, record = self.config.stages[name].epochs, self.state.stages.get(name)
         return epochs == 0 or (record is not None and record.epochs >= epochs)
 
-    def _log(self, run: StageRun, epoch: int, split: str, window: str, counted: ClassificationMetrics,
-             seconds: float) -> dict[str, Any]:  # fmt: skip
-        line = {
-            "step": self.state.step,
-            "epoch": epoch + 1,
-            "stage": run.name,
-            "split": split,
-            "window": window,
-            **counted.compute(),
-            "lr": current_lr(run.optimizer),
-            "images_per_second": counted.count / seconds if seconds else None,
-            "seconds": seconds,
-            "samples_seen": self.state.step * self.config.data.global_batch_size,
-        }
-        if self.tracker is not None:
-            with writing(self.directory.path / "metrics.jsonl"):
-                self.tracker.log(line)
-        return line
+    def stage(self, name: str) -> Stage:
+        """A stage with its settings resolved, and those that a head search chose."""
+        config, own = self.config, self.config.stages[name]
+        record = self.state.stages.setdefault(name, StageRecord())
+        return Stage(
+            name=name,
+            config=own,
+            optim=config.optim,
+            image_size=own.image_size or config.data.image_size or self.model.preprocess.crop_size,
+            augment=own.augment or config.data.augment,
+            seed=config.seed,
+            precision=config.precision,
+            compile=config.compile,
+        ).with_search_result(record.search)
 
-    def note_training(
-        self, run: StageRun, epoch: int, counted: ClassificationMetrics, seconds: float
-    ) -> dict[str, Any]:
-        """Record a log interval of training; the line written."""
-        record = self.state.stages[run.name]
+    def compute(self, name: str) -> Compute:
+        """Precision and memory format of the trained part of a stage that has begun."""
+        record = self.state.stages[name]
+        if record.precision is None:  # in a checkpoint of an early version
+            return default_compute(self.config.precision, self.model.module, self.info.device)
+        return Compute.parse(record.precision)
+
+    def enter(self, training: StageTraining) -> Position:
+        """Make `training` the current stage; restore it if the checkpoint is in it. Returns where it starts."""
+        name, at = training.stage.name, self.state.position
+        if at is None or at.stage != name:
+            at = Position(name, 0, 0, self.state.step)
+        if self.train_state is not None and self.train_state["stage"] == name:
+            training.load_state(self.train_state)
+            training.meter.load_state(self.train_state["meter"])
+        self.train_state = None
+        self.training = training
+        return at
+
+    # Records.
+
+    def record_interval(self, training: StageTraining, position: Position) -> dict[str, Any]:
+        """Record a log interval of training. A collective. Returns the line written."""
+        counted, seconds = training.meter.interval()
+        record = self.state.stages[training.stage.name]
         record.train_images += counted.count
         record.train_seconds += seconds
         record.epoch_seconds += seconds
         record.seconds += seconds
-        return self._log(run, epoch, "train", "interval", counted, seconds)
+        return self._log(training, position.epoch, "train", "interval", counted, seconds)
 
-    def note_epoch(self, run: StageRun, epoch: int, counted: ClassificationMetrics) -> None:
-        """Record an epoch of training, from however many attempts it took."""
-        record = self.state.stages[run.name]
+    def record_epoch(self, training: StageTraining, epoch: int, counted: ClassificationMetrics) -> None:
+        """Record an epoch of training, over all attempts that took part in it."""
+        record = self.state.stages[training.stage.name]
         record.train_top1 = counted.compute()["top1"]
-        self._log(run, epoch, "train", "epoch", counted, record.epoch_seconds)
+        self._log(training, epoch, "train", "epoch", counted, record.epoch_seconds)
         record.epoch_seconds = 0.0
 
-    def note_evaluation(self, run: StageRun, epoch: int, counted: ClassificationMetrics, seconds: float) -> bool:
-        """Record the evaluation after an epoch; whether it is the best so far."""
-        record = self.state.stages[run.name]
-        line = self._log(run, epoch, "val", "epoch", counted, seconds)
+    def record_evaluation(
+        self, training: StageTraining, epoch: int, counted: ClassificationMetrics, seconds: float
+    ) -> bool:
+        """Record the evaluation after an epoch. Returns whether it is the best so far."""
+        record = self.state.stages[training.stage.name]
+        line = self._log(training, epoch, "val", "epoch", counted, seconds)
         kept = ("split", "loss", "top1", "top5", "macro_f1", "stage", "epoch", "step")
         final = self.state.final = {key: line[key] for key in kept}
         record.epochs, record.top1 = epoch + 1, final["top1"]
@@ -141,39 +156,29 @@ class Job:
             return True
         return False
 
-    def save(self, run: StageRun, meter: Meter, *, is_best: bool = False) -> None:
-        """Write a checkpoint of this moment in the background. A collective: all ranks call it.
+    def _log(self, training: StageTraining, epoch: int, split: str, window: str, counted: ClassificationMetrics,
+             seconds: float) -> dict[str, Any]:  # fmt: skip
+        line = {
+            "step": self.state.step,
+            "epoch": epoch + 1,
+            "stage": training.stage.name,
+            "split": split,
+            "window": window,
+            **counted.compute(),
+            "lr": current_lr(training.optimizer),
+            "images_per_second": counted.count / seconds if seconds else None,
+            "seconds": seconds,
+            "samples_seen": self.state.step * self.config.data.global_batch_size,
+        }
+        if self.tracker is not None:
+            with writing(self.directory.path / "metrics.jsonl"):
+                self.tracker.log(line)
+        return line
 
-        Raises:
-            CheckpointError: on rank 0, when the one before could not be written.
-        """
-        counted = meter.state()
-        self.bad_images.share(self.info)
-        self.state.bad_images = self.bad_images.found
-        self.tick()
-        self.saved_at = time.monotonic()
-        if not self.info.is_main:
-            return
-        self.checkpoints.save(
-            self.state.step,
-            weights=self.model.module.state_dict(),
-            train_state={"stage": run.name, "meter": counted, **run.state()},
-            state={
-                "format": 1,
-                "run": self.state.to_json(),
-                "world_size": self.info.world_size,
-                "global_batch_size": self.config.data.global_batch_size,
-                "interpolated": self.interpolated,
-                "data": {"train": self.splits.train.fingerprint, "val": self.splits.val.fingerprint},
-                "weights": asdict(self.model.weights),
-                "preprocess": asdict(self.model.preprocess),
-                "classes": list(self.splits.classes),
-            },
-            is_best=is_best,
-        )
+    # Checkpoints.
 
-    def due(self) -> Request:
-        """What this rank asks for: to stop when a signal said so, to save when rank 0's clock does."""
+    def request(self) -> Request:
+        """What this rank asks for: to stop after a signal, to save when it is time by rank 0's clock."""
         if self.stop:
             return Request.STOP
         minutes = self.config.checkpoint.every_minutes
@@ -181,50 +186,97 @@ class Job:
             return Request.SAVE
         return Request.GO_ON
 
-    def preempt(self) -> None:
-        """End on all ranks, when what was saved is on disk."""
-        # A rank that ended sooner would have its launcher end the one that writes.
-        on_rank_zero(self.info, f"writing the checkpoint of step {self.state.step}", self.checkpoints.wait)
-        on_rank_zero(self.info, "ending the tracking", lambda: self.abandon("preempted"))
-        raise PreemptedError(
-            f"stopped by a signal; everything up to step {self.state.step} is in {self.directory.path}, and the same "
-            f"command goes on from there"
+    def save(self, training: StageTraining, *, is_best: bool = False) -> None:
+        """Write a checkpoint of this moment in the background. A collective: all ranks call it.
+
+        Raises:
+            CheckpointError: on rank 0, when the previous one could not be written.
+        """
+        counted = training.meter.state()
+        self.source.bad_images.share(self.info)
+        self.state.bad_images = self.source.bad_images.found
+        self.tick()
+        self.saved_at, self.unsaved = time.monotonic(), False
+        if not self.info.is_main:
+            return
+        self.checkpoints.save(
+            self.state.step,
+            weights=self.model.module.state_dict(),
+            train_state={"stage": training.stage.name, "meter": counted, **training.state()},
+            state={
+                "format": 1,
+                "run": self.state.to_json(),
+                "world_size": self.info.world_size,
+                "global_batch_size": self.config.data.global_batch_size,
+                "interpolated": self.interpolated,
+                "data": {split: self.source.index(split).fingerprint for split in ("train", "val")},
+                "weights": asdict(self.model.weights),
+                "preprocess": asdict(self.model.preprocess),
+                "classes": list(self.source.index("train").classes),
+            },
+            is_best=is_best,
         )
 
     def tick(self) -> None:
         """Add the time since the last call to the run's total."""
         now = time.monotonic()
-        self.state.seconds += now - self.clock
-        self.clock = now
+        self.state.seconds += now - self.ticked_at
+        self.ticked_at = now
 
-    def close(self, status: str, **more: Any) -> dict[str, Any]:
-        """Write summary.json; on rank 0, what is in it."""
+    # The end.
+
+    def preempt(self) -> None:
+        """Save what is not saved yet, and end on all ranks after they agreed to stop. A collective.
+
+        Raises:
+            PreemptedError: always.
+        """
+        if self.unsaved and self.training is not None:
+            self.save(self.training)
+        # A rank that ended sooner would have its launcher end the one that writes.
+        on_rank_zero(self.info, f"writing the checkpoint of step {self.state.step}", self.checkpoints.wait)
+        on_rank_zero(self.info, "ending the tracking", lambda: self.abandon("preempted"))
+        raise PreemptedError(
+            f"stopped by a signal; everything up to step {self.state.step} is saved in {self.directory.path}. Run the "
+            f"same command to resume"
+        )
+
+    def write_summary(self, status: str, **more: Any) -> dict[str, Any]:
+        """Write summary.json on rank 0. Returns its content there."""
         self.tick()
-        if self.tracker is None:
-            return {}
-        return self.directory.write_summary(status, self.state, self.info, **more)
+        return self.directory.write_summary(status, self.state, self.info, **more) if self.info.is_main else {}
 
     def abandon(self, status: str) -> None:
-        """End the records of a run that does not get to its end; what fails here must not hide why."""
+        """Close the records of a run that does not complete. Errors here must not hide the reason for that."""
+        if self.tracker is None or self.tracker.closed:
+            return
         try:
             try:
                 self.checkpoints.wait()
-            finally:  # not sooner: attempt.json then says that nobody writes here any more
-                self.close(status)
+            finally:  # in this order, as summary.json and attempt.json say that this process writes no more
+                self.write_summary(status)
         except SupersededError:
             status = "superseded"
         except OSError as error:
             logger.error("%s", error)
-        self.end_tracking(status)
-
-    def end_tracking(self, status: str) -> None:
-        """Let the tracker send what is left, within bounds. Everything else is written by then."""
-        tracker, self.tracker = self.tracker, None
-        if tracker is not None:
-            tracker.close(status)
+        self.tracker.close(status)
 
 
-def open_job(
+def look_for_start(config: Config, source: DictConfig) -> Start:
+    """Where a run starts. Writes nothing.
+
+    Raises:
+        UserError: the run directory can't be used, or holds a run that this configuration can't resume.
+    """
+    assert config.run_dir is not None
+    epochs = {name: stage.epochs for name, stage in config.stages.items()}
+    start = find_start(Path(config.run_dir), config.resume, epochs)
+    if start.saved is not None and start.saved_run_dir is not None:
+        refuse_changes(config, source, start.saved, start.saved_run_dir)
+    return start
+
+
+def open_run(
     info: DistInfo,
     config: Config,
     source: DictConfig,
@@ -232,82 +284,60 @@ def open_job(
     splits: Splits,
     model: TransferModel,
     stop: StopRequest,
-) -> Job:
-    """Open the run directory, and put model and state where `start` says.
+) -> Run:
+    """Restore the state that `start` names, then open the run directory and its records. A collective.
+
+    Args:
+        source: the configuration with its interpolations unresolved.
 
     Raises:
-        UserError: for images that are not those of the checkpoint, or a run directory that a rank does not see.
+        UserError: the images are not those of the checkpoint, or a rank does not see the run directory.
         WriteError: the run directory can't be written to.
     """
-    clock = time.monotonic()
+    began = time.monotonic()
+    state, train_state = restore_state(info, start, splits, model)
     run_dir = Path(start.run_dir)
-    state, train_state = RunState(), None
-    if start.checkpoint is not None:
-        path = Path(start.checkpoint)
-        refuse_unseen(info, path, path.is_dir)
-        saved = ckpt.load_state(path)
-        state = RunState.from_json(saved["run"])
-        splits.refuse_drift(saved["data"], path.parent.parent)
-        if state.best is not None and find_fault(Checkpoints(run_dir / "checkpoints").path(state.best["step"])):
-            # Pruned, damaged, or in the directory of the run that this one goes on from.
-            if path.parent == run_dir / "checkpoints":
-                logger.warning(
-                    "the best checkpoint, of step %d, is gone or damaged; best begins anew", state.best["step"]
-                )
-            state.best = None
-        ckpt.load_weights(path, model.module)
-        train_state = ckpt.load_train_state(path)
     directory = RunDirectory(run_dir)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, directory.attempt.check)
-    trackers: list[Tracker] = []
-
-    @writing(run_dir)
-    def begin() -> str | None:
-        directory.begin(source, splits.classes, info, state.step)
-        if start.checkpoint is not None and path.parent == checkpoints.folder:
-            lost = path if checkpoints.named("best") else None  # which stands in for it, until there is a better one
-            checkpoints.take_up(path, lost if state.best is None else checkpoints.path(state.best["step"]))
-        splits.remember(run_dir)
-        return directory.attempt.token
-
-    @writing(run_dir / "metrics.jsonl")
-    def begin_records() -> None:
-        within = state.position is not None and state.position.consumed > 0
-        trackers.append(
-            Tracker(
-                run_dir, config.tracking, plain(source),
-                after_step=state.step, within_epoch=within, check=directory.attempt.check,
-            )
-        )  # fmt: skip
-
-    token = on_rank_zero(info, "opening the run directory", begin)
-    refuse_unseen(info, run_dir, lambda: (read_attempt(directory.attempt.path) or {}).get("token") == token)
-    on_rank_zero(info, "opening the records", begin_records)
+    token = on_rank_zero(
+        info, "opening the run directory",
+        writing(run_dir)(lambda: open_outputs(info, source, start, state, splits, directory, checkpoints)),
+    )  # fmt: skip
+    check_shared(info, run_dir, lambda: (read_attempt(directory.attempt.path) or {}).get("token") == token)
+    tracker = Tracker(run_dir, config.tracking, plain(source), directory.attempt.check) if info.is_main else None
+    on_rank_zero(info, "opening metrics.jsonl", lambda: open_tracker(tracker, state, run_dir))
     add_rank_file(run_dir, info.rank)
-    _say_start(start, state)
-    return Job(
+    _print_start(start, state)
+    bad_images = BadImages(config.data.on_bad_image, state.bad_images)
+    model.module.to(info.device)
+    return Run(
         info=info,
         config=config,
-        interpolated=interpolated(config, source),
-        splits=splits,
+        source=ImageSource(info, config.data, splits, model.preprocess, bad_images),
         model=model,
-        network=ImageNetwork(model, usual_way(config.precision, model.module, info.device), info.device),
         state=state,
         directory=directory,
         checkpoints=checkpoints,
-        tracker=trackers[0] if trackers else None,
+        tracker=tracker,
         stop=stop,
-        bad_images=BadImages(config.data.on_bad_image, state.bad_images),
         train_state=train_state,
-        clock=clock,
-        saved_at=clock,
+        interpolated=interpolation_digests(config, source),
+        saved_at=began,
+        ticked_at=began,
     )
 
 
-def _say_start(start: Start, state: RunState) -> None:
+def open_tracker(tracker: Tracker | None, state: RunState, run_dir: Path) -> None:
+    assert tracker is not None
+    within_epoch = state.position is not None and state.position.consumed > 0
+    with writing(run_dir / "metrics.jsonl"):
+        tracker.open(after_step=state.step, within_epoch=within_epoch)
+
+
+def _print_start(start: Start, state: RunState) -> None:
     if state.position is None:
         logger.info("run directory %s", start.run_dir)
         return
     at = state.position
     where = f"{at.consumed:,} samples into epoch {at.epoch + 1}" if at.consumed else f"after epoch {at.epoch}"
-    logger.info("run directory %s, going on from step %d (stage %s, %s)", start.run_dir, at.step, at.stage, where)
+    logger.info("run directory %s, resuming from step %d (stage %s, %s)", start.run_dir, at.step, at.stage, where)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.utils.args import apply, is_file, overlay, parse_overrides, read_yaml, refuse, to_object
+from distil_tl.utils.args import apply, explain, is_file, overlay, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.errors import UserError
 from launch.slurm_config import SlurmConfig
 
@@ -22,7 +22,7 @@ CLUSTERS = ("slurm", "local", "debug")
 
 def argument_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser whose --help also lists the keys of `slurm`."""
-    keys = "\n".join(configuration.explain(SlurmConfig(), "slurm."))
+    keys = "\n".join(explain(SlurmConfig(), "slurm."))
     return argparse.ArgumentParser(
         program,
         usage=f"{program} [options] FILE.yaml [key=value ...] [slurm.key=value ...]",

@@ -10,7 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distil_tl import config as configuration
-from distil_tl.config import Config, unsafe_changes
+from distil_tl.config import Config
+from distil_tl.rundir.changes import unsafe_changes
 from distil_tl.utils.args import is_file, overlay, plain, to_yaml
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json

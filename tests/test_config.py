@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distil_tl.config import Config, check, load, run_name, unsafe_changes, usage
-from distil_tl.training.stage import default_stages
+from distil_tl.config import Config, check, load, run_name, usage
+from distil_tl.rundir.changes import unsafe_changes
+from distil_tl.training.config import default_stages
 from distil_tl.utils.args import flatten, plain, to_yaml
 from distil_tl.utils.errors import UserError
 
@@ -144,7 +145,7 @@ def test_values_of_the_wrong_type_name_their_keys():
 
 @pytest.mark.parametrize("args", [["data=5"], ["optim=adamw"], ["stages=head"], ["data="]])
 def test_a_value_where_keys_belong(args: list[str]):
-    assert "holds keys of its own" in message_of(*args)
+    assert "is a section" in message_of(*args)
 
 
 # Unknown keys
@@ -159,7 +160,7 @@ def test_a_value_where_keys_belong(args: list[str]):
         ("lr=1", "key `lr`", "`stages.head.lr`"),
         ("stages.ful.lr=1", "stage `stages.ful`", "`full`"),
         ("stages.warm.lr=1", "stage `stages.warm`", "head, full"),
-        ("zzz=1", "key `zzz`", "known here: data, model,"),
+        ("zzz=1", "key `zzz`", "known keys: data, model,"),
     ],
 )
 def test_unknown_keys_come_with_a_suggestion(arg: str, unknown: str, hint: str):
@@ -339,7 +340,7 @@ def test_stages_may_not_come_before_those_that_have_begun():
     assert unsafe_changes(before, {"stages": {"head": head, "new": new, "full": full}}, ["head"]) == []
     for now in ({"new": new, "head": head, "full": full}, {"full": full, "head": head}):
         (change,) = unsafe_changes(before, {"stages": now}, ["head"])
-        assert change.startswith("stages: head came first, now the order is ")
+        assert change.startswith("stages: the order was head, now ")
     skipped = {"skipped": {"epochs": 0}, "head": head, "full": full}
     assert unsafe_changes(before, {"stages": skipped}, ["head"]) == []
 
@@ -360,7 +361,7 @@ def test_the_default_passes():
 
 def test_a_batch_that_can_not_be_dealt_out_lists_what_fits():
     message = complaint_of("data.global_batch_size=30", world_size=4)
-    assert "30 can't be dealt out evenly to 4 processes" in message
+    assert "30 can't be divided evenly among 4 processes" in message
     assert "world sizes that fit are 1, 2, 3, 5, 6, 10, 15, or use data.global_batch_size=32" in message
 
 

@@ -11,22 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from distil_tl.data.loader import Batch
-from distil_tl.data.sampler import TrainSampler
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import DistInfo, session
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
-from distil_tl.training.metrics import Meter
+from distil_tl.training.config import OptimConfig, StageConfig
 from distil_tl.training.network import ImageNetwork
-from distil_tl.training.optim import OptimConfig
-from distil_tl.training.precision import usual_way
-from distil_tl.training.stage import StageConfig, count_trainable
-from distil_tl.training.step import begin_stage, train_epoch
+from distil_tl.training.optim import build_optimizer
+from distil_tl.training.precision import default_compute
+from distil_tl.training.stage import apply_stage, count_trainable
+from distil_tl.training.step import wrap_in_ddp
 
 CLASSES = 10
 
@@ -41,32 +40,30 @@ def measure_all(task: dict[str, Any]) -> dict[str, Any]:
     """What `measure` finds, by stage."""
     with session(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
         model = build(ModelConfig(name=task["model"], weights="none"), CLASSES, image_size=task["image_size"], seed=0)
-        network = ImageNetwork(model, usual_way("fp32", model.module, info.device), info.device)
-        return {name: measure(info, model, network, name, unfreeze, task) for name, unfreeze in task["stages"].items()}
+        return {name: measure(info, model, unfreeze, task) for name, unfreeze in task["stages"].items()}
 
 
-def measure(
-    info: DistInfo, model: TransferModel, network: ImageNetwork, name: str, unfreeze: Any, task: dict[str, Any]
-) -> dict[str, Any]:
-    """Bytes of gradients a step, and seconds of a step, the median of all but the first."""
-    steps, batch = task["steps"], task["batch"]
-    total = batch * info.world_size
-    sampler = TrainSampler(total * steps, global_batch_size=total, world_size=info.world_size, rank=info.rank, seed=0,
-                           stage=name)  # fmt: skip
-    stage, optim = StageConfig(unfreeze=unfreeze), OptimConfig(compression=task.get("compression", "none"))
-    run = begin_stage(info, model, network, name, stage, optim, steps, remember=1)
-    parameters = count_trainable(run.network)
+def measure(info: DistInfo, model: TransferModel, unfreeze: Any, task: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of gradients per step, and seconds of a step: the median of all but the first."""
+    batch, compression = task["batch"], task.get("compression", "none")
+    stage = StageConfig(unfreeze=unfreeze)
+    apply_stage(model, stage)
+    compute = default_compute("fp32", model.module, info.device)
+    network = wrap_in_ddp(info, ImageNetwork(model, compute, info.device), compression)
+    optimizer = build_optimizer(model, stage, OptimConfig())
     images = torch.randint(0, 256, (batch, 3, task["image_size"], task["image_size"]), dtype=torch.uint8)
-    zeros, valid = torch.zeros(batch, dtype=torch.long), torch.ones(batch, dtype=torch.bool)
-    batches = iter([Batch(images, zeros, zeros, valid, [])] * steps)
-    seconds, began = [], time.monotonic()
+    targets = torch.zeros(batch, dtype=torch.long)
+    seconds = []
     gather_objects(info, None)
-    for _ in train_epoch(info, run, batches, sampler, Meter(info, CLASSES), accumulation=1, optim=optim, seed=0):
-        seconds.append(time.monotonic() - began)
+    for _ in range(task["steps"]):
         began = time.monotonic()
+        F.cross_entropy(network(images), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.monotonic() - began)
     return {
-        "trainable_parameters": parameters,
-        "reduced_bytes": reduced_bytes(run.network, images) if task.get("count") else None,
+        "trainable_parameters": count_trainable(network),
+        "reduced_bytes": reduced_bytes(network, images) if task.get("count") else None,
         "step_seconds": statistics.median(seconds[1:] or seconds),
     }
 

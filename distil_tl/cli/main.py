@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from distil_tl import config as configuration
 from distil_tl.utils.errors import EXIT_USER_ERROR, did_you_mean
 from distil_tl.utils.version import __version__
 
@@ -34,8 +35,17 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"distil-tl: unknown command `{name}`{hint}", file=sys.stderr)
         return EXIT_USER_ERROR
     module, _ = COMMANDS[name]
+    read_early(name, rest)
     status: int = importlib.import_module(module).main(rest)
     return status
+
+
+def read_early(name: str, args: list[str]) -> None:
+    """Print help or refuse wrong arguments, and exit, of the commands whose modules import torch."""
+    if name == "train":
+        configuration.check_arguments("distil_tl.train", args)
+    elif name == "evaluate":
+        configuration.evaluation_parser().parse_intermixed_args(args)
 
 
 def usage() -> str:

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from distil_tl.data.config import IMG_EXTENSIONS, default_workers
 from distil_tl.data.decode import ImageError
 from distil_tl.inference import Transform, restore
-from distil_tl.training.network import ImageNetwork
-from distil_tl.training.precision import usual_way
+from distil_tl.training.network import ImageNetwork, evaluation_network
+from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import Progress
 from distil_tl.utils.threads import available_cpus
@@ -50,8 +50,8 @@ def predict(
     files = find_images(paths)
     restored = restore(run_dir, checkpoint)
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    network = ImageNetwork(restored.model, usual_way(restored.precision, restored.model.module, where), where)
-    network.fold(restored.image_size).eval()
+    compute = default_compute(restored.precision, restored.model.module, where)
+    network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
     loader = DataLoader(
         ImageFiles(files, Transform(restored.model.preprocess, restored.image_size)),
         batch_size=batch_size,

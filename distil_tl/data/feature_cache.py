@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distil_tl.data.loader import Batch, Loader
 from distil_tl.data.sampler import SampleKey
@@ -177,10 +177,10 @@ class FeatureDataset(Dataset[Batch]):
         )
 
 
-def feature_loader(dataset: FeatureDataset, instead_of: Loader) -> Loader:
-    """A loader of features with the order and the batch size of a loader of images."""
-    sampler: Any = instead_of.sampler
-    loader: Loader = DataLoader(dataset, batch_size=instead_of.batch_size, sampler=sampler, collate_fn=_identity)
+def feature_loader(dataset: FeatureDataset, sampler: Sampler[SampleKey], batch_size: int) -> Loader:
+    """A loader of features, in the order of a sampler of images."""
+    ordered: Any = sampler
+    loader: Loader = DataLoader(dataset, batch_size=batch_size, sampler=ordered, collate_fn=_identity)
     return loader
 
 

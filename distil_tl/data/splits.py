@@ -16,22 +16,14 @@ from distil_tl.data.config import SPLITS, DataConfig
 from distil_tl.data.digits import digits_folder
 from distil_tl.data.index import Index, differences
 from distil_tl.data.loader import (
-    ImageDataset,
-    Loader,
-    choose_workers,
-    make_loader,
-    plan_batches,
     warn_of_few_cpus,
 )
 from distil_tl.data.local_copy import stage_folder
-from distil_tl.data.sampler import EvalSampler, TrainSampler
 from distil_tl.data.scan import scan
 from distil_tl.data.tar_archive import stage_archive
-from distil_tl.data.transforms import eval_transform, train_transform
 from distil_tl.distributed.collectives import share_arrays
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
-from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import logger, printable
@@ -165,50 +157,3 @@ def share_indexes(info: DistInfo, scan_splits: Callable[[], dict[str, Index]]) -
         arrays = scanned.pop(name).to_arrays() if info.is_main else None
         indexes[name] = Index.from_arrays(share_arrays(info, arrays))
     return indexes
-
-
-def train_batches(
-    info: DistInfo,
-    config: DataConfig,
-    index: Index,
-    preprocess: Preprocess,
-    *,
-    image_size: int,
-    augment: str,
-    seed: int,
-    stage: str,
-) -> tuple[TrainSampler, Loader]:
-    """The sampler and loader of a stage's training; set the position of the sampler before each epoch."""
-    sampler = TrainSampler(
-        len(index),
-        global_batch_size=config.global_batch_size,
-        world_size=info.world_size,
-        rank=info.rank,
-        seed=seed,
-        stage=stage,
-    )
-    transform = train_transform(preprocess, image_size, augment, config.hflip)
-    dataset = ImageDataset(index, transform, image_size, seed=seed, stage=stage)
-    plan = plan_batches(config.global_batch_size, info.world_size, config.max_local_batch_size)
-    return sampler, _loader(info, config, dataset, sampler, plan.micro)
-
-
-def eval_batches(
-    info: DistInfo, config: DataConfig, index: Index, preprocess: Preprocess, *, image_size: int
-) -> Loader:
-    """A loader of every image of `index`, exactly once over all ranks."""
-    dataset = ImageDataset(index, eval_transform(preprocess, image_size), image_size)
-    sampler = EvalSampler(len(index), world_size=info.world_size, rank=info.rank)
-    share = max(1, config.global_batch_size // info.world_size)
-    return _loader(info, config, dataset, sampler, min(share, config.max_local_batch_size or share))
-
-
-def _loader(
-    info: DistInfo,
-    config: DataConfig,
-    dataset: ImageDataset,
-    sampler: TrainSampler | EvalSampler,
-    batch_size: int,
-) -> Loader:
-    workers = choose_workers(info.launch, config.workers)
-    return make_loader(dataset, sampler, batch_size=batch_size, workers=workers, pin_memory=info.device.type == "cuda")

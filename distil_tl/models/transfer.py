@@ -46,6 +46,7 @@ class TransferModel:
         image_size: side in pixels of the images that it was built for.
         fixed_image_size: whether it supports images of this size only.
         check_size: raises UserError for an image size that it does not support.
+        name: as in `model.name`.
         parameter_groups: for each parameter, by name, the index of its group.
         module_groups: for each module, by path, the index of its group; None for a module with several groups.
     """
@@ -57,6 +58,7 @@ class TransferModel:
     image_size: int
     fixed_image_size: bool
     check_size: Callable[[int], None] = field(repr=False, default=lambda size: None)
+    name: str = ""
     parameter_groups: dict[str, int] = field(init=False, repr=False)
     module_groups: dict[str, int | None] = field(init=False, repr=False)
 
@@ -139,7 +141,7 @@ def build(
         with seeded(seed, "model"):
             load_backbone(module, state, skip=skip, source=info.source)
     init_head(module, head, seed)
-    return TransferModel(module.train(), groups, preprocess, info, size, fixed, check_size)
+    return TransferModel(module.train(), groups, preprocess, info, size, fixed, check_size, config.name)
 
 
 def _read_weights(

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all."""
+"""Atomic checkpoints: a crash leaves the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pickle
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +24,16 @@ from distil_tl.utils.log import logger
 WEIGHTS, TRAIN_STATE, STATE, CHECKSUMS = "weights.safetensors", "train_state.pt", "state.json", "checksums"
 
 
-@dataclass
-class CheckpointConfig:
-    every_steps: int | None = None  # also within an epoch; null: only by the clock
-    every_minutes: float | None = 10.0  # also within an epoch; null: only by steps
-    keep: int = 2  # how many to keep besides the best
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.keep < 1:
-            found.append("checkpoint.keep must be at least 1")
-        if self.every_steps is not None and self.every_steps < 1:
-            found.append("checkpoint.every_steps must be at least 1, or null")
-        if self.every_minutes is not None and self.every_minutes <= 0:
-            found.append("checkpoint.every_minutes must be positive, or null")
-        return found
-
-
-@dataclass
-class Position:
-    """Where a run is. `epoch` counts from 0 within the stage; `consumed` samples of it are done, over all ranks."""
-
-    stage: str
-    epoch: int
-    consumed: int
-    step: int
-
-
 class Checkpoints:
     """The checkpoints of one run: `step-XXXXXXXX` folders, and the links `last` and `best`.
 
-    One process writes, in one background thread: `save` copies to host memory and returns, and what went wrong is
-    raised by the next `save` or `wait`. Before anything changes in the folder, `check` may object by raising.
+    Only rank 0 writes, in a background thread: `save` copies to host memory and returns; an error is raised by the
+    next `save` or `wait`.
+
+    Args:
+        folder: RUN_DIR/checkpoints.
+        keep: newest checkpoints kept, besides the best.
+        check: called before anything is written; raises when this process may no longer write.
     """
 
     def __init__(self, folder: Path, keep: int = 2, check: Callable[[], None] = lambda: None) -> None:
@@ -78,7 +55,7 @@ class Checkpoints:
         state: dict[str, Any],
         is_best: bool,
     ) -> None:
-        """Write a checkpoint, then let `last` (and `best`) name it, then remove those that are too many.
+        """Write a checkpoint, point `last` (and `best`) at it, then remove old ones.
 
         Args:
             weights: the model's state dict, on any device.
@@ -86,17 +63,17 @@ class Checkpoints:
             state: JSON-able.
 
         Raises:
-            CheckpointError: the save before this one failed.
+            CheckpointError: the previous save failed.
         """
         self.wait()
-        snapshot = copied_to_host((dict(weights), train_state, state))
+        snapshot = copy_to_host((dict(weights), train_state, state))
         self._pending = self._writer.submit(self._write, self.path(step), snapshot, is_best)
 
     def wait(self) -> None:
-        """Until what was saved is on disk.
+        """Wait until the last save is on disk.
 
         Raises:
-            CheckpointError: it could not be written; the checkpoints before it are as they were.
+            CheckpointError: it could not be written. Earlier checkpoints are unchanged.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -108,7 +85,7 @@ class Checkpoints:
         try:
             self._fill(partial, *snapshot)
             self._check()
-            # A checkpoint of the same step gives way without a moment in which there is neither.
+            # A checkpoint of the same step is renamed first, so that one of the two always exists.
             replaced = target.with_name(f"{target.name}.replaced")
             if target.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
@@ -123,8 +100,8 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             left = self.named("last")
-            stays = f"the last good one, {left.name}, stays" if left else "there is none before it"
-            raise CheckpointError(f"can't write the checkpoint {target}: {error.strerror or error}; {stays}") from error
+            kept = f"the last good one, {left.name}, is kept" if left else "there is no earlier one"
+            raise CheckpointError(f"can't write the checkpoint {target}: {error.strerror or error}; {kept}") from error
 
     def _fill(self, partial: Path, weights: dict[str, Tensor], train_state: Any, state: dict[str, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -132,10 +109,12 @@ class Checkpoints:
         try:
             save_file(weights, partial / WEIGHTS)
             torch.save(train_state, partial / TRAIN_STATE)
-        except (SafetensorError, RuntimeError) as error:  # how safetensors and torch say that the disk is full
+        except (SafetensorError, RuntimeError) as error:  # raised by safetensors and torch when the disk is full
             raise OSError(str(error).partition("\n")[0]) from error
         write_json(partial / STATE, state)
-        shutil.copymode(partial / TRAIN_STATE, partial / WEIGHTS)  # safetensors makes it private, colleagues read it
+        shutil.copymode(
+            partial / TRAIN_STATE, partial / WEIGHTS
+        )  # safetensors makes it private, but colleagues read it
         sums = [f"{sha256_file(partial / name)}  {name}\n" for name in (WEIGHTS, TRAIN_STATE, STATE)]
         write_atomic(partial / CHECKSUMS, "".join(sums))
         for name in (WEIGHTS, TRAIN_STATE):
@@ -151,15 +130,15 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         kept = {self.named(name) for name in ("last", "best")}
-        # Later ones are damaged, and were fallen back from: they must not crowd out the sound ones.
+        # Later ones are damaged and were passed over: they must not push out the valid ones.
         for path in [path for path in self.all() if path <= newest][: -self.keep]:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.glob(".step-*.partial"):  # of attempts that were killed while saving
+        for path in self.folder.glob(".step-*.partial"):  # left by a process that was killed while saving
             shutil.rmtree(path, ignore_errors=True)
 
-    def take_up(self, newest: Path, best: Path | None) -> None:
-        """Let `last` and `best` name what a run goes on with, wherever a kill or damage left them, and tidy up."""
+    def repair_links(self, newest: Path, best: Path | None) -> None:
+        """Point `last` and `best` at what the run resumes from, and remove partial files that a kill left behind."""
         for name, path in (("last", newest), ("best", best)):
             if path is not None and path.is_dir() and self.named(name) != path:
                 self._point(name, path)
@@ -174,35 +153,35 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def named(self, name: str) -> Path | None:
-        """What the link `last` or `best` names, if it is there."""
+        """The checkpoint that the link `last` or `best` points to, None if there is none."""
         link = self.folder / name
         return self.folder / link.readlink() if link.is_symlink() and link.exists() else None
 
-    def newest_sound(self) -> Path | None:
-        """The newest checkpoint whose checksums hold; those passed over are said in the log."""
+    def newest_valid(self) -> Path | None:
+        """The newest checkpoint with valid checksums. Logs a warning for each one passed over."""
         found = self.all()
         for path in reversed(found):
-            fault = find_fault(path)
-            if fault is None:
+            damage = find_damage(path)
+            if damage is None:
                 return path
-            before = "going back to the one before" if path != found[0] else "there is none before it to go back to"
-            logger.warning("checkpoint %s is damaged (%s); %s", path.name, fault, before)
+            instead = "using the one before" if path != found[0] else "there is no earlier one"
+            logger.warning("checkpoint %s is damaged (%s); %s", path.name, damage, instead)
         return None
 
 
-def copied_to_host(tree: Any) -> Any:
-    """Nested containers with every tensor copied to host memory, so that training may go on changing the originals."""
+def copy_to_host(tree: Any) -> Any:
+    """Nested containers with every tensor copied to host memory, so that training may change the originals."""
     if isinstance(tree, Tensor):
         return tree.detach().to("cpu", copy=True).contiguous()
     if isinstance(tree, dict):
-        return {key: copied_to_host(value) for key, value in tree.items()}
+        return {key: copy_to_host(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(copied_to_host(value) for value in tree)
+        return type(tree)(copy_to_host(value) for value in tree)
     return tree
 
 
-def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def find_damage(path: Path) -> str | None:
+    """What is damaged in a checkpoint, None if nothing is."""
     try:
         lines = (path / CHECKSUMS).read_text().splitlines()
         for line in lines:
@@ -218,7 +197,7 @@ def load_weights(path: Path, module: nn.Module) -> None:
     """Fill `module` from a checkpoint folder, in place, keeping devices and memory formats.
 
     Raises:
-        UserError: when the weights are of another model, or no weights.
+        UserError: the file holds the weights of another model, or no weights.
     """
     try:
         module.load_state_dict(load_file(path / WEIGHTS))
@@ -229,17 +208,17 @@ def load_weights(path: Path, module: nn.Module) -> None:
 
 
 def load_train_state(path: Path) -> dict[str, Any]:
-    """Optimizer state and counters, on the CPU; no pickled code runs.
+    """Optimizer state and counters, on the CPU. No pickled code is run.
 
     Raises:
-        UserError: the file holds more than tensors, numbers and strings, so this package did not write it.
+        UserError: the file holds other objects than tensors, numbers and strings, so this package did not write it.
     """
     try:
         state: dict[str, Any] = torch.load(path / TRAIN_STATE, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # whose own message says how to run the code
+    except pickle.UnpicklingError:  # torch's own message explains how to run the code
         raise UserError(
             f"{path / TRAIN_STATE} can't be read with weights_only=True: it holds Python objects other than tensors. "
-            f"No checkpoint of this package does; someone changed it, and loading it could run what they hid there"
+            f"Checkpoints of this package never do: the file was changed, and loading it could run hidden code"
         ) from None
     return state
 
@@ -250,7 +229,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def weights_hash(module: nn.Module, without: tuple[str, ...] = ()) -> str:
-    """A digest of every parameter and buffer, to compare byte by byte; `without` those below some paths."""
+    """A digest of the bytes of every parameter and buffer, except those below the paths `without`."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         if name.startswith(without) and without:

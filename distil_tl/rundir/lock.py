@@ -1,7 +1,7 @@
-"""Which of a run's attempts is the current one, so that one given up for dead can't write beside its successor.
+"""A lock on the run directory: a stale process must not write to a run that a newer one took over.
 
-A node that was cut off, or a process whose launcher was killed, goes on training and knows nothing of the attempt that
-has replaced it. Each attempt signs `attempt.json` when it opens the run directory, and looks at it before it writes.
+A node that was cut off, or a process whose launcher was killed, keeps training and does not know that another process
+has resumed its run. Each process signs `attempt.json` when it opens the run directory, and checks it before it writes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from distil_tl.utils.files import write_json
 
 FILE = "attempt.json"
 FIELDS = {"token", "folder", "host", "pid", "process", "slurm_job_id", "restarts", "step", "stuck", "started_at"}
-MAX_STUCK = 3  # automatic restarts in a row that may begin at one and the same step
+MAX_STUCK = 3  # automatic restarts in a row that may begin at the same step
 
 
 class Attempt:
-    """This process's claim on a run directory. Before `begin` there is none, and `check` finds nothing wrong.
+    """The claim of this process on a run directory. There is none before `begin`; `check` then passes.
 
     Args:
-        run_dir: or another folder that one process at a time works in.
-        file: where in it the claim is signed.
+        run_dir: or another folder that one process at a time may use.
+        file: name of the lock file in it.
     """
 
     def __init__(self, run_dir: Path, file: str = FILE) -> None:
@@ -37,33 +37,33 @@ class Attempt:
 
     @property
     def token(self) -> str | None:
-        """What tells this attempt from others; None before `begin`."""
+        """The identity of this attempt; None before `begin`."""
         return None if self._signed is None else str(self._signed["token"])
 
     def refuse_if_in_use(self, environ: Mapping[str, str] = os.environ) -> None:
-        """Look for a process of this machine that still trains here.
+        """Refuse a directory that another process of this machine is using.
 
         Raises:
-            UserError: naming it. Not when Slurm requeued the job: that replaces what is left of it.
+            UserError: naming the process. Not raised when Slurm requeued the job: the new attempt replaces the old.
         """
         other = read_attempt(self.path)
         if other is None or "ended_at" in other or other["pid"] == os.getpid():
             return
-        if other["folder"] != _identity(self.path.parent):  # a copy of the directory where it trains
+        if other["folder"] != _identity(self.path.parent):  # this is a copy of the directory that it uses
             return
         job, restarts = _slurm(environ)
         requeued = job is not None and other["slurm_job_id"] == job and other["restarts"] != restarts
         if not requeued and is_alive(other):
             raise UserError(
-                f"{self.path.parent} is in use: process {other['pid']} of this machine has been training there since "
+                f"{self.path.parent} is in use: process {other['pid']} on this machine has been training there since "
                 f"{other['started_at']}. Wait for it, end it with `kill {other['pid']}`, or choose another run_dir"
             )
 
     def begin(self, step: int, environ: Mapping[str, str] = os.environ) -> None:
-        """Make this attempt, which goes on from `step`, the current one.
+        """Make this attempt, which starts from `step`, the current one.
 
         Raises:
-            NoProgressError: Slurm restarted the job time and again, and it never got further than `step`.
+            NoProgressError: Slurm restarted the job several times in a row without progress beyond `step`.
         """
         job, restarts = _slurm(environ)
         before = read_attempt(self.path)
@@ -72,9 +72,9 @@ class Attempt:
             stuck = before["stuck"] + 1
         if stuck > MAX_STUCK:
             raise NoProgressError(
-                f"the job was restarted {stuck} times at step {step} and never got further, so this ends it; see "
-                f"{self.path.parent / 'logs'} for why, or save more often with checkpoint.every_minutes. Submitting it "
-                f"again starts the count anew"
+                f"the job was restarted {stuck} times at step {step} without progress, so it ends here; see "
+                f"{self.path.parent / 'logs'} for the cause, or save more often with checkpoint.every_minutes. Submit "
+                f"it again to reset this limit"
             )
         self._signed = {
             "token": secrets.token_hex(8),
@@ -91,26 +91,25 @@ class Attempt:
         write_json(self.path, self._signed)
 
     def check(self) -> None:
-        """Raises SupersededError when another attempt has become the current one."""
+        """Raise SupersededError if another attempt is the current one."""
         if self._signed is None:
             return
         current = read_attempt(self.path)
         if current is not None and current["token"] != self._signed["token"]:
             raise SupersededError(
-                f"another attempt has gone on with {self.path.parent} since {current['started_at']} (process "
-                f"{current['pid']} on {current['host']}), so this one, on {self._signed['host']}, ends and writes "
-                f"nothing more"
+                f"another process took over {self.path.parent} at {current['started_at']} (process {current['pid']} on "
+                f"{current['host']}), so this one, on {self._signed['host']}, stops and writes nothing more"
             )
 
     def end(self) -> None:
-        """Say that nobody trains here any more."""
+        """Release the directory."""
         if self._signed is not None:
             self.check()
             write_json(self.path, {**self._signed, "ended_at": _now()})
 
 
 def read_attempt(path: Path) -> dict[str, Any] | None:
-    """What the current attempt signed; None where there is none, or none that can be read."""
+    """The content of a lock file; None if there is none, or it can't be read."""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -119,17 +118,17 @@ def read_attempt(path: Path) -> dict[str, Any] | None:
 
 
 def is_alive(signed: Mapping[str, Any]) -> bool:
-    """Whether the process that signed runs on, as far as this machine can tell: never so of another one's."""
+    """Whether the process that signed is running on this machine; False for a process of another machine."""
     return signed["process"] is not None and signed["process"] == _process(signed["pid"])
 
 
 def _slurm(environ: Mapping[str, str]) -> tuple[str | None, int]:
-    """The job, and how often it was started before."""
+    """Job id and number of restarts."""
     return environ.get("SLURM_JOB_ID"), int(environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def _process(pid: int) -> str | None:
-    """What tells a process from a later one of the same number, on this machine or another; None when it is gone."""
+    """An identity that no other process has, on this machine or another, even with the same pid; None if it ended."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = Path("/proc/self/ns/pid").readlink()
@@ -140,7 +139,7 @@ def _process(pid: int) -> str | None:
 
 
 def _identity(folder: Path) -> str:
-    """What tells a directory of this machine from a copy of it, by whichever path."""
+    """An identity of a directory that its copies do not have, independent of the path."""
     status = folder.stat()
     return f"{status.st_dev}:{status.st_ino}"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from distil_tl.tracking.config import TrackingConfig, WandbConfig
 from distil_tl.tracking.wandb.process import DONE, HOPELESS, Task, kill_tree
@@ -28,8 +28,6 @@ class Tracker:
 
     Args:
         run_dir: holds metrics.jsonl.
-        after_step: the step that the run goes on from; lines of later steps, which a killed attempt wrote, go.
-        within_epoch: that step's epoch is not evaluated yet, so that what a killed attempt wrote of it goes too.
         config: as it may be shown, without secrets.
         check: may object to a line by raising.
     """
@@ -39,24 +37,37 @@ class Tracker:
         run_dir: Path,
         settings: TrackingConfig,
         config: dict[str, Any],
-        *,
-        after_step: int = 0,
-        within_epoch: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> None:
+        self._run_dir = run_dir
+        self._settings = settings
+        self._config = config
         self._check = check
-        path = run_dir / "metrics.jsonl"
+        self._file: TextIO | None = None
+        self._mirror: Mirror | None = None
+
+    @property
+    def closed(self) -> bool:
+        return self._file is None or self._file.closed
+
+    def open(self, *, after_step: int = 0, within_epoch: bool = False) -> None:
+        """Open metrics.jsonl, without the lines that a killed process wrote after its last checkpoint.
+
+        Args:
+            after_step: the step that the run resumes from; lines of later steps are removed.
+            within_epoch: the epoch of that step is not evaluated yet, so its epoch lines are removed too.
+        """
+        path = self._run_dir / "metrics.jsonl"
         if path.exists():
             write_atomic(path, "".join(_lines_up_to(path, after_step, within_epoch)))
         self._file = path.open("a", buffering=1)
-        self._patience = settings.wandb.finish_timeout_seconds
-        self._mirror: Mirror | None = None
-        if settings.wandb.mode != "disabled":
-            task = wandb_task(run_dir, settings.wandb, config)
+        if self._settings.wandb.mode != "disabled":
+            task = wandb_task(self._run_dir, self._settings.wandb, self._config)
             self._mirror = Mirror(replace(task, pid=os.getpid()))
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one line; `step`, `stage` and `split` are in it."""
+        assert self._file is not None
         self._check()
         line = {**line, "time": time.time()}
         self._file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
@@ -65,11 +76,13 @@ class Tracker:
 
     def close(self, status: str) -> None:
         """End it: the run is completed, preempted or failed, or another attempt has superseded this one."""
-        with suppress(OSError):  # a line that did not fit, as `log` has said
-            self._file.close()
+        if self._file is not None:
+            with suppress(OSError):  # a line that did not fit; `log` has raised for it
+                self._file.close()
         mirror, self._mirror = self._mirror, None
         if mirror is not None:
-            mirror.end(status, self._patience if status == "completed" else min(self._patience, HURRIED_SECONDS))
+            patience = self._settings.wandb.finish_timeout_seconds
+            mirror.end(status, patience if status == "completed" else min(patience, HURRIED_SECONDS))
 
 
 def _lines_up_to(path: Path, step: int, within_epoch: bool) -> list[str]:

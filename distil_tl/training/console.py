@@ -1,4 +1,4 @@
-"""What a person reads: what each stage is about to do, how it goes, and what came of it."""
+"""What a run prints: the settings of each stage, its progress, and the results."""
 
 from __future__ import annotations
 
@@ -7,56 +7,57 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.data.index import Index
-from distil_tl.data.sampler import TrainSampler
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.run import Job
+from distil_tl.models.transfer import TransferModel
+from distil_tl.rundir.state import RunState, StageRecord
 from distil_tl.training.evaluation import Evaluation
-from distil_tl.training.stage import StageConfig, trainable_groups
+from distil_tl.training.stage import trainable_groups
+from distil_tl.training.step import StageTraining
 from distil_tl.utils.log import logger, table
 
 
-def say_stage(job: Job, name: str, stage: StageConfig, sampler: TrainSampler) -> None:
-    """What a stage trains, and with what."""
-    if not job.info.is_main:
+def print_stage(info: DistInfo, model: TransferModel, training: StageTraining, record: StageRecord) -> None:
+    """What a stage trains, and with which settings."""
+    if not info.is_main:
         return
-    data, names = job.config.data, list(job.model.group_names)
-    trained = [names[i] for i in sorted(trainable_groups(stage.unfreeze, names))]
+    stage, config, names = training.stage, training.stage.config, list(model.group_names)
+    trained = [names[i] for i in sorted(trainable_groups(config.unfreeze, names))]
     what = trained[0] if len(trained) == 1 else f"{trained[0]} .. {trained[-1]}"
-    total = sum(p.numel() for p in job.model.module.parameters())
+    total = sum(p.numel() for p in model.module.parameters())
     logger.info(
-        "\nstage %s: %d of %d groups train (%s), %s of %s parameters", name, len(trained), len(names), what,
-        f"{job.state.stages[name].trainable_parameters:,}", f"{total:,}",
+        "\nstage %s: %d of %d groups train (%s), %s of %s parameters", stage.name, len(trained), len(names), what,
+        f"{record.trainable_parameters:,}", f"{total:,}",
     )  # fmt: skip
-    ranks = job.info.world_size
+    ranks, batch = info.world_size, training.sampler.global_batch_size
     logger.info(
-        "  %d x %d steps, global batch %d (%d %s of %d), lr %g, layer decay %g, %d px, augment %s, "
-        "BatchNorm %s, %s", stage.epochs, sampler.steps_per_epoch, data.global_batch_size, ranks,
-        "rank" if ranks == 1 else "ranks", data.global_batch_size // ranks, stage.lr, stage.layer_decay,
-        job.image_size(stage), stage.augment or data.augment, stage.batch_norm,
-        str(job.compute(name)),
+        "  %d x %d steps, global batch %d (%d %s of %d), lr %g, layer decay %g, %d px, augment %s, BatchNorm %s, %s",
+        config.epochs, training.sampler.steps_per_epoch, batch, ranks, "rank" if ranks == 1 else "ranks",
+        batch // ranks, config.lr, config.layer_decay, stage.image_size, stage.augment, config.batch_norm,
+        record.precision,
     )  # fmt: skip
 
 
-def interval(line: dict[str, Any], step: int, steps: int) -> str:
+def interval_line(line: dict[str, Any], step: int, steps: int) -> str:
+    """A log interval of training, as one line of text. `step` and `steps` are of the epoch."""
     return (
         f"step {step}/{steps}  loss {line['loss']:.4f}  top1 {line['top1']:.4f}  lr {line['lr']:.2e}  "
         f"{line['images_per_second']:.0f} images/s"
     )
 
 
-def say_epoch(job: Job, name: str) -> None:
-    """How an epoch ended on the validation images."""
-    if job.info.is_main and job.state.final is not None:
-        final, best = job.state.final, job.state.best
+def print_epoch(info: DistInfo, training: StageTraining, state: RunState) -> None:
+    """Figures of the evaluation after an epoch."""
+    if info.is_main and state.final is not None:
+        final = state.final
         logger.info(
             "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s",
-            name, final["epoch"], job.config.stages[name].epochs, final["loss"], final["top1"],
-            final["macro_f1"], "  (best)" if final is best else "",
+            training.stage.name, final["epoch"], training.stage.config.epochs, final["loss"], final["top1"],
+            final["macro_f1"], "  (best)" if final is state.best else "",
         )  # fmt: skip
 
 
-def evaluation(split: str, index: Index, result: Evaluation) -> dict[str, Any]:
-    """An evaluation as it is written to JSON; see docs for the fields."""
+def evaluation_json(split: str, index: Index, result: Evaluation) -> dict[str, Any]:
+    """The content of evaluation.json; docs/run-directory.md describes the fields."""
     classes = index.classes
     return {
         "split": split,
@@ -77,8 +78,8 @@ def evaluation(split: str, index: Index, result: Evaluation) -> dict[str, Any]:
     }
 
 
-def say_result(run_dir: Path, summary: dict[str, Any]) -> None:
-    """The stages side by side, and where everything is."""
+def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
+    """A table of the stages, the best result, and where the files are."""
     rows = [
         [
             name,
@@ -101,11 +102,11 @@ def say_result(run_dir: Path, summary: dict[str, Any]) -> None:
     )  # fmt: skip
     if summary.get("test"):
         logger.info("test: top-1 %.4f, macro-F1 %.4f", summary["test"]["top1"], summary["test"]["macro_f1"])
-    logger.info("everything is in %s (look at report.html)", run_dir)
+    logger.info("results are in %s (open report.html)", run_dir)
 
 
-def say_completed(info: DistInfo, run_dir: Path) -> None:
-    """The result of a run that was already there."""
+def print_completed(info: DistInfo, run_dir: Path) -> None:
+    """The result of a run that was complete before this command."""
     if info.is_main:
-        logger.info("%s holds this run, completed; for another one change the seed or run_dir", run_dir)
-        say_result(run_dir, json.loads((run_dir / "summary.json").read_text()))
+        logger.info("%s holds this run, completed. For another run, change the seed or run_dir", run_dir)
+        print_result(run_dir, json.loads((run_dir / "summary.json").read_text()))

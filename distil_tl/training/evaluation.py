@@ -23,7 +23,9 @@ from distil_tl.utils.log import Progress
 class Evaluation:
     """Metrics over a whole split, on all ranks alike.
 
-    `mistakes` are the surest wrong predictions: (index, target, prediction, probability).
+    Attributes:
+        metrics: counts.
+        mistakes: the most confident wrong predictions: (index, target, prediction, probability).
     """
 
     metrics: ClassificationMetrics
@@ -39,22 +41,25 @@ def evaluate(
     num_classes: int,
     *,
     agreement: Agreement | None = None,
-    confusion: bool = False,
-    keep_mistakes: int = 0,
+    mistakes: int | None = None,
     show: bool = False,
 ) -> Evaluation:
-    """Evaluate every sample once. Each rank runs its own share, of whatever length, and only counts are combined.
+    """Evaluate every sample once. Each rank runs its own share; only counts are combined.
 
-    `batches` are the loader's, with bad images dealt with.
+    Args:
+        batches: those of `loader`, on the device, without bad images.
+        agreement: lets the ranks agree to stop before the end.
+        mistakes: most confident mistakes to keep, beside a confusion matrix; None for metrics alone.
+        show: show progress on rank 0.
 
     Raises:
-        StopAgreedError: all ranks agreed to stop before the end; on all of them alike.
+        StopAgreedError: the ranks agreed to stop before the end; on all ranks alike.
     """
     was_training = network.training
     network.eval()
-    metrics = ClassificationMetrics(num_classes, info.device, confusion=confusion)
-    mistakes = torch.empty(0, 4, dtype=torch.float64)
-    # Rank 0 has the most batches; the others go through as many turns, so that all can agree in each of them.
+    metrics = ClassificationMetrics(num_classes, info.device, confusion=mistakes is not None)
+    kept = torch.empty(0, 4, dtype=torch.float64)
+    # Rank 0 has the most batches. The others take as many turns, so that all can agree in each of them.
     turns = math.ceil(math.ceil(len(loader.dataset) / info.world_size) / (loader.batch_size or 1))  # type: ignore[arg-type]
     bar = Progress("evaluate", turns, show=show and info.is_main)
     for _ in range(turns):
@@ -63,30 +68,28 @@ def evaluate(
         batch = next(batches, None)
         if batch is None:
             continue
-        targets = batch.targets.to(info.device, non_blocking=True)
-        logits = network(batch.images.to(info.device, non_blocking=True))
-        valid = batch.valid.to(info.device, non_blocking=True)
-        metrics.update(logits, targets, F.cross_entropy(logits, targets, reduction="none"), valid)
-        if keep_mistakes:
-            mistakes = _surest(torch.cat([mistakes, _wrong(logits, targets, batch)]), keep_mistakes)
+        logits = network(batch.images)
+        metrics.update(logits, batch.targets, F.cross_entropy(logits, batch.targets, reduction="none"), batch.valid)
+        if mistakes:
+            kept = _most_confident(torch.cat([kept, _mistakes(logits, batch)]), mistakes)
         bar.advance()
     bar.close()
     network.train(was_training)
-    if keep_mistakes:
-        mistakes = _surest(gather_rows(info, mistakes, keep_mistakes), keep_mistakes)
-    rows = [(int(i), int(t), int(p), probability) for i, t, p, probability in mistakes.tolist()]
+    if mistakes:
+        kept = _most_confident(gather_rows(info, kept, mistakes), mistakes)
+    rows = [(int(i), int(t), int(p), probability) for i, t, p, probability in kept.tolist()]
     return Evaluation(metrics.reduce(info), rows)
 
 
-def _wrong(logits: Tensor, targets: Tensor, batch: Batch) -> Tensor:
+def _mistakes(logits: Tensor, batch: Batch) -> Tensor:
     """Rows (index, target, prediction, probability) of the wrong predictions, float64 [M, 4] on the CPU."""
     probability, predicted = logits.softmax(dim=1).max(dim=1)
-    columns = (batch.indices.to(targets.device), targets, predicted, probability)
+    columns = (batch.indices.to(predicted.device), batch.targets, predicted, probability)
     rows = torch.stack([column.double() for column in columns], dim=1)
-    return rows[(predicted != targets) & batch.valid.to(targets.device)].cpu()
+    return rows[(predicted != batch.targets) & batch.valid].cpu()
 
 
-def _surest(rows: Tensor, count: int) -> Tensor:
-    # By probability, then by index, so that ties come in one order on any number of ranks.
+def _most_confident(rows: Tensor, count: int) -> Tensor:
+    # By probability, then by index, so that the order of ties is the same on any number of ranks.
     order = sorted(range(len(rows)), key=lambda i: (-rows[i, 3].item(), rows[i, 0].item()))
     return rows[order[:count]]

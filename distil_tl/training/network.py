@@ -1,4 +1,4 @@
-"""What a stage trains: from what its loader yields to logits, in one way of computing."""
+"""The networks that stages train: a batch as the loader yields it to logits, in a given precision and memory format."""
 
 from __future__ import annotations
 
@@ -14,62 +14,76 @@ from distil_tl.training.precision import Compute
 from distil_tl.utils.log import logger
 
 
-def any_images(count: int, size: int, device: torch.device) -> Tensor:
-    """Images uint8 [count, 3, size, size] to try a network on, always the same, and of no meaning."""
-    drawn = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return drawn.to(device)
+def dummy_images(count: int, size: int, device: torch.device) -> Tensor:
+    """Random images uint8 [count, 3, size, size], always the same, to try a network on."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator).to(device)
+
+
+def set_layout(module: nn.Module, compute: Compute) -> None:
+    """Lay out the parameters of `module` as `compute` says, in place: they stay the same objects."""
+    module.to(memory_format=compute.memory_format)
+    device = next(module.parameters()).device
+    # Below float32 the gradients of BatchNorm scales would be computed from rounded sums.
+    folds = compute.dtype is None and folding_pays(device)
+    for part in module.modules():
+        if isinstance(part, ConvNorm):
+            part.folds = folds
+
+
+def folding_pays(device: torch.device) -> bool:
+    """Whether folding BatchNorm at each call is faster: measured on CPUs only."""
+    return device.type == "cpu"
+
+
+def try_to_fold(model: TransferModel, image_size: int, device: torch.device, *, trains: bool) -> nn.Module | None:
+    """The model with BatchNorm folded into convolutions at each call; None where that does not pay or can't be done.
+
+    Args:
+        image_size: pixels; the folded model takes no other size.
+        trains: whether it will run in training mode too.
+    """
+    module = model.module
+    if not folding_pays(device) or not any(isinstance(part, _BatchNorm) for part in module.modules()):
+        return None
+    images = Normalize(model.preprocess).to(device)(dummy_images(3, image_size, device))
+    try:
+        return fold_batchnorm(module, images, trains=trains)
+    except CannotFoldError as error:
+        logger.info("BatchNorm is not folded into convolutions: %s", error)
+        return None
 
 
 class Network(nn.Module):
-    """A batch of what a loader yields to float32 logits [N, C]."""
+    """A batch as the loader yields it to float32 logits [N, C], in the precision and memory format of `compute`."""
 
     def __init__(self, compute: Compute) -> None:
         super().__init__()
         self.compute = compute
 
-    def use(self, compute: Compute) -> None:
-        """Compute in another way from now on. Parameters stay the same objects."""
-        self.compute = compute
-        self.to(memory_format=compute.memory_format)
-        # In less than float32 the gradients of BatchNorm's scales would be made of rounded sums.
-        folds = compute.dtype is None and self.folds_at_each_call
-        for part in self.modules():
-            if isinstance(part, ConvNorm):
-                part.folds = folds
-
-    @property
-    def folds_at_each_call(self) -> bool:
-        """Whether that pays: on CPUs it was found to."""
-        return next(self.parameters()).device.type == "cpu"
-
 
 class ImageNetwork(Network):
-    """A transfer model with its normalisation, on uint8 images [N, 3, S, S]."""
+    """A whole model with its normalisation, on uint8 images [N, 3, S, S].
 
-    def __init__(self, model: TransferModel, compute: Compute, device: torch.device) -> None:
+    Args:
+        folded: the same model with BatchNorm folded, used for images of `folded_size` pixels.
+    """
+
+    def __init__(
+        self,
+        model: TransferModel,
+        compute: Compute,
+        device: torch.device,
+        folded: nn.Module | None = None,
+        folded_size: int = 0,
+    ) -> None:
         super().__init__(compute)
         self.normalize = Normalize(model.preprocess)
-        self.module = model.module  # before what shares its layers: DDP and trackers take the first name of each
-        self.folded: nn.Module | None = None
-        self.folded_size = 0
+        self.module = model.module  # first, as DDP names each parameter by the first module that has it
+        self.folded = folded
+        self.folded_size = folded_size
         self.to(device)
-        self.use(compute)
-
-    def fold(self, image_size: int, *, trains: bool = False, wanted: bool = True) -> ImageNetwork:
-        """Fold BatchNorm into convolutions where that is wanted, pays and can be done, for images of this size.
-
-        Args:
-            trains: whether it will run in training mode, too.
-        """
-        self.folded = None
-        if wanted and self.folds_at_each_call and any(isinstance(part, _BatchNorm) for part in self.module.modules()):
-            images = self.normalize(any_images(3, image_size, self.normalize.mean.device))
-            try:
-                self.folded, self.folded_size = fold_batchnorm(self.module, images, trains=trains), image_size
-            except CannotFoldError as reason:
-                logger.info("BatchNorm is not folded into convolutions: %s", reason)
-        self.use(self.compute)
-        return self
+        set_layout(self, compute)
 
     def forward(self, images: Tensor) -> Tensor:
         folded = self.folded if images.shape[-1] == self.folded_size else None
@@ -79,17 +93,25 @@ class ImageNetwork(Network):
         return logits.float()
 
 
+def evaluation_network(
+    model: TransferModel, compute: Compute, device: torch.device, image_size: int, *, fold: bool = True
+) -> ImageNetwork:
+    """The whole model for evaluation on images of `image_size` pixels, with BatchNorm folded where that pays."""
+    model.module.to(device)
+    set_layout(model.module, compute)
+    folded = try_to_fold(model, image_size, device, trains=False) if fold else None
+    return ImageNetwork(model, compute, device, folded, image_size)
+
+
 class Prefix(nn.Module):
-    """The frozen part of an ImageNetwork: uint8 images [N, 3, S, S] to features [N, ...], without gradients."""
+    """The frozen part of a model: uint8 images [N, 3, S, S] to features [N, ...], without gradients."""
 
-    def __init__(self, network: ImageNetwork, parts: CutNetwork, compute: Compute) -> None:
+    def __init__(self, model: TransferModel, cut: CutNetwork, compute: Compute, device: torch.device) -> None:
         super().__init__()
-        self.normalize = network.normalize
-        self.prefix = parts.prefix
-        self.use(compute)
-
-    def use(self, compute: Compute) -> None:
         self.compute = compute
+        self.normalize = Normalize(model.preprocess)
+        self.prefix = cut.prefix
+        self.to(device)
         self.to(memory_format=compute.memory_format)
 
     @torch.no_grad()
@@ -101,12 +123,12 @@ class Prefix(nn.Module):
 
 
 class FeatureNetwork(Network):
-    """What is left of an ImageNetwork to run on features [N, ...]: all from the first trained layer on."""
+    """The trained part of a model, on features [N, ...]: everything from its first trained layer on."""
 
-    def __init__(self, parts: CutNetwork, compute: Compute) -> None:
+    def __init__(self, cut: CutNetwork, compute: Compute) -> None:
         super().__init__(compute)
-        self.suffix = parts.suffix
-        self.use(compute)
+        self.suffix = cut.suffix
+        set_layout(self, compute)
 
     def forward(self, features: Tensor) -> Tensor:
         if features.ndim == 4:
@@ -119,16 +141,12 @@ class FeatureNetwork(Network):
 
 
 class SplitNetwork(Network):
-    """An ImageNetwork whose frozen part runs without gradients, folded, and in a way of its own."""
+    """A model on uint8 images whose frozen part runs without gradients, with BatchNorm folded for good."""
 
     def __init__(self, prefix: Prefix, rest: FeatureNetwork) -> None:
         super().__init__(rest.compute)
         self.prefix = prefix
         self.rest = rest
-
-    def use(self, compute: Compute) -> None:
-        self.compute = compute
-        self.rest.use(compute)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.rest(self.prefix(images))

@@ -1,4 +1,4 @@
-"""How a stage gets ready: where its frozen part ends, what it computes in, and whether it trains on features."""
+"""Setting up a stage: freeze, find where the frozen part ends, choose precisions, and open features."""
 
 from __future__ import annotations
 
@@ -6,162 +6,240 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from distil_tl.data.source import ImageSource
+from distil_tl.distributed.preemption import Agreement
+from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.graph.equivalence import undisturbed
 from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
-from distil_tl.run import Job
-from distil_tl.rundir.directory import StageRecord
-from distil_tl.training.features import BATCH_CUDA, Features, open_features
-from distil_tl.training.network import FeatureNetwork, Network, Prefix, SplitNetwork, any_images
-from distil_tl.training.precision import Compute, choose, ways_to_compute
-from distil_tl.training.stage import StageConfig, apply_stage, wants_features
+from distil_tl.models.preprocess import Normalize
+from distil_tl.models.transfer import TransferModel
+from distil_tl.rundir.state import StageRecord
+from distil_tl.training.autotune import choose
+from distil_tl.training.feature_extraction import BATCH_CUDA, FeatureExtractor
+from distil_tl.training.features import Features, FeaturesUnavailableError, refuse_without_features
+from distil_tl.training.network import (
+    FeatureNetwork,
+    ImageNetwork,
+    Network,
+    Prefix,
+    SplitNetwork,
+    dummy_images,
+    set_layout,
+    try_to_fold,
+)
+from distil_tl.training.precision import Compute, candidates
+from distil_tl.training.stage import Stage, apply_stage
 
-TRIAL = 8  # images of a trial step on a CPU, where more change nothing
+TRIAL_IMAGES = 8  # in a trial step on a CPU, where more make no difference
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What a stage trains, and on what: features, or where there are none, images."""
+class StageSetup:
+    """What a stage trains.
+
+    Attributes:
+        network: takes what the loader yields: features, or images where there are none.
+        features: None where the stage trains on images.
+        dummy: a batch of two, of the right size and type.
+    """
 
     network: Network
     features: Features | None
-    example: Tensor  # two of what it trains on, of the right size and type, and of no meaning
+    dummy: Tensor
 
 
-def get_ready(job: Job, name: str, stage: StageConfig, micro: int) -> Ready:
-    """Freeze what a stage freezes, and settle how the rest is trained; as before, when the run goes on within it.
+@dataclass(frozen=True)
+class _Parts:
+    """The model of a stage: cut where its frozen part ends, or whole, with BatchNorm folded where that pays."""
+
+    model: TransferModel
+    device: torch.device
+    image_size: int
+    cut: CutNetwork | None
+    prefix: Prefix | None
+    folded: nn.Module | None
+    on_features: bool
+
+    def network(self, compute: Compute) -> Network:
+        """What the stage trains, with the trained part laid out as `compute` says."""
+        if self.cut is None or self.prefix is None:
+            return ImageNetwork(self.model, compute, self.device, self.folded, self.image_size)
+        rest = FeatureNetwork(self.cut, compute)
+        return rest if self.on_features else SplitNetwork(self.prefix, rest)
+
+
+def _build_network(parts: _Parts, compute: Compute) -> Network:
+    """The network of a stage with the whole model laid out: the frozen part has a layout of its own."""
+    set_layout(parts.model.module, compute)
+    network = parts.network(compute)
+    if parts.prefix is not None:
+        parts.prefix.to(memory_format=parts.prefix.compute.memory_format)
+    return network
+
+
+def set_up_stage(
+    info: DistInfo,
+    stage: Stage,
+    model: TransferModel,
+    source: ImageSource,
+    record: StageRecord,
+    micro_batch: int,
+    agreement: Agreement,
+) -> StageSetup:
+    """Freeze what a stage freezes, and prepare how the rest is trained. A resumed stage is set up as before.
 
     Args:
-        micro: images that a rank trains on at once.
+        record: of the stage; what is chosen here is noted in it.
+        micro_batch: images of one forward pass in training.
 
     Raises:
-        UserError: the stage wants features and can't have them.
+        UserError: the stage asks for features and can't have them, or an image can't be used.
         StopAgreedError: on all ranks alike.
     """
-    info, config, network = job.info, job.config, job.network
-    apply_stage(job.model, stage)
-    image_size = job.image_size(stage)
-    record = job.state.stages.setdefault(name, StageRecord())
-    ways = ways_to_compute(config.precision, job.model.module, info.device)
-    network.use(Compute(None, ways[0].channels_last))
-    images = any_images(3, image_size, info.device)
-    parts: CutNetwork | None = None
-    prefix: Prefix | str
-    try:
-        parts = cut_frozen_prefix(job.model.module, network.normalize(images))
-        prefix = Prefix(network, parts, ways[0])
-    except CannotCutError as reason:
-        prefix = str(reason)
-    if isinstance(prefix, Prefix):
-        prefix.use(_for_prefix(job, name, stage, record, ways, prefix))
-        record.prefix_precision = str(prefix.compute)
-    features = open_features(
-        info, config.data, job.model, prefix, job.splits, name, stage, record,
-        image_size=image_size, seed=config.seed, bad_images=job.bad_images, agreement=job.agreement,
-    )  # fmt: skip
-    trained: Network = network
-    if parts is not None and isinstance(prefix, Prefix):
-        rest = FeatureNetwork(parts, ways[0])
-        trained = rest if features is not None else SplitNetwork(prefix, rest)
-    else:
-        network.fold(image_size, trains=True, wanted=record.folded is not False)
-        record.folded = network.folded is not None
-    compute = _for_training(job, name, stage, record, ways, trained, features, micro)
+    apply_stage(model, stage.config)
+    options = candidates(stage.precision, model.module, info.device)
+    set_layout(model.module, Compute(None, options[0].channels_last))
+    cut, reason = _try_to_cut(info, stage, model)
+    prefix = None
+    if cut is not None:
+        compute = _prefix_compute(info, stage, model, cut, source, record, options)
+        prefix = Prefix(model, cut, compute, info.device)
+        record.prefix_precision = str(compute)
+    features = _open_features(info, stage, model, prefix, reason, source, record, agreement)
+    folded = None
+    if cut is None:
+        folded = try_to_fold(model, stage.image_size, info.device, trains=True) if record.folded is not False else None
+        record.folded = folded is not None
+    parts = _Parts(model, info.device, stage.image_size, cut, prefix, folded, features is not None)
+    compute = _trained_compute(info, stage, parts, features, record, options, micro_batch, len(source.index("train")))
     record.precision = str(compute)
-    network.use(compute)  # all of it: what the suffix shares, and what a final evaluation runs
-    trained.use(compute)
-    if isinstance(prefix, Prefix):
-        prefix.use(prefix.compute)
-    if config.compile != "none":
-        _compile(config.compile, trained)
-    example = images[:2] if features is None else features.train.example(2).to(info.device)
-    return Ready(trained, features, example)
+    network = _build_network(parts, compute)
+    if stage.compile != "none":
+        _compile(stage.compile, network)
+    images = dummy_images(2, stage.image_size, info.device)
+    return StageSetup(network, features, images if features is None else features.train.example(2).to(info.device))
 
 
-def _compile(what: str, network: Network) -> None:
-    """Compile in place, for the sizes that come; the first batch of each size takes its time."""
-    if what == "all":
-        network.compile(dynamic=False)
-    elif isinstance(network, SplitNetwork):
-        network.prefix.compile(dynamic=False)
+def _try_to_cut(info: DistInfo, stage: Stage, model: TransferModel) -> tuple[CutNetwork | None, str]:
+    """The model cut where its frozen part ends, or None and the reason."""
+    images = dummy_images(3, stage.image_size, info.device)
+    try:
+        return cut_frozen_prefix(model.module, Normalize(model.preprocess).to(info.device)(images)), ""
+    except CannotCutError as error:
+        return None, str(error)
 
 
-def _epochs_left(job: Job, name: str, stage: StageConfig) -> int:
-    return stage.epochs - job.position(name).epoch
+def _open_features(
+    info: DistInfo,
+    stage: Stage,
+    model: TransferModel,
+    prefix: Prefix | None,
+    reason: str,
+    source: ImageSource,
+    record: StageRecord,
+    agreement: Agreement,
+) -> Features | None:
+    """Features for the stage; None where it trains on images. A stage that began without them stays without."""
+    if not stage.wants_features or (record.has_begun and not record.cached):
+        return None
+    try:
+        if prefix is None:
+            raise FeaturesUnavailableError(reason)
+        limit_memory = stage.config.features == "auto" and not record.cached
+        extractor = FeatureExtractor(info, model, prefix, source, stage, agreement, limit_memory=limit_memory)
+        features = extractor.open_all()
+    except FeaturesUnavailableError as error:
+        refuse_without_features(stage, str(error))
+        return None
+    record.cached = True
+    return features
 
 
-def _for_prefix(
-    job: Job, name: str, stage: StageConfig, record: StageRecord, ways: list[Compute], prefix: Prefix
+def _prefix_compute(
+    info: DistInfo,
+    stage: Stage,
+    model: TransferModel,
+    cut: CutNetwork,
+    source: ImageSource,
+    record: StageRecord,
+    options: list[Compute],
 ) -> Compute:
+    """Precision and memory format of the frozen part: recorded, or chosen by a trial."""
     if record.prefix_precision is not None:
         return Compute.parse(record.prefix_precision)
-    size = job.image_size(stage)
-    at_once = min(BATCH_CUDA, job.config.data.max_local_batch_size or BATCH_CUDA)
-    images = any_images(at_once if job.info.device.type == "cuda" else TRIAL, size, job.info.device)
-    count, val = len(job.splits.train), len(job.splits.val)
-    augment = stage.augment or job.config.data.augment
-    cached = wants_features(stage, augment)
-    times = stage.views or 1 if cached else _epochs_left(job, name, stage)
+    batch = TRIAL_IMAGES
+    if info.device.type == "cuda":
+        batch = min(BATCH_CUDA, source.config.max_local_batch_size or BATCH_CUDA)
+    images = dummy_images(batch, stage.image_size, info.device)
+    passes = (stage.config.views or 1) if stage.wants_features else stage.config.epochs
 
-    def step(way: Compute) -> None:
-        prefix.use(way)
-        prefix(images)
+    def step(compute: Compute) -> None:
+        Prefix(model, cut, compute, info.device)(images)
 
     return choose(
-        job.info, ways, step,
-        what=f"the frozen part of stage {name}",
+        info, options, step,
+        what=f"the frozen part of stage {stage.name}",
         images=len(images),
-        to_come=(times * count + val) // job.info.world_size,
-        depends_on=_depends_on(job, stage, "inference"),
+        remaining=(passes * len(source.index("train")) + len(source.index("val"))) // info.world_size,
+        depends_on=_depends_on(stage, model, "inference"),
     )  # fmt: skip
 
 
-def _for_training(
-    job: Job,
-    name: str,
-    stage: StageConfig,
-    record: StageRecord,
-    ways: list[Compute],
-    network: Network,
+def _trained_compute(
+    info: DistInfo,
+    stage: Stage,
+    parts: _Parts,
     features: Features | None,
-    micro: int,
+    record: StageRecord,
+    options: list[Compute],
+    micro_batch: int,
+    images_per_epoch: int,
 ) -> Compute:
+    """Precision and memory format of the trained part: recorded, or chosen by a trial."""
     if record.precision is not None:
         return Compute.parse(record.precision)
-    device = job.info.device
-    if device.type != "cuda":
-        micro = min(micro, TRIAL)
+    if info.device.type != "cuda":
+        micro_batch = min(micro_batch, TRIAL_IMAGES)
     if features is None:
-        inputs = any_images(micro, job.image_size(stage), device)
+        inputs = dummy_images(micro_batch, stage.image_size, info.device)
     else:
-        inputs = features.train.example(micro).to(device)
+        inputs = features.train.example(micro_batch).to(info.device)
         if inputs.ndim == 2:
-            return ways[0]  # a layer or two, whose time does not matter
-    targets = torch.zeros(len(inputs), dtype=torch.int64, device=device)
+            return options[0]  # a layer or two, which take little time
+    targets = torch.zeros(len(inputs), dtype=torch.int64, device=info.device)
 
-    def step(way: Compute) -> None:
-        network.use(way)
-        with undisturbed(job.model.module, device):
+    def step(compute: Compute) -> None:
+        network = parts.network(compute)
+        with undisturbed(parts.model.module, info.device):
             F.cross_entropy(network(inputs), targets).backward()  # type: ignore[no-untyped-call]
         for parameter in network.parameters():
             parameter.grad = None
 
     return choose(
-        job.info, ways, step,
-        what=f"the training of stage {name}",
+        info, options, step,
+        what=f"the training of stage {stage.name}",
         images=len(inputs),
-        to_come=_epochs_left(job, name, stage) * len(job.splits.train) // job.info.world_size,
-        depends_on=_depends_on(job, stage, "training" if features is None else "training on features"),
+        remaining=stage.config.epochs * images_per_epoch // info.world_size,
+        depends_on=_depends_on(stage, parts.model, "training" if features is None else "training on features"),
     )  # fmt: skip
 
 
-def _depends_on(job: Job, stage: StageConfig, direction: str) -> dict[str, object]:
-    unfreeze = stage.unfreeze if isinstance(stage.unfreeze, (int, str)) else list(stage.unfreeze)
+def _depends_on(stage: Stage, model: TransferModel, direction: str) -> dict[str, object]:
+    unfreeze = stage.config.unfreeze if isinstance(stage.config.unfreeze, (int, str)) else list(stage.config.unfreeze)
     return {
         "direction": direction,
-        "model": job.config.model.name,
-        "image_size": job.image_size(stage),
+        "model": model.name,
+        "image_size": stage.image_size,
         "unfreeze": unfreeze,
-        "batch_norm": stage.batch_norm,
+        "batch_norm": stage.config.batch_norm,
     }
+
+
+def _compile(what: str, network: Network) -> None:
+    """Compile in place. The first batch of each size takes longer."""
+    if what == "all":
+        network.compile(dynamic=False)
+    elif isinstance(network, SplitNetwork):
+        network.prefix.compile(dynamic=False)

@@ -1,7 +1,10 @@
-"""Settings read from YAML files and `key=value` arguments into typed sections, with a suggestion for every mistake."""
+"""Typed settings from YAML files and `key=value` arguments. Every mistake is reported, with a suggestion."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,19 @@ from distil_tl.utils.errors import UserError, did_you_mean
 
 
 def is_file(arg: str) -> bool:
-    # A folder of a sweep may well be called lr=0.1.
+    """Whether an argument names a YAML file. Its path may contain `=`, as in lr=0.1/config.yaml."""
     return "=" not in arg or (arg.endswith((".yaml", ".yml")) and Path(arg).is_file())
 
 
-def read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file over its `base:`. `above` are the files that have led here by their own `base:`.
+
+    Raises:
+        UserError: the file, or a base of it, can't be read.
+    """
     path = path.resolve()
     if path in above:
-        raise UserError(f"{path} is its own `base:`, by way of {', '.join(p.name for p in above)}")
+        raise UserError(f"{path} is its own `base:`, through {', '.join(p.name for p in above)}")
     try:
         node = OmegaConf.load(path)
     except FileNotFoundError:
@@ -28,7 +36,7 @@ def read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"there is no configuration file {path}{where}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read the configuration {path}: {error}") from None
-    except Exception as error:  # the YAML parser's own errors share no public base
+    except Exception as error:  # errors of the YAML parser have no common public base class
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(node, DictConfig):
         raise UserError(f"{path} must hold keys and values, as in `seed: 1`")
@@ -40,7 +48,7 @@ def read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def overlay(base: dict[str, Any], top: dict[str, Any], whole: tuple[str, ...] = ()) -> dict[str, Any]:
-    """`top` over `base`, key by key, except that the keys in `whole` are replaced as they are."""
+    """`top` over `base`, merged key by key. The keys in `whole` are replaced, not merged."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -49,7 +57,7 @@ def overlay(base: dict[str, Any], top: dict[str, Any], whole: tuple[str, ...] = 
 
 
 def parse_overrides(schema: DictConfig, pairs: list[str], problems: list[str]) -> dict[str, Any]:
-    """`key=value` pairs as a tree. Values are read as YAML, but text stays as it was typed: `2024_01` is no number."""
+    """`key=value` pairs as nested dicts. Values are read as YAML, text keys keep them as typed: `2024_01`."""
     tree: dict[str, Any] = {}
     for pair in pairs:
         try:
@@ -60,13 +68,13 @@ def parse_overrides(schema: DictConfig, pairs: list[str], problems: list[str]) -
                 for part in reversed(key.split(".")):
                     parsed = {part: parsed}
             tree = overlay(tree, parsed)
-        except Exception as error:  # YAML's and OmegaConf's parsers raise kinds of their own
+        except Exception as error:  # YAML and OmegaConf have exceptions of their own
             problems.append(f"can't read {pair!r}: {str(error).splitlines()[0]}")
     return tree
 
 
 def _node_at(schema: DictConfig, key: str) -> Node | None:
-    """What the schema has under a dotted key; None where it has nothing."""
+    """The node of the schema at a dotted key; None if there is none."""
     node: Any = schema
     for part in key.split("."):
         node = node._get_node(part) if isinstance(node, DictConfig) and part in node.keys() else None  # noqa: SIM118
@@ -75,7 +83,7 @@ def _node_at(schema: DictConfig, key: str) -> Node | None:
 
 
 def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[str]) -> None:
-    """Set each leaf of `tree` on its own, so that one wrong value does not hide the next."""
+    """Set each leaf of `tree` separately, so that one wrong value does not hide the next."""
     node = OmegaConf.select(schema, prefix.rstrip(".")) if prefix else schema
     known = [str(key) for key in node]
     for key, value in tree.items():
@@ -88,7 +96,7 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
             elif isinstance(value, dict):
                 apply(schema, value, f"{full}.", problems)
             else:
-                problems.append(f"`{full}` holds keys of its own, as in `{full}.KEY=VALUE`, not {value!r}")
+                problems.append(f"`{full}` is a section: set `{full}.KEY=VALUE`, not {value!r}")
         else:
             try:
                 OmegaConf.update(schema, full, value)
@@ -104,7 +112,7 @@ def _suggest(schema: DictConfig, full: str) -> str:
     parent, _, name = full.rpartition(".")
     siblings = (OmegaConf.select(schema, parent) if parent else None) or schema
     hint = did_you_mean(name, [str(key) for key in siblings])
-    known_here = f"; known here: {', '.join(str(key) for key in siblings)}"
+    known_here = f"; known keys: {', '.join(str(key) for key in siblings)}"
     if hint or parent == "stages":
         return hint or known_here
     leaves = list(flatten(OmegaConf.to_container(schema, resolve=False)))
@@ -115,7 +123,7 @@ def _suggest(schema: DictConfig, full: str) -> str:
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by their dotted key."""
+    """Leaves of nested dicts by dotted key."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
     leaves: dict[str, Any] = {}
@@ -125,10 +133,10 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def to_object(schema: DictConfig) -> Any:
-    """The dataclass that a structured node stands for, interpolations resolved.
+    """The dataclass of a structured node, with interpolations resolved.
 
     Raises:
-        UserError: naming the key that can't be.
+        UserError: an interpolation can't be resolved; named by key.
     """
     try:
         return OmegaConf.to_object(schema)
@@ -137,6 +145,7 @@ def to_object(schema: DictConfig) -> Any:
 
 
 def refuse(problems: list[str]) -> None:
+    """Raise a UserError that lists all problems, if there are any."""
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:
@@ -144,11 +153,28 @@ def refuse(problems: list[str]) -> None:
 
 
 def to_yaml(source: DictConfig) -> str:
-    """The configuration as it may be written down: defaults filled in, interpolations left as they are."""
+    """The configuration as it is saved: defaults filled in, interpolations unresolved (they may hold secrets)."""
     return OmegaConf.to_yaml(source, resolve=False)
 
 
 def plain(source: DictConfig) -> dict[str, Any]:
-    """The same as nested dictionaries, for comparing and for showing."""
+    """The same as nested dicts, to compare and to show."""
     tree: dict[str, Any] = yaml.safe_load(to_yaml(source))
     return tree
+
+
+def explain(section: Any, prefix: str) -> list[str]:
+    """A line of help for each field of a dataclass: its key, its default, and the comment beside it in the code."""
+    source = inspect.getsource(type(section))
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", source, re.MULTILINE))
+    lines = []
+    for item in dataclasses.fields(section):
+        value, key = getattr(section, item.name), f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(value):
+            lines += explain(value, f"{key}.")
+        elif item.name == "stages":
+            lines += [line for name, stage in value.items() for line in explain(stage, f"{key}.{name}.")]
+        else:
+            shown = "null" if value is None else value
+            lines.append(f"  {f'{key}={shown}':<46} {comments.get(item.name, '')}".rstrip())
+    return lines

@@ -7,6 +7,8 @@ import json
 import resource
 import shutil
 import signal
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from safetensors.torch import load_file
 from distil_tl.data.sampler import epoch_order
 from distil_tl.train import main
 from tests.helpers.arguments import small_args
-from tests.helpers.image_bytes import png
 from tests.helpers.images import CLASSES, draw, make_folder
 from tests.helpers.ranks import lines, run_ranks, train
 from tests.helpers.runs import evaluated, refusal, refused, stopped_train, summary_of, traced_train
@@ -46,9 +47,15 @@ def zero_bytes(path: Path) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A complete PNG of 600 megapixels, all black, in 75 kilobytes."""
+    """A whole PNG of 600 megapixels, all black, in 75 kilobytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
     width, height = 25_000, 24_000
-    path.write_bytes(png(width, height, 1, 0, bytes((width // 8 + 1) * height)))
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes((width // 8 + 1) * height))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
 
 
 def deep(path: Path) -> None:
@@ -256,7 +263,7 @@ def test_skipping_may_begin_when_a_bad_image_has_stopped_the_run(tmp_path: Path)
     assert "data.on_bad_image=skip" in message
     assert (run_dir / "checkpoints" / "step-00000001").exists()
     assert main([*args, "data.on_bad_image=skip"]) == 0
-    assert "going on from step 1" in (run_dir / "logs" / "rank-0.log").read_text()
+    assert "resuming from step 1" in (run_dir / "logs" / "rank-0.log").read_text()
     assert summary_of(run_dir)["bad_images"]["train"]["count"] == 1
 
 

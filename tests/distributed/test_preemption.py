@@ -30,7 +30,7 @@ def test_a_library_that_handles_errors_of_its_download_does_not_catch_a_signal(
         timm_models._create("vit_tiny_patch16_224", True)
 
 
-@pytest.mark.parametrize("during", ["find_start", "open_splits", "prepare_weights", "build"])
+@pytest.mark.parametrize("during", ["look_for_start", "open_splits", "prepare_weights", "build"])
 def test_a_signal_in_start_up_ends_the_run_with_status_3(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], during: str
 ) -> None:

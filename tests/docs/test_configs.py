@@ -14,7 +14,8 @@ from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
-from distil_tl.training.stage import StageConfig, check_stages
+from distil_tl.training.config import StageConfig
+from distil_tl.training.stage import check_stages
 from tests.helpers.paths import ROOT
 
 FILES = sorted((ROOT / "configs").glob("*.yaml"))

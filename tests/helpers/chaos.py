@@ -35,7 +35,15 @@ from tests.helpers.ranks import free_port
 
 PACKAGE = str(Path(importlib.import_module("distil_tl").__file__ or "").parent)
 REGIONS = {
-    "start-up": ("find_start", "open_splits", "prepare_weights", "build", "open_job", "get_ready", "begin_stage"),
+    "start-up": (
+        "look_for_start",
+        "open_splits",
+        "prepare_weights",
+        "build",
+        "open_run",
+        "set_up_stage",
+        "begin_stage",
+    ),
     "step": ("train_one_epoch",),
     "evaluation": ("evaluate",),
     "finish": ("finish",),
@@ -176,21 +184,16 @@ def fill(run_dir: Path, chance: float) -> None:
 def note_samples(path: Path) -> None:
     """Write down (stage, step of the stage, [(image, hash of its tensor)]) of each training batch of this rank."""
     module: Any = importlib.import_module("distil_tl.train")
-    original = module.train_epoch
+    original = module.forward_backward
 
-    def train_epoch(info: Any, run: Any, batches: Any, sampler: Any, *args: Any, **kwargs: Any) -> Any:
-        first = sampler.epoch * sampler.steps_per_epoch + sampler.consumed // sampler.global_batch_size
+    def forward_backward(info: Any, training: Any, batch: Any, step: int, micro: int) -> Any:
+        hashes = [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in batch.images]
+        images = list(zip(batch.indices.tolist(), hashes, strict=True))
+        with path.open("a") as file:
+            file.write(json.dumps([training.stage.name, step, images]) + "\n")
+        return original(info, training, batch, step, micro)
 
-        def noted() -> Iterator[Any]:
-            for step, batch in enumerate(batches, start=first):
-                hashes = [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in batch.images]
-                with path.open("a") as file:
-                    file.write(json.dumps([run.name, step, list(zip(batch.indices.tolist(), hashes))]) + "\n")  # noqa: B905
-                yield batch
-
-        return original(info, run, noted(), sampler, *args, **kwargs)
-
-    module.train_epoch = train_epoch
+    module.forward_backward = forward_backward
 
 
 # Around them.

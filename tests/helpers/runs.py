@@ -64,16 +64,15 @@ def stopped_train(args: list[str], step: int, by: int, number: int) -> int:
     """Train, with a signal to rank `by` alone at a step."""
     train_module: Any = importlib.import_module("distil_tl.train")
 
-    steps = train_module.train_epoch
+    original = train_module.optimizer_step
     taken = iter(range(1, 1000))
 
-    def train_epoch(*args: Any, **kwargs: Any) -> Any:
-        for consumed in steps(*args, **kwargs):
-            if next(taken) == step and rank() == by:
-                os.kill(os.getpid(), number)
-            yield consumed
+    def optimizer_step(*args: Any) -> None:
+        original(*args)
+        if next(taken) == step and rank() == by:
+            os.kill(os.getpid(), number)
 
-    train_module.train_epoch = train_epoch
+    train_module.optimizer_step = optimizer_step
     return train(args)
 
 

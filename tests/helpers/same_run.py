@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from distil_tl.rundir.checkpoint import find_fault
+from distil_tl.rundir.checkpoint import find_damage
 from tests.helpers.ranks import lines
 
 
@@ -47,7 +47,7 @@ def compare(run_dir: Path, reference: Reference, folder: Path, *, exact: bool) -
     found += [f"checkpoints/{name} is left over" for name in sorted(names)]
     if len(steps) > 3 or any(not path.name.removeprefix("step-").isdigit() for path in steps):
         found.append(f"checkpoints left: {[path.name for path in steps]}")
-    found += [f"{path.name}: {fault}" for path in steps if (fault := find_fault(path))]
+    found += [f"{path.name}: {fault}" for path in steps if (fault := find_damage(path))]
     missing = [name for name in ("report.html", "evaluation.json", "metrics.jsonl") if not (run_dir / name).exists()]
     found += [f"no {name}" for name in missing]
 

@@ -118,7 +118,7 @@ def test_a_search_that_was_replaced_ends(slurm: FakeSlurm, jobs: Jobs, capsys) -
     """By one on another machine, as nobody can see from there whether it lives."""
     jobs.meanwhile[3] = lambda: Attempt(HERE, "search.json").begin(0, {})
     searched("--parallel=1", returns=1)
-    assert "another attempt has gone on with" in capsys.readouterr().err
+    assert "another process took over" in capsys.readouterr().err
     assert len(slurm.calls("sbatch")) == 1
 
 

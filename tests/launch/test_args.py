@@ -142,9 +142,7 @@ def test_values_of_the_wrong_type_name_their_keys(pair: str) -> None:
 
 @pytest.mark.parametrize("section", ["5", "[nodes]", "two nodes"])
 def test_a_section_must_hold_keys(section: str) -> None:
-    assert "`slurm` holds keys of its own, as in `slurm.nodes=2`" in message_of(
-        yaml_file(f"slurm: {section}"), "data.root=x"
-    )
+    assert "`slurm` is a section: set `slurm.nodes=2`" in message_of(yaml_file(f"slurm: {section}"), "data.root=x")
 
 
 def test_mistakes_in_both_are_listed_together() -> None:

@@ -341,7 +341,7 @@ def test_all_that_cannot_work_is_listed_together(slurm: FakeSlurm, capsys, monke
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["slurm.nodes=3", "slurm.gpus_per_node=5"], "can't be dealt out evenly to 15 processes"),
+        (["slurm.nodes=3", "slurm.gpus_per_node=5"], "can't be divided evenly among 15 processes"),
         (["--cluster=local", "slurm.nodes=2"], "slurm.nodes=2 with --cluster local, which uses only this machine"),
         (["--cluster=debug", "slurm.gpus_per_node=2"], "--cluster debug is one process"),
         (["--cluster=local", "distributed.device=cuda", "distributed.backend=nccl"], "torch sees no CUDA device"),

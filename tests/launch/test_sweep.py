@@ -272,7 +272,7 @@ def test_what_is_wrong_with_all_is_said_once(slurm: FakeSlurm, capsys) -> None:
     ("text", "message"),
     [
         ("{seeds: [0], slurm: {nods: 2}}", "unknown key `slurm.nods`, did you mean `nodes`?"),
-        ("{seeds: [0], slurm: 5}", "`slurm` holds keys of its own"),
+        ("{seeds: [0], slurm: 5}", "`slurm` is a section"),
         ("{seeds: [0], set: {optim.nam: sgd}}", "unknown key `optim.nam`"),
         ("grid: {optim.nam: [sgd]}", "unknown key `optim.nam`, did you mean `name`?"),
         ("grids: {}", "unknown key `grids`"),

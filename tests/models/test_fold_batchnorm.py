@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.fold_batchnorm import CannotFoldError, ConvNorm, fold_batchnorm
 from distil_tl.models.transfer import TransferModel, build
-from distil_tl.training.network import ImageNetwork
+from distil_tl.training.network import ImageNetwork, set_layout, try_to_fold
 from distil_tl.training.precision import Compute
 from tests.models.test_frozen_prefix import built, parts_of
 
@@ -237,8 +237,16 @@ class OtherInTraining(nn.Module):
         return below * 2 if self.training else below
 
 
+CPU = torch.device("cpu")
+
+
 def image_network(model: TransferModel, dtype: torch.dtype | None = None) -> ImageNetwork:
-    return ImageNetwork(model, Compute(dtype, True), torch.device("cpu"))
+    return ImageNetwork(model, Compute(dtype, True), CPU)
+
+
+def folded_network(model: TransferModel, dtype: torch.dtype | None = None, *, trains: bool = False) -> ImageNetwork:
+    set_layout(model.module, Compute(dtype, True))
+    return ImageNetwork(model, Compute(dtype, True), CPU, try_to_fold(model, 64, CPU, trains=trains), 64)
 
 
 def drawn(size: int = 64) -> Tensor:
@@ -247,7 +255,7 @@ def drawn(size: int = 64) -> Tensor:
 
 def test_a_network_without_norms_is_left_alone() -> None:
     model = build(ModelConfig("squeezenet1_1", weights="none"), 3, image_size=64, seed=0)
-    assert image_network(model).fold(64).folded is None
+    assert folded_network(model).folded is None
 
 
 def test_an_image_network_folds_and_names_no_parameter_twice() -> None:
@@ -255,7 +263,8 @@ def test_an_image_network_folds_and_names_no_parameter_twice() -> None:
     network = image_network(model).eval()
     with torch.no_grad():
         wanted = network(drawn())
-        found = network.fold(64, trains=True)(drawn())
+        network = folded_network(model, trains=True).eval()
+        found = network(drawn())
         assert not torch.equal(found, wanted), "something was folded"
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
         assert torch.equal(network(drawn(96)), image_network(model).eval()(drawn(96))), "of another size nothing is"
@@ -266,16 +275,16 @@ def test_an_image_network_folds_and_names_no_parameter_twice() -> None:
 
 def test_in_bfloat16_nothing_is_folded() -> None:
     model = built("resnet18", "all")
-    network = image_network(model, torch.bfloat16).fold(64).eval()
+    network = folded_network(model, torch.bfloat16).eval()
     with torch.no_grad():
         assert torch.equal(network(drawn()), image_network(model, torch.bfloat16).eval()(drawn()))
-        network.use(Compute(None, True))
+        network = ImageNetwork(model, Compute(None, True), CPU, network.folded, 64).eval()
         assert not torch.equal(network(drawn()), image_network(model).eval()(drawn()))
 
 
 def test_it_compiles() -> None:
     model = built("mobilenet_v3_small", "all")
-    network = image_network(model).fold(64, trains=True)
+    network = folded_network(model, trains=True)
     wanted = gradients(network, model, drawn())
     network.compile(dynamic=False, backend="aot_eager")
     found = gradients(network, model, drawn())

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
 from distil_tl.models.transfer import TransferModel, build
-from distil_tl.training.stage import StageConfig, apply_stage
+from distil_tl.training.config import StageConfig
+from distil_tl.training.stage import apply_stage
 
 
 def built(name: str, unfreeze: object = "head", size: int = 64, batch_norm: str = "frozen") -> TransferModel:

@@ -21,14 +21,14 @@ from distil_tl.rundir.checkpoint import (
     STATE,
     TRAIN_STATE,
     WEIGHTS,
-    CheckpointConfig,
     Checkpoints,
-    find_fault,
+    find_damage,
     load_state,
     load_train_state,
     load_weights,
     weights_hash,
 )
+from distil_tl.rundir.config import CheckpointConfig
 from distil_tl.utils.errors import CheckpointError, UserError
 from distil_tl.utils.log import logger
 
@@ -79,7 +79,7 @@ def test_what_is_saved_comes_back(checkpoints: Checkpoints):
     path = save(checkpoints, 12, module=module)
     assert path == checkpoints.folder / "step-00000012"
     assert {file.name for file in path.iterdir()} == {WEIGHTS, TRAIN_STATE, STATE, CHECKSUMS}
-    assert find_fault(path) is None
+    assert find_damage(path) is None
 
     other = network(2)
     assert weights_hash(other) != weights_hash(module)
@@ -170,7 +170,7 @@ def empty(path: Path) -> None:
 def test_damage_is_found_and_the_file_named(checkpoints: Checkpoints, name: str, damage: Callable[[Path], None]):
     path = save(checkpoints, 1)
     damage(path / name)
-    fault = find_fault(path)
+    fault = find_damage(path)
     assert fault is not None
     assert name in fault
 
@@ -179,34 +179,34 @@ def test_damage_is_found_and_the_file_named(checkpoints: Checkpoints, name: str,
 def test_damaged_checksums_are_found(checkpoints: Checkpoints, damage: Callable[[Path], None]):
     path = save(checkpoints, 1)
     damage(path / CHECKSUMS)
-    assert find_fault(path)
+    assert find_damage(path)
 
 
 def test_checksums_that_leave_out_a_file_are_a_fault(checkpoints: Checkpoints):
     path = save(checkpoints, 1)
     lines = (path / CHECKSUMS).read_text().splitlines(keepends=True)
     (path / CHECKSUMS).write_text("".join(lines[:1]))
-    assert find_fault(path)
+    assert find_damage(path)
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     checkpoints: Checkpoints, warnings: pytest.LogCaptureFixture
 ):
     sound = save(checkpoints, 1)
-    assert checkpoints.newest_sound() == sound
+    assert checkpoints.newest_valid() == sound
     assert not warnings.records
     flip_a_bit(save(checkpoints, 2) / WEIGHTS)
-    assert checkpoints.newest_sound() == sound
+    assert checkpoints.newest_valid() == sound
     (record,) = warnings.records
     assert "step-00000002 is damaged (weights.safetensors does not match its checksum)" in record.getMessage()
     truncate(sound / STATE)
-    assert checkpoints.newest_sound() is None
+    assert checkpoints.newest_valid() is None
     assert warnings.records[-1].getMessage().endswith("; there is none before it to go back to")
 
 
 def test_there_may_be_none(checkpoints: Checkpoints):
     assert checkpoints.all() == []
-    assert checkpoints.newest_sound() is None
+    assert checkpoints.newest_valid() is None
     assert checkpoints.named("last") is None
 
 
@@ -262,7 +262,7 @@ def test_the_links_survive_moving_the_run(checkpoints: Checkpoints, tmp_path: Pa
     moved = Checkpoints(checkpoints.folder.rename(tmp_path / "elsewhere"))
     assert moved.named("last") == moved.path(2)
     assert moved.named("best") == moved.path(1)
-    assert find_fault(moved.folder / "best") is None
+    assert find_damage(moved.folder / "best") is None
 
 
 def test_a_link_to_nothing_names_nothing(checkpoints: Checkpoints):
@@ -275,7 +275,7 @@ def test_a_step_is_saved_again(checkpoints: Checkpoints):
     save(checkpoints, 1, module=network(1))
     path = save(checkpoints, 1, module=network(2), best=True)
     assert steps(checkpoints) == [1]
-    assert find_fault(path) is None
+    assert find_damage(path) is None
     module = network(3)
     load_weights(path, module)
     assert weights_hash(module) == weights_hash(network(2))
@@ -289,9 +289,9 @@ def test_a_step_is_saved_again_after_a_kill_in_the_middle_of_that(checkpoints: C
     shutil.copytree(path, path.with_name("step-00000001.replaced"))
     if not left:
         shutil.rmtree(path)
-    newest = checkpoints.newest_sound()
+    newest = checkpoints.newest_valid()
     assert newest is not None
-    assert find_fault(newest) is None
+    assert find_damage(newest) is None
     save(checkpoints, 1, module=network(2))
     module = network(3)
     load_weights(path, module)
@@ -361,19 +361,19 @@ def test_an_interrupted_save_leaves_the_old_ones(checkpoints: Checkpoints, monke
     with monkeypatch.context() as patch:
         owner, _, name = where.rpartition(".")
         patch.setattr(getattr(checkpoint, owner) if owner else checkpoint, name, failing)
-        with pytest.raises(CheckpointError, match=r"the last good one, step-00000001, stays"):
+        with pytest.raises(CheckpointError, match=r"the last good one, step-00000001, is kept"):
             save(checkpoints, 2)
 
     assert checkpoints.named("last") == checkpoints.named("best") == old
     # The folder gets its name as the last thing of all, so one that has it is whole.
-    assert checkpoints.newest_sound() == (checkpoints.path(2) if where == "fsync_directory" else old)
+    assert checkpoints.newest_valid() == (checkpoints.path(2) if where == "fsync_directory" else old)
     module = network(9)
     load_weights(old, module)
     assert weights_hash(module) == weights_hash(network(1))
 
     save(checkpoints, 2)
     assert steps(checkpoints) == [1, 2]
-    assert checkpoints.newest_sound() == checkpoints.named("last") == checkpoints.path(2)
+    assert checkpoints.newest_valid() == checkpoints.named("last") == checkpoints.path(2)
     assert not list(checkpoints.folder.glob(".*"))
 
 
@@ -395,9 +395,9 @@ def test_a_disk_that_is_really_full(checkpoints: Checkpoints, limit: int):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"the last good one, step-00000001, stays"):
+        with pytest.raises(CheckpointError, match=r"the last good one, step-00000001, is kept"):
             save(checkpoints, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert checkpoints.newest_sound() == checkpoints.named("last") == old
+    assert checkpoints.newest_valid() == checkpoints.named("last") == old
     assert not list(checkpoints.folder.glob(".*"))

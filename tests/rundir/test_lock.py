@@ -57,7 +57,7 @@ def test_a_run_directory_in_use_is_refused_by_name(small: list[str], tmp_path: P
         assert main(args) == 2
         message = capsys.readouterr().err
         assert (
-            f"{tmp_path}/run is in use: process {first.pid} of this machine has been training there since 20" in message
+            f"{tmp_path}/run is in use: process {first.pid} on this machine has been training there since 20" in message
         )
         assert f"end it with `kill {first.pid}`, or choose another run_dir" in message
     finally:
@@ -78,7 +78,7 @@ def test_an_attempt_that_was_replaced_writes_nothing_more(small: list[str], tmp_
     finally:
         stale.kill()
     assert stale.returncode == 1
-    assert f"another attempt has gone on with {run_dir} since 20" in said
+    assert f"another process took over {run_dir} at 20" in said
     assert f"(process {os.getpid()} on " in said
     assert "Traceback" not in said
     assert content(run_dir) == before
@@ -176,7 +176,7 @@ def test_restarts_without_progress_are_capped(tmp_path: Path) -> None:
 
     for count in range(MAX_STUCK + 1):
         restarted(count, 40)
-    with pytest.raises(NoProgressError, match="restarted 4 times at step 40 and never got further"):
+    with pytest.raises(NoProgressError, match="restarted 4 times at step 40 without progress"):
         restarted(MAX_STUCK + 1, 40)
     restarted(MAX_STUCK + 1, 41)  # progress
     for count in range(MAX_STUCK + 2, 2 * MAX_STUCK + 2):

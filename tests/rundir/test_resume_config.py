@@ -16,7 +16,7 @@ import pytest
 from distil_tl.config import load
 from distil_tl.data.scan import scan
 from distil_tl.data.splits import Splits
-from distil_tl.rundir.directory import find_start
+from distil_tl.run import look_for_start
 from distil_tl.train import main
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import setup_console
@@ -167,8 +167,8 @@ def test_without_a_configuration_to_compare_with_it_is_said(
     saved.unlink()
     (run_dir / "summary.json").write_text("[]")
     setup_console(True)
-    find_start(*load([*small, f"run_dir={run_dir}"]))
-    assert f"there is no {saved}, so nobody can tell" in capsys.readouterr().out
+    look_for_start(*load([*small, f"run_dir={run_dir}"]))
+    assert f"{saved} is missing; cannot check for changes" in capsys.readouterr().out
 
 
 def test_another_value_from_the_environment_is_refused_and_none_is_written(
@@ -184,10 +184,10 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
     (state,) = (run_dir / "checkpoints").glob("step-*/state.json")
     assert list(json.loads(state.read_text())["interpolated"]) == ["optim.weight_decay"], "where images lie may change"
     assert not [path for path in run_dir.rglob("*") if path.is_file() and b"0.0123456" in path.read_bytes()]
-    find_start(*load(args))
+    look_for_start(*load(args))
     monkeypatch.setenv("RATE", "0.02")
     message = refused(args, capsys)
-    assert "optim.weight_decay: ${oc.env:RATE} stands for another value than it did" in message
+    assert "optim.weight_decay: ${oc.env:RATE} has another value than before" in message
 
 
 @pytest.mark.parametrize(
@@ -267,9 +267,9 @@ def test_a_stage_can_not_move_ahead_of_one_that_has_begun(
     stages.write_text("stages:\n" + "".join(f"  {STAGES[name]}\n" for name in order))
     args = [str(stages), *(arg for arg in small if not arg.startswith("stages.")), f"run_dir={run_dir}"]
     if fine:
-        assert find_start(*load(args)).checkpoint == str(run_dir / "checkpoints" / "step-00000003")
+        assert look_for_start(*load(args)).checkpoint == str(run_dir / "checkpoints" / "step-00000003")
     else:
-        assert f"stages: head came first, now the order is {', '.join(order)}" in refused(args, capsys)
+        assert f"stages: the order was head, now {', '.join(order)}" in refused(args, capsys)
 
 
 def test_what_only_says_how_may_change_and_the_end_is_the_same(

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distil_tl.rundir.checkpoint import Checkpoints, find_fault
+from distil_tl.rundir.checkpoint import Checkpoints, find_damage
 from tests.helpers.chaos import Fault, attempt, left_over_processes, small_disk
 from tests.helpers.ranks import lines, processes_of, rank
 from tests.helpers.same_run import samples
@@ -103,7 +103,7 @@ def slow_start(seconds: float) -> None:
 
         return slowed
 
-    module.find_start, module.prepare_weights = slow(module.find_start), slow(module.prepare_weights)
+    module.look_for_start, module.prepare_weights = slow(module.look_for_start), slow(module.prepare_weights)
     splits.data_root = slow(splits.data_root)
 
 
@@ -127,16 +127,16 @@ def test_a_signal_to_every_process_does_not_break_the_save(small: list[str], tmp
     args = quick(small, tmp_path, f"data.workers={workers}", "checkpoint.every_steps=null")
     ended = attempt(tmp_path / "scratch", args, 2, Fault("signal to everyone", "step", 1, 1500))
     assert ended.statuses == [3, 3], ended
-    assert "goes on from there" in ended.said[0]
+    assert "same command to resume" in ended.said[0]
     assert not any("Traceback" in said for said in ended.said), ended
-    assert Checkpoints(tmp_path / "run" / "checkpoints").newest_sound() is not None
+    assert Checkpoints(tmp_path / "run" / "checkpoints").newest_valid() is not None
     assert left_over_processes(tmp_path) == []
     assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
 
 
 def on_a_node_of_its_own(folder: Path) -> None:
     """A relative run_dir is another folder for each rank."""
-    importlib.import_module("distil_tl.rundir.directory").SIGHT_S = 0.5  # type: ignore[attr-defined]
+    importlib.import_module("distil_tl.rundir.directory").VISIBLE_WITHIN_S = 0.5  # type: ignore[attr-defined]
     (folder / f"node{rank()}").mkdir(exist_ok=True)
     os.chdir(folder / f"node{rank()}")
 
@@ -146,7 +146,7 @@ def test_a_run_directory_that_a_rank_does_not_see_is_refused_at_once(small: list
     ended = attempt(tmp_path / "a", [*quick(small, tmp_path), "run_dir=run"], 2, prepare=prepare)
     assert ended.statuses == [2, 2], ended
     assert re.search(
-        r"run is not seen on \S+ as rank 0 sees it: run_dir must lie on storage that all nodes", ended.said[0]
+        r"run is not visible on \S+, but it is on rank 0: run_dir must be on storage that all nodes", ended.said[0]
     )
     assert not (tmp_path / "node0" / "run" / "checkpoints").exists()
 
@@ -155,19 +155,18 @@ def test_a_run_directory_that_a_rank_does_not_see_is_refused_at_once(small: list
     (run_dir / "summary.json").unlink()
     ended = attempt(tmp_path / "c", [*quick(small, tmp_path), "run_dir=run"], 2, prepare=prepare)
     assert ended.statuses == [2, 2], ended
-    assert "run/checkpoints/step-00000018 is not seen on" in ended.said[0]
+    assert "run/checkpoints/step-00000018 is not visible on" in ended.said[0]
 
 
 def bad_loss(step: int, by: int) -> None:
     """On one rank the loss of one image is not finite in a step of the stage `full`."""
-    engine: Any = importlib.import_module("distil_tl.training.step")
     module: Any = importlib.import_module("distil_tl.train")
-    functional, original = engine.F, module.train_epoch
+    functional, original = module.F, module.forward_backward
     stage = [""]
 
-    def train_epoch(info: Any, run: Any, *args: Any, **kwargs: Any) -> Any:
-        stage[0] = run.name
-        return original(info, run, *args, **kwargs)
+    def forward_backward(info: Any, training: Any, *args: Any) -> Any:
+        stage[0] = training.stage.name
+        return original(info, training, *args)
 
     calls = iter(range(1000))
 
@@ -177,8 +176,8 @@ def bad_loss(step: int, by: int) -> None:
             losses = torch.cat([losses[:1] * float("nan"), losses[1:]])
         return losses
 
-    engine.F = types.SimpleNamespace(cross_entropy=cross_entropy)
-    module.train_epoch = train_epoch
+    module.F = types.SimpleNamespace(cross_entropy=cross_entropy)
+    module.forward_backward = forward_backward
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(
@@ -199,7 +198,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in checkpoints.all()][-1] == "step-00000008"
     for path in checkpoints.all():
-        assert find_fault(path) is None
+        assert find_damage(path) is None
         assert all(bool(tensor.isfinite().all()) for tensor in load_file(path / "weights.safetensors").values())
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
     assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
@@ -216,9 +215,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(small: list[str], tmp_path: Path
         assert "can't write" in ended.said[0]
         assert not any("Traceback" in said or "Logging error" in said for said in ended.said), ended
         if room:
-            assert re.search(r"can't write the checkpoint .*; the last good one, step-\d+, stays", ended.said[0])
+            assert re.search(r"can't write the checkpoint .*; the last good one, step-\d+, is kept", ended.said[0])
         checkpoints = Checkpoints(run_dir / "checkpoints")
-        sound = checkpoints.newest_sound()
+        sound = checkpoints.newest_valid()
         assert sound is not None
         assert sound == checkpoints.named("last")
         assert sorted(p.name for p in checkpoints.folder.iterdir() if p.name.startswith(".")) == []
@@ -269,16 +268,16 @@ def dies_between(step: int) -> None:
 
 def no_better() -> None:
     """No evaluation is the best so far."""
-    job: Any = importlib.import_module("distil_tl.run").Job
-    original = job.note_evaluation
+    run: Any = importlib.import_module("distil_tl.run").Run
+    original = run.record_evaluation
 
-    def note_evaluation(self: Any, *args: Any) -> bool:
+    def record_evaluation(self: Any, *args: Any) -> bool:
         best = self.state.best
         original(self, *args)
         self.state.best = best
         return False
 
-    job.note_evaluation = note_evaluation
+    run.record_evaluation = record_evaluation
 
 
 def test_best_is_put_right_after_a_kill_between_the_two_links(small: list[str], tmp_path: Path) -> None:
@@ -335,15 +334,14 @@ DIES_ONCE = """
 import os, signal, sys
 from pathlib import Path
 import distil_tl.train as train
-original, taken = train.train_epoch, iter(range(1000))
-def train_epoch(*args, **kwargs):
-    for consumed in original(*args, **kwargs):
-        marker = Path({marker!r})
-        if next(taken) == {step} and os.environ["RANK"] == "1" and not marker.exists():
-            marker.write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield consumed
-train.train_epoch = train_epoch
+original, taken = train.optimizer_step, iter(range(1000))
+def optimizer_step(*args):
+    original(*args)
+    marker = Path({marker!r})
+    if next(taken) == {step} and os.environ["RANK"] == "1" and not marker.exists():
+        marker.write_text(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        os.kill(os.getpid(), signal.SIGKILL)
+train.optimizer_step = optimizer_step
 sys.exit(train.main())
 """
 
@@ -356,7 +354,7 @@ def test_torchrun_brings_a_job_back_from_its_last_checkpoint(small: list[str], t
     output = finished(process)
     assert process.returncode == 0, output
     assert marker.read_text() == "0"
-    assert "going on from step 8" in output
+    assert "resuming from step 8" in output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
     steps = [line["step"] for line in lines(tmp_path / "run", window="interval")]
     assert steps == list(range(1, 13))
@@ -373,9 +371,9 @@ def test_term_to_everyone_under_torchrun_saves(small: list[str], tmp_path: Path)
     os.killpg(process.pid, signal.SIGTERM)
     output = finished(process)
     assert process.returncode != 0
-    assert "goes on from there" in output
+    assert "same command to resume" in output
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "preempted"
-    newest = Checkpoints(run_dir / "checkpoints").newest_sound()
+    newest = Checkpoints(run_dir / "checkpoints").newest_valid()
     assert newest is not None
     assert json.loads((newest / "state.json").read_text())["run"]["position"]["step"] == lines(run_dir)[-1]["step"]
     assert processes_of(run_dir) == []

@@ -22,36 +22,34 @@ def hashed_train(args: list[str], sabotage: str | None = None) -> dict[str, Any]
     train_module: Any = importlib.import_module("distil_tl.train")
 
     record: dict[str, Any] = {"hashes": [], "moved": {}}
-    begin, steps = train_module.begin_stage, train_module.train_epoch
+    begin, average = train_module.begin_stage, train_module.average_statistics
     if sabotage is not None:  # on the network as a whole, not on a folded part of it that nothing could move
         ready: Any = importlib.import_module("distil_tl.training.stage_setup")
         ready.split = lambda module, images: "sabotaged"
     first: list[Any] = []
 
-    def begin_stage(info: Any, model: Any, network: Any, name: str, *rest: Any, **more: Any) -> Any:
-        run = begin(info, model, network, name, *rest, **more)
+    def begin_stage(info: Any, stage: Any, model: Any, *rest: Any) -> Any:
+        training = begin(info, stage, model, *rest)
         if sabotage == "keep the first DDP":
-            first.append(run.network)
-            run.network = first[0]
+            first.append(training.network)
+            training.network = first[0]
         if sabotage == "let BatchNorm move":
-            for module in network.modules():
+            for module in training.inner.modules():
                 module.__dict__.pop("train", None)
-            network.train()
+            training.inner.train()
         trained = {name for name, p in model.module.named_parameters() if p.requires_grad}
         state = {k: v.clone() for k, v in model.module.state_dict().items() if k not in trained}
-        record["frozen"] = (name, state, model.module)
-        record["steps"] = 0
-        return run
+        record["frozen"] = (stage.name, state, model.module)
+        return training
 
-    def train_epoch(*args: Any, **kwargs: Any) -> Any:
-        for consumed in steps(*args, **kwargs):
-            name, state, module = record["frozen"]
-            record["hashes"].append((name, weights_hash(module)))
-            now = module.state_dict()
-            record["moved"][name] = [key for key, value in state.items() if not torch.equal(now[key], value)]
-            yield consumed
+    def average_statistics(*args: Any) -> None:  # the last thing that a step does
+        average(*args)
+        name, state, module = record["frozen"]
+        record["hashes"].append((name, weights_hash(module)))
+        now = module.state_dict()
+        record["moved"][name] = [key for key, value in state.items() if not torch.equal(now[key], value)]
 
-    train_module.begin_stage, train_module.train_epoch = begin_stage, train_epoch
+    train_module.begin_stage, train_module.average_statistics = begin_stage, average_statistics
     status = train(args)
     return {"status": status, "hashes": record["hashes"], "moved": record["moved"]}
 

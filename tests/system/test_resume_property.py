@@ -22,23 +22,21 @@ from torch import Tensor, nn
 
 from distil_tl.config import Config
 from distil_tl.data import loader as loading
-from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import fitting_world_sizes
-from distil_tl.data.loader import Batch, ImageDataset, make_loader, plan_batches
+from distil_tl.data.loader import Batch, ImageDataset, make_loader
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.transforms import View
 from distil_tl.distributed.launch_env import Launch
-from distil_tl.distributed.preemption import Request
+from distil_tl.distributed.preemption import Request, StopAgreedError
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.run import Job
-from distil_tl.rundir.checkpoint import Position
-from distil_tl.rundir.directory import RunState, StageRecord
+from distil_tl.run import Run
+from distil_tl.rundir.state import Position, RunState
 from distil_tl.train import train_one_epoch
+from distil_tl.training.config import StageConfig
 from distil_tl.training.metrics import Meter
 from distil_tl.training.optim import current_lr
-from distil_tl.training.stage import StageConfig
-from distil_tl.training.step import StageRun
-from distil_tl.utils.errors import PreemptedError
+from distil_tl.training.stage import Stage
+from distil_tl.training.step import StageTraining
 
 NAMES = ("head", "middle", "full")
 
@@ -100,11 +98,26 @@ class Tiny(nn.Module):
         return logits
 
 
-class Simulated(Job):
+class Simulated(Run):
     saved: str | None = None
 
-    def save(self, run: StageRun, meter: Meter, *, is_best: bool = False) -> None:
-        self.saved = json.dumps(self.state.to_json())
+    def save(self, training: StageTraining, *, is_best: bool = False) -> None:
+        self.saved, self.unsaved = json.dumps(self.state.to_json()), False
+
+
+class Source:
+    """In place of an ImageSource: notes what is trained on."""
+
+    def __init__(self, index: Any, plan: Plan, seen: Seen) -> None:
+        self.images, self.plan, self.seen = index, plan, seen
+        self.run: Any = None
+
+    def index(self, split: str) -> Any:
+        return self.images
+
+    def batches(self, loader: Any, split: str) -> Iterator[Batch]:
+        training, position = self.run.training, self.run.state.position
+        return note(loader, training, position, self.seen)
 
 
 def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: Seen) -> tuple[str | None, bool]:
@@ -116,52 +129,57 @@ def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: S
     config.checkpoint.every_steps = plan.every
     config.seed = plan.seed
     info = DistInfo(Launch(rank=rank, world_size=attempt.world), torch.device("cpu"), 1.0)
-    index: Any = SimpleNamespace(targets=[i % 2 for i in range(plan.images)], file=lambda i: i, copy=None)
-    nothing: Any = SimpleNamespace(wait=lambda: None, path=Path())
-    job = Simulated(
-        info=info, config=config, splits=SimpleNamespace(train=index, classes=("a", "b")), model=nothing,  # type: ignore[arg-type]
-        network=nothing, state=RunState() if saved is None else RunState.from_json(json.loads(saved)),
-        directory=nothing, checkpoints=nothing, tracker=None, stop=nothing, bad_images=BadImages("error"),
-        train_state=None, clock=0.0, saved_at=0.0,
+    index: Any = SimpleNamespace(
+        targets=[i % 2 for i in range(plan.images)], file=lambda i: i, copy=None, classes=("a", "b")
+    )
+    nothing: Any = SimpleNamespace(wait=lambda: None, path=Path(), preprocess=SimpleNamespace(crop_size=8))
+    source: Any = Source(index, plan, seen)
+    run = Simulated(
+        info=info, config=config, source=source, model=nothing,
+        state=RunState() if saved is None else RunState.from_json(json.loads(saved)),
+        directory=nothing, checkpoints=nothing, tracker=None, stop=nothing, train_state=None,
     )  # fmt: skip
-    job.saved = saved
-    job.agreement = clock = Clock(attempt)  # type: ignore[assignment]
+    run.saved, source.run = saved, run
+    run.agreement = clock = Clock(attempt)  # type: ignore[assignment]
     try:
-        for name, stage in config.stages.items():
-            if not job.has_finished(name):
-                run_stage(job, clock, name, stage, seen)
-    except (KilledError, PreemptedError):
-        return job.saved, False
-    return job.saved, True
+        for name in config.stages:
+            if not run.has_finished(name):
+                run_stage(run, clock, run.stage(name))
+    except KilledError:
+        return run.saved, False
+    except StopAgreedError:
+        assert not run.unsaved
+        return run.saved, False
+    return run.saved, True
 
 
-def run_stage(job: Job, clock: Clock, name: str, stage: StageConfig, seen: Seen) -> None:
+def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
     """As in distil_tl.train, but for the network, evaluations and records."""
-    info, data = job.info, job.config.data
+    info, data, index = run.info, run.config.data, run.source.index("train")
     sampler = TrainSampler(
-        len(job.splits.train.targets), global_batch_size=data.global_batch_size, world_size=info.world_size,
-        rank=info.rank, seed=job.config.seed, stage=name,
+        len(index.targets), global_batch_size=data.global_batch_size, world_size=info.world_size,
+        rank=info.rank, seed=stage.seed, stage=stage.name,
     )  # fmt: skip
-    dataset = ImageDataset(job.splits.train, View([InitialSeed()], 8), 8, seed=job.config.seed, stage=name)
-    plan = plan_batches(data.global_batch_size, info.world_size, data.max_local_batch_size)
-    loader = make_loader(dataset, sampler, batch_size=plan.micro, workers=0, pin_memory=False)
-    network = Tiny()
-    group = {"params": list(network.parameters()), "peak_lr": stage.lr}
-    run = StageRun(
-        name=name, network=network, optimizer=torch.optim.SGD([group], lr=stage.lr, fused=True),
-        scaler=torch.amp.GradScaler("cpu", enabled=False), total_steps=stage.epochs * sampler.steps_per_epoch,
-        moving_statistics=False, first_bad_step=torch.tensor(torch.inf), recent=collections.deque(maxlen=1),
+    dataset = ImageDataset(index, View([InitialSeed()], 8), 8, seed=stage.seed, stage=stage.name)
+    loader = make_loader(dataset, sampler, batch_size=run.plan.micro, workers=0, pin_memory=False)
+    network: Any = Tiny()
+    group = {"params": list(network.parameters()), "peak_lr": stage.config.lr}
+    training = StageTraining(
+        stage=stage, inner=network, network=network, sampler=sampler, loader=loader, val_loader=loader, images=index,
+        accumulation=run.plan.accumulation, optimizer=torch.optim.SGD([group], lr=stage.config.lr, fused=True),
+        scaler=torch.amp.GradScaler("cpu", enabled=False), total_steps=stage.config.epochs * sampler.steps_per_epoch,
+        trains_statistics=False, first_bad_step=torch.tensor(torch.inf), recent=collections.deque(maxlen=1),
+        meter=Meter(info, 2),
     )  # fmt: skip
-    job.state.stages.setdefault(name, StageRecord())
-    position, meter = job.position(name), Meter(info, 2)
-    while position.epoch < stage.epochs:
-        noted: Any = note(loader, run, sampler, position, plan.accumulation, seen)
-        train_one_epoch(job, run, sampler, noted, meter, position)
-        job.note_evaluation(run, position.epoch, meter.total(), 0.0)
-        position = job.state.position = Position(name, position.epoch + 1, 0, position.step)
-        job.save(run, meter)
+    position = run.enter(training)
+    while position.epoch < stage.config.epochs:
+        train_one_epoch(run, training, position)
+        run.record_evaluation(training, position.epoch, training.meter.total(), 0.0)
+        position = run.state.position = Position(stage.name, position.epoch + 1, 0, position.step)
+        training.meter = Meter(info, 2)
+        run.save(training)
         if clock.left == 0:  # the signal came with the last step of the epoch
-            raise PreemptedError
+            raise StopAgreedError
 
 
 class InitialSeed(nn.Module):
@@ -171,15 +189,13 @@ class InitialSeed(nn.Module):
         return torch.tensor([torch.initial_seed()])
 
 
-def note(
-    loader: Any, run: StageRun, sampler: TrainSampler, position: Position, accumulation: int, seen: Seen
-) -> Iterator[Batch]:
-    first = position.consumed // sampler.global_batch_size
+def note(loader: Any, training: StageTraining, position: Position, seen: Seen) -> Iterator[Batch]:
+    first = position.consumed // training.sampler.global_batch_size
     for number, batch in enumerate(loader):
-        key = (run.name, position.epoch, first + number // accumulation)
+        key = (training.stage.name, position.epoch, first + number // training.accumulation)
         pairs = list(zip(batch.indices.tolist(), batch.images.flatten().tolist(), strict=True))
         seen.samples.setdefault(key, set()).update(pairs)
-        rate = current_lr(run.optimizer)
+        rate = current_lr(training.optimizer)
         assert seen.rates.setdefault(key, rate) == rate
         yield batch
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from distil_tl.rundir.checkpoint import find_fault
+from distil_tl.rundir.checkpoint import find_damage
 from distil_tl.train import main
 from distil_tl.utils.files import sha256_file
 from distil_tl.utils.log import add_rank_file, logger, setup_console
@@ -74,7 +74,7 @@ def reseal(checkpoint: Path) -> None:
     """Checksums that hold: who can change a file can do this too."""
     names = [line.split("  ", 1)[1] for line in (checkpoint / "checksums").read_text().splitlines()]
     (checkpoint / "checksums").write_text("".join(f"{sha256_file(checkpoint / n)}  {n}\n" for n in names))
-    assert find_fault(checkpoint) is None
+    assert find_damage(checkpoint) is None
 
 
 @pytest.mark.parametrize("name", ["train_state.pt", "weights.safetensors"])

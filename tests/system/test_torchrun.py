@@ -41,7 +41,7 @@ def test_ctrl_c_leaves_no_process_and_a_run_that_goes_on(small: list[str], tmp_p
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode != 0
-    assert b"goes on from there" in output
+    assert b"same command to resume" in output
     assert processes_of(run_dir) == []
     stopped = json.loads((run_dir / "summary.json").read_text())
     assert stopped["status"] == "preempted"

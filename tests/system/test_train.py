@@ -176,7 +176,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert main([*small, f"run_dir={run_dir}"]) == 0
     said = capsys.readouterr().out
     assert "step-00000018 is damaged" in said
-    assert "going on from step 12" in said
+    assert "resuming from step 12" in said
     one, two = (load_file(path / "checkpoints" / "last" / "weights.safetensors") for path in (run_dir, finished))
     for key, value in one.items():  # one rank now, two before: equal to rounding
         torch.testing.assert_close(value, two[key], rtol=1e-3, atol=1e-4)
@@ -235,7 +235,10 @@ def test_a_best_checkpoint_that_is_lost_is_said(
     sums.write_text(sums.read_text().replace(digest, sha256_file(state)))
     (before / "weights.safetensors").write_bytes(b"")
     assert main([*small, f"run_dir={run_dir}"]) == 0
-    assert "the best checkpoint, of step 12, is gone or damaged; best begins anew" in capsys.readouterr().out
+    assert (
+        "the best checkpoint, of step 12, is missing or damaged; the best result is determined anew"
+        in capsys.readouterr().out
+    )
     assert distil_tl.load(run_dir).classes == ["circles", "noise", "stripes"], "best names one that is sound"
 
 

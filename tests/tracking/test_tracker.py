@@ -30,7 +30,9 @@ def line(step: int, **more: Any) -> dict[str, Any]:
 
 def tracker(run_dir: Path, mode: str = "disabled", *, after_step: int = 0, **more: Any) -> Tracker:
     settings = TrackingConfig(wandb=WandbConfig(mode=mode, **more))
-    return Tracker(run_dir, settings, {"seed": 1}, after_step=after_step)
+    found = Tracker(run_dir, settings, {"seed": 1})
+    found.open(after_step=after_step)
+    return found
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -120,7 +120,7 @@ def runs(
 
 @pytest.mark.parametrize("what", GOES_ON)
 def test_a_run_that_goes_on_is_one_run(runs: dict[str, Future[Run]], telling_server: Server, what: str) -> None:
-    """Struck in step 10, it goes on from there, or from step 8."""
+    """Struck in step 10, it same command to resume, or from step 8."""
     run = runs[what].result()
     assert run.ended[0].statuses == [-signal.SIGKILL if what.startswith("kill") else 3], run.ended
     run.finished()

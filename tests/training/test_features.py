@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import os
 import shutil
@@ -24,11 +25,12 @@ from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.frozen_prefix import cut_frozen_prefix
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.train import main
-from distil_tl.training import features as module
-from distil_tl.training.features import cache_key
-from distil_tl.training.network import ImageNetwork, Prefix
+from distil_tl.training import feature_extraction as module
+from distil_tl.training.config import StageConfig, wants_features
+from distil_tl.training.features import Views, cache_key
+from distil_tl.training.network import Prefix, set_layout
 from distil_tl.training.precision import Compute
-from distil_tl.training.stage import StageConfig, apply_stage, wants_features
+from distil_tl.training.stage import apply_stage
 from distil_tl.utils.errors import UserError
 from tests.helpers.arguments import head_args
 from tests.helpers.ranks import lines, run_ranks, train
@@ -55,16 +57,19 @@ def in_ranks(variables: dict[str, str], args: list[str], small_chunks: bool = Tr
     return train(args)
 
 
-def built(name: str = "shufflenet_v2_x0_5", stage: StageConfig = HEAD) -> tuple[TransferModel, ImageNetwork]:
+def built(name: str = "shufflenet_v2_x0_5", stage: StageConfig = HEAD) -> TransferModel:
     model = build(ModelConfig(name, weights="none"), 3, image_size=64, seed=0)
-    network = ImageNetwork(model, FP32, CPU)
+    set_layout(model.module, FP32)
     apply_stage(model, stage)
-    return model, network
+    return model
 
 
-def prefix_of(model: TransferModel, network: ImageNetwork) -> Prefix:
-    parts = cut_frozen_prefix(model.module, torch.randn(3, 3, 64, 64))
-    return Prefix(network, parts, FP32)
+def prefix_of(model: TransferModel, compute: Compute = FP32) -> Prefix:
+    return Prefix(model, cut_frozen_prefix(model.module, torch.randn(3, 3, 64, 64)), compute, CPU)
+
+
+def views(**changes: Any) -> Views:
+    return dataclasses.replace(Views(image_size=64, augment="none", hflip=True, seed=0, count=1), **changes)
 
 
 # The same training.
@@ -258,18 +263,15 @@ def test_two_jobs_at_once(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
-    model, network = built()
-    prefix = prefix_of(model, network)
-    index = scan(folder / "train")
-    settings = {"image_size": 64, "augment": "light", "hflip": True, "seed": 0, "views": 1}
+    model = built()
+    index, light = scan(folder / "train"), views(augment="light")
 
     def key(**changes: Any) -> str:
-        return cache_key(model, prefix_of(model, network), index, **{**settings, **changes})
+        return cache_key(model, prefix_of(model), index, dataclasses.replace(light, **changes))
 
-    keys = [key(), key(image_size=32), key(augment="none"), key(hflip=False), key(seed=1), key(views=2)]
-    keys.append(cache_key(model, prefix, scan(folder / "val"), **settings))  # type: ignore[arg-type]
-    prefix.use(Compute(torch.bfloat16, True))
-    keys.append(cache_key(model, prefix, index, **settings))  # type: ignore[arg-type]
+    keys = [key(), key(image_size=32), key(augment="none"), key(hflip=False), key(seed=1), key(count=2)]
+    keys.append(cache_key(model, prefix_of(model), scan(folder / "val"), light))
+    keys.append(cache_key(model, prefix_of(model, Compute(torch.bfloat16, True)), index, light))
     apply_stage(model, StageConfig(unfreeze=2))
     keys.append(key())
     apply_stage(model, HEAD)
@@ -287,22 +289,20 @@ def test_what_a_layer_does_is_part_of_the_key_even_if_its_weights_are_the_same(f
     index = scan(folder / "train")
 
     def key(padding_mode: str) -> str:
-        model, network = built("resnet18")
+        model = built("resnet18")
         model.module.get_submodule("layer1.0.conv1").padding_mode = padding_mode  # type: ignore[assignment]
-        prefix = prefix_of(model, network)
-        return cache_key(model, prefix, index, image_size=64, augment="none", hflip=True, seed=0, views=1)
+        return cache_key(model, prefix_of(model), index, views())
 
     assert key("zeros") == key("zeros")
     assert key("zeros") != key("reflect")
 
 
 def test_images_that_were_changed_in_place_have_other_features(data: Path) -> None:
-    model, network = built()
-    settings = {"image_size": 64, "augment": "none", "hflip": True, "seed": 0, "views": 1}
+    model = built()
     keys = []
     for moment in (10**9, 10**9 + 1):
         os.utime(next((data / "train").rglob("*.png")), (moment, moment))
-        keys.append(cache_key(model, prefix_of(model, network), scan(data / "train"), **settings))  # type: ignore[arg-type]
+        keys.append(cache_key(model, prefix_of(model), scan(data / "train"), views()))
     assert keys[0] != keys[1]
 
 

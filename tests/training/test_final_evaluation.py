@@ -10,7 +10,7 @@ import pytest
 
 from distil_tl import evaluate, train
 from distil_tl.models.graph.fold_batchnorm import folds
-from distil_tl.run import Job
+from distil_tl.run import Run
 from tests.helpers.arguments import small_args
 
 
@@ -63,13 +63,13 @@ def test_a_network_with_a_frozen_part_is(folder: Path, tmp_path: Path, evaluated
 def test_a_best_that_was_beaten_is_not_kept(
     folder: Path, tmp_path: Path, evaluated: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Job.note_evaluation
+    original = Run.record_evaluation
 
-    def best(self: Job, *args: Any) -> bool:
+    def best(self: Run, *args: Any) -> bool:
         self.state.best = None
         return original(self, *args)
 
-    monkeypatch.setattr(Job, "note_evaluation", best)
+    monkeypatch.setattr(Run, "record_evaluation", best)
     run = tmp_path / "run"
     more = ["stages.head.unfreeze=all", "stages.full.unfreeze=head"]
     assert train.main([*small_args(folder), f"run_dir={run}", *more]) == 0
@@ -84,8 +84,9 @@ def test_a_run_that_goes_on_evaluates_what_it_has_not(
     run = tmp_path / "run"
     args = [*small_args(folder), f"run_dir={run}", "stages.head.epochs=0", "stages.full.unfreeze=all"]
 
-    def fails(job: Job) -> None:
-        assert folds(job.network)
+    def fails(run: Run) -> None:
+        assert run.training is not None
+        assert folds(run.training.inner)
         raise OSError("the node is gone")
 
     with monkeypatch.context() as patch:

@@ -19,9 +19,11 @@ from distil_tl.config import check, load
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.train import main
 from distil_tl.training import head_search as module
-from distil_tl.training.head_search import Heads, Settings, Step, grid
-from distil_tl.training.optim import OptimConfig, clip_gradients
-from distil_tl.training.stage import SearchConfig, StageConfig
+from distil_tl.training.batched_heads import BatchedHeads, HeadBatch, HeadSettings
+from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig
+from distil_tl.training.head_search import grid
+from distil_tl.training.optim import clip_gradients
+from distil_tl.training.stage import Stage
 from distil_tl.utils.errors import UserError
 from tests.helpers.arguments import head_args
 from tests.helpers.ranks import lines, run_ranks, train
@@ -59,8 +61,8 @@ def one(folder: Path, run_dir: Path, *more: str) -> list[str]:
 def test_each_head_is_what_the_optimizer_makes_of_it(optim: OptimConfig, bias: bool) -> None:
     torch.manual_seed(0)
     head = nn.Linear(12, 5, bias=bias)
-    settings = [Settings(0.1, 0.0), Settings(0.03, 0.7), Settings(1e-4, 0.01)]
-    heads = Heads(head, settings, optim, CPU)
+    settings = [HeadSettings(0.1, 0.0), HeadSettings(0.03, 0.7), HeadSettings(1e-4, 0.01)]
+    heads = BatchedHeads(head, settings, optim, CPU)
     singles = [nn.Linear(12, 5, bias=bias) for _ in settings]
     optimizers = []
     for single, (lr, decay) in zip(singles, settings, strict=True):
@@ -84,7 +86,7 @@ def test_each_head_is_what_the_optimizer_makes_of_it(optim: OptimConfig, bias: b
             optimizer.step()
         smoothed = F.one_hot(targets, 5) * (1 - optim.label_smoothing) + optim.label_smoothing / 5
         with torch.no_grad():
-            heads.step(Step(F.pad(features, (0, int(bias)), value=1.0), smoothed, valid / 8, factor))
+            heads.step(HeadBatch(F.pad(features, (0, int(bias)), value=1.0), smoothed, valid / 8, factor))
         for single, weight in zip(singles, heads.weight, strict=True):
             torch.testing.assert_close(weight[:, :12], single.weight, rtol=0, atol=1e-5)
             if bias:
@@ -101,10 +103,10 @@ def test_a_head_of_the_search_is_the_one_that_the_stage_trains(
     data = shutil.copytree(folder, tmp_path / "data")
     for path in [*sorted((data / "train" / "noise").iterdir())[:2], next((data / "val" / "noise").iterdir())]:
         path.write_bytes(b"broken")
-    trained: list[Heads] = []
+    trained: list[BatchedHeads] = []
     original = module._scores
 
-    def scores(search: Any, pieces: list[Heads], agreement: Any) -> Any:
+    def scores(search: Any, pieces: list[BatchedHeads], agreement: Any) -> Any:
         trained.extend(pieces)
         return original(search, pieces, agreement)
 
@@ -161,17 +163,17 @@ def test_the_first_of_equals_wins_and_a_lower_loss_before(monkeypatch: pytest.Mo
 
 def test_pieces_do_not_depend_on_the_ranks_and_cover_all() -> None:
     for heads, size in ((1, 10**9), (50, 12_810), (7, 150_000), (300, 30)):
-        parts = [list(range(heads)[part]) for part in module._pieces(heads, size, CPU)]
+        parts = [list(range(heads)[part]) for part in module._groups(heads, size, CPU)]
         assert [i for part in parts for i in part] == list(range(heads))
-        assert all(len(part) == 1 or len(part) * size <= module.TOGETHER["cpu"] + size for part in parts)
+        assert all(len(part) == 1 or len(part) * size <= module.GROUP_SIZE["cpu"] + size for part in parts)
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_the_grid_takes_what_is_not_searched_from_the_stage() -> None:
-    stage = StageConfig(lr=0.5, search=SearchConfig(weight_decay=[0.0, 0.1]))
-    assert grid(stage, OptimConfig()) == [(0.5, 0.0), (0.5, 0.1)]
-    stage = StageConfig(lr=0.5, search=SearchConfig(lr=[0.1, 0.2]))
-    assert grid(stage, OptimConfig(weight_decay=0.3)) == [(0.1, 0.3), (0.2, 0.3)]
+    config = StageConfig(lr=0.5, search=SearchConfig(weight_decay=[0.0, 0.1]))
+    assert grid(Stage("head", config, OptimConfig(), 32, "none", 0, "fp32", "none")) == [(0.5, 0.0), (0.5, 0.1)]
+    config, optim = StageConfig(lr=0.5, search=SearchConfig(lr=[0.1, 0.2])), OptimConfig(weight_decay=0.3)
+    assert grid(Stage("head", config, optim, 32, "none", 0, "fp32", "none")) == [(0.1, 0.3), (0.2, 0.3)]
     assert not SearchConfig().wanted
 
 
@@ -179,7 +181,7 @@ def test_the_grid_takes_what_is_not_searched_from_the_stage() -> None:
 
 
 def in_pieces(args: list[str]) -> int:
-    module.TOGETHER["cpu"] = 7000  # two heads
+    module.GROUP_SIZE["cpu"] = 7000  # two heads
     return train(args)
 
 
@@ -192,16 +194,16 @@ def test_the_choice_does_not_depend_on_the_number_of_ranks(folder: Path, tmp_pat
 
 def interrupted(args: list[str], number: int, step: int) -> int:
     """A signal to the last rank in the middle of the search."""
-    original = Heads.step
+    original = BatchedHeads.step
     calls = []
 
-    def counted(self: Heads, batch: Step) -> None:
+    def counted(self: BatchedHeads, batch: HeadBatch) -> None:
         calls.append(1)
         if len(calls) == step and os.environ["RANK"] == "1":
             os.kill(os.getpid(), number)
         original(self, batch)
 
-    Heads.step = counted  # type: ignore[assignment,method-assign]
+    BatchedHeads.step = counted  # type: ignore[method-assign]
     return in_pieces(args)
 
 
@@ -234,7 +236,7 @@ def test_a_run_that_goes_on_keeps_its_choice(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         assert main(args) == 3
-    monkeypatch.setattr("distil_tl.train.search_stage", None)
+    monkeypatch.setattr("distil_tl.train.search_head", None)
     assert main([*args[:-2], "stages.head.search.lr=[0.3]"]) == 2, "the grid of a stage that has begun"
     assert "stages.head.search.lr: was" in capsys.readouterr().err
     assert main(args) == 0
@@ -251,7 +253,10 @@ def test_a_run_that_goes_on_keeps_its_choice(
         (["stages.head.search.lr=[0.1,-1]"], "stages.head.search.lr must hold positive numbers"),
         (["stages.head.search.weight_decay=[-1]"], "stages.head.search.weight_decay must hold numbers of 0 or more"),
         (["stages.full.search.lr=[0.1]"], "stages.full.search needs a stage that trains on features"),
-        (["stages.head.search.lr=[0.1]", "data.augment=light"], "where images are augmented features=on or views=N"),
+        (
+            ["stages.head.search.lr=[0.1]", "data.augment=light"],
+            "set unfreeze=head, and features=on or views=N where images are augmented",
+        ),
         (
             ["stages.head.search.lr=[0.1]", "stages.head.features=off"],
             "stages.head.search needs a stage that trains on",
@@ -280,9 +285,9 @@ def test_a_stage_with_epochs_0_may_keep_its_search() -> None:
     [
         (
             ["model.name=squeezenet1_1"],
-            "stages.head.search: the stage trains something else than a single linear layer",
+            "stages.head.search: the stage trains something other than a single linear layer",
         ),
-        (["stages.head.unfreeze=2"], "stages.head.search: the stage trains something else than a single linear layer"),
+        (["stages.head.unfreeze=2"], "stages.head.search: the stage trains something other than a single linear layer"),
         ([], "stages.head.search needs features: they can't be written"),
     ],
 )
@@ -309,5 +314,5 @@ def test_heads_that_diverge_lose(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert record["lr"] == 0.01
     assert record["heads"][0] == {"lr": 1e38, "weight_decay": 0.01, "top1": None, "loss": None}
     assert main(one(folder, tmp_path / "all", "stages.head.search.lr=[1e38,1e37]", unclipped)) == 1
-    assert "of the 2 heads of stages.head.search none came to a finite loss" in capsys.readouterr().err
+    assert "none of the 2 heads of stages.head.search has a finite loss" in capsys.readouterr().err
     assert json.loads((tmp_path / "all" / "summary.json").read_text())["status"] == "failed"

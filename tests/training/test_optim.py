@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
+from distil_tl.training.config import OPTIMIZERS, SCHEDULES, OptimConfig, StageConfig
 from distil_tl.training.optim import (
-    OPTIMIZERS,
-    SCHEDULES,
-    OptimConfig,
     build_optimizer,
     clip_gradients,
     current_lr,
@@ -24,7 +22,7 @@ from distil_tl.training.optim import (
     parameter_groups,
     set_lr,
 )
-from distil_tl.training.stage import StageConfig, apply_stage
+from distil_tl.training.stage import apply_stage
 from tests.helpers.networks import images, tiny
 
 

@@ -17,8 +17,9 @@ from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import DistInfo, session
 from distil_tl.train import main
-from distil_tl.training import precision
-from distil_tl.training.precision import Compute, choose, usual_way, ways_to_compute
+from distil_tl.training import autotune
+from distil_tl.training.autotune import choose
+from distil_tl.training.precision import Compute, candidates, default_compute
 from tests.helpers.arguments import small_args
 from tests.helpers.ranks import lines, run_ranks
 
@@ -33,17 +34,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "precision"
 
 
-def test_the_ways_there_are() -> None:
+def test_the_candidates() -> None:
     convolutional, other = nn.Conv2d(3, 4, 3), nn.Linear(3, 4)
-    assert ways_to_compute("auto", convolutional, CPU) == WAYS
-    assert ways_to_compute("auto", other, CPU) == [CONTIGUOUS, Compute(torch.bfloat16, False)]
-    assert ways_to_compute("bf16", convolutional, CPU) == [BF16], "what is set is not tried"
-    assert usual_way("fp32", other, CPU) == CONTIGUOUS
+    assert candidates("auto", convolutional, CPU) == WAYS
+    assert candidates("auto", other, CPU) == [CONTIGUOUS, Compute(torch.bfloat16, False)]
+    assert candidates("bf16", convolutional, CPU) == [BF16], "what is set is not tried"
+    assert default_compute("fp32", other, CPU) == CONTIGUOUS
     assert [str(way) for way in WAYS] == ["fp32 channels_last", "fp32", "bf16 channels_last"]
     assert [Compute.parse(str(way)) for way in WAYS] == WAYS
 
 
-def chosen(seconds: dict[Compute, float], *, to_come: int = 10**6, info: DistInfo | None = None, of: str = "x") -> str:
+def chosen(
+    seconds: dict[Compute, float], *, remaining: int = 10**6, info: DistInfo | None = None, of: str = "x"
+) -> str:
     steps: list[Compute] = []
 
     def step(way: Compute) -> None:
@@ -53,7 +56,7 @@ def chosen(seconds: dict[Compute, float], *, to_come: int = 10**6, info: DistInf
         time.sleep(seconds[way])
 
     def ask(info: DistInfo) -> str:
-        way = choose(info, WAYS, step, what="a test", images=4, to_come=to_come, depends_on={"of": of})
+        way = choose(info, WAYS, step, what="a test", images=4, remaining=remaining, depends_on={"of": of})
         return f"{way} after {len(steps)}"
 
     if info is not None:
@@ -77,7 +80,7 @@ def test_the_first_way_is_left_for_a_clear_gain_only() -> None:
 
 
 def test_no_trial_where_it_would_not_pay() -> None:
-    assert chosen({FP32: 0.1, CONTIGUOUS: 0, BF16: 0}, to_come=100) == "fp32 channels_last after 0"
+    assert chosen({FP32: 0.1, CONTIGUOUS: 0, BF16: 0}, remaining=100) == "fp32 channels_last after 0"
 
 
 def test_a_way_that_does_not_work_is_left_out() -> None:
@@ -98,8 +101,8 @@ def test_ranks_agree_on_what_suits_the_slowest(tmp_path: Path) -> None:
 
 def preferring(way: Compute, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     shutil.rmtree(cache, ignore_errors=True)
-    monkeypatch.setattr(precision, "WORTH", 0)
-    monkeypatch.setattr(precision, "_time", lambda info, ways, step: [0.1 if w == way else 1.0 for w in ways])
+    monkeypatch.setattr(autotune, "WORTH", 0)
+    monkeypatch.setattr(autotune, "_time", lambda info, ways, step: [0.1 if w == way else 1.0 for w in ways])
 
 
 def test_a_run_keeps_what_it_began_with(
@@ -131,8 +134,8 @@ def test_a_run_keeps_what_it_began_with(
 def test_a_trial_leaves_no_trace(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     general = [*small_args(folder), "stages.full.batch_norm=train", "stages.full.unfreeze=all"]
     assert main([*general, f"run_dir={tmp_path / 'without'}"]) == 0
-    monkeypatch.setattr(precision, "WORTH", 0)
-    monkeypatch.setattr(precision, "MARGIN", float("inf"))
+    monkeypatch.setattr(autotune, "WORTH", 0)
+    monkeypatch.setattr(autotune, "MARGIN", float("inf"))
     assert main([*general, f"run_dir={tmp_path / 'with'}"]) == 0
     assert list((tmp_path / "cache" / "precision").iterdir()), "there was one"
     assert [line["loss"] for line in lines(tmp_path / "with")] == [line["loss"] for line in lines(tmp_path / "without")]

@@ -11,14 +11,8 @@ from torch import Tensor
 
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
-from distil_tl.training.stage import (
-    StageConfig,
-    apply_stage,
-    check_stages,
-    count_trainable,
-    default_stages,
-    trainable_groups,
-)
+from distil_tl.training.config import StageConfig, default_stages
+from distil_tl.training.stage import apply_stage, check_stages, count_trainable, trainable_groups
 from distil_tl.utils.errors import UserError
 from tests.helpers.networks import NAMES, images, tiny
 

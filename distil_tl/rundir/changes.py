@@ -1,0 +1,116 @@
+"""Which changes of the configuration a run can be resumed with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from distil_tl.utils.args import flatten, plain, read_yaml
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import logger
+
+# Keys that change how a run proceeds but not what it computes. They may differ when a run is resumed.
+FREE_ON_RESUME = (
+    "run_dir",
+    "resume",
+    "data.root",  # a folder may be moved; the fingerprint of its index is compared
+    "data.stage_to",
+    "data.workers",
+    "data.on_bad_image",  # without bad images it has no effect, and with one `error` ended the run
+    "data.max_local_batch_size",
+    "checkpoint.",
+    "distributed.",
+    "tracking.",
+)
+
+# Keys that are newer than some saved runs, as `data.KEY` or `stages.*.KEY`, with the value that means what the code did
+# before. A saved configuration without the key means that value, and the value is not part of a run's name.
+NEW_KEYS: dict[str, Any] = {}
+
+
+def new_keys(stages: Iterable[str]) -> dict[str, Any]:
+    """`NEW_KEYS` with the names of the stages filled in."""
+    found: dict[str, Any] = {}
+    for key, value in NEW_KEYS.items():
+        names = stages if key.startswith("stages.*.") else [""]
+        found |= {key.replace("*", name, 1): value for name in names}
+    return found
+
+
+def is_free_on_resume(key: str) -> bool:
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_ON_RESUME)
+
+
+def unsafe_changes(
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    started: Sequence[str],
+    digests: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+) -> list[str]:
+    """Differences between two configurations that a run can't resume with.
+
+    Args:
+        saved, now: nested dicts.
+        started: stages that have begun. Others may still change.
+        digests: `interpolation_digests` of both.
+    """
+    before, after = flatten(saved), flatten(now)
+    for key, value in new_keys(saved.get("stages") or {}).items():
+        before.setdefault(key, value)
+    changes = []
+    for key in sorted(before.keys() | after.keys()):
+        parts = key.split(".")
+        not_started = parts[0] == "stages" and len(parts) > 1 and parts[1] not in started
+        if is_free_on_resume(key) or not_started:
+            continue
+        if before.get(key) != after.get(key):
+            changes.append(f"{key}: was {before.get(key)!r}, now {after.get(key)!r}")
+        elif key in digests[0] and digests[0][key] != digests[1].get(key):
+            changes.append(f"{key}: {after[key]} has another value than before")
+    stages = now.get("stages") or {}
+    left = [name for name in started if name in stages]
+    ahead = [name for name, stage in stages.items() if name in left or stage.get("epochs") != 0]
+    if ahead[: len(left)] != left:
+        changes.append(f"stages: the order was {', '.join(started)}, now {', '.join(ahead)}")
+    return changes
+
+
+def refuse_changes(config: Any, source: DictConfig, state: dict[str, Any], run_dir: Path) -> None:
+    """Refuse to resume a run with a configuration that would not be the same training.
+
+    Args:
+        config: the dataclass.
+        source: the same with its interpolations unresolved.
+        state: state.json of the checkpoint to resume from.
+        run_dir: that the checkpoint is in.
+
+    Raises:
+        UserError: listing the changes.
+    """
+    saved = run_dir / "config.yaml"
+    if not saved.exists():
+        logger.warning("%s is missing; cannot check for changes of the configuration", saved)
+        return
+    digests = state.get("interpolated", {}), interpolation_digests(config, source)
+    changes = unsafe_changes(read_yaml(saved), plain(source), list(state["run"]["stages"]), digests)
+    if changes:
+        listing = "\n".join(f"  - {change}" for change in changes)
+        raise UserError(
+            f"{run_dir} holds a run of another configuration, and resuming it with this one would not be the same "
+            f"training:\n{listing}\nUse the old values, or choose another run_dir."
+        )
+
+
+def interpolation_digests(config: Any, source: DictConfig) -> dict[str, str]:
+    """Digests of the values behind interpolations such as `${oc.env:SEED}`, by key: comparable, but not readable."""
+    values = flatten(dataclasses.asdict(config))
+    found = {}
+    for key, text in flatten(plain(source)).items():
+        if isinstance(text, str) and "${" in text and not is_free_on_resume(key):
+            found[key] = hashlib.sha256(f"{key}={values[key]!r}".encode()).hexdigest()[:16]
+    return found

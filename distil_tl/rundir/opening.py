@@ -1,0 +1,65 @@
+"""Opening a run directory: restore the state of a checkpoint, then claim the directory for this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from distil_tl.data.splits import Splits
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.models.transfer import TransferModel
+from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_train_state, load_weights
+from distil_tl.rundir.directory import RunDirectory, check_shared
+from distil_tl.rundir.start import Start
+from distil_tl.rundir.state import RunState
+from distil_tl.utils.log import logger
+
+
+def restore_state(
+    info: DistInfo, start: Start, splits: Splits, model: TransferModel
+) -> tuple[RunState, dict[str, Any] | None]:
+    """The state that `start` names, with the weights loaded into `model`, and the optimizer's state. Writes nothing.
+
+    Raises:
+        UserError: the images are not those of the checkpoint, or a rank does not see it.
+    """
+    if start.checkpoint is None or start.saved is None or start.saved_run_dir is None:
+        return RunState(), None
+    path = Path(start.checkpoint)
+    check_shared(info, path, path.is_dir)
+    state = RunState.from_json(start.saved["run"])
+    splits.refuse_drift(start.saved["data"], start.saved_run_dir)
+    best = None if state.best is None else Checkpoints(Path(start.run_dir) / "checkpoints").path(state.best["step"])
+    if best is not None and find_damage(best) is not None:
+        # Removed, damaged, or in the directory of another run that this one resumes from.
+        if start.is_own_checkpoint:
+            logger.warning(
+                "the best checkpoint, of step %d, is missing or damaged; the best result is determined anew",
+                state.step if state.best is None else state.best["step"],
+            )
+        state.best = None
+    load_weights(path, model.module)
+    return state, load_train_state(path)
+
+
+def open_outputs(
+    info: DistInfo,
+    source: DictConfig,
+    start: Start,
+    state: RunState,
+    splits: Splits,
+    directory: RunDirectory,
+    checkpoints: Checkpoints,
+) -> str | None:
+    """Claim the run directory and write the files that describe the run, on rank 0. Returns the token of the claim."""
+    directory.open(source, splits.classes, info, state.step)
+    if start.checkpoint is not None and start.is_own_checkpoint:
+        newest = Path(start.checkpoint)
+        best = checkpoints.path(state.best["step"]) if state.best is not None else None
+        if best is None and checkpoints.named("best"):  # the best one is lost: the newest replaces it for now
+            best = newest
+        checkpoints.repair_links(newest, best)
+    splits.remember(directory.path)
+    return directory.attempt.token

@@ -1,0 +1,82 @@
+"""The state of a run besides tensors: its position, its best result, and a record of each stage."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Position:
+    """Where a run is.
+
+    Attributes:
+        stage: its name.
+        epoch: of the stage, from 0.
+        consumed: samples of the epoch that are trained on, over all ranks.
+        step: optimizer steps since the run began.
+    """
+
+    stage: str
+    epoch: int
+    consumed: int
+    step: int
+
+
+@dataclass
+class StageRecord:
+    """What a stage has done so far. `seconds` includes set-up and evaluations, `train_seconds` does not."""
+
+    epochs: int = 0
+    seconds: float = 0.0
+    train_seconds: float = 0.0
+    epoch_seconds: float = 0.0  # of training in the current epoch
+    train_images: int = 0
+    cached: bool = False  # it trains on features
+    precision: str | None = None  # of the trained part; set once the stage has begun
+    prefix_precision: str | None = None  # of the frozen part
+    folded: bool | None = None  # BatchNorm is folded while the whole network trains
+    trainable_parameters: int = 0
+    train_top1: float | None = None  # running average over the last epoch
+    top1: float | None = None  # on val, after the last epoch
+    search: dict[str, Any] | None = None  # result of the head search
+
+    @property
+    def has_begun(self) -> bool:
+        return self.precision is not None
+
+    def summary(self) -> dict[str, Any]:
+        fields = asdict(self)
+        del fields["epoch_seconds"]
+        speed = self.train_images / self.train_seconds if self.train_seconds else 0.0
+        return {**fields, "images_per_second": speed}
+
+
+@dataclass
+class RunState:
+    """Position and history of a run; what `state.json` of a checkpoint holds under `run`."""
+
+    position: Position | None = None
+    best: dict[str, Any] | None = None
+    final: dict[str, Any] | None = None
+    stages: dict[str, StageRecord] = field(default_factory=dict)
+    seconds: float = 0.0
+    bad_images: dict[str, dict[str, str]] = field(default_factory=dict)  # by split and path below it: the reason
+
+    @property
+    def step(self) -> int:
+        return self.position.step if self.position else 0
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> RunState:
+        return cls(
+            position=Position(**tree["position"]),
+            best=tree["best"],
+            final=tree["final"],
+            stages={name: StageRecord(**record) for name, record in tree["stages"].items()},
+            seconds=tree["seconds"],
+            bad_images=tree["bad_images"],
+        )

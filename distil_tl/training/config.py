@@ -1,0 +1,137 @@
+"""The sections `stages` and `optim` of the configuration, and how a stage may compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from distil_tl.data.config import AUGMENTATIONS
+
+BATCH_NORM = ("frozen", "train")
+FEATURES = ("auto", "on", "off")
+OPTIMIZERS = ("adamw", "sgd")
+COMPRESSIONS = ("none", "bf16")
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+COMPILE = ("none", "prefix", "all")
+
+
+@dataclass
+class SearchConfig:
+    """A grid of heads, trained on features before the stage. An empty list stands for the stage's own value."""
+
+    lr: list[float] = field(default_factory=list)  # candidates for lr, chosen by top-1 on val; []: no search
+    weight_decay: list[float] = field(default_factory=list)  # candidates for optim.weight_decay
+
+    @property
+    def wanted(self) -> bool:
+        return bool(self.lr or self.weight_decay)
+
+    def problems(self, key: str) -> list[str]:
+        found = []
+        if not all(0 < lr < float("inf") for lr in self.lr):
+            found.append(f"{key}.lr must hold positive numbers")
+        if not all(0 <= decay < float("inf") for decay in self.weight_decay):
+            found.append(f"{key}.weight_decay must hold numbers of 0 or more")
+        return found
+
+
+@dataclass
+class StageConfig:
+    unfreeze: Any = "all"  # head | all | the N last groups | [group names]
+    epochs: int = 1  # 0 skips the stage
+    lr: float = 1e-3  # peak learning rate of the head
+    layer_decay: float = 1.0  # learning rate of each group, relative to the group above it
+    batch_norm: str = "frozen"  # frozen: running statistics are kept | train: they are updated in unfrozen groups
+    augment: str | None = None  # null: data.augment
+    image_size: int | None = None  # pixels; null: data.image_size
+    features: str = "auto"  # train on cached output of the frozen part: on | off | auto (if results stay the same)
+    views: int | None = None  # augmented views of each image in the features; null: one view, not augmented
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def problems(self, name: str) -> list[str]:
+        found = []
+        key = f"stages.{name}"
+        if not _is_unfreeze(self.unfreeze):
+            found.append(
+                f"{key}.unfreeze is {self.unfreeze!r}; give `head`, `all`, a number of last groups (1 is the head "
+                f"alone), or a list of group names"
+            )
+        if self.epochs < 0:
+            found.append(f"{key}.epochs must be 0 (skip the stage) or more")
+        if not 0 < self.lr < float("inf"):
+            found.append(f"{key}.lr must be a positive number")
+        if not 0 < self.layer_decay <= 1:
+            found.append(f"{key}.layer_decay must be above 0 and at most 1")
+        if self.batch_norm not in BATCH_NORM:
+            found.append(f"{key}.batch_norm is {self.batch_norm!r}; choose one of {', '.join(BATCH_NORM)}")
+        if self.augment is not None and self.augment not in AUGMENTATIONS:
+            found.append(f"{key}.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
+        if self.features not in FEATURES:
+            found.append(f"{key}.features is {self.features!r}; choose one of {', '.join(FEATURES)}")
+        if self.views is not None and self.views < 1:
+            found.append(f"{key}.views must be at least 1, or null")
+        if self.unfreeze == "all" and (self.features == "on" or self.views is not None):
+            found.append(
+                f"{key} trains the whole network, so it can't use features; remove {key}.features and {key}.views"
+            )
+        if self.image_size is not None and self.image_size < 8:
+            found.append(f"{key}.image_size must be at least 8 pixels")
+        return found + self.search.problems(f"{key}.search")
+
+
+def _is_unfreeze(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return value >= 1
+    if isinstance(value, (list, tuple)):
+        return len(value) > 0 and all(isinstance(name, str) for name in value)
+    return value in ("head", "all")
+
+
+def default_stages() -> dict[str, StageConfig]:
+    """A new head on the frozen backbone, then the whole network."""
+    return {
+        "head": StageConfig(unfreeze="head", epochs=3, lr=1e-2),
+        "full": StageConfig(unfreeze="all", epochs=5, lr=3e-4, layer_decay=0.9),
+    }
+
+
+def wants_features(stage: StageConfig, augment: str) -> bool:
+    """Whether a stage asks for features. `auto` does where the result is the same with and without them."""
+    if stage.features == "auto":
+        return stage.unfreeze != "all" and (augment == "none" or stage.views is not None)
+    return stage.features == "on"
+
+
+@dataclass
+class OptimConfig:
+    name: str = "adamw"  # adamw | sgd
+    weight_decay: float = 0.01  # not applied to norms, biases, class tokens and position embeddings
+    momentum: float = 0.9  # Nesterov, for sgd
+    warmup: float = 0.1  # share of a stage's steps
+    schedule: str = "cosine"  # after the warm-up: cosine | linear | constant
+    label_smoothing: float = 0.0  # share of each target spread over all classes
+    clip_norm: float | None = 1.0  # limit of the global gradient norm; null: no clipping
+    compression: str = "none"  # gradients between ranks: none | bf16 (half the bytes, for slow networks)
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.name not in OPTIMIZERS:
+            found.append(f"optim.name is {self.name!r}; choose one of {', '.join(OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES:
+            found.append(f"optim.schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        if self.compression not in COMPRESSIONS:
+            found.append(f"optim.compression is {self.compression!r}; choose one of {', '.join(COMPRESSIONS)}")
+        if self.weight_decay < 0:
+            found.append("optim.weight_decay must be 0 or more")
+        if not 0 <= self.momentum < 1:
+            found.append("optim.momentum must be at least 0 and below 1")
+        if not 0 <= self.warmup < 1:
+            found.append("optim.warmup is a share of the steps of each stage: at least 0 and below 1")
+        if not 0 <= self.label_smoothing < 1:
+            found.append("optim.label_smoothing must be at least 0 and below 1")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            found.append("optim.clip_norm must be positive, or null for no clipping")
+        return found
