@@ -11,6 +11,7 @@ import torch
 from distil_tl.data import feature_cache
 from distil_tl.data.feature_cache import Cache
 from distil_tl.data.sampler import SampleKey
+from tests.helpers.recorded_features import ABOUT, TRAIN, VAL
 
 
 @pytest.fixture
@@ -36,3 +37,15 @@ def test_a_chunk_is_read_as_it_was_written(tmp_path: Path, small_chunks: None, s
     found = Cache(tmp_path / "f", shape[0], 1)
     found.write(0, 0, content, {})
     assert np.array_equal(found.open(np.zeros(shape[0])).arrays[0], content.numpy())
+
+
+def test_chunks_written_by_earlier_code_are_valid_and_read() -> None:
+    train, val = Cache(TRAIN, 3, 2), Cache(VAL, 2, 1)
+    for cache in (train, val):
+        assert all(cache.is_sound(*chunk) and cache.is_there(*chunk) for chunk in cache.chunks())
+    features = train.open(np.array([0, 1, 1]))
+    batch = features.__getitems__([SampleKey(0, 0, 0), SampleKey(0, 1, 1), SampleKey(2, 1, 2)])
+    assert batch.images[:2, :3].tolist() == ABOUT["first_values"]["train"]
+    assert batch.valid.tolist() == [True, True, False]
+    assert [image for image, _ in batch.faults] == [2]
+    assert val.open(np.array([0, 1])).arrays[0][0, :3].tolist() == ABOUT["first_values"]["val"][0]
