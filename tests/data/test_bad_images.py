@@ -7,8 +7,6 @@ import json
 import resource
 import shutil
 import signal
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from safetensors.torch import load_file
 from distil_tl.data.sampler import epoch_order
 from distil_tl.train import main
 from tests.helpers.arguments import small_args
+from tests.helpers.image_bytes import png
 from tests.helpers.images import CLASSES, draw, make_folder
 from tests.helpers.ranks import lines, run_ranks, train
 from tests.helpers.runs import evaluated, refusal, refused, stopped_train, summary_of, traced_train
@@ -47,15 +46,9 @@ def zero_bytes(path: Path) -> None:
 
 
 def bomb(path: Path) -> None:
-    """A whole PNG of 600 megapixels, all black, in 75 kilobytes."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
+    """A complete PNG of 600 megapixels, all black, in 75 kilobytes."""
     width, height = 25_000, 24_000
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes((width // 8 + 1) * height))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    path.write_bytes(png(width, height, 1, 0, bytes((width // 8 + 1) * height)))
 
 
 def deep(path: Path) -> None:

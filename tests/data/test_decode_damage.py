@@ -7,14 +7,13 @@ import random
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
 from distil_tl.data import decode as module
 from distil_tl.data.decode import MAX_PIXELS, ImageError, decode, decode_bytes
 from distil_tl.utils.errors import UserError
-from tests.data.test_decode import png, saved
+from tests.helpers.image_bytes import noise_image, png, saved
 
 
 def bomb(side: int = 25000) -> bytes:
@@ -64,17 +63,12 @@ def test_the_limit_is_exact(monkeypatch):
     assert MAX_PIXELS == 178_956_970
 
 
-def picture(kind: str) -> bytes:
-    noise = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
-    return saved(Image.fromarray(noise), kind)
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_truncated(tmp_path: Path, kind, share):
     if kind not in module._plugins():
         pytest.skip("this Pillow lacks it")
-    data = picture(kind)
+    data = noise_image(kind)
     path = tmp_path / f"cut.{kind}"
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(ImageError, match=f"cut.{kind}': ") as caught:
@@ -106,7 +100,7 @@ def test_noise_in_a_file_gives_an_image_or_an_image_error():
     dice = random.Random(0)
     outcomes = set()
     for kind in ("JPEG", "PNG", "BMP", "PPM", "TIFF", "GIF"):
-        whole = picture(kind)
+        whole = noise_image(kind)
         for _ in range(60):
             data = bytearray(whole)
             for _ in range(dice.choice([1, 3, 30])):
@@ -129,7 +123,7 @@ def test_out_of_memory_is_not_a_bad_image(monkeypatch):
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(MemoryError):
-        decode_bytes(picture("PNG"))
+        decode_bytes(noise_image("PNG"))
 
 
 def test_the_error_travels_between_processes():

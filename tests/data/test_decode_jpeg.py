@@ -1,4 +1,4 @@
-"""JPEGs: two decoders that give the same, and images no larger than they need be."""
+"""Decoding of JPEGs: two decoders with the same results, and decoding at a reduced size."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from PIL import Image
 
 from distil_tl.data import decode as module
 from distil_tl.data.decode import ImageError, decode_bytes
-from tests.data.test_decode import saved
-from tests.data.test_decode_damage import picture
+from tests.helpers.image_bytes import noise_image, saved
 
 
 def test_the_same_every_time():
-    data = picture("JPEG")
+    data = noise_image("JPEG")
     assert torch.equal(decode_bytes(data), decode_bytes(data))
 
 
@@ -86,7 +85,7 @@ def test_a_jpeg_is_decoded_no_smaller_than_enough(enough, shape):
     assert image.stride()[0] == 1
 
 
-def test_a_jpeg_decoded_small_is_the_same_picture():
+def test_a_jpeg_decoded_small_is_the_same_noise_image():
     # Gradients, which are no different after any sound way of making them smaller.
     y, x = np.mgrid[:320, :400]
     data = saved(Image.fromarray(np.stack([x / 2, y / 2, (x + y) / 4], 2).astype(np.uint8)), "JPEG", quality=95)

@@ -1,33 +1,27 @@
-"""What lies between the index and the network: loader processes, their CPUs and memory, and the way to the device."""
+"""Loader processes: the memory that they share, and the number of their CPUs."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from distil_tl.data.config import default_workers
-from distil_tl.data.device import to_device
 from distil_tl.data.index import Index
-from distil_tl.data.loader import Batch, ImageDataset, choose_workers, warn_of_few_cpus
+from distil_tl.data.loader import ImageDataset, choose_workers, warn_of_few_cpus
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.scan import scan
 from distil_tl.data.transforms import eval_transform
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.log import setup_console
-from tests.distributed.test_collectives import LINUX, files_in_memory
-
-CPU = torch.device("cpu")
+from tests.helpers.shared_memory import LINUX, files_in_memory
 
 
 def dataset_of(index: Index) -> ImageDataset:
@@ -199,51 +193,3 @@ def test_too_few_cpus_are_said(cpus, capsys, launch: Launch, mine: int, step, wo
         assert said in heard
         assert "slurm.cpus_per_task" in heard
         assert "--cpus-per-task" in heard
-
-
-# The way to the device.
-
-
-def batches(count: int, taken: list[int], *, pinned: bool = False) -> Iterator[Batch]:
-    def part(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if pinned else tensor
-
-    for i in range(count):
-        taken.append(i)
-        images = torch.full((64, 3, 64, 64), i, dtype=torch.uint8)
-        numbers = torch.full((64,), i)
-        yield Batch(part(images), part(numbers), numbers, part(numbers > -1), [(i, "why")])
-
-
-def test_on_a_cpu_batches_are_what_they_are() -> None:
-    taken: list[int] = []
-    given = list(batches(3, taken))
-    assert all(a is b for a, b in zip(to_device(iter(given), CPU), given, strict=True))
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_no_batch_is_taken_before_it_is_asked_for(device) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    taken: list[int] = []
-    moved = to_device(batches(3, taken), torch.device(device))
-    assert taken == []
-    for i in range(3):
-        next(moved)
-        assert taken == list(range(i + 1))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_they_arrive_whole_while_it_is_busy() -> None:
-    device, sums = torch.device("cuda"), []
-    busy = torch.rand(4096, 4096, device=device)
-    for batch in to_device(batches(40, [], pinned=True), device):
-        assert {batch.images.device.type, batch.targets.device.type, batch.valid.device.type} == {"cuda"}
-        assert batch.indices.device == CPU
-        assert batch.faults == [(int(batch.indices[0]), "why")]
-        for _ in range(3):
-            busy = torch.nn.functional.normalize(busy @ busy)
-        sums.append(batch.images.long().sum() + batch.targets.sum())
-        del batch
-    assert [int(s) for s in sums] == [i * (64 * 3 * 64 * 64 + 64) for i in range(40)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch, read_launch
 from distil_tl.distributed.process_group import DistInfo, session
 from tests.helpers.ranks import rank, run_ranks
+from tests.helpers.shared_memory import LINUX, files_in_memory
 
 ARRAYS = {
     "odd": np.arange(13, dtype=np.uint8),
@@ -22,13 +22,6 @@ ARRAYS = {
     "big-endian": np.arange(6, dtype=">i4").reshape(2, 3),
     "transposed": np.arange(2**20, dtype=np.int64).reshape(4, -1).T,
 }
-LINUX = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
-
-
-def files_in_memory() -> set[int]:
-    """The numbers of those that this process maps."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    return {int(line.split()[4]) for line in lines if "memfd:distil_tl" in line}
 
 
 def shared(nodes: list[int], fault: str | None = None) -> tuple[bool, list[int], set[int]]:

@@ -31,7 +31,7 @@ def keys_are_comparable(args: list[str]) -> bool:
     """Whether this torch initializes the model with the recorded weights; its version is part of the key, too."""
     config, _ = load(args)
     state = build(config.model, 2, image_size=32, seed=config.seed).module.state_dict()
-    return ABOUT["torch"] == torch.__version__ and ABOUT["weights"] == digest_of(state)
+    return [ABOUT["torch"], ABOUT["weights"]] == [torch.__version__, digest_of(state)]
 
 
 def digest_of(state: dict[str, torch.Tensor]) -> str:
