@@ -18,8 +18,10 @@ from omegaconf import OmegaConf
 from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.rundir.lock import is_alive, read_attempt
 from distil_tl.tracking.config import WandbConfig
-from distil_tl.tracking.tracker import Mirror, wandb_task
-from distil_tl.tracking.wandb.process import Marks, Rows, Task, segments, wandb_id
+from distil_tl.tracking.wandb.client import Mirror
+from distil_tl.tracking.wandb.rows import Rows
+from distil_tl.tracking.wandb.state import Marks, segments
+from distil_tl.tracking.wandb.task import Task, wandb_id, wandb_task
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, UserError
 from distil_tl.utils.log import setup_console

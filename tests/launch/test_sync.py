@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distil_tl.tracking.wandb.process import Marks, segments
+from distil_tl.tracking.wandb.state import Marks, segments
 from launch.sync import main
 from tests.helpers.wandb_server import Server, struck, tracked
 from tests.tracking.test_wandb import ALL, Run

@@ -1,4 +1,4 @@
-"""What Weights & Biases shows of a completed run besides curves: tables, thumbnails, the best checkpoint."""
+"""Charts, tables and the artifact of a completed run, for W&B."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from typing import Any
 
 from distil_tl.report.tables import thumbnail
 
-MAX_CHART_CLASSES = 50  # of a confusion matrix; report.html has larger ones
+MAX_CHART_CLASSES = 50  # of a confusion matrix; report.html shows larger ones
 
 
 def final_charts(evaluation: dict[str, Any], mistakes: int) -> dict[str, Any]:
-    """Charts and tables of evaluation.json, by their names at W&B; `mistakes` of the surest, each with a thumbnail."""
+    """Charts and tables of evaluation.json, by their names at W&B.
+
+    Args:
+        evaluation: the content of evaluation.json.
+        mistakes: number of most confident mistakes to show, each with a thumbnail.
+    """
     import wandb
 
     charts: dict[str, Any] = {}
@@ -31,24 +36,26 @@ def final_charts(evaluation: dict[str, Any], mistakes: int) -> dict[str, Any]:
             {name: name for name in names},
             {"title": f"best checkpoint on {evaluation.get('split')}"},
         )
-    if worst := (evaluation.get("mistakes") or [])[:mistakes]:
+    if mistaken := (evaluation.get("mistakes") or [])[:mistakes]:
         columns = ["image", "path", "target", "prediction", "probability"]
-        rows = [[_picture(entry["path"]), *(entry[column] for column in columns[1:])] for entry in worst]
+        rows = [[_picture(entry["path"]), *(entry[column] for column in columns[1:])] for entry in mistaken]
         charts["evaluation/mistakes"] = wandb.Table(columns=columns, data=rows)
     return charts
 
 
 def _picture(path: str) -> Any:
-    """A thumbnail; None when the image is gone or too large to be worth reading."""
+    """A thumbnail as a wandb.Image; None if the image is missing or too large to read quickly."""
     import wandb
     from PIL import Image
 
-    found = thumbnail(path)
-    return None if found is None else wandb.Image(Image.open(io.BytesIO(base64.b64decode(found.partition(",")[2]))))
+    data_url = thumbnail(path)
+    if data_url is None:
+        return None
+    return wandb.Image(Image.open(io.BytesIO(base64.b64decode(data_url.partition(",")[2]))))
 
 
 def add_artifact(run: Any, run_dir: Path, best: dict[str, Any]) -> None:
-    """The best checkpoint's weights, the class names and the configuration, as version `best` of model-ID."""
+    """Add the weights of the best checkpoint, the class names and the configuration as version `best` of model-ID."""
     import wandb
 
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=best)
@@ -57,6 +64,6 @@ def add_artifact(run: Any, run_dir: Path, best: dict[str, Any]) -> None:
         run_dir / "classes.json",
         run_dir / "config.yaml",
     ):
-        # They stay as they are, so W&B needs no copies in the home directory.
+        # The files do not change, so W&B needs no copies in the home directory.
         artifact.add_file(str(path.resolve()), name=path.name, skip_cache=True, policy="immutable")
     run.log_artifact(artifact, aliases=["best"])
