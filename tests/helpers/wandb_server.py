@@ -1,4 +1,4 @@
-"""A real server that W&B's client talks to, openwandb, and runs that are struck while they are tracked by it."""
+"""A W&B-compatible server, openwandb, and faults in runs that it tracks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-from distil_tl.tracking.wandb.process import descendants
+from distil_tl.utils.processes import descendants
 from tests.helpers.ranks import free_port
 
 KEY = "local" + 40 * "0"
-# Unlike W&B's own servers, openwandb does not say what it has of a run that goes on. With this it does.
+# Unlike W&B's own servers, openwandb does not report which steps it has of a resumed run. With this it does.
 TELLS = """
 import json
 from openwandb import graphql_schema, storage
@@ -42,7 +42,7 @@ def told(run):
     return found
 graphql_schema._run_to_type = told
 """
-# It checks the key with each request, which takes a quarter of a second where hashes are as slow as they should be.
+# It checks the key at each request, which takes 0.25 s with a hash as slow as it should be. This one is fast.
 SERVE = """
 import functools, bcrypt, openwandb.cli
 bcrypt.gensalt = functools.partial(bcrypt.gensalt, rounds=4)
@@ -55,7 +55,7 @@ class Server:
     url: str
     data: Path
     process: subprocess.Popen[bytes]
-    environment: dict[str, str]  # for whatever is to be tracked by it
+    environment: dict[str, str]  # of processes that it tracks
 
     def query(self, text: str, *values: object) -> list[dict[str, Any]]:
         with contextlib.closing(sqlite3.connect(f"file:{self.data}/openwandb.db?mode=ro", uri=True)) as database:
@@ -63,12 +63,12 @@ class Server:
             return [dict(row) for row in database.execute(text, values)]
 
     def run(self, run_dir: Path) -> dict[str, Any]:
-        """The one run that the server has of a run directory."""
+        """The server's run of a run directory."""
         (found,) = self.query("select * from runs where run_id = ?", (run_dir / "wandb-id").read_text())
         return found
 
     def steps(self, run_dir: Path, key: str = "train/loss") -> list[int]:
-        """In the order in which they came."""
+        """The steps that have a figure, in the order of arrival."""
         run_id = (run_dir / "wandb-id").read_text()
         rows = self.query("select step from metrics where run_id = ? and key = ? order by id", run_id, key)
         return [row["step"] for row in rows]
@@ -79,12 +79,11 @@ class Server:
 
 @contextlib.contextmanager
 def serving(host: str = "127.0.0.1", *, tells: bool = False) -> Iterator[Server]:
-    """A server of its own; skips where openwandb is not installed."""
+    """Start a server; skip the test if openwandb is not installed. With `tells` it reports the steps that it has."""
     pytest.importorskip("openwandb", reason="openwandb is not installed")
     pytest.importorskip("wandb", reason="wandb is not installed")
-    memory = (
-        "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    )  # it commits each figure to disk, or what it takes for one
+    # In memory, because the server commits each figure to disk.
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         home, port = Path(folder), free_port()
         url = f"http://{host}:{port}"
@@ -115,7 +114,7 @@ def answers(url: str) -> bool:
 
 
 def with_variable(setting: str, wait: float = 20) -> list[str]:
-    """Processes that live on for longer than `wait` seconds and were started with `NAME=value` in their environment."""
+    """Processes with `NAME=value` in their environment that still run after `wait` seconds."""
     deadline = time.monotonic() + wait
     while True:
         found = []
@@ -128,7 +127,7 @@ def with_variable(setting: str, wait: float = 20) -> list[str]:
         time.sleep(0.2)
 
 
-# In a training.
+# In the training process.
 
 
 def tracked(environment: dict[str, str]) -> None:
@@ -136,7 +135,7 @@ def tracked(environment: dict[str, str]) -> None:
 
 
 def struck(environment: dict[str, str], run_dir: Path, step: int, what: str, server: int = 0) -> None:
-    """Have something happen after a step, when all steps before it were handed to W&B."""
+    """Let a fault occur after a step, when all earlier steps were given to W&B."""
     tracked(environment)
     tracker: Any = importlib.import_module("distil_tl.tracking.tracker").Tracker
     log = tracker.log
@@ -158,14 +157,14 @@ def wait_for_step(run_dir: Path, step: int, mode: str = "*", timeout: float = 60
 
 
 def strike(what: str, server: int) -> None:
-    """Such as "kill core": the training, W&B's own process, the mirror, both of them and the training, the server."""
+    """A fault such as "kill core": of the training ("it"), core (W&B's own process), tracking, all three, or server."""
     how, _, whom = what.partition(" ")
     number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "warn": signal.SIGUSR2, "end": signal.SIGTERM}[how]
-    words = {pid: (Path("/proc") / str(pid) / "cmdline").read_bytes() for pid in descendants(os.getpid())}
-    cores = [pid for pid, line in words.items() if b"wandb-core" in line]
-    mirrors = [pid for pid, line in words.items() if b"wandb_mirror" in line]
-    assert cores, words
-    assert mirrors, words
+    commands = {pid: (Path("/proc") / str(pid) / "cmdline").read_bytes() for pid in descendants(os.getpid())}
+    cores = [pid for pid, line in commands.items() if b"wandb-core" in line]
+    tracking = [pid for pid, line in commands.items() if b"tracking.wandb.process" in line]
+    assert cores, commands
+    assert tracking, commands
     me = [os.getpid()]
-    for pid in {"server": [server], "core": cores, "mirror": mirrors, "all": cores + mirrors + me, "it": me}[whom]:
+    for pid in {"server": [server], "core": cores, "tracking": tracking, "all": cores + tracking + me, "it": me}[whom]:
         os.kill(pid, number)

@@ -14,8 +14,8 @@ import pytest
 
 from distil_tl.tracking.wandb.state import Marks, segments
 from launch.sync import main
+from tests.helpers.wandb_runs import ALL, Run
 from tests.helpers.wandb_server import Server, struck, tracked
-from tests.tracking.test_wandb import ALL, Run
 
 OFFLINE = "tracking.wandb.mode=offline"
 
@@ -129,7 +129,7 @@ def test_a_server_that_does_not_answer(
     run_dir = copied(killed, tmp_path / "run")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     assert main([str(run_dir), "--timeout", "3"]) == 1
-    assert "run: it did not finish within 3 s" in capsys.readouterr().out
+    assert "run: the tracking process did not finish within 3 s" in capsys.readouterr().out
     monkeypatch.setenv("WANDB_BASE_URL", wandb_server.url)
     assert main([str(run_dir)]) == 0
     assert wandb_server.steps(run_dir) == ALL

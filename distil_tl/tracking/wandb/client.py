@@ -138,6 +138,6 @@ class Mirror:
         self.reason = reason
         if not self._quiet:
             logger.warning(
-                "Weights & Biases does not have everything: %s. metrics.jsonl is complete; what is missing is sent when "
-                "the run is resumed, or by python -m launch.sync %s", reason, self._task.run_dir,
+                "Weights & Biases does not have everything: %s. metrics.jsonl is complete; what is missing is sent "
+                "when the run is resumed, or by python -m launch.sync %s", reason, self._task.run_dir,
             )  # fmt: skip
