@@ -215,8 +215,12 @@ def attempt(
     *,
     patience: float = PATIENCE,
     prepare: Callable[[], None] | None = None,
+    frozen: int | None = None,
 ) -> Ended:
-    """Start the job on `world` ranks, each of which calls `prepare` before it, and wait for its end."""
+    """Start the job on `world` ranks, each of which calls `prepare` before it, and wait for its end.
+
+    Rank `frozen` is not waited for: it never ends.
+    """
     scratch.mkdir(parents=True)
     port, context = free_port(), ranks._context
     began = time.monotonic()
@@ -226,11 +230,10 @@ def attempt(
     ]
     for process in processes:
         process.start()
-    alive = processes
-    while alive and time.monotonic() < began + patience:
-        alive = [process for process in processes if process.exitcode is None]
-        if fault is not None and fault.kind == "freeze" and alive == [processes[fault.by]]:
-            break
+    if fault is not None and fault.kind == "freeze":
+        frozen = fault.by
+    awaited = [process for rank, process in enumerate(processes) if rank != frozen]
+    while any(process.exitcode is None for process in awaited) and time.monotonic() < began + patience:
         time.sleep(0.02)
     seconds = time.monotonic() - began
     statuses = [process.exitcode for process in processes]

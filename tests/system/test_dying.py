@@ -79,7 +79,8 @@ def test_a_rank_that_is_not_there_to_meet_is_not_waited_for_for_ever(
     small: list[str], tmp_path: Path, how: signal.Signals, step: str, by: int
 ) -> None:
     prepare = functools.partial(gone_before, step, by, how)
-    ended = attempt(tmp_path / "scratch", quick(small, tmp_path), 2, patience=WITHIN, prepare=prepare)
+    frozen = by if how == signal.SIGSTOP else None
+    ended = attempt(tmp_path / "scratch", quick(small, tmp_path), 2, patience=WITHIN, prepare=prepare, frozen=frozen)
     assert ended.statuses[by] == (-signal.SIGKILL if how == signal.SIGKILL else None)
     assert ended.statuses[1 - by] == 1, ended
     said = ended.said[1 - by]

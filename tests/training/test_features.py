@@ -39,6 +39,7 @@ from tests.helpers.same_run import timeless
 
 HEAD = StageConfig(unfreeze="head")
 CPU = torch.device("cpu")
+NO_FULL = "stages.full.epochs=0"
 FP32 = Compute(None, True)
 
 
@@ -94,8 +95,9 @@ def test_features_do_not_depend_on_the_number_of_ranks(folder: Path, tmp_path: P
     for world in (1, 2, 3):
         where = tmp_path / str(world)
         args = head_args(
-            folder, where / "run", "stages.head.views=2", "data.augment=light", "data.global_batch_size=12"
-        )
+            folder, where / "run", NO_FULL, "stages.head.epochs=1",
+            "stages.head.views=2", "data.augment=light", "data.global_batch_size=12",
+        )  # fmt: skip
         assert run_ranks(world, in_ranks, {"DISTIL_TL_CACHE": str(where / "cache")}, args) == [0] * world
         files = (where / "cache" / "features").rglob("*.npy")
         found[world] = {path.relative_to(where): path.read_bytes() for path in files}
@@ -104,11 +106,11 @@ def test_features_do_not_depend_on_the_number_of_ranks(folder: Path, tmp_path: P
 
 
 def test_a_second_run_computes_nothing(folder: Path, tmp_path: Path, cache: Path, monkeypatch) -> None:
-    assert main(head_args(folder, tmp_path / "one")) == 0
+    assert main(head_args(folder, tmp_path / "one", NO_FULL)) == 0
     monkeypatch.setattr(module, "_compute_chunk", None)
-    assert main(head_args(folder, tmp_path / "two", "stages.head.lr=0.02")) == 0
+    assert main(head_args(folder, tmp_path / "two", "stages.head.lr=0.02", NO_FULL)) == 0
     assert summary_of(tmp_path / "two")["stages"]["head"]["cached"]
-    assert main(head_args(folder, tmp_path / "three")) == 0
+    assert main(head_args(folder, tmp_path / "three", NO_FULL)) == 0
     assert timeless(lines(tmp_path / "three")) == timeless(lines(tmp_path / "one"))
 
 
@@ -140,7 +142,7 @@ def test_bad_images_are_left_out_alike(folder: Path, tmp_path: Path, cache: Path
     for path in sorted((data / "train" / "noise").iterdir())[:3]:
         path.write_bytes(b"broken")
     for how in ("off", "on"):
-        args = head_args(data, tmp_path / how, f"stages.head.features={how}", "data.on_bad_image=skip")
+        args = head_args(data, tmp_path / how, f"stages.head.features={how}", "data.on_bad_image=skip", NO_FULL)
         assert main(args) == 0
     assert losses(tmp_path / "on") == pytest.approx(losses(tmp_path / "off"), rel=1e-4)
     assert summary_of(tmp_path / "on")["bad_images"] == summary_of(tmp_path / "off")["bad_images"]
@@ -150,29 +152,45 @@ def test_bad_images_are_left_out_alike(folder: Path, tmp_path: Path, cache: Path
 # What goes wrong.
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no note", "no array", "another note"])
-def test_a_damaged_chunk_is_computed_again(folder: Path, tmp_path: Path, cache: Path, damage: str) -> None:
-    assert main(head_args(folder, tmp_path / "one")) == 0
-    array = sorted(cache.rglob("*.npy"))[1]
-    before, note = array.read_bytes(), array.with_suffix(".json")
-    if damage == "truncated":
-        array.write_bytes(before[:-1])
-    elif damage == "flipped":
-        array.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    elif damage == "no array":
+DAMAGE = ("truncated", "flipped", "no note", "no array", "another note")
+
+
+def damage(array: Path, kind: str) -> None:
+    content, note = array.read_bytes(), array.with_suffix(".json")
+    if kind == "truncated":
+        array.write_bytes(content[:-1])
+    elif kind == "flipped":
+        array.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif kind == "no array":
         array.unlink()
-    elif damage == "no note":
+    elif kind == "no note":
         note.unlink()
     else:
         note.write_text("{")
-    assert main(head_args(folder, tmp_path / "two")) == 0
-    assert array.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_chunk_is_not_sound(tmp_path: Path, kind: str) -> None:
+    chunks = Cache(tmp_path, 5, 1)
+    chunks.write(0, 0, torch.randn(5, 2), {})
+    assert chunks.is_sound(0, 0)
+    damage(next(tmp_path.glob("*.npy")), kind)
+    assert not chunks.is_sound(0, 0)
+
+
+def test_damaged_chunks_are_computed_again(folder: Path, tmp_path: Path, cache: Path) -> None:
+    assert main(head_args(folder, tmp_path / "one", NO_FULL)) == 0
+    before = {path: path.read_bytes() for path in sorted(cache.rglob("*.npy"))}
+    for array, kind in zip(list(before)[1:], DAMAGE, strict=True):
+        damage(array, kind)
+    assert main(head_args(folder, tmp_path / "two", NO_FULL)) == 0
+    assert {path: path.read_bytes() for path in sorted(cache.rglob("*.npy"))} == before
     assert timeless(lines(tmp_path / "two")) == timeless(lines(tmp_path / "one"))
 
 
 def test_an_extraction_that_was_killed_goes_on(folder: Path, tmp_path: Path) -> None:
     variables = {"DISTIL_TL_CACHE": str(tmp_path / "cache")}
-    args = head_args(folder, tmp_path / "run")
+    args = head_args(folder, tmp_path / "run", NO_FULL)
     with pytest.raises(AssertionError, match="died"):
         run_ranks(2, killed_in_extraction, variables, args, 2)
     chunks = sorted((tmp_path / "cache" / "features").rglob("*.json"))
@@ -211,7 +229,7 @@ def stopped_in_extraction(variables: dict[str, str], args: list[str]) -> int:
 
 def test_a_signal_to_one_rank_during_extraction_stops_all(folder: Path, tmp_path: Path) -> None:
     variables = {"DISTIL_TL_CACHE": str(tmp_path / "cache")}
-    args = head_args(folder, tmp_path / "run")
+    args = head_args(folder, tmp_path / "run", NO_FULL)
     assert run_ranks(2, stopped_in_extraction, variables, args) == [3, 3]
     assert summary_of(tmp_path / "run")["status"] == "preempted"
     assert run_ranks(2, in_ranks, variables, args) == [0, 0]
@@ -224,7 +242,7 @@ def test_a_full_disk_is_no_reason_to_stop_unless_they_are_asked_for(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("distil_tl.data.feature_cache.np.save", full)
-    assert main(head_args(folder, tmp_path / "auto")) == 0
+    assert main(head_args(folder, tmp_path / "auto", NO_FULL)) == 0
     assert not summary_of(tmp_path / "auto")["stages"]["head"]["cached"]
     assert "No space left on device" in capsys.readouterr().out
     assert main(head_args(folder, tmp_path / "on", "stages.head.features=on")) == 2
@@ -247,7 +265,7 @@ def test_two_jobs_at_once(folder: Path, tmp_path: Path) -> None:
     ended: dict[str, list[int]] = {}
 
     def one(name: str) -> None:
-        ended[name] = run_ranks(2, in_ranks, variables, head_args(folder, tmp_path / name))
+        ended[name] = run_ranks(2, in_ranks, variables, head_args(folder, tmp_path / name, NO_FULL))
 
     jobs = [threading.Thread(target=one, args=(name,)) for name in ("one", "two")]
     for job in jobs:
@@ -316,7 +334,7 @@ def test_a_file_that_cannot_be_read_now_may_be_later(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return whole(path, **how)
 
-    args = head_args(folder, tmp_path / "run", "data.on_bad_image=skip")
+    args = head_args(folder, tmp_path / "run", "data.on_bad_image=skip", NO_FULL)
     with monkeypatch.context() as broken:
         broken.setattr("distil_tl.data.loader.decode", decode)
         assert main(args) == 2
@@ -337,7 +355,7 @@ def test_a_device_that_is_too_small_says_what_to_do(
         return whole(self, images)
 
     monkeypatch.setattr(Prefix, "forward", forward)
-    args = head_args(folder, tmp_path / "run", "precision=fp32")
+    args = head_args(folder, tmp_path / "run", "precision=fp32", NO_FULL)
     assert main(args) == 2
     assert "data.max_local_batch_size=2" in capsys.readouterr().err
     assert main([*args, "data.max_local_batch_size=4"]) == 0
@@ -347,7 +365,7 @@ def test_memory_that_does_not_take_them_is_a_reason_to_do_without(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(feature_cache._libc, "mmap", lambda *args: ctypes.c_void_p(-1).value)
-    assert main(head_args(folder, tmp_path / "auto")) == 0
+    assert main(head_args(folder, tmp_path / "auto", NO_FULL)) == 0
     assert summary_of(tmp_path / "auto")["stages"]["head"]["cached"] is False
     assert main(head_args(folder, tmp_path / "on", "stages.head.features=on")) == 2
     assert "they can't be mapped from" in capsys.readouterr().err
@@ -357,10 +375,10 @@ def test_a_bad_image_is_known_from_features_that_are_found(data: Path, tmp_path:
     bad = data / "train" / "noise" / "0001.png"
     bad.write_bytes(b"no image")
     for name in ("first", "second"):
-        args = head_args(data, tmp_path / name, "data.on_bad_image=skip", "stages.full.epochs=0")
+        args = head_args(data, tmp_path / name, "data.on_bad_image=skip", NO_FULL)
         assert main(args) == 0
         assert summary_of(tmp_path / name)["bad_images"]["train"]["count"] == 1
-    assert main(head_args(data, tmp_path / "third", "stages.full.epochs=0")) == 2
+    assert main(head_args(data, tmp_path / "third", NO_FULL)) == 2
 
 
 def test_when_they_are_wanted() -> None:
