@@ -1,4 +1,4 @@
-"""Folders as they are found: files that are no images, images of every odd kind, splits that are too small."""
+"""Real folders: files that are not images, unusual images, splits that are too small."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def turned(path: Path) -> None:
     picture().save(path, exif=exif)
 
 
-# What can't be used, with how the reason begins.
+# Files that cannot be used, and the beginning of the reason.
 BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated.jpg": (truncated, "damaged image: "),
     "renamed.jpg": (renamed, "not a readable image (JPEG, PNG"),
@@ -73,7 +73,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str]] = {
     "bomb.png": (bomb, "25000 x 24000 pixels are more than the 178,956,970 allowed; make it smaller"),
 }
 
-# What can, though it is odd.
+# Unusual images that can be used.
 ODD: dict[str, Callable[[Path], None]] = {
     "16-bit.png": deep,
     "palette.png": lambda path: picture().quantize(16).save(path, transparency=3),
@@ -82,7 +82,7 @@ ODD: dict[str, Callable[[Path], None]] = {
     "exif.jpeg": turned,
     "1x1.png": lambda path: Image.new("RGB", (1, 1), "red").save(path),
     "animated.webp": animated,
-    "animated.gif": animated,  # not among ImageFolder's extensions, so not there at all
+    "animated.gif": animated,  # not one of ImageFolder's extensions, so ignored
 }
 
 
@@ -94,7 +94,7 @@ def add(folder: Path, *names: str) -> None:
 def found_folder(root: Path) -> Path:
     """40 images to train on, 4 of them bad, and 13 for validation, 3 of them bad.
 
-    40 are five whole global batches: no tail is left out of an epoch, in which a bad one could hide.
+    40 images are five complete global batches: no image is dropped from an epoch.
     """
     make_folder(root, {"train": 29, "val": 10})
     add(root / "train" / "circles", *ODD, "truncated.jpg", "renamed.jpg")
@@ -124,7 +124,7 @@ def skipping(found: Path) -> list[str]:
 
 
 def weigh_and_train(clean: list[str], args: list[str]) -> tuple[Any, float]:
-    """`traced_train` of `args` after a training of `clean`, with the MiB by which the peak of memory grew."""
+    """`traced_train(args)` after training with `clean`, and by how many MiB the peak of memory use grew."""
     assert train(clean) == 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     result = traced_train(args)
@@ -212,8 +212,8 @@ def test_global_batches_are_the_same_on_any_number_of_ranks_and_losses_close(run
         assert losses[world] == pytest.approx(losses[1], rel=2e-4), world
 
 
-def test_validation_counts_only_the_good(runs: Any, found: Path, tmp_path: Path) -> None:
-    """As an evaluation does from which the bad files are gone."""
+def test_validation_counts_only_usable_images(runs: Any, found: Path, tmp_path: Path) -> None:
+    """The results equal those of an evaluation after the bad files are removed."""
     root = tmp_path / "cleaned"
     shutil.copytree(found, root)
     for name in FOUND["val"]:
@@ -231,7 +231,7 @@ def test_validation_counts_only_the_good(runs: Any, found: Path, tmp_path: Path)
 
 
 def test_a_run_that_goes_on_keeps_the_list(runs: Any, skipping: list[str], tmp_path: Path) -> None:
-    """Stopped after the first epoch has met them all, with nothing left to meet but what is known."""
+    """Stopped after the first epoch, in which all bad images were found: no new ones follow."""
     run_dir = tmp_path / "run"
     assert run_ranks(1, stopped_train, [*skipping, f"run_dir={run_dir}"], 7, 0, signal.SIGUSR2) == [3]
     assert {k: v["count"] for k, v in summary_of(run_dir)["bad_images"].items()} == {"train": 4, "val": 3}
@@ -246,7 +246,7 @@ def test_a_run_that_goes_on_keeps_the_list(runs: Any, skipping: list[str], tmp_p
 
 
 def test_skipping_may_begin_when_a_bad_image_has_stopped_the_run(tmp_path: Path) -> None:
-    """As the message of the run that stopped says."""
+    """As the message of the stopped run says."""
     root = make_folder(tmp_path / "data", {"train": 16, "val": 3})
     image_at(root, position=9).write_bytes(b"")
     run_dir = tmp_path / "run"
@@ -294,7 +294,7 @@ def fresh_weights(root: Path) -> dict[str, torch.Tensor]:
     return build(config.model, len(CLASSES), image_size=32, seed=config.seed).module.state_dict()
 
 
-# Splits that are small, or nothing.
+# Small and empty splits.
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -346,5 +346,5 @@ def test_an_empty_validation_split_is_refused_by_all_ranks(tmp_path: Path, leave
     said = "no images in any of the 1 class folders" if leave else "one sub-folder per class"
     assert said in ended[0][1]
     assert str(root / "val") in ended[0][1]
-    assert ended[1][1] == "", "said once"
+    assert ended[1][1] == "", "printed once"
     assert not (tmp_path / "run").exists()

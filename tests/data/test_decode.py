@@ -1,4 +1,4 @@
-"""Golden pixels: every kind of image that Pillow can make, against values worked out by hand or formula."""
+"""Golden pixels: every kind of image that Pillow can create, against values computed by hand or by formula."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_rgb_keeps_its_pixels_and_shape(tmp_path: Path):
 
 @pytest.mark.filterwarnings("error")
 def test_the_pixels_may_be_changed():
-    # Else torch says only once per process that it was given memory that must not be written.
+    # Without this, torch warns only once per process about memory that is not writable.
     torch.set_warn_always(True)
     try:
         decode_bytes(saved(Image.new("RGB", (2, 2)))).add_(1)
@@ -60,7 +60,7 @@ def test_the_pixels_may_be_changed():
         torch.set_warn_always(False)
 
 
-def test_jpeg_is_what_pillow_makes_of_it():
+def test_jpeg_pixels_are_those_of_pillow():
     noise = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     data = saved(Image.fromarray(noise), "JPEG", quality=70)
     expected = np.asarray(Image.open(io.BytesIO(data)))
@@ -88,7 +88,7 @@ def test_ycck_jpeg():
     data = saved(Image.new("CMYK", (8, 8), (55, 128, 128, 0)), "JPEG", quality=100)
     assert data.count(b"Adobe\0\x64\0\0\0\0\x00") == 1
     image = decode_bytes(data.replace(b"Adobe\0\x64\0\0\0\0\x00", b"Adobe\0\x64\0\0\0\0\x02"))
-    # On disk, inverted, are Y 200, Cb 127, Cr 127, K 255: as RGB (199, 201, 198), which Adobe means as ink.
+    # The file has inverted values: Y 200, Cb 127, Cr 127, K 255; as RGB (199, 201, 198), which Adobe takes as ink.
     assert (image[:, 0, 0].int() - torch.tensor([56, 54, 57])).abs().max() <= 1
 
 
@@ -199,7 +199,7 @@ def test_transparent_colour_of_grey_and_rgb():
 
 
 def decoded(image: Image.Image) -> Tensor:
-    """For modes that no file format holds: the conversion alone."""
+    """The conversion alone, for modes that no file format has."""
     return torch.from_numpy(np.array(module._rgb(image))).permute(2, 0, 1)
 
 
@@ -239,7 +239,7 @@ def test_of_an_animation_the_first_frame(kind, options):
     assert pixels(decode_bytes(data)) == [RED] * 6
 
 
-def test_of_several_pages_the_first():
+def test_the_first_of_several_pages_is_used():
     data = saved(Image.new("RGB", (1, 1), RED), "TIFF", save_all=True, append_images=[Image.new("L", (2, 2))])
     assert pixels(decode_bytes(data)) == [RED]
 

@@ -1,4 +1,4 @@
-"""Decoding: what is too large, damaged, or no image at all."""
+"""Decoding of images that are too large or damaged, and of files that are not images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.image_bytes import noise_image, png, saved
 
 
 def bomb(side: int = 25000) -> bytes:
-    """A small PNG that claims side x side pixels, with the beginning of them."""
+    """A small PNG with side x side pixels in its header, but only the first ones in its content."""
     return png(side, side, 8, 2, bytes(1000))
 
 
@@ -34,8 +34,8 @@ def test_a_bomb_is_refused_by_name_with_flat_memory(tmp_path: Path):
         tracemalloc.stop()
 
 
-def test_no_pixel_memory_is_asked_for_a_bomb(monkeypatch):
-    # Pillow's pixels are not seen by tracemalloc.
+def test_no_pixel_memory_is_allocated_for_a_bomb(monkeypatch):
+    # tracemalloc does not count the memory of Pillow's pixels.
     def fail(*_: object) -> None:
         raise AssertionError("decoding began")
 
@@ -47,7 +47,7 @@ def test_no_pixel_memory_is_asked_for_a_bomb(monkeypatch):
 
 @pytest.mark.parametrize("pillow_limit", [None, 1, 10**12])
 @pytest.mark.filterwarnings("error")
-def test_pillows_own_limit_has_no_say(monkeypatch, pillow_limit):
+def test_pillows_own_limit_has_no_effect(monkeypatch, pillow_limit):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
     assert decode_bytes(saved(Image.new("RGB", (20, 10)))).shape == (3, 10, 20)
     with pytest.raises(ImageError, match="25000 x 25000"):
@@ -89,7 +89,7 @@ def test_truncated(tmp_path: Path, kind, share):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a readable image"),
     ],
 )
-def test_no_image(tmp_path: Path, data, reason):
+def test_files_that_are_not_images(tmp_path: Path, data, reason):
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(ImageError, match=rf"x\.jpg': {reason}"):
         decode(tmp_path / "x.jpg")
@@ -126,7 +126,7 @@ def test_out_of_memory_is_not_a_bad_image(monkeypatch):
         decode_bytes(noise_image("PNG"))
 
 
-def test_the_error_travels_between_processes():
+def test_the_error_can_be_passed_between_processes():
     error = pickle.loads(pickle.dumps(ImageError(Path("a/b.jpg"), "damaged image: why")))
     assert (error.path, error.reason, str(error)) == (
         Path("a/b.jpg"),

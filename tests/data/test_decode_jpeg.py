@@ -38,7 +38,7 @@ def test_either_decoder_of_jpegs_gives_the_same(monkeypatch, mode, options):
     assert torch.equal(decode_bytes(data), fast)
 
 
-def test_the_fast_decoder_has_no_say_in_what_is_damaged(monkeypatch):
+def test_the_fast_decoder_does_not_decide_what_is_damaged(monkeypatch):
     dice = random.Random(0)
     whole = photo(61, 47)
     damaged = [whole[:n] for n in range(300, len(whole), 97)]
@@ -64,7 +64,7 @@ def test_the_fast_decoder_has_no_say_in_what_is_damaged(monkeypatch):
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_decoder_that_fails_is_done_without(monkeypatch):
+def test_pillow_is_used_if_the_fast_decoder_fails(monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("no libjpeg")
 
@@ -85,7 +85,7 @@ def test_a_jpeg_is_decoded_no_smaller_than_enough(enough, shape):
     assert image.stride()[0] == 1
 
 
-def test_a_jpeg_decoded_small_is_the_same_noise_image():
+def test_a_jpeg_decoded_small_shows_the_same_picture():
     # Gradients, which are no different after any sound way of making them smaller.
     y, x = np.mgrid[:320, :400]
     data = saved(Image.fromarray(np.stack([x / 2, y / 2, (x + y) / 4], 2).astype(np.uint8)), "JPEG", quality=95)

@@ -25,14 +25,14 @@ def batches(count: int, taken: list[int], *, pinned: bool = False) -> Iterator[B
         yield Batch(part(images), part(numbers), numbers, part(numbers > -1), [(i, "why")])
 
 
-def test_on_a_cpu_batches_are_what_they_are() -> None:
+def test_on_a_cpu_batches_are_unchanged() -> None:
     taken: list[int] = []
     given = list(batches(3, taken))
     assert all(a is b for a, b in zip(to_device(iter(given), CPU), given, strict=True))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_no_batch_is_taken_before_it_is_asked_for(device) -> None:
+def test_no_batch_is_taken_before_it_is_requested(device) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     taken: list[int] = []
@@ -45,7 +45,7 @@ def test_no_batch_is_taken_before_it_is_asked_for(device) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_they_arrive_whole_while_it_is_busy() -> None:
+def test_on_a_busy_gpu_batches_arrive_undamaged() -> None:
     device, sums = torch.device("cuda"), []
     busy = torch.rand(4096, 4096, device=device)
     for batch in to_device(batches(40, [], pinned=True), device):

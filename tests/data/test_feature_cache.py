@@ -1,4 +1,4 @@
-"""Chunks of features: what is read is what was written."""
+"""Chunks of features are read as they were written."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_chunks_keep_no_file_open(tmp_path: Path, small_chunks: None) -> None:
-    found = Cache(tmp_path / "f", 16 * 20, 2)
-    for view, first in found.chunks():
-        found.write(view, first, torch.full((16, 3), float(first + view)), {})
+    cache = Cache(tmp_path / "f", 16 * 20, 2)
+    for view, first in cache.chunks():
+        cache.write(view, first, torch.full((16, 3), float(first + view)), {})
     before = len(list(Path("/proc/self/fd").iterdir()))
-    features = found.open(np.zeros(16 * 20, dtype=np.int64))
+    features = cache.open(np.zeros(16 * 20, dtype=np.int64))
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     batch = features.__getitems__([SampleKey(17, 0, 0), SampleKey(319, 1, 1)])
     assert batch.images.tolist() == [[16.0] * 3, [305.0] * 3]
     assert not any(array.flags.writeable for array in features.arrays)
 
 
-@pytest.mark.parametrize("shape", [(16, 3, 2, 2), (1, 3, 5, 1)])  # the second lies in Fortran's order
+@pytest.mark.parametrize("shape", [(16, 3, 2, 2), (1, 3, 5, 1)])  # the second is in Fortran order
 def test_a_chunk_is_read_as_it_was_written(tmp_path: Path, small_chunks: None, shape: tuple[int, ...]) -> None:
     content = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    found = Cache(tmp_path / "f", shape[0], 1)
-    found.write(0, 0, content, {})
-    assert np.array_equal(found.open(np.zeros(shape[0])).arrays[0], content.numpy())
+    cache = Cache(tmp_path / "f", shape[0], 1)
+    cache.write(0, 0, content, {})
+    assert np.array_equal(cache.open(np.zeros(shape[0])).arrays[0], content.numpy())
 
 
 def test_chunks_written_by_earlier_code_are_valid_and_read() -> None:

@@ -41,7 +41,7 @@ def test_access_by_number(tmp_path: Path):
         index.relative(2)
 
 
-def test_fingerprint_says_content_not_place(tmp_path: Path):
+def test_fingerprint_depends_on_content_not_location(tmp_path: Path):
     files = ("a/1.jpg", "a/2.jpg", "b/1.jpg")
     first = scan(plant(tmp_path / "first", *files))
     copy = scan(plant(tmp_path / "copy", *reversed(files), "a/notes.txt"))
@@ -51,7 +51,7 @@ def test_fingerprint_says_content_not_place(tmp_path: Path):
     assert set(first.fingerprint) <= set(string.hexdigits)
 
 
-def test_fingerprint_moves_with_every_part(tmp_path: Path):
+def test_fingerprint_depends_on_every_part(tmp_path: Path):
     def changed(*files: str, classes=None, grow: str | None = None) -> str:
         root = plant(tmp_path / str(len(list(tmp_path.iterdir()))), *files)
         if grow:
@@ -70,8 +70,8 @@ def test_fingerprint_moves_with_every_part(tmp_path: Path):
     assert len(set(prints)) == len(prints)
 
 
-def test_fingerprint_is_the_same_for_ever(tmp_path: Path):
-    # Checkpoints hold it. If this fails, every run in the world refuses to resume.
+def test_fingerprint_never_changes(tmp_path: Path):
+    # Checkpoints contain it. If this test fails, no existing run can be resumed.
     assert scan(plant(tmp_path, "a/1.jpg", "b/\u00e9.jpg")).fingerprint == (
         "198913fb53b5ae526c2df75aabe5e2bf62e809702a030dac970e3d8dc5bf5582"
     )

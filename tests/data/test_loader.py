@@ -32,7 +32,7 @@ def dataset_of(index: Index) -> ImageDataset:
 
 
 def test_an_index_holds_no_object_for_each_image(folder: Path) -> None:
-    """Python's objects are copied into every loader process as soon as it looks at them; numbers in arrays are not."""
+    """Reading a Python object copies its memory into the loader process; reading an array does not."""
     index = scan(folder / "train")
     for name, value in vars(index).items():
         if name == "classes":
@@ -45,12 +45,12 @@ def test_an_index_holds_no_object_for_each_image(folder: Path) -> None:
 
 
 class _WhereIs(ImageDataset):
-    """Yields what its process knows of the index, instead of images."""
+    """Returns facts about the index in the loader process, instead of images."""
 
     def __getitem__(self, key: SampleKey) -> Any:
         assert get_worker_info() is not None
         assert self.index.copy == Path("/copy")
-        self.index.targets[key.image] += 100  # which no other process may see
+        self.index.targets[key.image] += 100  # must not be visible to other processes
         return self.index.relative(key.image), os.getpid(), files_in_memory()
 
 
@@ -90,7 +90,7 @@ def test_an_index_is_shared_once_for_all_workers(folder: Path) -> None:
 
 @LINUX
 @pytest.mark.usefixtures("as_a_process_starts")
-def test_an_index_with_other_arrays_is_not_taken_for_what_is_shared(folder: Path) -> None:
+def test_an_index_with_other_arrays_is_not_shared(folder: Path) -> None:
     other = dataclasses.replace(scan(folder / "train").to_share(), targets=np.array([7]))
     state = other.__getstate__()
     assert state["targets"] is other.targets
@@ -118,7 +118,7 @@ def test_an_index_under_another_name_stays_shared(folder: Path) -> None:
     assert again.names.ctypes.data == shared.names.ctypes.data
 
 
-def test_where_nothing_can_be_shared_an_index_is_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_shared_memory_an_index_is_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distil_tl.distributed.shared_memory.new_memory", lambda size: None)
     index = scan(folder / "train")
     assert index.to_share() is index
@@ -179,17 +179,17 @@ def test_the_cpus_of_a_rank(cpus, launch: Launch, mine: int, step: int | None, w
         (slurm(2), 4, 8, 4, None),
         (slurm(2), 1, 2, 0, None),
         (Launch(), 64, None, None, None),
-        (Launch(world_size=64, local_world_size=64, launcher="torchrun"), 64, None, None, None),  # all there is
+        (Launch(world_size=64, local_world_size=64, launcher="torchrun"), 64, None, None, None),  # the whole machine
     ],
 )
-def test_too_few_cpus_are_said(cpus, capsys, launch: Launch, mine: int, step, workers, said: str | None) -> None:
+def test_too_few_cpus_cause_a_warning(cpus, capsys, launch: Launch, mine: int, step, workers, said: str | None) -> None:
     cpus(mine, 64, step)
     setup_console(True)
     warn_of_few_cpus(launch, workers)
-    heard = capsys.readouterr().out
+    output = capsys.readouterr().out
     if said is None:
-        assert heard == ""
+        assert output == ""
     else:
-        assert said in heard
-        assert "slurm.cpus_per_task" in heard
-        assert "--cpus-per-task" in heard
+        assert said in output
+        assert "slurm.cpus_per_task" in output
+        assert "--cpus-per-task" in output

@@ -1,4 +1,4 @@
-"""Images on a node's own disk: whole or not at all, and nowhere but where they belong."""
+"""Copies of images on a node's own disk: complete or absent, and only in their own folder."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def test_links_are_followed(data: Path, near: Path, tmp_path: Path) -> None:
     assert indexes(here)["train"].fingerprint == indexes(data)["train"].fingerprint
 
 
-# Whole, or made whole.
+# Complete copies.
 
 
-def test_a_second_run_finds_it_and_what_is_not_whole_is_made_again(
+def test_a_second_run_uses_the_copy_and_replaces_an_incomplete_one(
     data: Path, near: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     here = copied(data, near)
@@ -84,13 +84,13 @@ def test_a_second_run_finds_it_and_what_is_not_whole_is_made_again(
     assert "no longer complete" in again()
     (ready / "complete.json").write_text("{}")
     assert "no longer complete" in again()
-    (ready / "complete.json").write_text(json.dumps({**note, "boot": "an earlier one"}))
+    (ready / "complete.json").write_text(json.dumps({**note, "boot": "an earlier boot"}))
     assert "no longer complete" in again()
     assert "using the existing copy" in again()
     assert sorted(path.name for path in ready.parent.iterdir()) == ["lock", "ready"]
 
 
-def test_of_many_bytes_a_sample_is_compared(data: Path, near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_sample_of_large_data_is_verified(data: Path, near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(path.stat().st_size for path in data.rglob("*.png"))
     monkeypatch.setattr(local_folder, "SAMPLE_BYTES", total // 4)
     here = copied(data, near)
@@ -99,7 +99,9 @@ def test_of_many_bytes_a_sample_is_compared(data: Path, near: Path, monkeypatch:
     assert sample == {name: zlib.crc32((data / name).read_bytes()) for name in sample}
 
 
-def test_what_reads_back_otherwise_is_not_used(data: Path, near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_reads_back_differently_is_not_used(
+    data: Path, near: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     original = FolderWriter.write
 
     def garbles(writer: Any, reader: Any, name: str, size: int) -> None:
@@ -112,7 +114,7 @@ def test_what_reads_back_otherwise_is_not_used(data: Path, near: Path, monkeypat
     assert [path.name for path in near.rglob("*") if path.is_file()] == ["lock"]
 
 
-def test_a_copy_that_was_killed_is_made_again_from_nothing(folder: Path, near: Path) -> None:
+def test_a_killed_copy_is_made_again_from_the_beginning(folder: Path, near: Path) -> None:
     with pytest.raises(AssertionError, match="died"):
         run_ranks(1, interrupted, copy_alone, (str(folder), str(near)), signal.SIGKILL, 20)
     (place,) = folders_of(near)
@@ -147,7 +149,7 @@ def test_jobs_on_one_node_copy_once(folder: Path, near: Path, tmp_path: Path) ->
     assert len((tmp_path / "log").read_bytes()) == 83
 
 
-def test_a_job_waits_for_another_ones_copy(folder: Path, near: Path) -> None:
+def test_a_job_waits_for_the_copy_of_another_job(folder: Path, near: Path) -> None:
     here = copied(folder, near)
     found: list[Path] = []
     with (here.parents[1] / "lock").open() as lock:
@@ -160,7 +162,7 @@ def test_a_job_waits_for_another_ones_copy(folder: Path, near: Path) -> None:
     assert found == [here]
 
 
-# Without it.
+# Without a copy.
 
 
 def free(disk: Path) -> int:
@@ -169,7 +171,7 @@ def free(disk: Path) -> int:
 
 
 def why_not(near: Path | str, data: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """Why images are read from the source after all."""
+    """The reason in the warning that images are read from the source."""
     setup_console(is_main=True)
     assert stage_folder(ALONE, str(near), indexes(data)) is None
     warning = capsys.readouterr().out.splitlines()[-1]
@@ -181,10 +183,10 @@ def why_not(near: Path | str, data: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @AS_ROOT
 @pytest.mark.parametrize("seen", ["beforehand", "on the way"])
-def test_what_does_not_fit_is_left_where_it_is(
+def test_images_that_do_not_fit_are_read_from_the_source(
     folder: Path, near: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seen: str
 ) -> None:
-    """Others may write there, too, while it is copied; and they can go on."""
+    """Other programs may write to the disk during the copy, and still have space afterwards."""
     with small_disk(near):
         if not near.is_mount():
             pytest.skip("can't mount a file system")
@@ -211,7 +213,7 @@ def test_a_variable_that_is_not_set(
 
 
 @pytest.mark.parametrize("obstacle", ["file", "within", "link"])
-def test_a_place_that_is_none(
+def test_an_unusable_location(
     data: Path, near: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], obstacle: str
 ) -> None:
     if obstacle == "file":
@@ -238,10 +240,10 @@ def test_a_folder_that_another_user_put_there(folder: Path, near: Path, capsys: 
 
 
 @pytest.mark.parametrize("fault", ["it changes", "it goes", "it can't be read"])
-def test_a_source_that_fails_is_left_to_training(
+def test_errors_of_the_source_are_left_to_training(
     data: Path, near: Path, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which names the image."""
+    """Training then names the image in its error."""
     found = indexes(data)
     image = next((data / "train" / "noise").iterdir())
     if fault == "it changes":
@@ -261,8 +263,8 @@ def test_a_source_that_fails_is_left_to_training(
     assert [path.name for path in near.rglob("*") if path.is_file()] == ["lock"]
 
 
-def test_an_unused_image_is_no_reason_to_copy(data: Path, near: Path) -> None:
-    """Nor is anything else beside the splits."""
+def test_only_the_images_of_the_splits_are_copied(data: Path, near: Path) -> None:
+    """Neither other files in class folders nor other folders."""
     (data / "raw").mkdir()
     (data / "raw" / "huge.bin").write_bytes(b"x")
     (data / "train" / "noise" / "notes.txt").write_bytes(b"x")

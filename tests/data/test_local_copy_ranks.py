@@ -1,4 +1,4 @@
-"""Training from a node's own disk is the same training, on one node or several, stopped or not."""
+"""Training from a node's own disk gives the same result: on one or several nodes, interrupted or not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def unstaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def waiting_train(args: list[str], meeting: str) -> int:
-    """Two nodes, each of which ends its copy only when the other has begun."""
+    """Train on two nodes, each of which finishes its copy only after the other has started."""
     as_node_of_its_own()
     module: Any = importlib.import_module("distil_tl.data.local_copy")
     original = module._copy
@@ -55,7 +55,7 @@ def waiting_train(args: list[str], meeting: str) -> int:
         Path(meeting, str(rank())).touch()
         deadline = time.monotonic() + 20
         while not Path(meeting, str(1 - rank())).exists():
-            assert time.monotonic() < deadline, "the other node waits for this one"
+            assert time.monotonic() < deadline, "the other node does not copy at the same time"
             time.sleep(0.02)
         return original(*args, **kwargs)
 
@@ -69,7 +69,7 @@ def raising(node_that_fails: int) -> str:
 
     def work() -> str:
         if launch.node == node_that_fails:
-            raise UserError("this node is no good")
+            raise UserError("this node fails")
         return f"node {launch.node}"
 
     config = DistributedConfig(device="cpu", timeout_seconds=30, prepare_timeout_seconds=30)
@@ -81,7 +81,7 @@ def raising(node_that_fails: int) -> str:
             return f"raised: {error}"
 
 
-# The same training.
+# The same result.
 
 
 def test_two_ranks_of_a_node_train_alike_from_one_copy(
@@ -97,7 +97,7 @@ def test_two_ranks_of_a_node_train_alike_from_one_copy(
     assert content(place / "ready" / "images") == content(folder)
     mistakes = json.loads((tmp_path / "b" / "evaluation.json").read_text())["mistakes"]
     assert mistakes
-    assert all(Path(m["path"]).is_relative_to(folder) for m in mistakes), "records outlive the node's disk"
+    assert all(Path(m["path"]).is_relative_to(folder) for m in mistakes), "records name the source"
 
 
 @pytest.mark.parametrize("second", ["has a disk", "has none"])
@@ -127,13 +127,13 @@ def test_all_nodes_copy_at_once(folder: Path, tmp_path: Path) -> None:
     assert len(folders_of(tmp_path / "near-0")) == len(folders_of(tmp_path / "near-1")) == 1
 
 
-def test_what_fails_on_one_node_is_raised_on_all() -> None:
-    assert run_ranks(3, raising, 2) == ["raised: this node is no good"] * 3
+def test_an_error_on_one_node_is_raised_on_all() -> None:
+    assert run_ranks(3, raising, 2) == ["raised: this node fails"] * 3
     assert run_ranks(2, raising, 9) == ["node 0", "node 1"]
 
 
-def test_under_torchrun_it_is_bit_equal(folder: Path, tmp_path: Path, near: Path, unstaged: Path) -> None:
-    """From `${oc.env:...}`, as Slurm's variable would be given."""
+def test_under_torchrun_the_result_is_bit_equal(folder: Path, tmp_path: Path, near: Path, unstaged: Path) -> None:
+    """With `${oc.env:...}`, as for a variable of Slurm."""
     args = [*small_args(folder), *SHORT]
     args += ["data.stage_to=${oc.env:NODE_DISK}", f"run_dir={tmp_path}/b"]
     subprocess.run(
@@ -147,7 +147,9 @@ def test_under_torchrun_it_is_bit_equal(folder: Path, tmp_path: Path, near: Path
 
 
 @pytest.mark.parametrize("first", ["staged", "unstaged"])
-def test_a_run_goes_on_with_and_without(folder: Path, tmp_path: Path, near: Path, first: str, unstaged: Path) -> None:
+def test_a_run_is_resumed_with_and_without_a_copy(
+    folder: Path, tmp_path: Path, near: Path, first: str, unstaged: Path
+) -> None:
     args = [*small_args(folder), *SHORT, f"run_dir={tmp_path}/run"]
     ways = {"staged": [*args, f"data.stage_to={near}"], "unstaged": args}
     assert run_ranks(2, stopped_train, ways.pop(first), 3, 0, signal.SIGTERM) == [3, 3]
@@ -157,7 +159,7 @@ def test_a_run_goes_on_with_and_without(folder: Path, tmp_path: Path, near: Path
     same_result(tmp_path / "run", unstaged)
 
 
-def test_a_signal_ends_the_copy_at_once_and_a_rank_that_waits_with_it(folder: Path, tmp_path: Path, near: Path) -> None:
+def test_a_signal_stops_the_copy_and_the_waiting_rank_at_once(folder: Path, tmp_path: Path, near: Path) -> None:
     args = [*small_args(folder), *SHORT, f"run_dir={tmp_path}/run", f"data.stage_to={near}"]
     (status, said), _ = found = run_ranks(2, interrupted, train, args, signal.SIGTERM, 20)
     assert [each for each, _ in found] == [3, 3]
@@ -168,7 +170,7 @@ def test_a_signal_ends_the_copy_at_once_and_a_rank_that_waits_with_it(folder: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_messages_name_the_source_and_what_can_not_be_read_in_the_copy(
+def test_messages_name_the_source_and_the_unreadable_file_of_the_copy(
     data: Path, near: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = [*small_args(data), *SHORT, f"run_dir={tmp_path}/run", f"data.stage_to={near}"]

@@ -40,7 +40,7 @@ def global_batches(ranks: list[TrainSampler], epoch: int, consumed: int = 0) -> 
 
 @st.composite
 def trainings(draw: st.DrawFn) -> tuple[int, int, int, int]:
-    """Images, global batch, and two world sizes that it can be dealt out to."""
+    """Number of images, global batch size, and two world sizes that divide it."""
     batch = draw(st.integers(1, 24))
     length = draw(st.integers(batch, 200))
     worlds = st.sampled_from(fitting_world_sizes(batch))
@@ -72,14 +72,14 @@ def test_a_killed_run_goes_on_exactly_on_another_world_size(
 
 
 @given(trainings())
-def test_the_next_epoch_begins_at_its_beginning(training: tuple[int, int, int, int]):
+def test_the_next_epoch_starts_at_its_first_sample(training: tuple[int, int, int, int]):
     length, batch, world, _ = training
     ranks = samplers(length, batch, world)
     global_batches(ranks, 0, consumed=length // batch * batch)
     assert len(global_batches(ranks, 1)) == length // batch
 
 
-def test_the_end_of_an_epoch_is_where_nothing_is_left():
+def test_no_samples_are_left_at_the_end_of_an_epoch():
     (sampler,) = samplers(10, 4, 1)
     sampler.set_position(0, sampler.end)
     assert sampler.end == 8
@@ -93,7 +93,7 @@ def test_a_position_inside_a_batch_is_refused():
 
 
 @pytest.mark.parametrize(("length", "batch", "world"), [(10, 4, 3), (3, 4, 1)])
-def test_a_batch_that_can_not_be_dealt_out_is_refused(length: int, batch: int, world: int):
+def test_a_batch_that_cannot_be_divided_is_refused(length: int, batch: int, world: int):
     with pytest.raises(ValueError, match=f"global batch {batch}"):
         samplers(length, batch, world)
 
@@ -106,14 +106,14 @@ def test_an_order_is_a_permutation(length: int, seed: int, epoch: int):
     assert order.tolist() == epoch_order(length, seed, "head", epoch).tolist()
 
 
-def test_the_order_is_another_for_each_seed_stage_and_epoch():
+def test_the_order_differs_for_each_seed_stage_and_epoch():
     keys = [(0, "head", 0), (0, "head", 1), (0, "full", 0), (1, "head", 0), (1, "head", 1)]
     orders = [epoch_order(100, *key).tolist() for key in keys]
     assert len({tuple(order) for order in orders}) == len(keys)
 
 
 def test_the_order_is_pinned():
-    """A change would silently give every resumed run another order: it needs a note to users."""
+    """A change would silently change the order of every resumed run: users must be told."""
     assert epoch_order(12, 0, "head", 0).tolist() == [8, 11, 6, 4, 5, 3, 9, 1, 10, 0, 2, 7]
     assert epoch_order(12, 7, "full", 3).tolist() == [7, 6, 4, 8, 5, 11, 0, 9, 1, 3, 2, 10]
 
@@ -130,7 +130,7 @@ def test_evaluation_covers_every_sample_once(world: int):
 
 
 @given(st.integers(1, 512), st.data())
-def test_a_plan_deals_out_the_whole_batch_in_the_largest_parts_that_fit(batch: int, data: st.DataObject):
+def test_a_plan_divides_the_batch_into_the_largest_parts_that_fit(batch: int, data: st.DataObject):
     world = data.draw(st.sampled_from(fitting_world_sizes(batch)))
     limit = data.draw(st.none() | st.integers(1, 600))
     plan = plan_batches(batch, world, limit)

@@ -45,7 +45,7 @@ _file = st.tuples(st.lists(_name, min_size=1, max_size=3), _name, st.sampled_fro
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(files=st.lists(_file, min_size=1, max_size=12))
-def test_any_tree_is_as_torchvision_sees_it(tmp_path: Path, files):
+def test_any_tree_gives_the_same_samples_as_torchvision(tmp_path: Path, files):
     shutil.rmtree(tmp_path)
     for folders, name, extension in files:
         parent = tmp_path.joinpath(*folders)
@@ -68,7 +68,7 @@ def test_links_to_folders_and_files_are_followed(tmp_path: Path):
     split = plant(tmp_path / "split", "a/0.jpg")
     (split / "b").symlink_to(store / "pictures")
     (split / "a" / "again").symlink_to(store / "pictures")
-    (split / "a" / "and-again").symlink_to(store / "pictures")  # twice is no circle
+    (split / "a" / "and-again").symlink_to(store / "pictures")  # twice is not a loop
     (split / "a" / "9.jpg").symlink_to(store / "single")
     index = assert_as_torchvision(split)
     assert len(index) == 8
@@ -121,7 +121,7 @@ def test_a_closed_folder_is_refused(tmp_path: Path, monkeypatch):
     plant(tmp_path, "a/1.jpg", "a/closed/2.jpg")
     scandir = os.scandir
 
-    def guarded(path):  # a chmod would not keep root out
+    def guarded(path):  # chmod has no effect for root
         if path.endswith("closed"):
             raise PermissionError(13, "Permission denied")
         return scandir(path)
@@ -138,7 +138,7 @@ def test_a_missing_folder(tmp_path: Path):
         scan(plant(tmp_path, "file") / "file")
 
 
-def test_images_straight_in_the_split(tmp_path: Path):
+def test_images_directly_in_the_split(tmp_path: Path):
     with pytest.raises(UserError, match=r"one sub-folder per class.*it has 2 images but no sub-folder"):
         scan(plant(tmp_path, "1.jpg", "2.PNG", "notes.txt"))
 
@@ -158,7 +158,7 @@ def test_class_folders_without_images_are_named(tmp_path: Path):
         scan(tmp_path)
 
 
-def test_many_names_are_cut_short(tmp_path: Path):
+def test_long_lists_of_names_are_shortened(tmp_path: Path):
     plant(tmp_path, "a/1.jpg", *(f"empty{i:02d}/x.txt" for i in range(20)))
     with pytest.raises(UserError, match=r"'empty07' and 12 more;"):
         scan(tmp_path)

@@ -1,4 +1,4 @@
-"""A tar file of images: each node unpacks it, whole or not at all, and it can't lead out of its folder."""
+"""Tar files of images: unpacked completely or not at all on each node, and never outside their folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def unstaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pack(path: Path, root: Path, prefix: str = "") -> Path:
-    # GNU tar's own format, with one header a member; in the other a cut can also lie between a member's two.
+    # GNU format has one header per member; in the other format, the file could also be cut between two headers.
     mode, gnu = "w:gz" if path.name.endswith("gz") else "w", tarfile.GNU_FORMAT
     with tarfile.open(path, mode, format=gnu) as tar:  # type: ignore[call-overload]
         for split in ("val", "train"):
@@ -53,7 +53,7 @@ def refusal(archive: Path, near: Path) -> str:
 
 
 @pytest.mark.parametrize(("name", "prefix"), [("a.tar", ""), ("a.tar.gz", "./flowers/"), ("a.tgz", "./")])
-def test_a_tar_file_is_a_folder(
+def test_a_tar_file_gives_the_same_run_as_its_folder(
     folder: Path, near: Path, tmp_path: Path, unstaged: Path, capsys: pytest.CaptureFixture[str], name: str, prefix: str
 ) -> None:
     archive = pack(tmp_path / name, folder, prefix)
@@ -73,10 +73,10 @@ def test_a_tar_file_is_a_folder(
     next(place.rglob("*.png")).unlink()
     after = open_splits(ALONE, config).train
     assert "images: 83 files, " in capsys.readouterr().out
-    assert (before.fingerprint, before.times) == (after.fingerprint, after.times), "so that features are found again"
+    assert (before.fingerprint, before.times) == (after.fingerprint, after.times), "part of the key of features"
 
 
-def test_two_nodes_unpack_and_a_run_goes_on_from_a_tar_file_only_with_the_same_images(
+def test_two_nodes_unpack_and_a_run_is_resumed_only_with_the_same_images(
     folder: Path, tmp_path: Path, near: Path, unstaged: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     archive = pack(tmp_path / "a.tar", folder)
@@ -86,7 +86,7 @@ def test_two_nodes_unpack_and_a_run_goes_on_from_a_tar_file_only_with_the_same_i
     assert [status for status, _, _ in found] == [0, 0], found
     assert [roots[0].startswith(str(disk)) for (_, roots, _), disk in zip(found, disks, strict=True)] == [True, True]
     assert lines(tmp_path / "run")[-1]["top1"] == pytest.approx(lines(unstaged)[-1]["top1"])
-    # A node that can't is refused on all of them, by name.
+    # If one node cannot unpack it, all stop with an error that names the node.
     found = run_ranks(2, watched_train, [*args, f"run_dir={tmp_path}/other"], [disks[0], None])
     assert [status for status, _, _ in found] == [2, 2]
     assert f"can't be unpacked to data.stage_to=$DISK on node 1 ({os.uname().nodename}): DISK is not set" in found[0][2]
@@ -124,7 +124,7 @@ EVIL: dict[str, tuple[list[tarfile.TarInfo], str]] = {
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_an_archive_that_leads_out_is_refused_and_nothing_of_it_left(
+def test_an_archive_that_writes_outside_is_refused_and_leaves_nothing(
     folder: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     members, reason = EVIL[name]
@@ -149,7 +149,7 @@ def cut_in_a_member(data: bytes) -> bytes:
 
 
 def cut_between_members(data: bytes) -> bytes:
-    at = data.rindex(b"ustar", 0, len(data) // 2) - 257  # where a header begins
+    at = data.rindex(b"ustar", 0, len(data) // 2) - 257  # the start of a header
     assert at % 512 == 0
     return data[:at]
 
@@ -183,14 +183,16 @@ def test_a_damaged_gzip_is_refused(folder: Path, tmp_path: Path, near: Path, dam
     whole = bytearray(archive.read_bytes())
     if damage == "cut":
         whole = whole[: len(whole) // 2]
-    else:  # the check sum at its end
+    else:  # the checksum at the end
         whole[-8] ^= 1
     archive.write_bytes(whole)
     assert "it is damaged or truncated" in refusal(archive, near)
     assert left(near) == ["lock"]
 
 
-def test_an_archive_that_has_no_room(folder: Path, tmp_path: Path, near: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_that_does_not_fit(
+    folder: Path, tmp_path: Path, near: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     archive = pack(tmp_path / "a.tar", folder)
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_frsize=4096, f_bavail=10))
     assert f"{archive.stat().st_size / 1e6:.1f} MB do not fit in {near}, where 0.0 MB are free" in refusal(
@@ -211,7 +213,7 @@ def test_an_archive_of_something_else(folder: Path, tmp_path: Path, near: Path) 
     assert said.endswith(f"(unpacked from {tmp_path}/b.tar)")
 
 
-def test_an_empty_class_is_seen_in_a_tar_file_as_it_is_in_a_folder(folder: Path, tmp_path: Path, near: Path) -> None:
+def test_an_empty_class_in_a_tar_file_is_detected(folder: Path, tmp_path: Path, near: Path) -> None:
     archive = pack(tmp_path / "a.tar", folder)
     with tarfile.open(archive, "a") as tar:
         tar.addfile(member("train/forgotten", tarfile.DIRTYPE))
@@ -231,7 +233,7 @@ def test_an_empty_class_is_seen_in_a_tar_file_as_it_is_in_a_folder(folder: Path,
         ("missing.tar", "/tmp", "missing.tar is not a folder"),
     ],
 )
-def test_what_is_no_tar_file_is_refused_beforehand(
+def test_other_files_are_refused_before_the_start(
     folder: Path, tmp_path: Path, name: str, stage_to: str | None, message: str
 ) -> None:
     pack(tmp_path / "a.tar", folder)
@@ -243,13 +245,13 @@ def test_what_is_no_tar_file_is_refused_beforehand(
     assert message in str(caught.value)
 
 
-def test_the_run_is_named_by_the_data_and_not_by_where_they_are_staged(folder: Path, tmp_path: Path) -> None:
+def test_the_run_is_named_after_the_data_not_the_local_folder(folder: Path, tmp_path: Path) -> None:
     archive = pack(tmp_path / "roses.tar.gz", folder)
     (name,) = {run_name(load([*small_args(archive), *more])[0]) for more in ([], ["data.stage_to=$TMPDIR"])}
     assert name.startswith("roses-shufflenet_v2_x0_5-")
 
 
-def test_evaluation_wants_a_folder(folder: Path, tmp_path: Path) -> None:
+def test_evaluation_requires_a_folder(folder: Path, tmp_path: Path) -> None:
     archive = pack(tmp_path / "a.tar", folder)
     with pytest.raises(UserError, match=r"a\.tar is not a folder; unpack it and give the folder"):
         configuration.check_evaluation(load([*small_args(archive), "data.stage_to=/tmp"])[0])

@@ -35,7 +35,7 @@ def view(image: Tensor, augment: str, seed: int, *, hflip: bool = True, size: in
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 90), st.integers(1, 90), st.sampled_from([8, 17, 32, 64]))
-def test_the_evaluation_view_is_square_and_bytes_whatever_the_image(height: int, width: int, size: int):
+def test_the_evaluation_view_is_square_and_uint8_for_any_image(height: int, width: int, size: int):
     result = eval_transform(PREPROCESS, size)(noise(height, width))
     assert result.shape == (3, size, size)
     assert result.dtype == torch.uint8
@@ -73,7 +73,7 @@ def test_no_augmentation_is_the_evaluation_view():
 
 @pytest.mark.parametrize("augment", AUGMENTATIONS)
 @pytest.mark.parametrize(("height", "width"), [(40, 50), (7, 90), (1, 1), (200, 20)])
-def test_the_training_view_is_square_and_bytes(augment: str, height: int, width: int):
+def test_the_training_view_is_square_and_uint8(augment: str, height: int, width: int):
     image = noise(height, width)
     before = image.clone()
     for seed in range(20):
@@ -104,7 +104,7 @@ def test_a_mirror_image_only_where_it_is_allowed():
 
 @pytest.mark.parametrize("augment", ["light", "strong"])
 def test_hflip_is_one_step_and_changes_no_other(augment: str):
-    """TrivialAugment rotates far enough that a picture of a ramp would not tell a mirror image from it."""
+    """Structural, because TrivialAugment's rotations would make a mirrored ramp look like a rotated one."""
     plain = list(train_transform(PREPROCESS, 32, augment, hflip=False))
     mirroring = list(train_transform(PREPROCESS, 32, augment, hflip=True))
     assert not any(isinstance(step, v2.RandomHorizontalFlip) for step in plain)
@@ -113,8 +113,8 @@ def test_hflip_is_one_step_and_changes_no_other(augment: str):
 
 
 @pytest.mark.parametrize(("augment", "least"), [("light", 0.5), ("strong", 0.2)])
-def test_how_much_of_the_image_is_left(augment: str, least: float):
-    """Each pixel of a 64x64 picture has a grey of its own row and column, so the crop's area can be read off."""
+def test_the_area_of_a_crop(augment: str, least: float):
+    """Each pixel of the 64x64 image encodes its row and column, so the area of a crop can be computed."""
     column = torch.arange(64, dtype=torch.uint8) * 4
     image = torch.stack([column.expand(64, 64), column[:, None].expand(64, 64), torch.zeros(64, 64, dtype=torch.uint8)])
     crop = train_transform(PREPROCESS, 64, augment, hflip=False)[0]
@@ -130,7 +130,7 @@ def test_how_much_of_the_image_is_left(augment: str, least: float):
     assert max(shares) > 0.9
 
 
-# How large an image it needs
+# The required size of an image
 
 
 def test_enough_is_twice_what_the_evaluation_view_resizes_to():
@@ -141,10 +141,8 @@ def test_enough_is_twice_what_the_evaluation_view_resizes_to():
 @pytest.mark.parametrize("augment", ["light", "strong"])
 @settings(deadline=None, max_examples=30)
 @given(st.integers(20, 200), st.integers(20, 200), st.integers(0, 2**60))
-def test_of_an_image_of_enough_even_the_closest_crop_is_made_smaller_by_two(
-    augment, height: int, width: int, seed: int
-):
-    """Images of any shape, as long as their shorter side is just enough for a view of 8 pixels."""
+def test_even_the_smallest_crop_has_two_pixels_per_output_pixel(augment, height: int, width: int, seed: int):
+    """Images of any shape whose shorter side is exactly `enough` for an output of 8 pixels."""
     steps = train_transform(PREPROCESS, 8, augment, hflip=False)
     scale = steps.enough / min(height, width)
     shape = torch.empty(3, round(height * scale), round(width * scale), dtype=torch.uint8)
