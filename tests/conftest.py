@@ -35,16 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Not the user's; set before the first process is started, so that all have it."""
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache that is not the user's, for all processes of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISTIL_TL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _ctrl_c_is_heard() -> None:
-    """A shell starts what is to run in the background with SIGINT ignored, and processes inherit that."""
+def _handle_ctrl_c() -> None:
+    """A shell starts background commands with SIGINT ignored, and their processes inherit that."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -57,20 +57,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def data(folder: Path, tmp_path: Path) -> Path:
-    """The images, in a folder to change."""
+    """A copy of the images that the test may change."""
     shutil.copytree(folder, tmp_path / "flowers")
     return tmp_path / "flowers"
 
 
 @pytest.fixture
 def near(tmp_path: Path) -> Path:
-    """Where images may be staged to."""
+    """A folder to copy images to."""
     return tmp_path / "near"
 
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """Commands in place of Slurm's, and a current folder of the test's own."""
+    """Stand-ins for Slurm's commands, and a new current folder."""
     return instead_of_slurm(tmp_path, monkeypatch)
 
 
@@ -88,13 +88,13 @@ def slurm_cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def wandb_server() -> Iterator[Server]:
-    """What W&B's client takes for its server."""
+    """A W&B-compatible server."""
     with serving() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
 def telling_server() -> Iterator[Server]:
-    """One that says, as W&B's own do, what it has of a run that goes on."""
+    """A W&B-compatible server that also tells a resumed run what it already has, as W&B's own servers do."""
     with serving(tells=True) as server:
         yield server

@@ -1,4 +1,4 @@
-"""What a run refuses before it trains: one message that names the thing and the way out."""
+"""Refusals before training: one message that names the problem and what to do."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_run_directory_below_a_file_is_refused(
         assert f"run_dir={tmp_path}/{where}: {tmp_path}/file is a file; choose another run_dir" in message
 
 
-def test_a_run_directory_that_cannot_be_opened_is_said_in_a_sentence(
+def test_a_run_directory_that_cannot_be_opened_is_reported_in_a_sentence(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
@@ -82,7 +82,7 @@ def test_an_empty_class_and_a_class_that_train_lacks_are_named(
     assert "stripes" in message
 
 
-def test_bad_input_is_said_once_by_two_ranks(small: list[str], tmp_path: Path, folder: Path) -> None:
+def test_bad_input_is_reported_once_by_two_ranks(small: list[str], tmp_path: Path, folder: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(folder, root)
     (root / "train" / "empty").mkdir()

@@ -1,8 +1,8 @@
-"""A small staged job, interrupted at chosen lines of the code in the ways a cluster knows, and gone on with.
+"""Faults: a small staged job, interrupted at a chosen line of the code as happens on a cluster.
 
-The moment of a fault is a line: the n-th one that a rank executes within a region of the job (its start-up, its steps,
+The moment of a fault is the n-th line that a rank executes within a region of the job (its start-up, its steps,
 an evaluation, the writing of a checkpoint, its end), counted with `sys.settrace`. The uninterrupted reference run
-counts how many there are, so that a random number hits all of them alike.
+counts how many there are, so that a random number is equally likely to hit each of them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PATIENCE = 90  # seconds that one attempt may take
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens when rank `by` comes to its `line`-th line within `region`. `chance` in 0..1 settles the rest."""
+    """What happens when rank `by` reaches its `line`-th line within `region`. `chance` in 0..1 decides the details."""
 
     kind: str
     region: str
@@ -77,7 +77,7 @@ def run_rank(
     fault: Fault | None,
     prepare: Callable[[], None] | None,
 ) -> None:
-    """`python -m distil_tl.train` in a fresh process, which keeps in `scratch` what it saw and what struck it."""
+    """`python -m distil_tl.train` in a new process, which records in `scratch` its samples and the fault."""
     os.setpgid(0, 0)  # its loader workers can be found by it
     torch.set_num_threads(1)
     os.environ["DISTIL_TL_CACHE"] = str(run_dir_of(args).parent / "cache")
@@ -107,7 +107,7 @@ def run_dir_of(args: list[str]) -> Path:
 
 
 def arm(counted: Counter[str], fault: Fault | None, scratch: Path, run_dir: Path, world: int) -> None:
-    """Count the lines of all regions from now on, and let `fault` strike at its own."""
+    """Count the executed lines of all regions, and trigger `fault` at its line."""
 
     def local(region: str, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
@@ -170,10 +170,10 @@ def strike(fault: Fault, scratch: Path, run_dir: Path, world: int) -> None:
 
 
 def fill(run_dir: Path, chance: float) -> None:
-    """Leave little room on the disk, from none to what nearly does for a checkpoint."""
+    """Leave little space on the disk, from none to almost enough for a checkpoint."""
     checkpoint = 3 << 20
     room = int(chance * 1.2 * checkpoint)
-    if not os.path.ismount(run_dir.parent):  # no disk of our own to fill: files may just not get large
+    if not os.path.ismount(run_dir.parent):  # no file system of its own to fill: limit the size of files instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (room // 2, resource.RLIM_INFINITY))
         return
     disk = os.statvfs(run_dir)
@@ -182,7 +182,7 @@ def fill(run_dir: Path, chance: float) -> None:
 
 
 def note_samples(path: Path) -> None:
-    """Write down (stage, step of the stage, [(image, hash of its tensor)]) of each training batch of this rank."""
+    """Record (stage, step of the stage, [(image, hash of its tensor)]) of each training batch of this rank."""
     module: Any = importlib.import_module("distil_tl.train")
     original = module.forward_backward
 
@@ -203,7 +203,7 @@ def note_samples(path: Path) -> None:
 class Ended:
     statuses: list[int | None]  # None: had to be killed for not ending
     said: list[str]
-    struck: str | None  # file and line, if the fault came to strike
+    struck: str | None  # file and line of the fault, if it happened
     seconds: float
 
 
@@ -217,7 +217,7 @@ def attempt(
     prepare: Callable[[], None] | None = None,
     frozen: int | None = None,
 ) -> Ended:
-    """Start the job on `world` ranks, each of which calls `prepare` before it, and wait for its end.
+    """Run the job on `world` ranks, each of which calls `prepare` first, and wait for its end.
 
     Rank `frozen` is not waited for: it never ends.
     """
@@ -250,7 +250,7 @@ def attempt(
 
 
 def left_over_processes(scratch: Path, wait: float = 20) -> list[int]:
-    """Processes, loader workers too, of the attempts below `scratch` that live on for longer than `wait` seconds."""
+    """Ids of processes of the attempts below `scratch`, loader workers included, still alive after `wait` seconds."""
     groups = {int(path.read_text() or 0) for path in scratch.rglob("pid-*")}
     deadline = time.monotonic() + wait
     while True:
@@ -266,7 +266,7 @@ def left_over_processes(scratch: Path, wait: float = 20) -> list[int]:
 
 
 def damage(run_dir: Path, kind: str, rng: random.Random) -> str:
-    """Damage the newest checkpoint; what was done."""
+    """Damage the newest checkpoint; returns a description."""
     found = sorted(path for path in (run_dir / "checkpoints").glob("step-*") if path.is_dir())
     if not found:
         return "no checkpoint yet"

@@ -1,4 +1,4 @@
-"""A run from its beginning through its faults to its end, and whether it ends as if there had been none."""
+"""Plans of faults: a run with all its attempts, compared with one that was never interrupted."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def make_reference(folder: Path, args: list[str]) -> Reference:
 
 
 def carry_out(plan: Plan, folder: Path, reference: Reference) -> Outcome:
-    """Go through the plan; the outcome lists all that is not as it must be."""
+    """Carry out the plan; the outcome lists every difference from the reference."""
     began = time.monotonic()
     disk = folder / "disk"
     with small_disk(disk) if any(fault.kind == "disk full" for fault in plan.faults) else contextlib.nullcontext():
@@ -74,17 +74,17 @@ def carry_out(plan: Plan, folder: Path, reference: Reference) -> Outcome:
                 outcome.problems.append(f"attempt {number} ({outcome.notes[-1]}): {wrong}\n" + "\n".join(ended.said))
             if ended.statuses == [0] * world:
                 break
-        outcome.problems += [f"process {pid} lives on" for pid in left_over_processes(folder)]
+        outcome.problems += [f"process {pid} is still alive" for pid in left_over_processes(folder)]
         outcome.problems += compare(outcome.run_dir, reference, folder, exact=plan.same_world)
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
 def wrong_end(ended: Ended, fault: Fault | None) -> str | None:
-    """What is wrong with how an attempt ended, after what befell it."""
+    """What is wrong with the end of an attempt, given its fault; None if nothing is."""
     if None in ended.statuses:
         return "it did not end"
-    if set(ended.statuses) == {-signal.SIGKILL}:  # what orphaned loader workers say is torch's own
+    if set(ended.statuses) == {-signal.SIGKILL}:  # loader workers without a parent print messages of torch
         return None
     for said in ended.said:
         if "Traceback" in said or "Logging error" in said:
@@ -92,7 +92,7 @@ def wrong_end(ended: Ended, fault: Fault | None) -> str | None:
     statuses = {status for status in ended.statuses if status is not None}
     if fault is None or ended.struck is None:
         return None if statuses == {0} else f"statuses {ended.statuses} without a fault"
-    if fault.kind in SIGNALS:  # too late to stop is fine, and so is dying of the second one when all is saved
+    if fault.kind in SIGNALS:  # it may come too late to stop; and the second signal may kill it when all is saved
         allowed = [{0}, {3}]
         if fault.kind == "twice":
             allowed += [{0, -SIGNALS["twice"]}, {3, -SIGNALS["twice"]}]
@@ -105,7 +105,7 @@ def wrong_end(ended: Ended, fault: Fault | None) -> str | None:
     if statuses not in allowed:
         return f"statuses {ended.statuses}"
     if statuses == {1} and "can't write" not in ended.said[0]:
-        return "no word of what could not be written"
+        return "no message about the file that could not be written"
     return None
 
 
@@ -115,9 +115,9 @@ def random_fault(rng: random.Random, kind: str, world: int, reference: Reference
         region = "step"
     by = 0 if region == "checkpoint" else rng.randrange(world)
     if kind == "disk full" and os.geteuid() != 0:
-        by = 0  # whose files must not get large
+        by = 0  # the size of whose files is limited
     there = reference.counted[min(by, 1)][region]
-    # A first attempt gets to every line; of what a later one has left to do, a random part.
+    # A first attempt reaches every line; a later one only those of the work that is left.
     line = 1 + int(rng.random() * there * (1 if first or region in ("start-up", "finish") else 0.5))
     return Fault(kind, region, by, line, rng.random())
 

@@ -1,4 +1,4 @@
-"""Real ranks for tests: processes that meet over gloo, started quickly from a server that has torch imported."""
+"""Real ranks for tests: gloo processes, forked from a server that has already imported torch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ def free_port() -> int:
 
 
 def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float = 150) -> list[Any]:
-    """`body(*args)` in `world` processes with torchrun's environment; their results by rank.
+    """Results by rank of `body(*args)` in `world` processes with torchrun's environment.
 
-    Raises AssertionError with the traceback of a rank that failed, and ends all of them when time is up.
+    All are killed after `timeout` seconds.
+
+    Raises:
+        AssertionError: a rank failed (with its traceback), died, or did not end in time.
     """
     results = _context.Queue()
     port = free_port()
@@ -46,7 +49,7 @@ def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float =
             except queue.Empty:
                 assert time.monotonic() < deadline, f"only ranks {sorted(found)} of {world} ended in {timeout} s"
                 dead = [i for i, p in enumerate(ranks) if p.exitcode not in (None, 0) and i not in found]
-                assert not dead, f"ranks {dead} died without a word"
+                assert not dead, f"ranks {dead} died"
                 continue
             assert ok, f"rank {rank} failed:\n{value}"
             found[rank] = value
@@ -99,7 +102,7 @@ def lines(run_dir: Path, **having: Any) -> list[dict[str, Any]]:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes whose command line names a folder, those of loader workers too."""
+    """Ids of processes whose command line names a folder, loader workers included."""
     found = []
     for entry in Path("/proc").iterdir():
         try:

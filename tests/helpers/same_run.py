@@ -1,4 +1,4 @@
-"""Whether two runs are one: what they saw, what they wrote down, and what they ended with."""
+"""Comparison of two runs: their samples, metrics, evaluation and weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class Reference:
 
 
 def samples(folder: Path) -> tuple[dict[tuple[str, int], dict[int, str]], list[str]]:
-    """Image and hash by (stage, step), over all ranks and attempts below `folder`; and what was not the same twice."""
+    """Image and hash by (stage, step), over all ranks and attempts below `folder`.
+
+    And the images that differ between two attempts.
+    """
     seen: dict[tuple[str, int], dict[int, str]] = {}
     wrong = []
     for path in sorted(folder.rglob("seen-*.jsonl")):
@@ -36,7 +39,7 @@ def samples(folder: Path) -> tuple[dict[tuple[str, int], dict[int, str]], list[s
 
 
 def compare(run_dir: Path, reference: Reference, folder: Path, *, exact: bool) -> list[str]:
-    """How a run that went through faults differs from the one that did not; nothing, hopefully."""
+    """Differences between an interrupted run and the reference; empty if they are the same."""
     summaries = [json.loads((path / "summary.json").read_text()) for path in (run_dir, reference.run_dir)]
     if summaries[0]["status"] != "completed":
         return [f"the run is {summaries[0]['status']}"]
@@ -94,7 +97,7 @@ def timeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def differing(name: str, one: Any, two: Any) -> list[str]:
-    """Where two nested containers are not bit-equal, times left out."""
+    """Places where two nested containers are not bit-equal, times left out."""
     if isinstance(one, dict) and isinstance(two, dict):
         if one.keys() != two.keys():
             return [f"{name}: other keys"]

@@ -1,4 +1,4 @@
-"""Going on with a run whose configuration or images have changed since: what is refused, and what is the same run."""
+"""Resuming a run whose configuration or images have changed: what is refused, and what is still the same run."""
 
 from __future__ import annotations
 
@@ -92,9 +92,7 @@ def test_drift_is_refused_with_what_was_added_removed_and_resized(
     assert content(run_dir) == before, "nothing was written"
 
 
-def test_drift_of_val_is_refused_and_of_classes_said(
-    run_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_drift_of_val_and_of_classes_is_refused(run_dir: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gone = sorted((data / "val" / "circles").iterdir())[0]
     gone.rename(data / "val" / "noise" / "moved.png")
     message = refused([*small_args(data), f"run_dir={run_dir}"], capsys)
@@ -107,7 +105,7 @@ def test_drift_of_val_is_refused_and_of_classes_said(
     assert "the list of classes changed" in message
 
 
-def test_going_on_from_another_run_names_the_drift_as_well(
+def test_resuming_from_another_run_names_the_drift_as_well(
     run_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gone = sorted((data / "train" / "circles").iterdir())[0]
@@ -116,7 +114,7 @@ def test_going_on_from_another_run_names_the_drift_as_well(
     assert f"1 removed ('circles/{gone.name}')" in message
 
 
-def test_drift_is_told_from_the_images_that_training_began_with(
+def test_drift_is_relative_to_the_images_that_training_began_with(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A first attempt was killed before it saved anything; its images are not what a later one is held to."""
@@ -158,7 +156,7 @@ def test_a_damaged_list_of_images_names_no_differences_and_is_written_again(
 # Settings that have changed.
 
 
-def test_without_a_configuration_to_compare_with_it_is_said(
+def test_a_missing_configuration_is_reported(
     run_dir: Path, small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = run_dir / "config.yaml"

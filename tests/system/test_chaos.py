@@ -1,4 +1,4 @@
-"""Killed, signalled, out of disk and damaged at random moments, a run still ends as if nothing had happened."""
+"""A run that is killed, signalled, out of disk space or damaged at any moment ends as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ stages:
 VARIANTS = {
     "sgd": ["optim.name=sgd"],
     "features": ["optim.name=sgd", "stages.head.views=2", "stages.head.epochs=2"],
-    # Dropout draws by rank and BatchNorm looks at a rank's images: exact only on the same number of ranks.
+    # Dropout and BatchNorm depend on the images of a rank: exact only on the same number of ranks.
     "dropout": ["optim.name=adamw", "model.name=mobilenet_v3_small", "stages.all.batch_norm=train"],
 }
 
@@ -46,7 +46,7 @@ def references(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     return reference
 
 
-# Chosen so that each way of ending comes at another moment, and the whole takes seconds.
+# Each kind of end at another moment; each takes seconds.
 SHORT = {
     "all killed while features are computed": ((2, 2), [Fault("kill all", "start-up", 0, 0)], 0.999),
     "signal to one rank in start-up": ((2, 2), [Fault("term", "start-up", 1, 0)], 0.01),

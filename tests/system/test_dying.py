@@ -1,4 +1,4 @@
-"""A rank that dies or freezes, a loss that is not finite, a full disk: the others end soon, and say what happened."""
+"""A rank that dies or freezes, a loss that is not finite, a full disk: the other ranks end soon and report it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def quick(small: list[str], tmp_path: Path, *more: str) -> list[str]:
         ("evaluation", 60, 1, "the evaluation after epoch 1 of stage head"),
     ],
 )
-def test_the_others_end_soon_and_say_when(
+def test_the_other_ranks_end_soon_and_name_the_phase(
     small: list[str], tmp_path: Path, kind: str, region: str, line: int, by: int, phase: str
 ) -> None:
     fault = Fault(kind, region, by, line)
@@ -63,7 +63,7 @@ def test_the_others_end_soon_and_say_when(
 
 
 def gone_before(step: str, by: int, how: signal.Signals) -> None:
-    """One rank is killed, or freezes, as it comes to a step of the ranks' meeting."""
+    """One rank is killed, or freezes, when it reaches a step of the rendezvous."""
     module: Any = importlib.import_module(
         f"distil_tl.distributed.{'store' if step == 'rendezvous' else 'process_group'}"
     )
@@ -75,7 +75,7 @@ def gone_before(step: str, by: int, how: signal.Signals) -> None:
 @pytest.mark.parametrize("by", [0, 1])
 @pytest.mark.parametrize("step", ["rendezvous", "init_process_group"])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_is_not_there_to_meet_is_not_waited_for_for_ever(
+def test_waiting_for_a_rank_that_does_not_join_ends(
     small: list[str], tmp_path: Path, how: signal.Signals, step: str, by: int
 ) -> None:
     prepare = functools.partial(gone_before, step, by, how)
@@ -92,7 +92,7 @@ def test_a_rank_that_is_not_there_to_meet_is_not_waited_for_for_ever(
 
 
 def slow_start(seconds: float) -> None:
-    """Rank 0 is slow in all that it does while the others wait."""
+    """Rank 0 is slow in everything that it does while the others wait."""
     module: Any = importlib.import_module("distil_tl.train")
     splits: Any = importlib.import_module("distil_tl.data.splits")
 
@@ -115,7 +115,7 @@ def test_rank_zero_may_work_alone_for_longer_than_a_collective_may_take(small: l
     assert ended.seconds > 15
 
 
-def test_but_not_for_ever(small: list[str], tmp_path: Path) -> None:
+def test_waiting_for_rank_zero_has_a_limit(small: list[str], tmp_path: Path) -> None:
     args = quick(small, tmp_path, "distributed.prepare_timeout_seconds=1")
     ended = attempt(tmp_path / "scratch", args, 2, prepare=functools.partial(slow_start, 8.0))
     assert ended.statuses == [1, 1], ended
@@ -205,17 +205,17 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(
     assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
 
 
-@pytest.mark.parametrize("room", [0.0, 0.15, 0.6], ids=["none", "some", "nearly enough"])
-def test_a_full_disk_leaves_the_last_checkpoint(small: list[str], tmp_path: Path, room: float) -> None:
+@pytest.mark.parametrize("space", [0.0, 0.15, 0.6], ids=["none", "some", "nearly enough"])
+def test_a_full_disk_leaves_the_last_checkpoint(small: list[str], tmp_path: Path, space: float) -> None:
     with small_disk(tmp_path / "disk"):
         run_dir = tmp_path / "disk" / "run"
         args = quick(small, tmp_path, f"run_dir={run_dir}")
-        ended = attempt(tmp_path / "scratch", args, 2, Fault("disk full", "step", 0, 3000, room))
+        ended = attempt(tmp_path / "scratch", args, 2, Fault("disk full", "step", 0, 3000, space))
         assert ended.struck is not None
         assert ended.statuses == [1, 1], ended
         assert "can't write" in ended.said[0]
         assert not any("Traceback" in said or "Logging error" in said for said in ended.said), ended
-        if room:
+        if space:
             assert re.search(r"can't write the checkpoint .*; the last good one, step-\d+, is kept", ended.said[0])
         checkpoints = Checkpoints(run_dir / "checkpoints")
         sound = checkpoints.newest_valid()
@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(small: list[str], tmp_path: Path
         assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
 
 
-NO_ROOM = """
+FULL_DISK = """
 import resource, sys
 import distil_tl.train as train
 original, taken = train.check_finite, iter(range(1000))
@@ -239,9 +239,9 @@ sys.exit(train.main())
 """
 
 
-def test_whichever_file_meets_the_full_disk_it_is_said_in_a_sentence(small: list[str], tmp_path: Path) -> None:
-    script = tmp_path / "no_room.py"
-    script.write_text(NO_ROOM)
+def test_a_full_disk_is_reported_in_a_sentence_whichever_file_it_meets(small: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "full_disk.py"
+    script.write_text(FULL_DISK)
     args = quick(small, tmp_path)
     done = subprocess.run(
         [sys.executable, str(script), *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
@@ -255,7 +255,7 @@ def test_whichever_file_meets_the_full_disk_it_is_said_in_a_sentence(small: list
 
 
 def dies_between(step: int) -> None:
-    """Rank 0 is killed when the checkpoint of a step is there, and `last` names it, but `best` does not yet."""
+    """Rank 0 is killed when the checkpoint of a step is written and `last` names it, but `best` does not yet."""
     writer: Any = importlib.import_module("distil_tl.rundir.checkpoint").Checkpoints
     original = writer._point
 
@@ -281,7 +281,7 @@ def no_better() -> None:
     run.record_evaluation = record_evaluation
 
 
-def test_best_is_put_right_after_a_kill_between_the_two_links(small: list[str], tmp_path: Path) -> None:
+def test_best_is_repaired_after_a_kill_between_the_two_links(small: list[str], tmp_path: Path) -> None:
     args = quick(small, tmp_path, "checkpoint.keep=1")
     ended = attempt(tmp_path / "scratch", args, 2, prepare=functools.partial(dies_between, 6))
     assert ended.statuses == [-9, 1]
@@ -304,7 +304,7 @@ def test_an_epoch_that_is_evaluated_again_is_written_once(small: list[str], tmp_
     assert [line["split"] for line in lines(tmp_path / "run", window="epoch")] == ["train", "val"]
 
 
-# As a user starts it.
+# Started by torchrun.
 
 
 def launch(command: list[str]) -> subprocess.Popen[str]:
@@ -347,7 +347,7 @@ sys.exit(train.main())
 """
 
 
-def test_torchrun_brings_a_job_back_from_its_last_checkpoint(small: list[str], tmp_path: Path) -> None:
+def test_torchrun_restarts_a_job_from_its_last_checkpoint(small: list[str], tmp_path: Path) -> None:
     script, marker = tmp_path / "dies_once.py", tmp_path / "marker"
     script.write_text(DIES_ONCE.format(marker=str(marker), step=9))
     args = [*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2", "stages.full.epochs=1"]

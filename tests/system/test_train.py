@@ -1,4 +1,4 @@
-"""The main job end to end on small images: what it leaves behind, going on, stopping, and refusing."""
+"""The whole job on small images: its files, stopping, resuming and refusing."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_evaluation_agrees_with_loading_by_hand(finished: Path, folder: Path) ->
     assert hits / n == summary_of(finished)["best"]["top1"]
 
 
-# Stopping and going on.
+# Stopping and resuming.
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_evaluation_agrees_with_loading_by_hand(finished: Path, folder: Path) ->
     [(3, signal.SIGTERM), (6, signal.SIGINT), (14, signal.SIGUSR2)],
     ids=["head", "boundary", "full"],
 )
-def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_exactly(
+def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_exactly(
     finished: Path, small: list[str], tmp_path: Path, step: int, number: int
 ) -> None:
     run_dir = tmp_path / "run"
@@ -157,7 +157,7 @@ def test_on_four_ranks_too_where_the_order_of_a_sum_matters(small: list[str], tm
     same_result(again, whole)
 
 
-def test_a_killed_run_goes_on_from_its_last_epoch(finished: Path, small: list[str], tmp_path: Path) -> None:
+def test_a_killed_run_resumes_from_its_last_epoch(finished: Path, small: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = [*small, f"run_dir={run_dir}"]
     with pytest.raises(AssertionError, match="died"):
@@ -182,7 +182,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
         torch.testing.assert_close(value, two[key], rtol=1e-3, atol=1e-4)
 
 
-def test_another_run_can_be_gone_on_from(finished: Path, small: list[str], tmp_path: Path) -> None:
+def test_a_run_can_resume_from_another_run(finished: Path, small: list[str], tmp_path: Path) -> None:
     start = finished / "checkpoints" / "step-00000012"
     assert main([*small, f"run_dir={tmp_path}/run", f"resume={start}"]) == 0
     assert summary_of(tmp_path / "run")["status"] == "completed"
@@ -200,7 +200,7 @@ def test_divergence_stops_with_the_weights_before_it(
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
 
-def test_what_the_last_save_met_is_said_though_the_run_fails_for_another_reason(
+def test_a_failed_save_is_reported_though_the_run_fails_for_another_reason(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     looks = iter(range(1000))
@@ -221,7 +221,7 @@ def test_what_the_last_save_met_is_said_though_the_run_fails_for_another_reason(
     assert summary_of(tmp_path / "run")["status"] == "failed"
 
 
-def test_a_best_checkpoint_that_is_lost_is_said(
+def test_a_lost_best_checkpoint_is_reported(
     finished: Path, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -242,7 +242,7 @@ def test_a_best_checkpoint_that_is_lost_is_said(
     assert distil_tl.load(run_dir).classes == ["circles", "noise", "stripes"], "best names one that is sound"
 
 
-# Refusing; more of it in test_refusals.py.
+# Refusing; more in test_refusals.py.
 
 
 def test_changed_images_are_refused_on_resume(
@@ -258,7 +258,7 @@ def test_changed_images_are_refused_on_resume(
     assert "not those" in message
 
 
-# What a review found, kept found.
+# Regressions.
 
 
 def test_a_stage_added_to_a_completed_run_is_trained(small: list[str], tmp_path: Path) -> None:
@@ -270,7 +270,9 @@ def test_a_stage_added_to_a_completed_run_is_trained(small: list[str], tmp_path:
     assert distil_tl.load(tmp_path / "lr=0.1").classes == ["circles", "noise", "stripes"], "a path with = in it"
 
 
-def test_going_on_from_a_completed_run_of_another_directory(finished: Path, small: list[str], tmp_path: Path) -> None:
+def test_a_run_can_resume_from_a_completed_run_of_another_directory(
+    finished: Path, small: list[str], tmp_path: Path
+) -> None:
     assert main([*small, f"run_dir={tmp_path}/run", f"resume={finished}"]) == 0
     summary = summary_of(tmp_path / "run")
     assert summary["status"] == "completed"

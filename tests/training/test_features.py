@@ -1,4 +1,4 @@
-"""The frozen backbone runs once, and training on what it gave is the same training."""
+"""Cached features: the frozen backbone runs once, and training on its features is the same training."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_bad_images_are_left_out_alike(folder: Path, tmp_path: Path, cache: Path
     assert main(head_args(data, tmp_path / "error")) == 2
 
 
-# What goes wrong.
+# Faults.
 
 
 DAMAGE = ("truncated", "flipped", "no note", "no array", "another note")
@@ -188,7 +188,7 @@ def test_damaged_chunks_are_computed_again(folder: Path, tmp_path: Path, cache: 
     assert timeless(lines(tmp_path / "two")) == timeless(lines(tmp_path / "one"))
 
 
-def test_an_extraction_that_was_killed_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_a_killed_extraction_resumes(folder: Path, tmp_path: Path) -> None:
     variables = {"DISTIL_TL_CACHE": str(tmp_path / "cache")}
     args = head_args(folder, tmp_path / "run", NO_FULL)
     with pytest.raises(AssertionError, match="died"):
@@ -235,7 +235,7 @@ def test_a_signal_to_one_rank_during_extraction_stops_all(folder: Path, tmp_path
     assert run_ranks(2, in_ranks, variables, args) == [0, 0]
 
 
-def test_a_full_disk_is_no_reason_to_stop_unless_they_are_asked_for(
+def test_a_full_disk_stops_a_run_only_if_features_are_required(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
@@ -277,7 +277,7 @@ def test_two_jobs_at_once(folder: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").rglob(".*")), "nothing half-written is left"
 
 
-# When they are sound.
+# Keys of the cache.
 
 
 def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
@@ -361,7 +361,7 @@ def test_a_device_that_is_too_small_says_what_to_do(
     assert main([*args, "data.max_local_batch_size=4"]) == 0
 
 
-def test_memory_that_does_not_take_them_is_a_reason_to_do_without(
+def test_features_that_cannot_be_mapped_are_not_used(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(feature_cache._libc, "mmap", lambda *args: ctypes.c_void_p(-1).value)

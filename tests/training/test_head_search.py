@@ -177,7 +177,7 @@ def test_the_grid_takes_what_is_not_searched_from_the_stage() -> None:
     assert not SearchConfig().wanted
 
 
-# Ranks, and going on.
+# Ranks, and resuming.
 
 
 def in_pieces(args: list[str]) -> int:
@@ -219,7 +219,7 @@ def test_a_search_that_was_stopped_or_killed_is_done_again(folder: Path, tmp_pat
     assert found(tmp_path / "run") == found(tmp_path / "whole")
 
 
-def test_a_run_that_goes_on_keeps_its_choice(
+def test_a_resumed_run_keeps_its_choice(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(head_args(folder, tmp_path / "whole", *GRID)) == 0
@@ -244,7 +244,7 @@ def test_a_run_that_goes_on_keeps_its_choice(
     assert found(tmp_path / "run") == found(tmp_path / "whole")
 
 
-# What goes wrong.
+# Faults and refusals.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a stage computes in: found by a trial where that pays, agreed on, recorded and kept."""
+"""Precision and memory format of a stage: tuned where that saves time, agreed on by all ranks, recorded and kept."""
 
 from __future__ import annotations
 
