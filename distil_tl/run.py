@@ -27,9 +27,8 @@ from distil_tl.rundir.start import Start, find_start
 from distil_tl.rundir.state import Position, RunState, StageRecord
 from distil_tl.tracking.tracker import Tracker
 from distil_tl.training.evaluation import Evaluation
-from distil_tl.training.metrics import ClassificationMetrics
-from distil_tl.training.optim import current_lr
 from distil_tl.training.precision import Compute, default_compute
+from distil_tl.training.records import Records
 from distil_tl.training.stage import Stage
 from distil_tl.training.step import StageTraining
 from distil_tl.utils.args import plain
@@ -44,6 +43,7 @@ class Run:
 
     Attributes:
         plan: how a global batch is divided.
+        records: writes metrics.jsonl and keeps the results of stages.
         tracker: metrics.jsonl and W&B; None on other ranks than 0.
         train_state: of the checkpoint that the run resumes from, until its stage has taken it.
         training: what the current stage trains with; None before the first.
@@ -71,11 +71,13 @@ class Run:
     best_evaluation: Evaluation | None = None
     plan: BatchPlan = field(init=False)
     agreement: Agreement = field(init=False)
+    records: Records = field(init=False)
 
     def __post_init__(self) -> None:
         data = self.config.data
         self.plan = plan_batches(data.global_batch_size, self.info.world_size, data.max_local_batch_size)
         self.agreement = Agreement(self.info, self.request)
+        self.records = Records(self.state, self.tracker, data.global_batch_size)
 
     @property
     def num_classes(self) -> int:
@@ -120,60 +122,6 @@ class Run:
         self.train_state = None
         self.training = training
         return at
-
-    # Records.
-
-    def record_interval(self, training: StageTraining, position: Position) -> dict[str, Any]:
-        """Record a log interval of training. A collective. Returns the line written."""
-        counted, seconds = training.meter.interval()
-        record = self.state.stages[training.stage.name]
-        record.train_images += counted.count
-        record.train_seconds += seconds
-        record.epoch_seconds += seconds
-        record.seconds += seconds
-        return self._log(training, position.epoch, "train", "interval", counted, seconds)
-
-    def record_epoch(self, training: StageTraining, epoch: int, counted: ClassificationMetrics) -> None:
-        """Record an epoch of training, over all attempts that took part in it."""
-        record = self.state.stages[training.stage.name]
-        record.train_top1 = counted.compute()["top1"]
-        self._log(training, epoch, "train", "epoch", counted, record.epoch_seconds)
-        record.epoch_seconds = 0.0
-
-    def record_evaluation(
-        self, training: StageTraining, epoch: int, counted: ClassificationMetrics, seconds: float
-    ) -> bool:
-        """Record the evaluation after an epoch. Returns whether it is the best so far."""
-        record = self.state.stages[training.stage.name]
-        line = self._log(training, epoch, "val", "epoch", counted, seconds)
-        kept = ("split", "loss", "top1", "top5", "macro_f1", "stage", "epoch", "step")
-        final = self.state.final = {key: line[key] for key in kept}
-        record.epochs, record.top1 = epoch + 1, final["top1"]
-        record.seconds += seconds
-        best = self.state.best
-        if best is None or (final["top1"], -final["loss"]) > (best["top1"], -best["loss"]):
-            self.state.best = final
-            return True
-        return False
-
-    def _log(self, training: StageTraining, epoch: int, split: str, window: str, counted: ClassificationMetrics,
-             seconds: float) -> dict[str, Any]:  # fmt: skip
-        line = {
-            "step": self.state.step,
-            "epoch": epoch + 1,
-            "stage": training.stage.name,
-            "split": split,
-            "window": window,
-            **counted.compute(),
-            "lr": current_lr(training.optimizer),
-            "images_per_second": counted.count / seconds if seconds else None,
-            "seconds": seconds,
-            "samples_seen": self.state.step * self.config.data.global_batch_size,
-        }
-        if self.tracker is not None:
-            with writing(self.directory.path / "metrics.jsonl"):
-                self.tracker.log(line)
-        return line
 
     # Checkpoints.
 
@@ -305,7 +253,13 @@ def open_run(
     )  # fmt: skip
     check_shared(info, run_dir, lambda: (read_attempt(directory.attempt.path) or {}).get("token") == token)
     tracker = Tracker(run_dir, config.tracking, plain(source), directory.attempt.check) if info.is_main else None
-    on_rank_zero(info, "opening metrics.jsonl", lambda: open_tracker(tracker, state, run_dir))
+
+    def open_tracker() -> None:
+        assert tracker is not None  # rank 0
+        within_epoch = state.position is not None and state.position.consumed > 0
+        tracker.open(after_step=state.step, within_epoch=within_epoch)
+
+    on_rank_zero(info, "opening metrics.jsonl", open_tracker)
     add_rank_file(run_dir, info.rank)
     _print_start(start, state)
     bad_images = BadImages(config.data.on_bad_image, state.bad_images)
@@ -325,13 +279,6 @@ def open_run(
         saved_at=began,
         ticked_at=began,
     )
-
-
-def open_tracker(tracker: Tracker | None, state: RunState, run_dir: Path) -> None:
-    assert tracker is not None
-    within_epoch = state.position is not None and state.position.consumed > 0
-    with writing(run_dir / "metrics.jsonl"):
-        tracker.open(after_step=state.step, within_epoch=within_epoch)
 
 
 def _print_start(start: Start, state: RunState) -> None:

@@ -160,7 +160,7 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
             at_end, asked = position.consumed == sampler.end, run.agreement.poll()
             if at_end or position.step % log_every == 0:
                 check_finite(info, training)
-                line = run.record_interval(training, position)
+                line = run.records.add_interval(training, position)
                 bar.say(console.interval_line(line, position.consumed // sampler.global_batch_size, total))
             due = asked is not Request.GO_ON or (save_every is not None and position.step % save_every == 0)
             if due and not at_end:  # at the end of an epoch the evaluation comes first, and is saved with the rest
@@ -206,8 +206,8 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
         agreement=run.agreement, mistakes=MISTAKES if in_full else None,
     )  # fmt: skip
     bad_images.refuse_none_left(result.metrics.count, "val", run.source.index("val"))
-    run.record_epoch(training, position.epoch, trained)
-    is_best = run.record_evaluation(training, position.epoch, result.metrics, time.monotonic() - began)
+    run.records.add_epoch(training, position.epoch, trained)
+    is_best = run.records.add_evaluation(training, position.epoch, result.metrics, time.monotonic() - began)
     if is_best:
         run.best_evaluation = result if in_full else None
     console.print_epoch(info, training, run.state)

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from distil_tl.tracking.config import TrackingConfig
 from distil_tl.tracking.wandb.client import Mirror
 from distil_tl.tracking.wandb.task import wandb_task
-from distil_tl.utils.files import json_safe, write_atomic
+from distil_tl.utils.files import json_safe, write_atomic, writing
 
 STOP_SECONDS = 10.0  # for W&B when training stops early: the launcher waits for this process
 
@@ -36,6 +36,7 @@ class Tracker:
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self._run_dir = run_dir
+        self._path = run_dir / "metrics.jsonl"
         self._settings = settings
         self._config = config
         self._check = check
@@ -53,11 +54,14 @@ class Tracker:
         Args:
             after_step: the step that the run resumes from; lines of later steps are removed.
             within_epoch: the epoch of that step is not evaluated yet, so its epoch lines are removed too.
+
+        Raises:
+            WriteError: the file can't be written.
         """
-        path = self._run_dir / "metrics.jsonl"
-        if path.exists():
-            write_atomic(path, "".join(_lines_up_to(path, after_step, within_epoch)))
-        self._file = path.open("a", buffering=1)
+        with writing(self._path):
+            if self._path.exists():
+                write_atomic(self._path, "".join(_lines_up_to(self._path, after_step, within_epoch)))
+            self._file = self._path.open("a", buffering=1)
         if self._settings.wandb.mode != "disabled":
             task = wandb_task(self._run_dir, self._settings.wandb, self._config)
             self._wandb = Mirror(replace(task, pid=os.getpid()))
@@ -66,12 +70,13 @@ class Tracker:
         """Write one line, with `step`, `epoch`, `stage`, `split` and `window` in it.
 
         Raises:
-            OSError: the line can't be written.
+            WriteError: the line can't be written.
         """
         assert self._file is not None
         self._check()
         line = {**line, "time": time.time()}
-        self._file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
+        with writing(self._path):
+            self._file.write(json.dumps(json_safe(line), allow_nan=False) + "\n")
         if self._wandb is not None:
             self._wandb.poll()
 

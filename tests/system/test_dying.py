@@ -269,16 +269,16 @@ def dies_between(step: int) -> None:
 
 def no_better() -> None:
     """No evaluation is the best so far."""
-    run: Any = importlib.import_module("distil_tl.run").Run
-    original = run.record_evaluation
+    records: Any = importlib.import_module("distil_tl.training.records").Records
+    original = records.add_evaluation
 
-    def record_evaluation(self: Any, *args: Any) -> bool:
-        best = self.state.best
+    def add_evaluation(self: Any, *args: Any) -> bool:
+        best = self._state.best
         original(self, *args)
-        self.state.best = best
+        self._state.best = best
         return False
 
-    run.record_evaluation = record_evaluation
+    records.add_evaluation = add_evaluation
 
 
 def test_best_is_repaired_after_a_kill_between_the_two_links(small: list[str], tmp_path: Path) -> None:

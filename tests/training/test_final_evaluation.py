@@ -11,6 +11,7 @@ import pytest
 from distil_tl import evaluate, train
 from distil_tl.models.graph.fold_batchnorm import folds
 from distil_tl.run import Run
+from distil_tl.training.records import Records
 from tests.helpers.arguments import small_args
 
 
@@ -63,13 +64,13 @@ def test_a_network_with_a_frozen_part_is(folder: Path, tmp_path: Path, evaluated
 def test_a_best_that_was_beaten_is_not_kept(
     folder: Path, tmp_path: Path, evaluated: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Run.record_evaluation
+    original = Records.add_evaluation
 
-    def best(self: Run, *args: Any) -> bool:
-        self.state.best = None
+    def best(self: Records, *args: Any) -> bool:
+        self._state.best = None
         return original(self, *args)
 
-    monkeypatch.setattr(Run, "record_evaluation", best)
+    monkeypatch.setattr(Records, "add_evaluation", best)
     run = tmp_path / "run"
     more = ["stages.head.unfreeze=all", "stages.full.unfreeze=head"]
     assert train.main([*small_args(folder), f"run_dir={run}", *more]) == 0
