@@ -149,8 +149,8 @@ def _leave(info: DistInfo, error: PreemptedError) -> None:
 def _preemption_behind(info: DistInfo, error: RuntimeError) -> PreemptedError | None:
     """The PreemptedError of another rank that explains a lost connection; None if there is none.
 
-    Only before training: later the ranks stop together. A store that is gone is not asked: torch would print a stack
-    trace.
+    Only before training: later the ranks stop together. A store that is gone gets no request: torch would print a
+    stack trace.
     """
     url = info.launch.url
     if info.begun or isinstance(error, dist.DistError) or url is None or not _accepts_connections(url):

@@ -1,4 +1,4 @@
-"""Arrays that ranks share: equal everywhere, one copy of them on a node, and nothing left behind."""
+"""Shared arrays: equal on all ranks, one copy per node, private writes."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ARRAYS = {
 
 
 def shared(nodes: list[int], fault: str | None = None) -> tuple[bool, list[int], set[int]]:
-    """Whether this rank has what rank 0 has shared, what all then read, and the files in memory it is read from."""
+    """Whether this rank has rank 0's arrays, what it reads after all ranks have written, and its memory's inodes."""
     if fault == "no memory":
         os.posix_fallocate = lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
     elif fault == "no memory on a node" and rank() == 0:
         vars(collectives)["new_memory"] = lambda size: None
-    elif fault == "elsewhere" and rank() == 1:  # another process has that number here
+    elif fault == "elsewhere" and rank() == 1:  # that process number is another process here
         collectives._opened = lambda address, size, real=collectives._opened: real([os.getppid(), *address[1:]], size)  # type: ignore[misc]
-    collectives.PIECE = 3 << 20  # so that there are several
+    collectives.PIECE = 3 << 20  # so that there are several broadcasts
     launch: Launch = read_launch(os.environ)
     here = nodes[rank()]
     launch = replace(launch, node=here, local_rank=nodes[: rank()].count(here), local_world_size=nodes.count(here))
@@ -43,18 +43,20 @@ def shared(nodes: list[int], fault: str | None = None) -> tuple[bool, list[int],
             for name, array in ARRAYS.items()
         )
         gather_objects(info, None)
-        got["odd"][rank()] = 100 + rank()  # its own from here on
+        got["odd"][rank()] = 100 + rank()  # a private write
         gather_objects(info, None)
         return equal and list(got) == list(ARRAYS), got["odd"][: len(nodes)].tolist(), files_in_memory()
 
 
 @LINUX
 @pytest.mark.parametrize("nodes", [[0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1], [0, 1]])
-def test_ranks_of_a_node_hold_one_copy(nodes: list[int]) -> None:
+def test_ranks_of_a_node_share_one_copy(nodes: list[int]) -> None:
     found = run_ranks(len(nodes), shared, nodes)
     assert all(equal for equal, _, _ in found)
     for one, (_, read, _) in enumerate(found):
-        assert read == [100 + one if other == one else other for other in range(len(nodes))], "a write went further"
+        assert read == [100 + one if other == one else other for other in range(len(nodes))], (
+            "a write of another rank is visible"
+        )
     files = [files for _, _, files in found]
     for node in set(nodes):
         here = [files[one] for one in range(len(nodes)) if nodes[one] == node]
@@ -65,13 +67,13 @@ def test_ranks_of_a_node_hold_one_copy(nodes: list[int]) -> None:
 
 @LINUX
 @pytest.mark.parametrize(("fault", "sharing"), [("no memory", 0), ("no memory on a node", 2), ("elsewhere", 3)])
-def test_where_nothing_can_be_shared_ranks_have_copies_of_their_own(fault: str, sharing: int) -> None:
+def test_ranks_that_can_not_share_memory_have_their_own_copies(fault: str, sharing: int) -> None:
     found = run_ranks(4, shared, [0, 0, 1, 1], fault)
     assert all(equal for equal, _, _ in found)
     assert sum(bool(files) for _, _, files in found) == sharing
 
 
-def test_a_world_of_one_keeps_what_it_has() -> None:
+def test_a_single_rank_gets_its_own_arrays() -> None:
     import torch
 
     assert share_arrays(DistInfo(Launch(), torch.device("cpu"), 1.0), ARRAYS) is ARRAYS

@@ -82,7 +82,7 @@ def fault(info: DistInfo) -> Any:
     ],
     ids=["user error", "preempted", "fault"],
 )
-def test_all_ranks_hear_of_an_exception(body: Callable[[DistInfo], Any], on_zero: str, on_others: str) -> None:
+def test_all_ranks_get_the_exception(body: Callable[[DistInfo], Any], on_zero: str, on_others: str) -> None:
     assert run_ranks(3, among, [0, 0, 0], body) == [on_zero, on_others, on_others]
 
 

@@ -1,3 +1,5 @@
+"""Atomic writes, JSON, checksums and the cache directory."""
+
 from __future__ import annotations
 
 import hashlib
@@ -37,25 +39,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
-def test_data_are_on_disk_before_the_name_and_the_name_after(tmp_path: Path, monkeypatch):
+def test_the_data_is_flushed_before_the_rename_and_the_directory_after(tmp_path: Path, monkeypatch):
     steps: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
-    def note_fsync(handle: int) -> None:
+    def record_fsync(handle: int) -> None:
         steps.append("directory" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
         fsync(handle)
 
-    def note_replace(self: Path, target: Path) -> Path:
+    def record_replace(self: Path, target: Path) -> Path:
         steps.append("replace")
         return replace(self, target)
 
-    monkeypatch.setattr(os, "fsync", note_fsync)
-    monkeypatch.setattr(Path, "replace", note_replace)
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
     write_atomic(tmp_path / "state", "x")
     assert steps == ["file", "replace", "directory"]
 
 
-def test_permissions_are_those_of_any_new_file(tmp_path: Path):
+def test_permissions_are_those_of_a_normal_new_file(tmp_path: Path):
     write_atomic(tmp_path / "ours", "x")
     (tmp_path / "plain").write_text("x")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -69,13 +71,13 @@ def test_json_is_readable_and_strict(tmp_path: Path):
     )
 
 
-def test_json_holds_names_that_are_not_utf8(tmp_path: Path):
+def test_json_keeps_names_that_are_not_utf8(tmp_path: Path):
     write_json(tmp_path / "a", os.fsdecode(b"\xff.jpg"))
     assert (tmp_path / "a").read_bytes() == rb'"\udcff.jpg"' + b"\n"
     assert os.fsencode(json.loads((tmp_path / "a").read_bytes())) == b"\xff.jpg"
 
 
-# Lone surrogates on purpose: they stand for the bytes of file names that are not UTF-8.
+# With lone surrogates: they stand for the bytes of file names that are not UTF-8.
 _text = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\udc80\udcff"))
 _json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _text,
@@ -93,14 +95,14 @@ def test_json_round_trip(tmp_path_factory, value):
 
 @settings(max_examples=50, deadline=None)
 @given(st.recursive(st.floats(), st.lists))
-def test_nothing_but_numbers_that_are_not_finite_is_changed(value):
+def test_only_numbers_that_are_not_finite_are_changed(value):
     text = json.dumps(value)
     for word in ("-Infinity", "Infinity", "NaN"):
         text = text.replace(word, "null")
     assert json.dumps(json_safe(value), allow_nan=False) == text
 
 
-def test_what_json_cannot_say_is_refused_and_nothing_written(tmp_path: Path):
+def test_a_value_without_a_json_form_is_refused_and_nothing_is_written(tmp_path: Path):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a", {"x": object()})
     assert not list(tmp_path.iterdir())
@@ -113,7 +115,7 @@ def test_sha256_file(tmp_path: Path, size):
     assert sha256_file(tmp_path / "f") == hashlib.sha256(data).hexdigest()
 
 
-def test_cache_dir_goes_by_the_environment(monkeypatch):
+def test_the_cache_directory_depends_on_the_environment(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("DISTIL_TL_CACHE", "~/own")
