@@ -1,1 +1,1 @@
-"""Commands that measure: `python -m benchmarks.peers`, `.pipeline` and `.scale`. docs/benchmarks.md has the figures."""
+"""Benchmarks: `python -m benchmarks.peers`, `pipeline`, `scale`, `profiles`, `folding`. Results: docs/benchmarks.md."""

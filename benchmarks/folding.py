@@ -1,9 +1,9 @@
-"""What folding BatchNorm into convolutions saves: images a second of training steps and evaluation, with and without.
+"""Speed-up from folding BatchNorm into convolutions: images per second in training and evaluation, with and without.
 
     python -m benchmarks.folding [MODEL ...] [--image-size 128] [--batch 32] [--json FILE]
 
-Everything trains, with frozen statistics, in float32 with channels innermost in memory, on random images and weights.
-Both take turns; medians of several rounds and their ranges, by the clock.
+All layers train, with frozen BatchNorm statistics, in float32 and channels_last, on random images and weights. The two
+variants alternate. Prints medians and ranges over several rounds, from wall-clock times.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ CLASSES = 16
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL")
-    parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help=f"default: {' '.join(MODELS)}")
+    parser.add_argument("--image-size", type=int, default=128, help="pixels (default: 128)")
+    parser.add_argument("--batch", type=int, default=32, help="images (default: 32)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     options = parser.parse_args()
     sys.stdout.write(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {options.image_size} px, "
@@ -49,7 +49,7 @@ def main() -> int:
         for row in measure(model, options.image_size, options.batch):
             rows.append(row)
             sys.stdout.write(
-                f"{model:<28} {row['step']:<10} {'folded' if row['folded'] else 'apart':<7} "
+                f"{model:<28} {row['step']:<10} {'folded' if row['folded'] else 'not folded':<11} "
                 f"{row['median']:6.0f}/s  ({row['low']:.0f}-{row['high']:.0f})\n"
             )
     if options.json:
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def measure(name: str, image_size: int, batch: int, rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """A row for each of training and evaluation, folded and apart."""
+    """A row for each of training and evaluation, folded and not folded."""
     model = build(ModelConfig(name, weights="none"), CLASSES, image_size=image_size, seed=0)
     apply_stage(model, StageConfig(unfreeze="all"))
     cpu, compute = torch.device("cpu"), Compute(None, True)
@@ -66,10 +66,10 @@ def measure(name: str, image_size: int, batch: int, rounds: int = ROUNDS) -> lis
     folded_model = try_to_fold(model, image_size, cpu, trains=True)
     network = ImageNetwork(model, compute, cpu, folded_model, image_size)
     if network.folded is None:
-        raise SystemExit(f"{name} has nothing to fold, or can't be")
+        raise SystemExit(f"{name} has no BatchNorm to fold, or can't be traced")
     images, targets = dummy_images(batch, image_size, torch.device("cpu")), torch.arange(batch) % CLASSES
     rates: dict[tuple[str, bool], list[float]] = {}
-    for turn in range(rounds + 1):
+    for turn in range(rounds + 1):  # the first one warms up
         for folded in (True, False) if turn % 2 else (False, True):
             for part in network.modules():
                 if isinstance(part, ConvNorm):
@@ -84,9 +84,9 @@ def measure(name: str, image_size: int, batch: int, rounds: int = ROUNDS) -> lis
                 if turn:
                     rates.setdefault((step, folded), []).append(batch / (time.perf_counter() - began))
     return [
-        {"model": name, "step": step, "folded": folded, "median": statistics.median(found), "low": min(found),
-         "high": max(found)}
-        for (step, folded), found in sorted(rates.items(), reverse=True)
+        {"model": name, "step": step, "folded": folded, "median": statistics.median(measured),
+         "low": min(measured), "high": max(measured)}
+        for (step, folded), measured in sorted(rates.items(), reverse=True)
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""JPEGs to measure with: textured, as flat ones decode too fast. 500 x 375 pixels and about 110 KB, as ImageNet's."""
+"""Synthetic JPEGs of the size of ImageNet's: 500 x 375 pixels, about 110 KB. Textured: flat images decode too fast."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 92
-DISTINCT = 64  # different pictures; the files beyond are copies, each with pages of its own
+DISTINCT = 64  # different images; the other files are copies of these, each with its own pages in the page cache
 CLASSES = 10
 
 
 def textured(seed: int) -> bytes:
-    """A JPEG of noise on all scales, about as much on each, in a colour."""
+    """A JPEG of noise on all scales, equally strong on each, in one colour."""
     rng = np.random.default_rng(seed)
     grey = np.zeros((HEIGHT, WIDTH))
     for scale, strength in ((1, 29.0), (2, 12.0), (4, 14.0), (16, 20.0), (64, 40.0)):
@@ -29,16 +29,16 @@ def textured(seed: int) -> bytes:
 
 
 def write_images(root: Path, count: int) -> Path:
-    """`root`/train and `root`/val with `count` and one tenth as many images; what is there already stays."""
-    pictures = [root / "pictures" / f"{i}.jpg" for i in range(min(DISTINCT, count))]
-    pictures[0].parent.mkdir(parents=True, exist_ok=True)
-    for seed, picture in enumerate(pictures):
-        if not picture.exists():
-            picture.write_bytes(textured(seed))
+    """Write `count` images to `root`/train and a tenth as many to `root`/val. Existing files are kept."""
+    originals = [root / "pictures" / f"{i}.jpg" for i in range(min(DISTINCT, count))]
+    originals[0].parent.mkdir(parents=True, exist_ok=True)
+    for seed, original in enumerate(originals):
+        if not original.exists():
+            original.write_bytes(textured(seed))
     for split, number in (("train", count), ("val", max(CLASSES, count // 10))):
         for i in range(number):
             path = root / split / f"class-{i % CLASSES}" / f"{i:07d}.jpg"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(pictures[i % len(pictures)], path)
+                shutil.copyfile(originals[i % len(originals)], path)
     return root

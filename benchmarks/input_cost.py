@@ -1,10 +1,10 @@
-"""What an image costs between disk and network, on one core: decoding, and the views made of it.
+"""The cost of an image between disk and network, on one core: decoding, and the transforms to the network's input.
 
-    python benchmarks/input_cost.py [FOLDER] [--json FILE]
+    python -m benchmarks.input_cost [FOLDER] [--json FILE]
 
-FOLDER is one with train/CLASS/*; 64 of its images are taken. Without it, images are made: textures, as flat pictures
-decode too fast. Prints images per second of CPU time, the median of several rounds in alternating order, and their
-range. CPU time and not the clock's, as machines are shared; files are in memory.
+Takes 64 images of FOLDER, which contains train/CLASS/*. Without FOLDER it makes textured images, as flat ones decode
+too fast. Prints images per second of CPU time: median and range over several rounds in alternating order. CPU time is
+used instead of wall-clock time, as other processes may run. The files are in memory.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ ROUNDS = 9
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="FOLDER", help="default: synthetic images")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     machine = {
@@ -84,8 +84,8 @@ def measure(files: list[bytes], image_size: int) -> list[dict[str, Any]]:
             for i in range(len(files)):
                 steps[name](i)
             rates[name].append(len(files) / (time.process_time() - began))
-    return [{"step": name, "median": statistics.median(found), "low": min(found), "high": max(found)}
-            for name, found in rates.items()]  # fmt: skip
+    return [{"step": name, "median": statistics.median(measured), "low": min(measured), "high": max(measured)}
+            for name, measured in rates.items()]  # fmt: skip
 
 
 def _by_pillow(data: bytes) -> Any:
@@ -112,12 +112,12 @@ def _named(name: str, files: list[bytes]) -> tuple[str, list[bytes]]:
 
 
 def textured(width: int, height: int, seed: int, quality: int) -> bytes:
-    """A JPEG of noise on every scale, as photographs have it."""
-    dice = np.random.default_rng(seed)
+    """A JPEG of noise on all scales, similar to a photograph."""
+    rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3), dtype=np.float32)
     for scale in (1, 2, 4, 8, 16, 32, 64, 128):
         size = (height // scale + 2, width // scale + 2)
-        layer = dice.normal(size=(*size, 1)) + 0.4 * dice.normal(size=(*size, 3))
+        layer = rng.normal(size=(*size, 1)) + 0.4 * rng.normal(size=(*size, 3))
         for channel in range(3):
             part = Image.fromarray(layer[..., channel].astype(np.float32))
             pixels[..., channel] += np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))

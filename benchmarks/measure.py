@@ -1,4 +1,4 @@
-"""What every benchmark needs: fresh processes one after the other, results that survive a stop, and tables."""
+"""Tools for benchmarks: measured processes, a file of results that can be resumed, medians with ranges, tables."""
 
 from __future__ import annotations
 
@@ -29,32 +29,37 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 @dataclass(frozen=True)
 class Measured:
-    """What a process cost, from its start to its end. `load` is the machine's, of one minute, before it."""
+    """The cost of a process from its start to its end. `load` is the machine's one-minute load average before it."""
 
-    began: float  # seconds since 1970
+    began: float  # Unix time in seconds
     seconds: float
     cpu_seconds: float
-    peak_mb: float  # MiB; of the largest of its processes
-    disk_mb: float  # MiB that had to come from the disk, as they were not in the page cache
+    peak_mb: float  # MiB of resident memory, of the largest of its processes
+    disk_mb: float  # MiB read from the disk because they were not in the page cache
     load: float
 
 
 def end_on_sigterm() -> None:
-    """Have SIGTERM end this process as an error would, so that what it started ends with it."""
+    """Make SIGTERM raise SystemExit in this process, so that it terminates the processes that it started."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def run_process(command: Sequence[str], env: Mapping[str, str], log: Path, timeout: float = 3600) -> Measured:
-    """Run a command to its end in a process of its own, with what it says in `log`.
+    """Run a command in its own process group, with its output in `log`, and wait for it.
 
     Raises:
-        RuntimeError: it failed or took longer than `timeout` seconds; with the end of what it said.
+        RuntimeError: it failed or took longer than `timeout` seconds. The message has the last lines of its output.
     """
     end_on_sigterm()
     load, began, clock = os.getloadavg()[0], time.time(), time.monotonic()
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **env}, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            command,
+            env={**os.environ, **env},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
         )
         try:
             usage = _wait(process, clock + timeout)
@@ -64,16 +69,16 @@ def run_process(command: Sequence[str], env: Mapping[str, str], log: Path, timeo
     seconds = time.monotonic() - clock
     if usage is None or process.returncode:
         _end(process)
-        how = f"took longer than {timeout:.0f} s" if usage is None else f"failed with status {process.returncode}"
+        problem = f"took longer than {timeout:.0f} s" if usage is None else f"failed with status {process.returncode}"
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"{' '.join(command)} {how}; it said at last:\n{tail}")
+        raise RuntimeError(f"{' '.join(command)} {problem}; its last output:\n{tail}")
     return Measured(
         began, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, usage.ru_inblock / 2048, load
     )
 
 
 def _wait(process: subprocess.Popen[bytes], deadline: float) -> Any:
-    """The process's resources once it has ended; None when it has not by then."""
+    """Wait for the process. Returns its resource usage, or None if it is still running at the deadline."""
     while time.monotonic() < deadline:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
@@ -84,19 +89,19 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> Any:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that is still there, with all that it started."""
+    """Kill a process that is still running, and all its children."""
     if process.returncode is None:
         os.killpg(process.pid, 9)
         process.wait()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For processes that must find this checkout and say what they say at once."""
+    """Environment variables for processes that import this checkout and print without buffering."""
     return {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **more}
 
 
 def interleaved(names: Sequence[str], repeats: int) -> Iterator[tuple[int, str]]:
-    """(round, name): A B C, C B A, A B C, so that a drift of the machine meets all alike."""
+    """(round, name) in the order A B C, C B A, A B C, so that a drift of the machine affects all names alike."""
     for repeat in range(repeats):
         for name in names if repeat % 2 == 0 else reversed(names):
             yield repeat, name
@@ -129,7 +134,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Which hardware and which versions; nothing that names the host."""
+    """Hardware and versions, without the host name."""
     return {
         "cpu": _cpu_name(),
         "cpus": available_cpus(),
@@ -158,18 +163,18 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
     sys.stderr.flush()
 
 
 class Results:
-    """A JSON file that grows with each measurement; the same command again measures only what it lacks.
+    """A JSON file that is saved after each measurement, so that the same command resumes with what is missing.
 
-    `task` is all that figures depend on. A file of another task is refused, as its figures are not these.
+    `task` is everything that the results depend on.
 
     Raises:
-        UserError: `path` holds results of another task, or something else.
+        UserError: `path` has results of another task, machine or software version, or is not a file of results.
     """
 
     def __init__(self, path: Path, task: dict[str, Any], *, fresh: bool = False) -> None:
@@ -180,8 +185,8 @@ class Results:
             content = _read(path)
             if differing := [key for key in task if content["task"].get(key) != task[key]]:
                 raise UserError(
-                    f"{path} holds results of another task (it differs in {', '.join(differing)}); give another --out, "
-                    f"or --fresh to begin anew"
+                    f"{path} has results of another task (different: {', '.join(differing)}); give another --out, "
+                    f"or --fresh to start again"
                 )
             self.content = content
         self.commit = _short(git_state())
@@ -192,14 +197,14 @@ class Results:
         there = self.content["machine"]
         if differing := [key for key in ("cpu", "cpus", "gpu", "python", "versions") if there[key] != here[key]]:
             raise UserError(
-                f"{self.path} was measured on another machine or with other software (it differs in "
-                f"{', '.join(differing)}); give another --out, or --fresh to begin anew"
+                f"{self.path} was measured on another machine or with other software (different: "
+                f"{', '.join(differing)}); give another --out, or --fresh to start again"
             )
 
-    def found(self, name: str, find: Callable[[], Any]) -> Any:
-        """What `find` gives, which is called once for this file."""
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The saved value of `name`, or the result of `compute`, which is then saved."""
         if name not in self.content["found"]:
-            self.content["found"][name] = find()
+            self.content["found"][name] = compute()
             self.save()
         return self.content["found"][name]
 
@@ -218,18 +223,18 @@ class Results:
         write_json(self.path, self.content)
 
     def write_report(self, text: str) -> Path:
-        """The tables, beside the JSON, under a line that says what measured them."""
-        what = self.content["machine"]
-        versions = ", ".join(f"{name} {number}" for name, number in what["versions"].items() if number)
-        head = f"{what['cpu']}, {what['cpus']} CPUs, {what['memory_gib']} GiB, GPU: {what['gpu'] or 'none'}; "
-        commits = dict.fromkeys([_short(what["git"]), *[run.get("commit", "unknown") for run in self.content["runs"]]])
+        """Write `text` to a .md file beside the JSON, below a line with the machine and the versions."""
+        on = self.content["machine"]
+        versions = ", ".join(f"{name} {number}" for name, number in on["versions"].items() if number)
+        head = f"{on['cpu']}, {on['cpus']} CPUs, {on['memory_gib']} GiB, GPU: {on['gpu'] or 'none'}; "
+        commits = dict.fromkeys([_short(on["git"]), *[run.get("commit", "unknown") for run in self.content["runs"]]])
         path = self.path.with_suffix(".md")
-        write_atomic(path, f"{head}Python {what['python']}, {versions}; commit {', '.join(commits)}.\n\n{text}")
+        write_atomic(path, f"{head}Python {on['python']}, {versions}; commit {', '.join(commits)}.\n\n{text}")
         return path
 
 
 def _short(git: dict[str, Any] | None) -> str:
-    """A commit as people write it; `+` where files were changed since."""
+    """The first ten digits of a commit, and `+` if files have changed since."""
     return "unknown" if git is None else git["commit"][:10] + ("+" if git["dirty"] else "")
 
 
@@ -240,4 +245,4 @@ def _read(path: Path) -> dict[str, Any]:
             return content
     except (OSError, ValueError, TypeError):
         pass
-    raise UserError(f"{path} is no file of this benchmark's results; give another --out, or --fresh to replace it")
+    raise UserError(f"{path} is not a file of benchmark results; give another --out, or --fresh to replace it")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.pipeline`: images a second of the loader alone, of training alone, and of both together."""
+"""`python -m benchmarks.pipeline`: images per second of the loader alone, of training alone, and of both together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.images import write_images
-from benchmarks.measure import Results, Spread, environment, interleaved, markdown, run_process, say
+from benchmarks.measure import Results, Spread, environment, interleaved, log, markdown, run_process
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import DataConfig
 from distil_tl.data.loader import Batch, BatchPlan
@@ -45,10 +45,10 @@ MODES = ("loader", "synthetic", "both")
 
 @dataclass(frozen=True)
 class Task:
-    """What one process measures: two epochs, of which the first also starts workers and warms up."""
+    """The measurement of one process: two epochs. The first one also starts the loader processes and warms up."""
 
     root: str
-    mode: str  # loader: batches are made and thrown away | synthetic: one batch, again and again | both: training
+    mode: str  # loader: batches are loaded and discarded | synthetic: training on one batch, repeated | both: training
     workers: int
     model: str
     image_size: int
@@ -61,8 +61,8 @@ class Task:
 def main(args: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if args is None else list(args)
     if argv[:1] == ["--one"]:
-        found = run_one(Task(**json.loads(Path(argv[1]).read_text())))
-        Path(argv[2]).write_text(json.dumps(found))
+        result = run_one(Task(**json.loads(Path(argv[1]).read_text())))
+        Path(argv[2]).write_text(json.dumps(result))
         return 0
     options = parse(argv)
     return run_command("benchmarks.pipeline", lambda: benchmark(options))
@@ -71,27 +71,29 @@ def main(args: Sequence[str] | None = None) -> int:
 def parse(args: list[str]) -> argparse.Namespace:
     gpu, cpus = torch.cuda.is_available(), available_cpus()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
-    parser.add_argument("--images", type=int, default=20000 if gpu else 384)
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=256 if gpu else 32)
+    parser.add_argument("--images", type=int, default=20000 if gpu else 384, help="number of images to write")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels")
+    parser.add_argument("--batch", type=int, default=256 if gpu else 32, help="images")
     parser.add_argument("--model", default="resnet50" if gpu else "mobilenet_v2", help="as model.name")
     parser.add_argument("--augment", default="light", choices=["none", "light", "strong"])
-    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--precision", default="auto", help="as precision of distil_tl.train")
     parser.add_argument(
-        "--workers", type=int, nargs="*", default=sorted({0, 1, cpus // 2, cpus - 1, cpus} & {*range(17)})
-    )
+        "--workers", type=int, nargs="*", default=sorted({0, 1, cpus // 2, cpus - 1, cpus} & {*range(17)}),
+        help="numbers of loader processes",
+    )  # fmt: skip
     parser.add_argument(
-        "--cache", nargs="*", default=["warm"], choices=["warm", "cold"], help="cold: emptied before each process"
-    )
+        "--cache", nargs="*", default=["warm"], choices=["warm", "cold"],
+        help="page cache; cold: the images are dropped from it before each process",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="where the images are written, and stay; else a temporary folder")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/pipeline.json"))
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever --out holds")
+    parser.add_argument("--folder", type=Path, help="where to write and keep the images (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/pipeline.json"), help="file of results")
+    parser.add_argument("--fresh", action="store_true", help="start again and replace --out")
     options = parser.parse_args(args)
     if min(options.images, options.batch, options.repeats) < 1 or options.image_size < 8:
-        parser.error("images, batch and repeats must be at least 1, and images at least 8 pixels")
+        parser.error("--images, --batch and --repeats must be at least 1, and --image-size at least 8")
     if options.images < options.batch:
-        parser.error("there must be at least one batch of images")
+        parser.error("--images must be at least --batch")
     if not options.workers or min(options.workers) < 0:
         parser.error("--workers needs numbers of 0 or more")
     return options
@@ -102,7 +104,7 @@ def benchmark(options: argparse.Namespace) -> None:
     results = Results(options.out, {key: getattr(options, key) for key in keys}, fresh=options.fresh)
     with tempfile.TemporaryDirectory(prefix="distil-tl-pipeline-") as temporary:
         folder = options.folder or Path(temporary)
-        say(f"{options.images:,} images in {folder}")
+        log(f"{options.images:,} images in {folder}")
         write_images(folder / "images", options.images)
         tasks = {name(task, cache): (task, cache) for task, cache in combinations(options, folder / "images")}
         for repeat, key in interleaved(list(tasks), options.repeats):
@@ -132,19 +134,19 @@ def name(task: Task, cache: str) -> str:
 
 
 def measure(results: Results, repeat: int, key: str, task: Task, cache: str, work: Path) -> None:
-    spec, out = work / "task.json", work / "found.json"
+    spec, out = work / "task.json", work / "result.json"
     spec.write_text(json.dumps(asdict(task)))
     set_page_cache(Path(task.root), warm=cache == "warm")
     command = [sys.executable, "-m", "benchmarks.pipeline", "--one", str(spec), str(out)]
     measured = run_process(command, environment(), work / "log")
-    found = json.loads(out.read_text())
-    results.add(key, repeat, measured, **found)
-    rates = " and ".join(f"{found['images'] / seconds:,.0f}" for seconds in found["epoch_seconds"])
-    say(f"round {repeat + 1}: {key}: {rates} images/s")
+    result = json.loads(out.read_text())
+    results.add(key, repeat, measured, **result)
+    rates = " and ".join(f"{result['images'] / seconds:,.0f}" for seconds in result["epoch_seconds"])
+    log(f"round {repeat + 1}: {key}: {rates} images/s")
 
 
 def set_page_cache(root: Path, *, warm: bool) -> None:
-    """Read all files once, or ask the kernel to forget them."""
+    """Read all files once, or ask the kernel to drop them from the page cache."""
     os.sync()
     for path in root.rglob("*.jpg"):
         with path.open("rb") as file:
@@ -155,7 +157,7 @@ def set_page_cache(root: Path, *, warm: bool) -> None:
 
 
 def run_one(task: Task) -> dict[str, Any]:
-    """Images of an epoch, and the wall seconds of each epoch."""
+    """Images of an epoch, and the wall-clock seconds of each epoch."""
     config = DataConfig(
         root=task.root, global_batch_size=task.batch, image_size=task.image_size, workers=task.workers,
         augment=task.augment,
@@ -198,7 +200,7 @@ def run_one(task: Task) -> dict[str, Any]:
 
 
 def synthetic(info: DistInfo, task: Task, steps: int) -> Iterator[Batch]:
-    """The same batch, which lies where the network is."""
+    """The same batch again and again, on the network's device."""
     shape = (task.batch, 3, task.image_size, task.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=info.device)
     zeros = torch.zeros(task.batch, dtype=torch.long, device=info.device)
@@ -208,7 +210,7 @@ def synthetic(info: DistInfo, task: Task, steps: int) -> Iterator[Batch]:
 
 
 def rate(results: Results, key: str, epoch: int) -> Spread | None:
-    """Images a second of an epoch, over the repeats."""
+    """Images per second of an epoch, over the repeats."""
     runs = results.of(key)
     return Spread.of([run["images"] / run["epoch_seconds"][epoch] for run in runs]) if runs else None
 
@@ -221,27 +223,27 @@ def report(results: Results, options: argparse.Namespace) -> str:
     rows = []
     for cache in options.cache:
         for workers in options.workers:
-            # A file that was read once is warm, so only the first epoch can be cold.
+            # The first epoch reads all files into the page cache, so only that one can be cold.
             epoch = 0 if cache == "cold" else 1
             keys = [f"{mode}, {workers} workers, {cache}" for mode in ("loader", "both")]
             loader, both = (rate(results, key, epoch) for key in keys)
             if loader is None or both is None:
                 continue
             disk = Spread.of([run["disk_mb"] for run in results.of(keys[0])])
-            together = 1 / (1 / loader.median + 1 / alone.median)
+            in_turns = 1 / (1 / loader.median + 1 / alone.median)
             rows.append([
                 workers, f"{cache}, {'first' if epoch == 0 else 'second'} epoch", loader.text(0), alone.text(0),
-                both.text(0), f"{both.median / min(loader.median, alone.median):.2f}", f"{both.median / together:.2f}",
+                both.text(0), f"{both.median / min(loader.median, alone.median):.2f}", f"{both.median / in_turns:.2f}",
                 disk.text(0),
             ])  # fmt: skip
-    header = ["loader processes", "page cache", "loader alone", "training alone", "both", "of the lower one",
-              "of taking turns", "MiB from disk"]  # fmt: skip
-    what = f"{options.model} at {options.image_size} px on {device}, batches of {options.batch}, {options.augment}"
+    header = ["loader processes", "page cache", "loader alone", "training alone", "both", "both / slower one",
+              "both / in turns", "MiB from disk"]  # fmt: skip
+    task = f"{options.model} at {options.image_size} px on {device}, batches of {options.batch}, {options.augment}"
     return (
-        f"Images/s (images by wall seconds) of {what}, {options.images:,} images; median (range) of "
+        f"Images per second (wall clock) of {task}, {options.images:,} images; median (range) of "
         f"{options.repeats}:\n\n{markdown(header, rows)}\n"
-        "*Of the lower one*: 1 is perfect overlap, where loading and training have processors of their own. *Of taking "
-        "turns*: 1 is none, which is all that can be had where both need the same cores.\n"
+        "*Both / slower one*: 1 means perfect overlap, possible if loading and training use different processors. "
+        "*Both / in turns*: 1 means no overlap, the best possible if both use the same cores.\n"
     )
 
 

@@ -1,8 +1,8 @@
-"""`python -m benchmarks.profiles [CONFIG.yaml] [key=value ...]`: where the time of a run goes, by part of it.
+"""`python -m benchmarks.profiles [CONFIG.yaml] [key=value ...]`: where a run spends its time.
 
-Trains in this process, with those arguments, under Python's profiler, and prints for the imports, the start, each
-stage and the end what took most time of its own. What compiled code does counts for the call that began it; threads
-and loader processes are not seen, but waiting for them is.
+Trains in this process under Python's profiler, with the given arguments. For the imports, the start, each stage and the
+end it prints the functions with the most time of their own. The time of compiled code counts for the Python call that
+started it. Threads and loader processes are not profiled, but the time spent waiting for them is.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 TOP = 8
-IMPORTS = ("torch", "torchvision", "distil_tl.train")  # timm comes with the network, if it has it
+IMPORTS = ("torch", "torchvision", "distil_tl.train")  # timm is imported later, if the network is one of timm's
 
 
 class Parts:
-    """A profile for each part of a run; one at a time is on."""
+    """A profile for each part of a run. Only one is enabled at a time."""
 
     def __init__(self) -> None:
         self.profiles: dict[str, cProfile.Profile] = {}
@@ -30,7 +30,7 @@ class Parts:
         self._began = 0.0
 
     def enter(self, part: str | None) -> None:
-        """Go on in another part; None: in none."""
+        """Switch to another part; None: to no profile."""
         if self.now is not None:
             self.profiles[self.now].disable()
             self.seconds[self.now] = self.seconds.get(self.now, 0.0) + time.monotonic() - self._began
@@ -39,15 +39,15 @@ class Parts:
             self.profiles.setdefault(part, cProfile.Profile()).enable()
 
     def within(self, function: Callable[..., Any], part_of: Callable[..., str]) -> Callable[..., Any]:
-        """`function`, as a part of its own, which `part_of` its arguments names; then on in the part around it."""
+        """`function`, profiled as its own part. `part_of(*args)` is the name of the part."""
 
         def timed(*args: Any, **options: Any) -> Any:
-            around = self.now
+            outer = self.now
             self.enter(part_of(*args))
             try:
                 return function(*args, **options)
             finally:
-                self.enter(around)
+                self.enter(outer)
 
         return timed
 
@@ -62,9 +62,9 @@ def main(args: list[str]) -> int:
 
     train: Any = importlib.import_module("distil_tl.train")
     parts = Parts()
-    os.register_at_fork(after_in_child=lambda: parts.enter(None))  # loader processes are no part of it
-    train.run_stage = parts.within(train.run_stage, lambda job, name, *_: f"stage {name}, all else")
-    train.get_ready = parts.within(train.get_ready, lambda job, name, *_: f"stage {name}, getting ready")
+    os.register_at_fork(after_in_child=lambda: parts.enter(None))  # loader processes are not profiled
+    train.run_stage = parts.within(train.run_stage, lambda job, name, *_: f"stage {name}, rest")
+    train.get_ready = parts.within(train.get_ready, lambda job, name, *_: f"stage {name}, setup")
     train.train_one_epoch = parts.within(train.train_one_epoch, lambda job, run, *_: f"stage {run.name}, training")
     train.evaluate = parts.within(train.evaluate, lambda info, *_: f"{evaluated(info.phase)}, evaluation")
     train.finish = parts.within(train.finish, lambda job: "the end")
@@ -74,31 +74,31 @@ def main(args: list[str]) -> int:
     if status:
         return status
 
-    text = "**Imports**, seconds on top of those before:\n\n"
+    text = "**Imports**, seconds in addition to the ones above:\n\n"
     text += markdown(["package", "seconds"], [(name, f"{seconds:.2f}") for name, seconds in imports])
     for part, profile in parts.profiles.items():
         rows = top(profile, parts.seconds[part])
         text += (
-            f"\n**{part}**, {parts.seconds[part]:.2f} s:\n\n{markdown(['of its own', 'calls', 'seconds', ''], rows)}"
+            f"\n**{part}**, {parts.seconds[part]:.2f} s:\n\n{markdown(['function', 'calls', 'own seconds', ''], rows)}"
         )
     sys.stdout.write(text)
     return status
 
 
 def evaluated(phase: str) -> str:
-    """Of `the evaluation after epoch 2 of stage head` the stage; of `the final evaluation on val`, the end."""
+    """The part of a phase: "stage head" for "... after epoch 2 of stage head", "the end" for the final evaluation."""
     return phase.rpartition(" of ")[2] if " of " in phase else "the end"
 
 
 def top(profile: cProfile.Profile, total: float) -> list[list[str]]:
-    """The functions with most time of their own: name, calls, seconds, share."""
+    """The functions with the most time of their own: name, calls, seconds, share of `total`."""
     stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
-    found = sorted(((entry[2], entry[1], where) for where, entry in stats.items()), reverse=True)[:TOP]
-    return [[name(*where), f"{calls:,}", f"{own:.2f}", f"{own / total:.0%}"] for own, calls, where in found]
+    most = sorted(((entry[2], entry[1], where) for where, entry in stats.items()), reverse=True)[:TOP]
+    return [[name(*where), f"{calls:,}", f"{own:.2f}", f"{own / total:.0%}"] for own, calls, where in most]
 
 
 def name(path: str, line: int, function: str) -> str:
-    """As people know it: `torch/_ops.py:1209 __call__`, or a built-in one without its address."""
+    """A readable name: `torch/_ops.py:1209 __call__`, or a built-in function without its address."""
     if path == "~":
         return f"`{function.strip('<>').removeprefix('built-in method ').removeprefix('method ')}`"
     short = path.rpartition("site-packages/")[2]

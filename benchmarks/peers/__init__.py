@@ -1,1 +1,1 @@
-"""The same job by several packages, timed. What runs in a peer's own environment imports nothing of distil_tl."""
+"""The same job in several packages, timed. Modules that run in a peer's own environment do not import distil_tl."""

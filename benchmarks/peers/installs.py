@@ -1,4 +1,4 @@
-"""An environment for each peer, with the PyTorch of this one, so that all compute with the same kernels."""
+"""A virtual environment for each peer, with the PyTorch of this one, so that all use the same kernels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from benchmarks.measure import say
+from benchmarks.measure import log
 from distil_tl.utils.errors import UserError
 
-# name: (module that runs it, what to install for it beside what distil_tl has)
+# name: (the module that runs it, packages to install in addition to those of distil_tl)
 PEERS = {
     "plain": ("benchmarks.peers.plain", ()),
     "timm": ("benchmarks.peers.with_timm", ()),
@@ -21,25 +21,25 @@ PEERS = {
 
 
 def interpreters(peers: list[str], given: dict[str, str], folder: Path) -> dict[str, str]:
-    """The Python of each peer: the one given, this one where nothing is missing, else that of a new environment.
+    """The Python interpreter of each peer: the given one, this one if it needs no more packages, or that of a new venv.
 
     Raises:
-        UserError: a given one is no program, or an installation failed.
+        UserError: a given one is not an executable file, or an installation failed.
     """
-    found = {}
+    pythons = {}
     for name in peers:
         if name in given:
-            found[name] = _checked(name, given[name])
+            pythons[name] = _checked(name, given[name])
         elif not PEERS[name][1]:
-            found[name] = sys.executable
+            pythons[name] = sys.executable
         else:
-            found[name] = str(_environment(folder / name, PEERS[name][1]))
-    return found
+            pythons[name] = str(_environment(folder / name, PEERS[name][1]))
+    return pythons
 
 
 def _checked(name: str, path: str) -> str:
     if not os.access(path, os.X_OK) or Path(path).is_dir():
-        raise UserError(f"--python {name}={path}: there is no program of this name; give a venv's bin/python")
+        raise UserError(f"--python {name}={path} is not an executable file; give the bin/python of a venv")
     return str(Path(path).absolute())
 
 
@@ -47,18 +47,18 @@ def _environment(folder: Path, packages: tuple[str, ...]) -> Path:
     python = folder.absolute() / "bin" / "python"
     if (folder / "complete").exists():
         return python
-    say(f"installing {' '.join(packages)} in {folder}")
+    log(f"installing {' '.join(packages)} in {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         _run([sys.executable, "-m", "venv", "--clear", str(folder)])
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        mine = folder / "lib" / version / "site-packages" / "zz-base.pth"  # pip finds there what is installed here
-        mine.write_text(sysconfig.get_path("purelib") + "\n")
+        base = folder / "lib" / version / "site-packages" / "zz-base.pth"  # makes the packages of this venv importable
+        base.write_text(sysconfig.get_path("purelib") + "\n")
         _run([str(python), "-m", "pip", "install", "--quiet", *packages])
     except (subprocess.CalledProcessError, OSError) as error:
-        said = getattr(error, "stderr", "") or str(error)
+        output = getattr(error, "stderr", "") or str(error)
         raise UserError(
-            f"can't install {' '.join(packages)} for a peer: {said.strip()[-500:]}\nLeave it out with --peers, or name "
+            f"can't install {' '.join(packages)}: {output.strip()[-500:]}\nLeave this peer out with --peers, or give "
             f"an interpreter that has it with --python {folder.name}=PATH"
         ) from error
     (folder / "complete").touch()

@@ -1,4 +1,4 @@
-"""The job that all do alike, as a file that every contestant reads, and the file of what happened when."""
+"""The job that all packages run, as a JSON file, and the file of events that each peer writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """`augment` is none (the view of evaluation) or light (a random crop of at least half, and a mirror image)."""
+    """`augment` is none (as in evaluation) or light (a random crop of at least half the area, a horizontal flip)."""
 
     name: str
     epochs: int
@@ -22,7 +22,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Speed:
-    """How a peer runs: nothing here changes what is learned, but for `frozen_statistics` of BatchNorm."""
+    """Settings for speed. They do not change what a peer learns, except `frozen_statistics` of BatchNorm."""
 
     channels_last: bool = False
     bf16: tuple[str, ...] = ()  # in which stages
@@ -37,12 +37,12 @@ DOCUMENTED = Speed()
 
 @dataclass(frozen=True)
 class Job:
-    """`root` holds train/ and val/; `weights` all of the network in its first state, the new head included."""
+    """A training job. `root` contains train/ and val/; `weights` is the file of the initial state, head included."""
 
     root: str
-    model: str  # as timm calls it
+    model: str  # timm's name
     weights: str
-    head: str  # the path of its last layer
+    head: str  # the name of the last layer in the network
     classes: int
     image_size: int
     resize: int  # shorter side before the centre crop
@@ -86,7 +86,7 @@ class Job:
 
 
 def lr_factor(step: int, total: int, warmup: float) -> float:
-    """The share of a stage's learning rate at `step`: a linear warm-up, then a cosine to 0. As distil_tl has it."""
+    """The learning rate at `step`, relative to the stage's: linear warm-up, then cosine to 0. As in distil_tl."""
     first = round(warmup * total)
     if step < first:
         return (step + 1) / (first + 1)
@@ -94,24 +94,24 @@ def lr_factor(step: int, total: int, warmup: float) -> float:
 
 
 class Events:
-    """Lines of JSON, each with the time: `begin` of a stage, and `epoch` once its evaluation is known."""
+    """JSON lines with the time of each event: `begin` of a stage, and `epoch` after the evaluation of an epoch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def _note(self, **fields: Any) -> None:
+    def _write(self, **fields: Any) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps({"time": time.time(), **fields}) + "\n")
 
     def versions(self, **versions: str) -> None:
-        self._note(event="versions", versions=versions)
+        self._write(event="versions", versions=versions)
 
     def begin(self, stage: str) -> None:
-        self._note(event="begin", stage=stage)
+        self._write(event="begin", stage=stage)
 
     def epoch(self, stage: str, epoch: int, top1: float, loss: float) -> None:
-        """`epoch` counts from 1; `loss` and `top1` are those of all of val."""
-        self._note(event="epoch", stage=stage, epoch=epoch, top1=top1, loss=loss)
+        """`epoch` counts from 1; `loss` and `top1` are over all images of val."""
+        self._write(event="epoch", stage=stage, epoch=epoch, top1=top1, loss=loss)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

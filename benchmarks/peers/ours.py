@@ -1,4 +1,4 @@
-"""distil_tl at the same job: its command line, and what its run directory says about when."""
+"""The job in distil_tl: its command line, and the times in its run directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.peers.job import Job
 
 
 def command(job: Job, run_dir: Path, extra: tuple[str, ...] = ()) -> list[str]:
-    """`python -m distil_tl.train` for the job; `extra` keys come last, and win."""
+    """`python -m distil_tl.train` for the job. `extra` keys come last and take precedence."""
     keys = {
         "run_dir": run_dir,
         "seed": job.seed,
@@ -35,8 +35,21 @@ def command(job: Job, run_dir: Path, extra: tuple[str, ...] = ()) -> list[str]:
     return [sys.executable, "-m", "distil_tl.train", *[f"{key}={value}" for key, value in keys.items()], *extra]
 
 
+def search_keys(rates: int, decays: int) -> tuple[str, ...]:
+    """Keys for a head search over a grid.
+
+    Args:
+        rates: number of learning rates, from 5e-4 to 5e-2.
+        decays: number of weight decays: 0, and then from 1e-3 to 1.
+    """
+    lr = [round(5e-4 * 100 ** (i / (rates - 1)), 6) for i in range(rates)]
+    decay = [0.0, *(round(1e-3 * 1000 ** (i / (decays - 2)), 6) for i in range(decays - 1))]
+    lists = {"lr": lr, "weight_decay": decay}
+    return tuple(f"stages.head.search.{key}=[{','.join(map(str, values))}]" for key, values in lists.items())
+
+
 def read_run(run_dir: Path) -> dict[str, Any]:
-    """Its evaluations as the peers' events, and the seconds of each stage, features included."""
+    """The evaluations of a run in the format of the peers' events, and the seconds of each stage, features included."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run_dir / "summary.json").read_text())
     return {

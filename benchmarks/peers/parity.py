@@ -1,4 +1,4 @@
-"""Whether all contestants begin with the same: pixels of images of val, and the loss before the first step."""
+"""A check that all packages start from the same: pixels of some images of val, and the loss before the first step."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from distil_tl.training.precision import Compute
 from distil_tl.utils.errors import UserError
 
 IMAGES = 32
-# Pillow rounds between the two directions of a resize, and tensors are rounded once.
+# Limits of the differences: mean pixel value, relative loss, and relative loss on equal pixels. Pixels differ, because
+# Pillow rounds after each direction of a resize, and tensors are rounded once.
 MEAN_PIXEL, LOSS, LOSS_GIVEN = 1.0, 2e-2, 1e-4
 
 
 def our_view(job: Job) -> dict[str, Any]:
-    """What distil_tl begins with: names, uint8 pixels [32, 3, S, S], targets and the loss."""
+    """The start of distil_tl: names of images, their uint8 pixels [32, 3, S, S], their targets and the loss."""
     config = ModelConfig(name=f"timm/{job.model}", weights=job.weights)
     model = build(config, job.classes, image_size=job.image_size, seed=job.seed)
     index = scan(Path(job.root) / "val", classes=scan(Path(job.root) / "train").classes)
@@ -56,17 +57,22 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def refuse_unequal(name: str, found: dict[str, Any]) -> None:
-    """Raises UserError when a peer would not do the same work."""
-    wrong = []
-    if not found["same_targets"]:
-        wrong.append("its classes come in another order")
-    if found["mean_pixel_difference"] > MEAN_PIXEL:
-        wrong.append(f"its pixels differ by {found['mean_pixel_difference']:.2f} of 255 on average")
-    if abs(found["loss"] - found["our_loss"]) > LOSS * found["our_loss"]:
-        wrong.append(f"its first loss is {found['loss']:.4f}, ours {found['our_loss']:.4f}")
-    if abs(found["loss_on_our_pixels"] - found["our_loss"]) > LOSS_GIVEN * found["our_loss"]:
-        wrong.append(f"on the same pixels its loss is {found['loss_on_our_pixels']:.6f}, ours {found['our_loss']:.6f}")
-    if wrong:
-        raise UserError(f"{name} would not do the same job: {'; '.join(wrong)}. Leave it out with --peers, or try "
+def refuse_unequal(name: str, parity: dict[str, Any]) -> None:
+    """Refuse a peer that would not do the same work.
+
+    Raises:
+        UserError: with all differences that are too large.
+    """
+    problems = []
+    if not parity["same_targets"]:
+        problems.append("its classes are in another order")
+    if parity["mean_pixel_difference"] > MEAN_PIXEL:
+        problems.append(f"its pixels differ by {parity['mean_pixel_difference']:.2f} of 255 on average")
+    our_loss = parity["our_loss"]
+    if abs(parity["loss"] - our_loss) > LOSS * our_loss:
+        problems.append(f"its first loss is {parity['loss']:.4f}, ours {our_loss:.4f}")
+    if abs(parity["loss_on_our_pixels"] - our_loss) > LOSS_GIVEN * our_loss:
+        problems.append(f"on the same pixels its loss is {parity['loss_on_our_pixels']:.6f}, ours {our_loss:.6f}")
+    if problems:
+        raise UserError(f"{name} would not do the same job: {'; '.join(problems)}. Leave it out with --peers, or try "
                         f"another --model")  # fmt: skip

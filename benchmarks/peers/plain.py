@@ -1,4 +1,4 @@
-"""A loop as torchvision's references and PyTorch's transfer-learning tutorial have it."""
+"""The peer `plain`: a training loop as in torchvision's references and PyTorch's transfer-learning tutorial."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def train_stage(job: Job, model: nn.Module, stage: Stage, val: shared.Batches, e
             nn.utils.clip_grad_norm_(model.parameters(), job.clip_norm)
             optimizer.step()
             scheduler.step()
-        shared.evaluate(job, model, stage.name, val).note(events, stage.name, epoch + 1)
+        shared.evaluate(job, model, stage.name, val).write(events, stage.name, epoch + 1)
 
 
 if __name__ == "__main__":

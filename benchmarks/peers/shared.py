@@ -1,4 +1,4 @@
-"""What the peers have in common: the network, the images, counting, and their command line."""
+"""Code that the peers share: the network, the images, accuracy and loss, and their command line."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from torchvision.transforms import InterpolationMode, v2
 from benchmarks.peers.job import Events, Job, Stage
 
 Batches: TypeAlias = "DataLoader[Any]"
-# A peer's view of some images of val, by their paths below it: normalised [N, 3, S, S], and targets [N].
+# A peer's input for some images of val, given by their paths in it: normalised [N, 3, S, S], and targets [N].
 View: TypeAlias = Callable[[Job, Sequence[str]], tuple[Tensor, Tensor]]
 
 
 def main(package: str, run: Callable[[Job, Events], None], network: Callable[[Job], nn.Module], view: View) -> None:
-    """`JOB EVENTS` does the job; `JOB FILE --check` only shows what the peer would begin with."""
+    """Run a job: arguments `JOB EVENTS`. With `JOB FILE --check`, only write the peer's pixels and loss to FILE."""
     parser = argparse.ArgumentParser()
     parser.add_argument("job", type=Path)
     parser.add_argument("out", type=Path)
@@ -47,12 +47,12 @@ def main(package: str, run: Callable[[Job, Events], None], network: Callable[[Jo
 
 
 @torch.no_grad()
-def check(job: Job, network: Callable[[Job], nn.Module], view: View, asked: dict[str, Any]) -> dict[str, Any]:
-    """Images as the peer sees them, and the loss before the first step on them and on those that were given."""
+def check(job: Job, network: Callable[[Job], nn.Module], view: View, ours: dict[str, Any]) -> dict[str, Any]:
+    """The peer's pixels of the images named in `ours`, and its loss before the first step on them and on our pixels."""
     model = network(job).eval()
-    images, targets = view(job, asked["names"])
+    images, targets = view(job, ours["names"])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (job.mean, job.std))
-    given = (asked["pixels"].float() / 255 - mean) / std
+    given = (ours["pixels"].float() / 255 - mean) / std
     return {
         "pixels": (images.float() * std + mean) * 255,
         "targets": targets,
@@ -68,7 +68,7 @@ def network(job: Job) -> nn.Module:
 
 
 def transform(job: Job, augment: str) -> v2.Transform:
-    """From a Pillow image, as torchvision's references do it."""
+    """The transform of a Pillow image, as in torchvision's references."""
     mode = InterpolationMode(job.interpolation)
     if augment == "none":
         steps: list[nn.Module] = [v2.Resize(job.resize, interpolation=mode), v2.CenterCrop(job.image_size)]
@@ -106,7 +106,7 @@ def folder_view(job: Job, names: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """What trains, in two groups: vectors and scalars don't decay."""
+    """The trainable parameters in two groups: vectors and scalars have no weight decay."""
     trained = [parameter for _, parameter in named if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -132,7 +132,7 @@ def autocast(job: Job, stage: str) -> contextlib.AbstractContextManager[Any]:
 
 
 class Autocast(nn.Module):
-    """A part of a network that computes as its stage does, for packages whose own mixed precision leaves CPUs out."""
+    """A part of a network in the precision of its stage, for packages whose own mixed precision ignores CPUs."""
 
     def __init__(self, job: Job, network: nn.Module, *, last: bool) -> None:
         super().__init__()
@@ -143,23 +143,23 @@ class Autocast(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with autocast(self.job, self.stage):
-            found: Tensor = self.network(to_format(self.job, images))
-        return found.float() if self.last else found
+            output: Tensor = self.network(to_format(self.job, images))
+        return output.float() if self.last else output
 
 
 class Count:
-    """Hits and losses over all of val."""
+    """Correct predictions and the sum of losses over all of val."""
 
     def __init__(self) -> None:
-        self.n, self.hits, self.losses = 0, 0.0, 0.0
+        self.n, self.correct, self.losses = 0, 0.0, 0.0
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         self.n += len(targets)
-        self.hits += float((logits.argmax(1) == targets).sum())
+        self.correct += float((logits.argmax(1) == targets).sum())
         self.losses += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
 
-    def note(self, events: Events, stage: str, epoch: int) -> None:
-        events.epoch(stage, epoch, self.hits / self.n, self.losses / self.n)
+    def write(self, events: Events, stage: str, epoch: int) -> None:
+        events.epoch(stage, epoch, self.correct / self.n, self.losses / self.n)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Which way a network computes fastest on this machine, training and not: measured, as it differs by both."""
+"""The fastest precision and memory format of a network on this machine, measured for each stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from benchmarks.peers import shared
 from benchmarks.peers.job import Job, Speed
 
-WAYS = {
+SETTINGS = {
     "fp32 NCHW": Speed(),
     "fp32 channels_last": Speed(channels_last=True),
     "bf16 NCHW": Speed(bf16=("head", "full")),
@@ -24,28 +24,28 @@ WAYS = {
 
 
 def images_per_second(job: Job, step: Callable[[], object], seconds: float = 3.0) -> float:
-    """After two steps to warm up, steps for at least `seconds`."""
+    """Two warm-up steps, then measured steps for at least `seconds`."""
     for _ in range(2):
         step()
-    _finish(job)
+    _synchronize(job)
     began, steps = time.monotonic(), 0
     while (spent := time.monotonic() - began) < seconds:
         step()
-        _finish(job)
+        _synchronize(job)
         steps += 1
     return steps * job.batch / spent
 
 
-def _finish(job: Job) -> None:
+def _synchronize(job: Job) -> None:
     if job.device == "cuda":
         torch.cuda.synchronize()
 
 
 def measure(job: Job) -> dict[str, float]:
-    """Images a second of a step of the `head` stage (the backbone only runs) and of the `full` one."""
+    """Images per second of training steps in the stages `head` (frozen backbone) and `full`."""
     images = torch.rand(job.batch, 3, job.image_size, job.image_size, device=job.device)
     targets = torch.zeros(job.batch, dtype=torch.long, device=job.device)
-    found = {}
+    rates = {}
     for stage in ("head", "full"):
         model = shared.network(job)
         if job.speed.channels_last:
@@ -65,16 +65,16 @@ def measure(job: Job) -> dict[str, float]:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
 
-        found[stage] = images_per_second(job, step)
-    return found
+        rates[stage] = images_per_second(job, step)
+    return rates
 
 
-def best_speed(found: dict[str, dict[str, float]], stage_epochs: dict[str, int], workers: int) -> Speed:
-    """The memory format that takes the fewest seconds over all epochs, each stage in its faster precision there."""
+def best_speed(rates: dict[str, dict[str, float]], stage_epochs: dict[str, int], workers: int) -> Speed:
+    """The memory format with the fewest seconds over all epochs, with the faster precision for each stage."""
     choices = []
     for layout in ("NCHW", "channels_last"):
-        picked = {s: max(("fp32", "bf16"), key=lambda p: found[f"{p} {layout}"][s]) for s in stage_epochs}
-        seconds = sum(n / found[f"{picked[s]} {layout}"][s] for s, n in stage_epochs.items())
+        picked = {s: max(("fp32", "bf16"), key=lambda p: rates[f"{p} {layout}"][s]) for s in stage_epochs}
+        seconds = sum(n / rates[f"{picked[s]} {layout}"][s] for s, n in stage_epochs.items())
         choices.append((seconds, layout, tuple(s for s, precision in picked.items() if precision == "bf16")))
     _, layout, bf16 = min(choices)
     return Speed(layout == "channels_last", bf16, workers, persistent=True, fused=True, frozen_statistics=True)
@@ -87,8 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     job = Job.load(args.job)
     torch.set_num_threads(job.threads)
-    found = {name: measure(replace(job, speed=way)) for name, way in WAYS.items()}
-    args.out.write_text(json.dumps(found))
+    rates = {name: measure(replace(job, speed=speed)) for name, speed in SETTINGS.items()}
+    args.out.write_text(json.dumps(rates))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""fastai: as documented `vision_learner` and `fine_tune`; tuned the same learner on the same loaders and schedule."""
+"""The peer fastai. As documented: `vision_learner` and `fine_tune`. Tuned: the same learner with the common loaders and
+schedule."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ from benchmarks.peers import shared
 from benchmarks.peers.job import Events, Job, Stage, lr_factor
 
 
-class Note(Callback):  # type: ignore[misc]  # fastai is untyped
-    """Writes down each epoch once its evaluation is known."""
+class WriteEvents(Callback):  # type: ignore[misc]  # fastai is untyped
+    """Writes an event after the evaluation of each epoch."""
 
     order = 80
 
@@ -62,14 +63,14 @@ def run_documented(job: Job, events: Events) -> None:
         job.root, valid="val", bs=job.batch, item_tfms=Resize(job.image_size),
         batch_tfms=Normalize.from_stats(job.mean, job.std), num_workers=job.speed.workers, device=job.device,
     )  # fmt: skip
-    learn = learner(job, dls, cbs=[Note(job, events)])
+    learn = learner(job, dls, cbs=[WriteEvents(job, events)])
     head, full = job.stage("head"), job.stage("full")
     with learn.no_bar(), learn.no_logging():
         learn.fine_tune(full.epochs, freeze_epochs=head.epochs)
 
 
 def run_tuned(job: Job, events: Events) -> None:
-    cbs = [Note(job, events), GradientClip(job.clip_norm), FrozenStatistics()]
+    cbs = [WriteEvents(job, events), GradientClip(job.clip_norm), FrozenStatistics()]
     if job.speed.channels_last:
         cbs.append(ChannelsLast())
     val = shared.val_loader(job)
@@ -99,7 +100,7 @@ def fit_stage(job: Job, learn: Learner, stage: Stage, total: int) -> None:
 
 
 def learner(job: Job, dls: Any, **options: Any) -> Any:
-    """A learner on a network of timm, by its name; the head is one layer, as everybody's."""
+    """A learner on a timm network. The head is one linear layer, as in all packages."""
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(features(job), job.classes))
     learn = vision_learner(
         dls, job.model, pretrained=False, normalize=False, n_out=job.classes, custom_head=head, metrics=accuracy,
@@ -114,7 +115,7 @@ def learner(job: Job, dls: Any, **options: Any) -> Any:
 
 
 def renamed(job: Job) -> dict[str, torch.Tensor]:
-    """The weights under fastai's names: `0.model.` for the body, `1.2.` for the head's only layer."""
+    """The weights with fastai's names: `0.model.` for the body, `1.2.` for the only layer of the head."""
     head = f"{job.head}."
     return {
         f"1.2.{name.removeprefix(head)}" if name.startswith(head) else f"0.model.{name}": tensor

@@ -1,4 +1,4 @@
-"""Lightning: as documented `BackboneFinetuning` in one fit; tuned a `BaseFinetuning` and a fit for each stage."""
+"""The peer Lightning. As documented: `BackboneFinetuning` in one fit. Tuned: `BaseFinetuning` and a fit per stage."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from benchmarks.peers import shared
 from benchmarks.peers.job import Events, Job, Stage, lr_factor
 
-DOCUMENTED_LR = 1e-3  # of the example in BackboneFinetuning's documentation
+DOCUMENTED_LR = 1e-3  # from the example in BackboneFinetuning's documentation
 
 
 class Classifier(LightningModule):  # type: ignore[misc]
-    """`stage` is None as documented, where one optimizer goes through all epochs."""
+    """The network with its training and validation steps. As documented `stage` is None: one optimizer for all."""
 
     def __init__(self, job: Job, events: Events | None) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Classifier(LightningModule):  # type: ignore[misc]
         elif epoch > head:
             epoch, name = epoch - head, "full"
         if self.events is not None and not self.trainer.sanity_checking:
-            self.count.note(self.events, name, epoch)
+            self.count.write(self.events, name, epoch)
         self.count = shared.Count()
 
     def configure_optimizers(self) -> Any:
@@ -104,7 +104,7 @@ def run_tuned(job: Job, model: Classifier, events: Events) -> None:
         model.stage = stage
         if stage.name == "full":
             BaseFinetuning.make_trainable(model)
-        model.train()  # a fit leaves the modes of modules as it finds them
+        model.train()  # fit() does not change the training mode of modules
         trainer = Trainer(
             max_epochs=stage.epochs, accelerator=accelerator(job), devices=1, gradient_clip_val=job.clip_norm,
             callbacks=[FrozenBackbone()] if stage.name == "head" else [], logger=False, enable_checkpointing=False,

@@ -1,4 +1,4 @@
-"""timm's way: its datasets, loaders, freezing, optimizer factory and scheduler, as its train.py puts them together."""
+"""The peer timm: its datasets, loaders, freezing, optimizer factory and scheduler, used as in its train.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(job: Job, events: Events) -> None:
 
 def loader(job: Job, split: str, augment: str) -> Any:
     training = split == "train"
-    made = create_loader(
+    batches = create_loader(
         create_dataset("", root=f"{job.root}/{split}", split="train"),
         input_size=(3, job.image_size, job.image_size),
         batch_size=job.batch,
@@ -54,12 +54,12 @@ def loader(job: Job, split: str, augment: str) -> Any:
         persistent_workers=job.speed.persistent and job.speed.workers > 0,
     )
     if training and augment == "none":
-        made.dataset.transform = view_transform(job)
-    return made
+        batches.dataset.transform = view_transform(job)
+    return batches
 
 
 def view_transform(job: Job) -> Any:
-    """The view of evaluation, which timm's loader then normalises."""
+    """The transform of evaluation, without normalisation, which timm's loader does."""
     return create_transform(
         (3, job.image_size, job.image_size),
         interpolation=job.interpolation,
@@ -89,11 +89,11 @@ def train_stage(job: Job, model: nn.Module, stage: Stage, val: Any, events: Even
             optimizer.step()
             step += 1
             scheduler.step_update(step)
-        shared.evaluate(job, model, stage.name, val).note(events, stage.name, epoch + 1)
+        shared.evaluate(job, model, stage.name, val).write(events, stage.name, epoch + 1)
 
 
 def cosine(optimizer: torch.optim.Optimizer, total: int, warmup: float, lr: float) -> Any:
-    """timm's scheduler, set so that it gives `lr_factor`."""
+    """timm's scheduler with settings that make it equal to `lr_factor`."""
     first = round(warmup * total)
     scheduler = CosineLRScheduler(
         optimizer,

@@ -1,1 +1,1 @@
-"""What grows with files and ranks: start-up, memory, and what ranks send each other."""
+"""Scaling with files and ranks: start-up time, memory, communication."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scale`: start-up and memory by files and ranks, gradients by stage, a slow link."""
+"""`python -m benchmarks.scale`: start-up and memory by files and ranks, gradient traffic by stage, a slow link."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Results, Spread, end_on_sigterm, markdown, say
+from benchmarks.measure import Results, Spread, end_on_sigterm, log, markdown
 from benchmarks.scale import link
 from benchmarks.scale.files import write_tree
 from benchmarks.scale.ranks import run_ranks
@@ -32,23 +32,23 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--files", type=int, nargs="+", default=[1_000_000, 10_000_000], help="of the synthetic index")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--batches", type=int, default=256, help="of 512 samples, over which loader memory is watched")
-    parser.add_argument("--tree", type=int, default=200_000, help="files of the real tree")
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--image-size", type=int, default=64, help="pixels; gradients don't depend on it")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="for startup")
+    parser.add_argument("--batches", type=int, default=256, help="of 512 samples, while loader memory is measured")
+    parser.add_argument("--tree", type=int, default=200_000, help="number of files in the real folder tree")
+    parser.add_argument("--model", default="resnet50", help="as model.name")
+    parser.add_argument("--image-size", type=int, default=64, help="pixels; the gradients do not depend on it")
     parser.add_argument("--unfreeze", nargs="+", default=["head", "2", "3", "all"], help="as stages.NAME.unfreeze")
-    parser.add_argument("--mbit", type=int, nargs="+", default=[100, 1000, 10_000], help="of the link, megabits/s")
-    parser.add_argument("--steps", type=int, default=6, help="over the link, of 8 images a rank")
+    parser.add_argument("--mbit", type=int, nargs="+", default=[100, 1000, 10_000], help="bandwidth, megabits/s")
+    parser.add_argument("--steps", type=int, default=6, help="training steps over the link, 8 images per rank")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/scale.json"))
-    parser.add_argument("--fresh", action="store_true", help="begin anew, whatever --out holds")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/scale.json"), help="file of results")
+    parser.add_argument("--fresh", action="store_true", help="start again and replace --out")
     options = parser.parse_args(args)
-    least = [*options.files, *options.ranks, *options.mbit, options.tree, options.repeats, options.batches]
-    if min(least) < 1 or options.steps < 2:
-        parser.error("numbers must be at least 1, and --steps at least 2")
+    numbers = [*options.files, *options.ranks, *options.mbit, options.tree, options.repeats, options.batches]
+    if min(numbers) < 1 or options.steps < 2:
+        parser.error("all numbers must be at least 1, and --steps at least 2")
     if min(options.files) < 512 * max(options.ranks):
-        parser.error(f"--files must be at least one batch of 512 a rank, {512 * max(options.ranks)}")
+        parser.error(f"--files must be at least one batch of 512 per rank, {512 * max(options.ranks)}")
     return options
 
 
@@ -68,73 +68,73 @@ def startup(options: argparse.Namespace, results: Results, work: Path) -> str:
     for files in options.files:
         for world in options.ranks:
 
-            def find(files: int = files, world: int = world) -> Any:
-                say(f"an index of {files:,} files, {world} ranks")
+            def measure(files: int = files, world: int = world) -> Any:
+                log(f"an index of {files:,} files, {world} ranks")
                 task = {"files": files, "batches": options.batches}
                 return [
                     run_ranks(world, "benchmarks.scale.startup", task, work, OMP_NUM_THREADS="1")
                     for _ in range(options.repeats)
                 ]
 
-            found = results.found(f"startup {files} {world}", find)
-            rows.append([f"{files:,}", world, *startup_row(found)])
-            marks = found[0][0]["workers"]
+            repeats = results.once(f"startup {files} {world}", measure)
+            rows.append([f"{files:,}", world, *startup_row(repeats)])
+            marks = repeats[0][0]["workers"]
             growth.append([f"{files:,}", world, *[f"{mark['private_mb']:.0f}" for mark in marks]])
     marks = [mark["batches"] for mark in marks]
     header = ["files", "ranks", "one copy, MiB", "s to share it", "s to order an epoch", "s to the first batch",
-              "all ranks, MiB more", "beyond one copy", "largest peak of a rank"]  # fmt: skip
+              "all ranks, with the index", "beyond one copy", "largest peak of a rank"]  # fmt: skip
     return (
-        "**Start-up** with a synthetic index, on one node. Memory is the ranks' proportional shares, less what "
-        f"they had before the index:\n\n{markdown(header, rows)}\n"
-        "**Loader processes**: MiB of their own, the largest of rank 0's two, after so many batches of 512:\n\n"
+        "**Start-up** with a synthetic index, on one node. Memory in MiB: proportional set size of the ranks, minus "
+        f"its value before the index:\n\n{markdown(header, rows)}\n"
+        "**Loader processes**: private memory in MiB, the larger of rank 0's two, after so many batches of 512:\n\n"
         + markdown(["files", "ranks", *map(str, marks)], growth)
     )
 
 
-def startup_row(found: list[list[dict[str, Any]]]) -> list[str]:
-    """Over repeats; seconds of the slowest rank, memory over all ranks of a repeat."""
+def startup_row(repeats: list[list[dict[str, Any]]]) -> list[str]:
+    """The last columns of a row: seconds of the slowest rank, and memory of all ranks together, over the repeats."""
     slowest = [
-        Spread.of([max(rank[key] for rank in ranks) for ranks in found]).text(2)
+        Spread.of([max(rank[key] for rank in ranks) for ranks in repeats]).text(2)
         for key in ("share_seconds", "order_seconds", "first_batch_seconds")
     ]
-    # Rank 0 has made the index before it is shared, so what it had before holds one copy. The ranks' common one lies in
-    # files in memory, which are of all of them.
-    copy = found[0][0]["one_copy_mb"]
+    # Rank 0 makes the index before it is shared, so its memory before includes one copy. The copy that the ranks share
+    # is in memory-mapped files.
+    copy = repeats[0][0]["one_copy_mb"]
     more = [
         copy + ranks[0]["with_index"]["files_mb"]
         + sum(rank["with_index"]["share_mb"] - rank["before"]["share_mb"] for rank in ranks)
-        for ranks in found
+        for ranks in repeats
     ]  # fmt: skip
-    peak = Spread.of([max(rank["peak_mb"] for rank in ranks) for ranks in found])
+    peak = Spread.of([max(rank["peak_mb"] for rank in ranks) for ranks in repeats])
     total = Spread.of(more)
     beyond = Spread.of([value - copy for value in more])
     return [f"{copy:.0f}", *slowest, total.text(0), beyond.text(0), peak.text(0)]
 
 
 def tree(options: argparse.Namespace, results: Results, work: Path) -> str:
-    def find() -> dict[str, Any]:
-        say(f"writing {options.tree:,} files")
+    def measure() -> dict[str, Any]:
+        log(f"writing {options.tree:,} files")
         root = write_tree(work / "tree", options.tree)
         cold = None
         if os.geteuid() == 0:
             cold = [_scan(root, cold=True) for _ in range(options.repeats)]
         return {"cold": cold, "warm": [_scan(root, cold=False) for _ in range(options.repeats)]}
 
-    found = results.found("tree", find)
+    scans = results.once("tree", measure)
     rows = []
     for state in ("cold", "warm"):
-        if found[state] is None:
+        if scans[state] is None:
             rows.append([state, "not measured: dropping the kernel's caches needs root", None])
             continue
-        seconds = Spread.of([seconds for seconds, _ in found[state]])
-        rows.append([state, seconds.text(2), f"{found[state][0][1] / seconds.median:,.0f}"])
+        seconds = Spread.of([seconds for seconds, _ in scans[state]])
+        rows.append([state, seconds.text(2), f"{scans[state][0][1] / seconds.median:,.0f}"])
     return f"**A scan of {options.tree:,} files** in class folders on a local disk:\n\n" + markdown(
-        ["the kernel's caches", "seconds", "files/s"], rows
+        ["kernel caches", "seconds", "files/s"], rows
     )
 
 
 def _scan(root: Path, *, cold: bool) -> tuple[float, int]:
-    """Seconds, and how many files there were."""
+    """Seconds, and the number of files."""
     if cold:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -148,46 +148,46 @@ def stages(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def traffic(options: argparse.Namespace, results: Results, work: Path) -> str:
-    def find() -> Any:
-        say("gradients of each stage, on 2 ranks")
+    def measure() -> Any:
+        log("gradients of each stage, on 2 ranks")
         task = {"model": options.model, "image_size": options.image_size, "steps": 2, "batch": 2, "count": True,
                 "stages": stages(options)}  # fmt: skip
         return run_ranks(2, "benchmarks.scale.traffic", task, work, OMP_NUM_THREADS="1")[0]
 
-    found = results.found("traffic", find)
+    by_stage = results.once("traffic", measure)
     rows = [
-        [name, f"{stage['trainable_parameters']:,}", f"{stage['reduced_bytes']:,}"] for name, stage in found.items()
+        [name, f"{stage['trainable_parameters']:,}", f"{stage['reduced_bytes']:,}"] for name, stage in by_stage.items()
     ]
     return (
-        f"**Gradients** of {options.model} with 10 classes that all ranks reduce in each step, counted in DDP:\n\n"
-        + (markdown(["unfreeze", "trainable parameters", "bytes"], rows))
+        f"**Gradients** of {options.model} with 10 classes: bytes that DDP reduces in each step, counted in DDP:\n\n"
+        + markdown(["unfreeze", "trainable parameters", "bytes"], rows)
     )
 
 
 def slow_link(options: argparse.Namespace, results: Results, work: Path) -> str:
-    reason = results.found("no link", link.missing)
+    reason = results.once("no link", link.missing)
     if reason is not None:
-        return f"**Over a slow link**: skipped, as {reason}.\n"
+        return f"**Slow link**: skipped: {reason}.\n"
     rates: list[int | None] = [None, *sorted(options.mbit, reverse=True)]
-    found = {}
+    runs = {}
     for mbit in rates:
         for compression in ("none", "bf16"):
             name = f"link {mbit} {compression}"
 
-            def find(mbit: int | None = mbit, compression: str = compression) -> Any:
-                say(f"training over a link of {mbit or 'unlimited'} Mbit/s, compression {compression}")
+            def measure(mbit: int | None = mbit, compression: str = compression) -> Any:
+                log(f"training over a link of {mbit or 'unlimited'} Mbit/s, compression {compression}")
                 return [_over_link(options, work, mbit, compression) for _ in range(options.repeats)]
 
-            found[name] = results.found(name, find)
+            runs[name] = results.once(name, measure)
     rows = []
     for mbit in rates:
         for compression in ("none", "bf16"):
-            rows.append([mbit or "as fast as it is", compression, *_efficiencies(found, mbit, compression)])
+            rows.append([mbit or "no limit", compression, *_efficiencies(runs, mbit, compression)])
     cpus = available_cpus()
     return (
-        f"**Over a link** between two namespaces, one rank of one thread each ({cpus} CPUs), {options.model} at "
-        f"{options.image_size} px, 8 images a rank. Seconds of a step, and the efficiency against the link without a "
-        f"limit and without compression:\n\n"
+        f"**A link** between two network namespaces, one rank of one thread in each ({cpus} CPUs), {options.model} at "
+        f"{options.image_size} px, 8 images per rank. Seconds per step, and the efficiency compared with no limit and "
+        f"no compression:\n\n"
         + markdown(["Mbit/s", "compression", *[f"unfreeze {name}" for name in options.unfreeze]], rows)
     )
 
@@ -202,12 +202,12 @@ def _over_link(options: argparse.Namespace, work: Path, mbit: int | None, compre
         )[0]  # fmt: skip
 
 
-def _efficiencies(found: dict[str, Any], mbit: int | None, compression: str) -> list[str]:
+def _efficiencies(runs: dict[str, Any], mbit: int | None, compression: str) -> list[str]:
     cells = []
-    for name in found["link None none"][0]:
-        free = Spread.of([run[name]["step_seconds"] for run in found["link None none"]]).median
-        spread = Spread.of([run[name]["step_seconds"] for run in found[f"link {mbit} {compression}"]])
-        cells.append(f"{spread.text(3)}, {free / spread.median:.2f}")
+    for name in runs["link None none"][0]:
+        unlimited = Spread.of([run[name]["step_seconds"] for run in runs["link None none"]]).median
+        spread = Spread.of([run[name]["step_seconds"] for run in runs[f"link {mbit} {compression}"]])
+        cells.append(f"{spread.text(3)}, {unlimited / spread.median:.2f}")
     return cells
 
 

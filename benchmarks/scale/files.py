@@ -1,4 +1,4 @@
-"""Splits of any size: an index of files that are not there, and a real tree of files with nothing in them."""
+"""Splits of any size: an index of files that do not exist, and a real folder tree of tiny files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "class-{:04d}/image-{:08d}.jpg"  # 29 bytes, as ImageNet's: n01440764/n01
 
 
 def synthetic_index(count: int, root: str = "/nowhere") -> Index:
-    """An index of `count` files in 1,000 classes, made without touching a disk."""
+    """An index of `count` files in 1,000 classes, made without reading a disk."""
     width = len(NAME.format(0, 0))
     targets = (np.arange(count, dtype=np.int64) * CLASSES // count).astype(np.int32)
     names = np.tile(np.frombuffer(NAME.format(0, 0).encode(), dtype=np.uint8), (count, 1))
@@ -38,7 +38,7 @@ def _write_digits(names: np.ndarray, at: int, digits: int, numbers: np.ndarray) 
 
 
 def write_tree(root: Path, count: int) -> Path:
-    """`count` files of one byte in 1,000 class folders; what is there already stays."""
+    """Write `count` files of one byte in 1,000 class folders. Complete folders are kept."""
     per_class = max(1, count // CLASSES)
     for c in range(min(CLASSES, count)):
         folder = root / f"class-{c:04d}"

@@ -1,4 +1,4 @@
-"""Two network namespaces and a link of limited bandwidth between them, made here and gone afterwards."""
+"""Two temporary network namespaces with a link of limited bandwidth between them."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-ADDRESSES = ("10.231.77.1", "10.231.77.2")  # known inside the two namespaces only
+ADDRESSES = ("10.231.77.1", "10.231.77.2")  # exist inside the two namespaces only
 
 
 @dataclass(frozen=True)
 class Link:
-    prefixes: tuple[list[str], list[str]]  # before a command, to run it on one of the two sides
-    address: str  # of the first side
-    interface: str  # the name of the link's end, the same on both sides
+    prefixes: tuple[list[str], list[str]]  # to put before a command to run it in the first or second namespace
+    address: str  # of the first namespace
+    interface: str  # the network interface, with the same name in both namespaces
 
 
 def missing() -> str | None:
-    """Why there can be no link here; None when there can."""
+    """The reason why a link can't be made on this machine, or None."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     absent = [program for program in ("ip", "tc") if shutil.which(program) is None]
     if absent:
-        return f"there is no {' and no '.join(absent)} (Debian: apt-get install iproute2)"
+        return f"{' and '.join(absent)} not found (Debian: apt-get install iproute2)"
     try:
         with link(None):
             return None
     except (OSError, subprocess.CalledProcessError) as error:
-        return f"namespaces can't be made here: {getattr(error, 'stderr', None) or error}".strip()
+        return f"can't create network namespaces: {getattr(error, 'stderr', None) or error}".strip()
 
 
 @contextmanager
 def link(mbit: int | None) -> Iterator[Link]:
-    """A link of `mbit` megabits a second each way, by a token bucket; None for as fast as the machine is."""
+    """A link of `mbit` megabits per second in each direction, limited by a token bucket filter; None: no limit."""
     names = [f"distil-tl-{os.getpid()}-{side}" for side in "ab"]
     try:
         for name in names:
@@ -46,7 +46,7 @@ def link(mbit: int | None) -> Iterator[Link]:
             _ip("-n", name, "link", "set", "wire", "up")
             _ip("-n", name, "link", "set", "lo", "up")
             if mbit is not None:
-                # A burst of 10 ms, and no more than 200 ms of waiting in line.
+                # A burst of 10 ms, and a queue of at most 200 ms.
                 burst = max(32_000, mbit * 1_000_000 // 8 // 100)
                 limit = [f"{mbit}mbit", "burst", str(burst), "latency", "200ms"]
                 _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "wire", "root", "tbf", "rate", *limit)

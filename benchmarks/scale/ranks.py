@@ -1,4 +1,4 @@
-"""Ranks of one job as processes, with torchrun's environment, and what each of them found."""
+"""The ranks of a job as processes with torchrun's environment variables, and the result of each rank."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def run_ranks(
     address: str = "127.0.0.1",
     **env: str,
 ) -> list[dict[str, Any]]:
-    """`python -m MODULE TASK.json FOUND.json` on each rank; what they wrote, by rank.
+    """Run `python -m MODULE TASK.json RESULT.json` on each rank, and return the results by rank.
 
-    `prefixes` come before the command of each rank, to run it somewhere else on this machine; the ranks then are of
-    that many nodes, of one rank each.
+    `prefixes`, one per rank, come before its command, for example to run it in a network namespace. Each rank is then
+    the only one of its node.
 
     Raises:
-        RuntimeError: a rank failed, or they took longer than `timeout` seconds; with the end of what it said.
+        RuntimeError: a rank failed, or they took longer than `timeout` seconds. The message has its last output.
     """
     spec = work / "task.json"
     spec.write_text(json.dumps(task))
@@ -41,17 +41,17 @@ def run_ranks(
     processes, logs = [], []
     try:
         for rank in range(world):
-            found, log = work / f"found-{rank}.json", work / f"rank-{rank}.log"
-            found.unlink(missing_ok=True)
+            result, log = work / f"result-{rank}.json", work / f"rank-{rank}.log"
+            result.unlink(missing_ok=True)
             local = 0 if prefixes else rank
-            mine = environment(
+            variables = environment(
                 RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local),
                 LOCAL_WORLD_SIZE="1" if prefixes else str(world), MASTER_ADDR=address, MASTER_PORT=port, **env,
             )  # fmt: skip
-            command = [*(prefixes[rank] if prefixes else ()), sys.executable, "-m", module, str(spec), str(found)]
-            with log.open("wb") as said:
+            command = [*(prefixes[rank] if prefixes else ()), sys.executable, "-m", module, str(spec), str(result)]
+            with log.open("wb") as output:
                 process = subprocess.Popen(
-                    command, env={**os.environ, **mine}, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT,
+                    command, env={**os.environ, **variables}, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
                     start_new_session=True,
                 )  # fmt: skip
             processes.append(process)
@@ -62,7 +62,7 @@ def run_ranks(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    return [json.loads((work / f"found-{rank}.json").read_text()) for rank in range(world)]
+    return [json.loads((work / f"result-{rank}.json").read_text()) for rank in range(world)]
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], deadline: float) -> None:
@@ -70,12 +70,12 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], de
         if any(process.poll() not in (None, 0) for process in processes):
             break
         if time.monotonic() > deadline:
-            raise RuntimeError(f"the ranks took too long; the first said at last:\n{_tail(logs[0])}")
+            raise RuntimeError(f"the ranks took too long; the last output of rank 0:\n{_tail(logs[0])}")
         time.sleep(0.05)
     for rank, process in enumerate(processes):
         if process.poll() not in (None, 0):
             raise RuntimeError(
-                f"rank {rank} failed with status {process.poll()}; it said at last:\n{_tail(logs[rank])}"
+                f"rank {rank} failed with status {process.poll()}; its last output:\n{_tail(logs[rank])}"
             )
 
 

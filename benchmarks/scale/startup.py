@@ -1,4 +1,4 @@
-"""One rank: shares an index, takes its first samples, and watches its own memory and its loader processes'."""
+"""One rank: shares an index, takes the first samples, and measures its memory and that of its loader processes."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     files, batches = task["files"], task["batches"]
     with session(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
-        found = measure(info, files, batches)
-    Path(sys.argv[2]).write_text(json.dumps(found))
+        result = measure(info, files, batches)
+    Path(sys.argv[2]).write_text(json.dumps(result))
 
 
 def measure(info: DistInfo, files: int, batches: int) -> dict[str, Any]:
-    """Seconds, and MiB of memory: before, with the index, at most, and of each loader process over time."""
-    made = {"train": synthetic_index(files)} if info.is_main else {}
-    one_copy = sum(array.nbytes for index in made.values() for array in index.to_arrays().values())
+    """Seconds, and memory in MiB: before, with the index, at its peak, and of each loader process over time."""
+    indexes = {"train": synthetic_index(files)} if info.is_main else {}
+    one_copy = sum(array.nbytes for index in indexes.values() for array in index.to_arrays().values())
     gc.collect()
     before = memory(os.getpid())
-    gather_objects(info, None)  # begin together
+    gather_objects(info, None)  # wait for all ranks
     began = time.monotonic()
-    index = share_indexes(info, lambda: made)["train"]
+    index = share_indexes(info, lambda: indexes)["train"]
     shared = time.monotonic() - began
-    made.clear()
+    indexes.clear()
     gc.collect()
     gather_objects(info, None)
     with_index = memory(os.getpid())
@@ -79,7 +79,7 @@ def measure(info: DistInfo, files: int, batches: int) -> dict[str, Any]:
 
 
 def watch(steps: Iterator[Any], batches: int) -> Iterator[dict[str, Any]]:
-    """The memory of loader processes after 1, 2, 4, ... batches, as far as there are some."""
+    """The memory of the loader processes after 1, 2, 4, ... batches, up to `batches` or the end of the epoch."""
     seen, mark = 1, 1
     while True:
         pids = [p.pid for p in multiprocessing.active_children() if p.pid is not None]
@@ -95,26 +95,29 @@ def watch(steps: Iterator[Any], batches: int) -> Iterator[dict[str, Any]]:
 
 
 def memory(pid: int) -> dict[str, float]:
-    """MiB of a process: its alone; its proportional share of what it maps, which adds up; and files in memory it maps.
+    """Memory of a process in MiB.
 
-    These last, which the ranks of a node share, are not in the first two: what a process has touched of them says
-    little.
+    Returns:
+        private_mb: pages that only this process maps.
+        share_mb: proportional set size, whose sum over processes counts no page twice.
+        files_mb: size of the index's memory-mapped files, which the ranks of a node share. It is not included in the
+            other two, as they would only count the pages that the process has read so far.
     """
-    found = {"private_mb": 0.0, "share_mb": 0.0}
+    memory = {"private_mb": 0.0, "share_mb": 0.0}
     files: dict[str, float] = {}
     shared = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         name, *fields = line.split()
-        if not name.endswith(":"):  # the line with which a mapping begins
+        if not name.endswith(":"):  # the first line of a mapping
             shared = "/memfd:distil_tl" in line
             if shared:
                 first, last = (int(address, 16) for address in name.split("-"))
                 files[fields[3]] = (last - first) / 2**20
         elif not shared and name in ("Private_Clean:", "Private_Dirty:"):
-            found["private_mb"] += float(fields[0]) / 1024
+            memory["private_mb"] += float(fields[0]) / 1024
         elif not shared and name == "Pss:":
-            found["share_mb"] += float(fields[0]) / 1024
-    return {**found, "files_mb": sum(files.values())}
+            memory["share_mb"] += float(fields[0]) / 1024
+    return {**memory, "files_mb": sum(files.values())}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One rank: trains a few steps of each stage, and counts the bytes of gradients that DDP reduces."""
+"""One rank: trains a few steps of each stage and counts the bytes of gradients that DDP reduces."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ CLASSES = 10
 
 def main() -> None:
     torch.set_num_threads(1)
-    found = measure_all(json.loads(Path(sys.argv[1]).read_text()))
-    Path(sys.argv[2]).write_text(json.dumps(found))
+    results = measure_all(json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(json.dumps(results))
 
 
 def measure_all(task: dict[str, Any]) -> dict[str, Any]:
-    """What `measure` finds, by stage."""
+    """The results of `measure`, by stage."""
     with session(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
         model = build(ModelConfig(name=task["model"], weights="none"), CLASSES, image_size=task["image_size"], seed=0)
         return {name: measure(info, model, unfreeze, task) for name, unfreeze in task["stages"].items()}
 
 
 def measure(info: DistInfo, model: TransferModel, unfreeze: Any, task: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of gradients per step, and seconds of a step: the median of all but the first."""
+    """Gradient bytes per step, and seconds per step: the median of all steps but the first."""
     batch, compression = task["batch"], task.get("compression", "none")
     stage = StageConfig(unfreeze=unfreeze)
     apply_stage(model, stage)
@@ -69,18 +69,18 @@ def measure(info: DistInfo, model: TransferModel, unfreeze: Any, task: dict[str,
 
 
 def reduced_bytes(network: torch.nn.Module, images: torch.Tensor) -> int | None:
-    """What DDP hands over to be reduced in one backward pass, counted where it does; None for a single rank."""
+    """Bytes that DDP reduces in one backward pass, counted in a communication hook; None for a single rank."""
     if not isinstance(network, DistributedDataParallel):
         return None
     counted: list[int] = []
 
-    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and takes none that are strings
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP rejects annotations that are strings
         counted.append(bucket.buffer().nbytes)
         done: Any = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
 
-    if getattr(network, "_comm_hooks", None):  # one is there already, and DDP takes no second
+    if getattr(network, "_comm_hooks", None):  # DDP allows only one hook
         return None
     network.register_comm_hook(None, hook)
     network(images).sum().backward()

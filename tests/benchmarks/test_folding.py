@@ -1,11 +1,11 @@
-"""The benchmark of folding measures both, and what it is told to."""
+"""The folding benchmark measures training and evaluation, folded and not folded."""
 
 from __future__ import annotations
 
 from benchmarks.folding import measure
 
 
-def test_training_and_evaluation_are_measured_folded_and_apart() -> None:
+def test_training_and_evaluation_are_measured_folded_and_not_folded() -> None:
     rows = measure("resnet18", image_size=32, batch=2, rounds=2)
     assert [(row["step"], row["folded"]) for row in rows] == [
         ("training", True),

@@ -1,4 +1,4 @@
-"""The profile of a run: each part of it has its own, and all of them together are the run."""
+"""The profile of a run has an entry for each part of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from benchmarks import measure
 
 PARTS = [
-    "start, after the imports", "stage head, all else", "stage head, getting ready", "stage head, training",
-    "stage head, evaluation", "stage full, all else", "stage full, getting ready", "stage full, training",
+    "start, after the imports", "stage head, rest", "stage head, setup", "stage head, training",
+    "stage head, evaluation", "stage full, rest", "stage full, setup", "stage full, training",
     "stage full, evaluation", "the end", "the end, evaluation",
 ]  # fmt: skip
 
@@ -24,14 +24,14 @@ def profiled(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_each_part_of_a_run_has_a_profile(small: list[str], tmp_path: Path) -> None:
-    done = profiled(*small, f"run_dir={tmp_path}/run", "data.workers=1")  # a forked loader process is not in it
+    done = profiled(*small, f"run_dir={tmp_path}/run", "data.workers=1")  # a loader process must not be profiled
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^\*\*(.*)\*\*, [\d.]+ s:$", done.stdout, re.MULTILINE) == PARTS
     training = done.stdout.partition("**stage full, training**")[2].partition("**")[0]
     assert "run_backward" in training
 
 
-def test_a_run_that_is_refused_has_none() -> None:
+def test_a_refused_configuration_has_no_profile() -> None:
     done = profiled("optim.nam=sgd")
     assert (done.returncode, done.stdout) == (2, "")
     assert "did you mean `name`?" in done.stderr

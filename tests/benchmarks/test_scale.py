@@ -1,4 +1,4 @@
-"""benchmarks.scale measures what it says. Its figures are no subject of tests."""
+"""benchmarks.scale measures what it is meant to measure. No test checks a figure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distil_tl.distributed.process_group import session
 from tests.helpers.ranks import processes_of, run_ranks
 
 
-def test_a_synthetic_index_is_one_that_a_scan_could_give() -> None:
+def test_a_synthetic_index_is_like_that_of_a_scan() -> None:
     index = files.synthetic_index(5000)
     assert len(index) == 5000
     assert index.relative(0) == "class-0000/image-00000000.jpg"
@@ -31,7 +31,7 @@ def test_a_synthetic_index_is_one_that_a_scan_could_give() -> None:
     assert index.class_counts.tolist() == [5] * 1000
 
 
-def test_a_tree_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_tree_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "CLASSES", 4)
     files.write_tree(tmp_path, 20)
     assert len(scan(tmp_path)) == 20
@@ -70,7 +70,7 @@ def test_start_up_is_measured_on_each_rank() -> None:
     assert float(more.replace(",", "")) >= float(beyond.replace(",", ""))
 
 
-def test_a_rank_that_fails_says_why(tmp_path: Path) -> None:
+def test_the_error_of_a_failed_rank_has_its_output(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)rank \d failed with status 1.*files"):
         ranks.run_ranks(2, "benchmarks.scale.startup", {}, tmp_path)
 
@@ -102,17 +102,17 @@ def test_a_link_leaves_nothing_behind() -> None:
 
 
 @needs_link
-def test_a_benchmark_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_terminated_benchmark_leaves_nothing_behind(tmp_path: Path) -> None:
     options = ["--parts", "link", "--mbit", "10", "--model", "shufflenet_v2_x0_5"]
     log = tmp_path / "log"
-    with log.open("wb") as said:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.scale", *options, "--out", str(tmp_path / "found.json")],
-            env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT,
+            env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT,
         )  # fmt: skip
         try:
             deadline = time.monotonic() + 60
-            while len(processes_of(tmp_path)) < 3:  # it, and a rank on each side of the link
+            while len(processes_of(tmp_path)) < 3:  # the benchmark, and a rank in each namespace
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.2)
         finally:
@@ -127,10 +127,11 @@ def test_a_benchmark_that_is_ended_leaves_nothing_behind(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("args", "says"), [(["--files", "100"], "one batch"), (["--mbit", "0"], "at least 1"), (["--parts", "x"], "choose")]
+    ("args", "message"),
+    [(["--files", "100"], "one batch"), (["--mbit", "0"], "at least 1"), (["--parts", "x"], "choose")],
 )
-def test_scale_refuses(args: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as refused:
+def test_wrong_options_of_scale_are_refused(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
         scale.main(args)
-    assert refused.value.code == 2
-    assert says in capsys.readouterr().err
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Where each contestant's time goes, as a picture."""
+"""A bar chart of the time that each package spends in each part of the job, as SVG."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.measure import Results, Spread
-from benchmarks.peers.verdict import OFF, OURS, SOONEST, curve, final_top1
+from benchmarks.peers.summary import OFF, OURS, SOONEST, curve, final_top1
 from distil_tl.report.markup import Markup, h, join
 from distil_tl.report.svg import Scale
 
@@ -37,7 +37,7 @@ STYLE = """
 
 
 class Part(NamedTuple):
-    """Of a process, from `begin` to `end` in seconds since its start."""
+    """A part of a process, in seconds since its start."""
 
     name: str
     begin: float
@@ -45,32 +45,32 @@ class Part(NamedTuple):
 
 
 def parts(run: dict[str, Any]) -> list[Part]:
-    """One after another without gaps: the start, each stage with its evaluations, the end."""
-    found: list[Part] = []
+    """Consecutive parts without gaps: the start, each stage with its evaluations, the end."""
+    spans: list[Part] = []
     last = 0.0
     for stage in dict.fromkeys(point.stage for point in curve(run)):
         end = max(point.seconds for point in curve(run) if point.stage == stage)
-        if not found:
+        if not spans:
             begins = [e["time"] - run["began"] for e in run["events"] if e["event"] == "begin" and e["stage"] == stage]
-            last = begins[0] if begins else end - run["stage_seconds"][stage]  # peers say it, distil_tl sums it up
-            found.append(Part("start", 0.0, last))
-        found.append(Part(stage, last, end))
+            last = begins[0] if begins else end - run["stage_seconds"][stage]  # distil_tl records the duration
+            spans.append(Part("start", 0.0, last))
+        spans.append(Part(stage, last, end))
         last = end
-    return [*found, Part("end", last, run["seconds"])]
+    return [*spans, Part("end", last, run["seconds"])]
 
 
-def typical(runs: Sequence[dict[str, Any]]) -> list[Part]:
-    """The parts of all `runs`, each to the median of their ends."""
-    found, last = [], 0.0
+def median_parts(runs: Sequence[dict[str, Any]]) -> list[Part]:
+    """The parts of a typical run: each ends at the median of its ends over all `runs`."""
+    spans, last = [], 0.0
     for same in zip(*map(parts, runs), strict=True):
         end = Spread.of([part.end for part in same]).median
-        found.append(Part(same[0].name, last, end))
+        spans.append(Part(same[0].name, last, end))
         last = end
-    return found
+    return spans
 
 
-def picture(results: Results, tuned: Sequence[str]) -> Markup:
-    """An SVG of distil_tl's runs and the tuned peers', the soonest first; a part ends at its median over all runs."""
+def draw_chart(results: Results, tuned: Sequence[str]) -> Markup:
+    """The bars of distil_tl and of the tuned peers, the fastest first. A part ends at its median over all runs."""
     rows = {name: results.of(name) for name in (OURS, SOONEST, OFF, *tuned) if results.of(name)}
     seconds = {name: Spread.of([run["seconds"] for run in runs]).median for name, runs in rows.items()}
     order = sorted(rows, key=lambda name: seconds[name])
@@ -83,9 +83,9 @@ def picture(results: Results, tuned: Sequence[str]) -> Markup:
         h("desc", "; ".join(f"{name}: {labels[name]}" for name in order), id="desc"),
         h("style", Markup(STYLE)),
         h("rect", class_="panel", x=0.5, y=0.5, width=width - 1, height=height - 1, rx=8),
-        _key(),
+        _legend(),
         _axis(scale, height),
-        [_row(name, labels[name], typical(rows[name]), TOP + ROW * i, scale) for i, name in enumerate(order)],
+        [_row(name, labels[name], median_parts(rows[name]), TOP + ROW * i, scale) for i, name in enumerate(order)],
         xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width, height=height, role="img",
         aria_labelledby="title desc", font_family="system-ui, -apple-system, 'Segoe UI', sans-serif", font_size=13,
     )  # fmt: skip
@@ -95,30 +95,30 @@ def _median_top1(runs: Sequence[dict[str, Any]]) -> float:
     return Spread.of([final_top1(run) for run in runs]).median
 
 
-def _key() -> Markup:
-    drawn, x = [], LEFT
+def _legend() -> Markup:
+    elements, x = [], LEFT
     for name, text in PARTS.items():
-        drawn.append(h("rect", class_=name, x=x, y=20, width=14, height=14, rx=2))
-        drawn.append(h("text", text, class_="soft", x=x + 20, y=32))
+        elements.append(h("rect", class_=name, x=x, y=20, width=14, height=14, rx=2))
+        elements.append(h("text", text, class_="soft", x=x + 20, y=32))
         x += 44 + 7 * len(text)
-    return join(drawn)
+    return join(elements)
 
 
 def _axis(scale: Scale, height: int) -> Markup:
-    drawn = []
+    elements = []
     for value in scale.ticks(6):
         x = LEFT + PLOT * scale(value)
-        drawn.append(h("line", class_="grid", x1=x, x2=x, y1=TOP - 12, y2=height - 34))
-        drawn.append(h("text", f"{value:g} s", class_="soft", x=x, y=height - 16, text_anchor="middle"))
-    return join(drawn)
+        elements.append(h("line", class_="grid", x1=x, x2=x, y1=TOP - 12, y2=height - 34))
+        elements.append(h("text", f"{value:g} s", class_="soft", x=x, y=height - 16, text_anchor="middle"))
+    return join(elements)
 
 
-def _row(name: str, label: str, found: Sequence[Part], top: int, scale: Scale) -> Markup:
+def _row(name: str, label: str, spans: Sequence[Part], top: int, scale: Scale) -> Markup:
     weight = 600 if name.startswith(OURS) else None
     bars = [
         h("rect", h("title", f"{PARTS.get(part.name, part.name)}: {part.end - part.begin:.1f} s"), class_=part.name,
           x=LEFT + PLOT * scale(part.begin), y=top, width=PLOT * (part.end - part.begin) / scale.high, height=BAR)
-        for part in found
+        for part in spans
     ]  # fmt: skip
     return join(
         h("text", name, class_="ink", x=LEFT - 10, y=top + 15, text_anchor="end", font_weight=weight),

@@ -1,4 +1,4 @@
-"""What the runs say: seconds to where, against the fastest tuned peer."""
+"""The tables of the comparison: seconds to each goal, compared with the fastest tuned peer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 from benchmarks.measure import Results, Spread, markdown
 from benchmarks.peers.job import Job
 
+# Names of rows, and prefixes of such names. They are also keys in the file of results.
 OURS, OFF, SOONEST = "distil_tl", "distil_tl, features off", "distil_tl, to the accuracy"
 FOUR_VIEWS = "distil_tl, best of 24 heads on 4 views"
 HEAD_ALONE, FIFTY = "distil_tl, head alone, k=", "distil_tl, best of 50 heads, k="
-VIEWS = "distil_tl, head on "  # light augmentation: from V views, or in each epoch anew
+VIEWS = "distil_tl, head on "  # with light augmentation: V cached views, or a new view in each epoch
 
 
 @dataclass(frozen=True)
 class Point:
-    """An evaluation: seconds from the start of the process."""
+    """An evaluation, with the seconds since the start of the process."""
 
     stage: str
     epoch: int
@@ -31,7 +32,7 @@ def curve(run: dict[str, Any]) -> list[Point]:
 
 
 def seconds_to(run: dict[str, Any], top1: float) -> float | None:
-    """When the first evaluation was known that reached `top1`; None if none did."""
+    """The time of the first evaluation that reached `top1`; None if none did."""
     return next((point.seconds for point in curve(run) if point.top1 >= top1), None)
 
 
@@ -40,7 +41,7 @@ def seconds_to_epoch(run: dict[str, Any], stage: str, epoch: int) -> float:
 
 
 def stage_seconds_to_epoch(run: dict[str, Any], stage: str, epoch: int) -> float:
-    """As `seconds_to_epoch`, without what came before the stage began."""
+    """As `seconds_to_epoch`, but since the start of the stage."""
     began: float = next(e["time"] for e in run["events"] if e["event"] == "begin" and e["stage"] == stage)
     return seconds_to_epoch(run, stage, epoch) - (began - float(run["began"]))
 
@@ -50,21 +51,21 @@ def final_top1(run: dict[str, Any]) -> float:
 
 
 def head_loss(run: dict[str, Any]) -> float:
-    """On val after the head stage: where the same work was done it agrees, but for the order of the images."""
+    """The loss on val after the head stage. For equal work it is equal, up to the effect of the order of the images."""
     return float([e["loss"] for e in run["events"] if e["event"] == "epoch" and e["stage"] == "head"][-1])
 
 
 def fastest(results: Results, names: Sequence[str]) -> str | None:
-    """The one of `names` with the smallest median, among those that have as many runs as the most measured."""
-    counted = {name: len(results.of(name)) for name in names}
-    most = max(counted.values(), default=0)
-    medians = {name: Spread.of([r["seconds"] for r in results.of(name)]).median for name in names if counted[name]}
-    full = [name for name in medians if counted[name] == most]
-    return min(full, key=lambda name: medians[name]) if full else None
+    """The name with the smallest median, among those with the maximum number of runs. None if there are no runs."""
+    counts = {name: len(results.of(name)) for name in names}
+    most = max(counts.values(), default=0)
+    medians = {name: _seconds(results.of(name)).median for name in names if counts[name]}
+    complete = [name for name in medians if counts[name] == most]
+    return min(complete, key=lambda name: medians[name]) if complete else None
 
 
 def report(results: Results, job: Job, tuned: Sequence[str], names: Sequence[str]) -> str:
-    """Everything as Markdown; `names` are all contestants in their order."""
+    """All tables as Markdown. `names` are the rows in order."""
     best = fastest(results, tuned)
     if best is None:
         return "No tuned peer was measured.\n"
@@ -82,17 +83,18 @@ def _whole(results: Results, job: Job, names: Sequence[str], best: str, target: 
             continue
         seconds = Spread.of([run["seconds"] for run in runs])
         reached = [s for run in runs if (s := seconds_to(run, target)) is not None]
-        sooner = f"{Spread.of(reached).text()}, {len(reached)} of {len(runs)}" if reached else "not reached"
-        times = f"{reference / seconds.median:.2f}x"
+        to_target = f"{Spread.of(reached).text()}, {len(reached)} of {len(runs)}" if reached else "not reached"
+        speedup = f"{reference / seconds.median:.2f}x"
         top1 = Spread.of([final_top1(run) for run in runs])
         load = Spread.of([run["load"] for run in runs])
         losses = Spread.of([head_loss(run) for run in runs])
-        rows.append([name, len(runs), seconds.text(), times, losses.text(3), top1.text(3), sooner, load.text()])
+        rows.append([name, len(runs), seconds.text(), speedup, losses.text(3), top1.text(3), to_target, load.text()])
     header = ["", "runs", "seconds", f"faster than {best}", "loss after the head", "top-1", f"seconds to {target:.3f}",
               "load before"]  # fmt: skip
     head, full = job.stage("head").epochs, job.stage("full").epochs
-    return f"**{head} epochs of the head, then {full} of everything**, process start to end, median (range):\n\n" + (
-        markdown(header, rows)
+    return (
+        f"**{head} epochs of the head, then {full} of everything**, from process start to end, median (range):\n\n"
+        + markdown(header, rows)
     )
 
 
@@ -104,17 +106,17 @@ def _head(results: Results, job: Job, best: str) -> str:
             continue
         theirs = Spread.of([seconds_to_epoch(run, "head", epochs) for run in results.of(best)])
         stage = Spread.of([stage_seconds_to_epoch(run, "head", epochs) for run in results.of(best)])
-        mine, mine_stage = _seconds(runs), Spread.of([run["stage_seconds"]["head"] for run in runs])
+        ours, our_stage = _seconds(runs), Spread.of([run["stage_seconds"]["head"] for run in runs])
         rows.append([
-            epochs, theirs.text(), mine.text(), f"{theirs.median / mine.median:.2f}x", stage.text(), mine_stage.text(),
-            f"{stage.median / mine_stage.median:.2f}x",
+            epochs, theirs.text(), ours.text(), f"{theirs.median / ours.median:.2f}x", stage.text(), our_stage.text(),
+            f"{stage.median / our_stage.median:.2f}x",
         ])  # fmt: skip
     if not rows:
         return ""
     header = ["k", f"{best}, to epoch k", "distil_tl, whole process", "", f"{best}, stage", "distil_tl, stage", ""]
     return (
-        "**The head stage alone, k epochs.** Whole: start-up counts; stage: from when the stage begins, with the "
-        + (f"features computed and every evaluation:\n\n{markdown(header, rows)}")
+        "**Only the head stage, k epochs.** The whole process, or the stage with its features and evaluations:\n\n"
+        + markdown(header, rows)
     )
 
 
@@ -130,7 +132,7 @@ def _views(results: Results, job: Job, names: Sequence[str]) -> str:
             rows.append([name.removeprefix("distil_tl, "), len(runs), _seconds(runs).text(), top1.text(3)])
     if not rows:
         return ""
-    return "**What cached views cost in accuracy**, head alone, best top-1 of its epochs:\n\n" + markdown(
+    return "**Accuracy with cached views**, only the head, best top-1 of its epochs:\n\n" + markdown(
         ["", "runs", "seconds", "top-1"], rows
     )
 
@@ -140,70 +142,76 @@ def head_epochs(job: Job) -> list[int]:
 
 
 def _goals(results: Results, job: Job, best: str, target: float) -> str:
-    rows = []
-    for epochs in head_epochs(job):
-        runs = results.of(f"{HEAD_ALONE}{epochs}")
-        if runs:
-            theirs = Spread.of([stage_seconds_to_epoch(run, "head", epochs) for run in results.of(best)]).median
-            ratio = theirs / Spread.of([run["stage_seconds"]["head"] for run in runs]).median
-            whole = Spread.of([seconds_to_epoch(run, "head", epochs) for run in results.of(best)]).median
-            whole /= _seconds(runs).median
-            least = 1.0 if epochs == 1 else 0.9 * epochs
-            rows.append([f"head stage of {epochs}, the stage", f"{least:.1f}x", f"{ratio:.2f}x", _met(ratio, least)])
-            rows.append(
-                [f"head stage of {epochs}, whole process", f"{least:.1f}x", f"{whole:.2f}x", _met(whole, least)]
-            )
+    rows = [row for epochs in head_epochs(job) for row in _head_goals(results, epochs, best)]
     reference = _seconds(results.of(best)).median
     if runs := results.of(OURS):
         ratio = reference / _seconds(runs).median
         rows.append(["the same schedule", "1.5x", f"{ratio:.2f}x", _met(ratio, 1.5)])
     reached = [seconds_to(run, target) for run in results.of(SOONEST)]
-    what = f"to a top-1 of {target:.3f}, from its whole schedule"
+    goal = f"to a top-1 of {target:.3f}, compared with its whole schedule"
     if reached and None not in reached:
         soonest = Spread.of([s for s in reached if s is not None]).median
-        rows.append([what, "5.0x", f"{reference / soonest:.2f}x", _met(reference / soonest, 5.0)])
+        rows.append([goal, "5.0x", f"{reference / soonest:.2f}x", _met(reference / soonest, 5.0)])
         first = [s for run in results.of(best) if (s := seconds_to(run, target)) is not None]
-        rows.append(["the same, from when it first had it", "-", f"{Spread.of(first).median / soonest:.2f}x", "-"])
+        ratio = Spread.of(first).median / soonest
+        rows.append(["the same, compared with the time when it first had it", "-", f"{ratio:.2f}x", "-"])
     elif reached:
-        rows.append([what, "5.0x", "not reached in each run", "no"])
+        rows.append([goal, "5.0x", "not reached in each run", "no"])
     longest = head_epochs(job)[-1]
     fifty, one = results.of(f"{FIFTY}{longest}"), results.of(f"{HEAD_ALONE}{longest}")
     if fifty and one:
         ratio = _seconds(fifty).median / _seconds(one).median
-        rows.append(["the best of 50 heads, to one", "at most 1.2x", f"{ratio:.2f}x", _met(1.2, ratio)])
+        rows.append(["the best of 50 heads, compared with one", "at most 1.2x", f"{ratio:.2f}x", _met(1.2, ratio)])
     return f"**Goals**, against {best}:\n\n" + markdown(["", "goal", "measured", "met"], rows)
 
 
-def _met(ratio: float, least: float) -> str:
-    return "yes" if ratio >= least else "no"
+def _head_goals(results: Results, epochs: int, best: str) -> list[list[str]]:
+    """Rows of a head stage of `epochs`: the stage by itself, and the whole process."""
+    runs = results.of(f"{HEAD_ALONE}{epochs}")
+    if not runs:
+        return []
+    theirs = Spread.of([stage_seconds_to_epoch(run, "head", epochs) for run in results.of(best)]).median
+    stage = theirs / Spread.of([run["stage_seconds"]["head"] for run in runs]).median
+    whole = Spread.of([seconds_to_epoch(run, "head", epochs) for run in results.of(best)]).median
+    whole /= _seconds(runs).median
+    goal = 1.0 if epochs == 1 else 0.9 * epochs
+    return [
+        [f"head stage of {epochs}, {name}", f"{goal:.1f}x", f"{ratio:.2f}x", _met(ratio, goal)]
+        for name, ratio in (("the stage", stage), ("whole process", whole))
+    ]
+
+
+def _met(ratio: float, minimum: float) -> str:
+    return "yes" if ratio >= minimum else "no"
 
 
 def _settings(results: Results) -> str:
-    found = results.content["found"]
+    saved = results.content["found"]
     lines = []
-    if "trial" in found:
-        rows = [[way, *[f"{speed:,.0f}" for speed in stages.values()]] for way, stages in found["trial"].items()]
+    if "trial" in saved:
+        rows = [[name, *[f"{speed:,.0f}" for speed in stages.values()]] for name, stages in saved["trial"].items()]
         lines.append(
-            "**The trial**, images/s of a training step:\n\n" + markdown(["", "head alone", "everything"], rows)
+            "**Trial of the settings**, images/s of a training step:\n\n"
+            + markdown(["", "head alone", "everything"], rows)
         )
-    if "workers" in found:
-        rows = [[count, f"{seconds:.1f}"] for count, seconds in found["workers"].items()]
-        lines.append("Seconds of one head epoch by loader processes:\n\n" + markdown(["processes", "seconds"], rows))
-    if "speed" in found:
-        lines.append(f"Tuned peers ran with: {_said(found['speed'])}.\n")
-    if "parity" in found:
+    if "workers" in saved:
+        rows = [[count, f"{seconds:.1f}"] for count, seconds in saved["workers"].items()]
+        lines.append("Seconds of one head epoch:\n\n" + markdown(["loader processes", "seconds"], rows))
+    if "speed" in saved:
+        lines.append(f"Tuned peers ran with: {_settings_text(saved['speed'])}.\n")
+    if "parity" in saved:
         rows = [
             [name, f"{p['mean_pixel_difference']:.3f}", f"{p['largest_pixel_difference']:.0f}", f"{p['loss']:.5f}",
              f"{p['loss_on_our_pixels']:.6f}"]
-            for name, p in found["parity"].items()
+            for name, p in saved["parity"].items()
         ]  # fmt: skip
-        ours = next(iter(found["parity"].values()))["our_loss"] if rows else 0.0
-        header = ["", "mean pixel difference of 255", "largest", "first loss", "first loss on our pixels"]
+        ours = next(iter(saved["parity"].values()))["our_loss"] if rows else 0.0
+        header = ["", "mean pixel difference (of 255)", "maximum", "first loss", "first loss on our pixels"]
         lines.append(f"**Parity** on 32 images of val (our first loss is {ours:.6f}):\n\n" + markdown(header, rows))
     return "\n".join(lines)
 
 
-def _said(speed: dict[str, Any]) -> str:
+def _settings_text(speed: dict[str, Any]) -> str:
     layout = "channels_last" if speed["channels_last"] else "NCHW"
     bf16 = f"bf16 in stage {' and '.join(speed['bf16'])}" if speed["bf16"] else "fp32"
     return f"{layout}, {bf16}, {speed['workers']} persistent loader processes, fused AdamW, BatchNorm statistics frozen"
