@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from distil_tl import config as configuration
+
 TOP = 8
 IMPORTS = ("torch", "torchvision", "distil_tl.train")  # timm is imported later, if the network is one of timm's
 
@@ -53,6 +55,7 @@ class Parts:
 
 
 def main(args: list[str]) -> int:
+    configuration.check_arguments("benchmarks.profiles", args)
     imports = []
     for name in IMPORTS:
         began = time.monotonic()
@@ -63,11 +66,13 @@ def main(args: list[str]) -> int:
     train: Any = importlib.import_module("distil_tl.train")
     parts = Parts()
     os.register_at_fork(after_in_child=lambda: parts.enter(None))  # loader processes are not profiled
-    train.run_stage = parts.within(train.run_stage, lambda job, name, *_: f"stage {name}, rest")
-    train.get_ready = parts.within(train.get_ready, lambda job, name, *_: f"stage {name}, setup")
-    train.train_one_epoch = parts.within(train.train_one_epoch, lambda job, run, *_: f"stage {run.name}, training")
+    train.run_stage = parts.within(train.run_stage, lambda run, stage: f"stage {stage.name}, rest")
+    train.set_up_stage = parts.within(train.set_up_stage, lambda info, stage, *_: f"stage {stage.name}, setup")
+    train.train_one_epoch = parts.within(
+        train.train_one_epoch, lambda run, training, position: f"stage {training.stage.name}, training"
+    )
     train.evaluate = parts.within(train.evaluate, lambda info, *_: f"{evaluated(info.phase)}, evaluation")
-    train.finish = parts.within(train.finish, lambda job: "the end")
+    train.finish = parts.within(train.finish, lambda run: "the end")
     parts.enter("start, after the imports")
     status: int = train.main(args)
     parts.enter(None)

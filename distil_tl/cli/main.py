@@ -6,7 +6,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from distil_tl import config as configuration
 from distil_tl.utils.errors import EXIT_USER_ERROR, did_you_mean
 from distil_tl.utils.version import __version__
 
@@ -35,16 +34,20 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"distil-tl: unknown command `{name}`{hint}", file=sys.stderr)
         return EXIT_USER_ERROR
     module, _ = COMMANDS[name]
-    read_early(name, rest)
+    check_arguments(name, rest)
     status: int = importlib.import_module(module).main(rest)
     return status
 
 
-def read_early(name: str, args: list[str]) -> None:
-    """Print help or refuse wrong arguments, and exit, of the commands whose modules import torch."""
-    if name == "train":
+def check_arguments(command: str, args: list[str]) -> None:
+    """For the commands whose modules import torch: print help, or refuse wrong arguments, and exit."""
+    if command not in ("train", "evaluate"):
+        return
+    from distil_tl import config as configuration  # OmegaConf: not needed for the other commands
+
+    if command == "train":
         configuration.check_arguments("distil_tl.train", args)
-    elif name == "evaluate":
+    else:
         configuration.evaluation_parser().parse_intermixed_args(args)
 
 

@@ -41,11 +41,16 @@ def test_help_and_refusals_import_no_torch() -> None:
         "prepare ROOT --out DIR --resize 7": 2,
         "report --nosuch": 2,
         "report nowhere": 2,
+        "prefetch --nosuch": 2,
+        "prefetch optim.nam=sgd": 2,
+        "train --nosuch": 2,
+        "train optim.nam=sgd": 2,
+        "evaluate --nosuch": 2,
     }
     expected = {
         "--help": 0,
         "--version": 0,
-        **{f"{name} --help": 0 for name in ("predict", "prepare", "prefetch", "report")},
+        **{f"{name} --help": 0 for name in COMMANDS},
         **refused,
     }
     arguments = json.dumps([HEAVY, [line.split() for line in expected]])
