@@ -17,7 +17,8 @@ from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.weights import StateDict, renamed
 from distil_tl.utils.errors import UserError
 
-# Their published weights were trained on inputs scaled to -1..1, and `transform_input` rescales inside the model.
+# GoogLeNet and Inception. Their published weights were trained on inputs scaled to -1..1, to which the model itself
+# rescales where `transform_input` is set.
 _WITH_AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}
 _OLD_DENSENET_NAME = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")
 
