@@ -1,4 +1,4 @@
-"""Classification metrics from counts, so that they are exact over any number of ranks."""
+"""Classification metrics from counts, exact over any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from distil_tl.distributed.collectives import sum_over_ranks
 from distil_tl.distributed.process_group import DistInfo
 
-# A confusion matrix grows with the square of the classes: 4,096 of them make 128 MiB.
+# A confusion matrix grows with the square of the number of classes: 128 MiB for 4,096 classes.
 MAX_CONFUSION_CLASSES = 4096
 
 
 class ClassificationMetrics:
-    """Counts of what was predicted, kept on the device without ever waiting for it.
+    """Counts of predictions, kept on the device without synchronising.
 
     Args:
         num_classes: `C`.
-        device: where the logits are.
-        confusion: also count pairs (target, prediction) up to `MAX_CONFUSION_CLASSES` classes.
+        device: of the logits.
+        confusion: also count pairs (target, prediction), for up to `MAX_CONFUSION_CLASSES` classes.
     """
 
     def __init__(self, num_classes: int, device: torch.device, *, confusion: bool = False) -> None:
@@ -34,7 +34,7 @@ class ClassificationMetrics:
 
     @torch.no_grad()
     def update(self, logits: Tensor, targets: Tensor, losses: Tensor, valid: Tensor) -> None:
-        """Add the samples that are `valid` (bool [N]) of a batch: logits [N, C], targets int64 [N], losses [N]."""
+        """Add the valid samples of a batch: logits [N, C], targets int64 [N], losses [N], valid bool [N]."""
         c = self.num_classes
         top = logits.topk(min(5, c), dim=1).indices
         predicted = top[:, 0]
@@ -52,7 +52,7 @@ class ClassificationMetrics:
             self._confusion.index_add_(0, targets * c + predicted, valid.long())
 
     def reduce(self, info: DistInfo) -> ClassificationMetrics:
-        """These metrics over all ranks, as a new object; this one goes on counting its own."""
+        """These metrics over all ranks, as a new object; this one keeps counting its own. A collective."""
         total = ClassificationMetrics.__new__(ClassificationMetrics)
         total.num_classes = self.num_classes
         total._sums = sum_over_ranks(info, self._sums.clone()).cpu()
@@ -60,7 +60,7 @@ class ClassificationMetrics:
         return total
 
     def since(self, earlier: Tensor) -> ClassificationMetrics:
-        """What was counted after these sums, which like this object are over all ranks."""
+        """The counts added after the sums `earlier`; both are over all ranks."""
         window = ClassificationMetrics.__new__(ClassificationMetrics)
         window.num_classes = self.num_classes
         window._sums = self._sums - earlier
@@ -68,7 +68,7 @@ class ClassificationMetrics:
         return window
 
     def compute(self) -> dict[str, float]:
-        """loss, top1, top5 and macro_f1 as fractions. F1 is averaged over classes with a target or a prediction."""
+        """loss, top1, top5 and macro_f1, as fractions. F1 is averaged over classes with a target or a prediction."""
         loss, n, top1, top5 = self._sums[:4].tolist()
         n = max(n, 1.0)
         return {
@@ -94,7 +94,7 @@ class ClassificationMetrics:
         return float((2 * hits[seen] / (predictions + targets)[seen]).mean())
 
     def per_class(self, classes: tuple[str, ...] | list[str]) -> list[dict[str, Any]]:
-        """A row a class: n, correct, recall, precision, f1; a ratio without a denominator is None."""
+        """One row per class: n, correct, predicted, recall, precision, f1. A ratio with denominator 0 is None."""
         rows = []
         columns = (column.tolist() for column in self._per_class())
         for name, hits, predictions, targets in zip(classes, *columns, strict=True):
@@ -112,7 +112,7 @@ class ClassificationMetrics:
         return rows
 
     def confusion_matrix(self) -> list[list[int]] | None:
-        """Rows are targets, columns predictions; None where it was not asked for or has too many classes."""
+        """Rows are targets, columns predictions; None if it was not counted or has too many classes."""
         if self._confusion is None:
             return None
         matrix: list[list[int]] = self._confusion.view(self.num_classes, self.num_classes).tolist()
@@ -120,9 +120,9 @@ class ClassificationMetrics:
 
 
 class Meter:
-    """Training metrics of an epoch, and of the log interval under way; both survive a restart.
+    """Training metrics of the current epoch and of the current log interval; both survive a restart.
 
-    Its methods but `update` are collectives.
+    All methods except `start`, `update` and `load_state` are collectives.
     """
 
     def __init__(self, info: DistInfo, num_classes: int) -> None:
@@ -134,16 +134,16 @@ class Meter:
         self.update = self._metrics.update
 
     def start(self) -> None:
-        """Begin to measure time here, on top of what the interval took before a restart."""
+        """Start measuring time, in addition to the seconds of the interval before a restart."""
         self._since = time.monotonic() - self._carried
         self._carried = 0.0
 
     def total(self) -> ClassificationMetrics:
-        """What was counted since the epoch began, over all ranks."""
+        """The counts since the start of the epoch, over all ranks."""
         return self._metrics.reduce(self._info)
 
     def interval(self) -> tuple[ClassificationMetrics, float]:
-        """What was counted, and the seconds, since the last call; a new interval begins."""
+        """The counts and seconds since the last call. Starts a new interval."""
         total, now = self.total(), time.monotonic()
         counted, seconds = total.since(self._interval_start), now - self._since
         self._interval_start, self._since = total._sums, now
@@ -154,7 +154,7 @@ class Meter:
         return {"total": self.total()._sums, "interval_start": self._interval_start.clone(), "seconds": seconds}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on counting. The sums are over all ranks, of whatever number: one of them takes them over."""
+        """Resume counting. The saved sums are over all ranks, of any number, so rank 0 alone takes them."""
         if self._info.is_main:
             self._metrics._sums.copy_(state["total"])
         self._interval_start = state["interval_start"].clone()
