@@ -176,7 +176,7 @@ def run_one(task: Task) -> dict[str, Any]:
         folded = try_to_fold(model, task.image_size, info.device, trains=True)
         network = ImageNetwork(model, compute, info.device, folded, task.image_size)
         setup = StageSetup(network, None, dummy_images(2, task.image_size, info.device))
-        source = ImageSource(info, config, splits, model.preprocess, BadImages("error"))
+        source = ImageSource(info, config, splits.as_dict(), model.preprocess, BadImages("error"))
         training = begin_stage(info, stage, model, setup, source, BatchPlan(task.batch, 1), log_every=1)
         sampler, loader, seconds = training.sampler, training.loader, []
         for epoch in range(task.epochs):

@@ -77,7 +77,8 @@ class Run:
         data = self.config.data
         self.plan = plan_batches(data.global_batch_size, self.info.world_size, data.max_local_batch_size)
         self.agreement = Agreement(self.info, self.request)
-        self.records = Records(self.state, self.tracker, data.global_batch_size)
+        write = None if self.tracker is None else self.tracker.log
+        self.records = Records(self.state, write, data.global_batch_size)
 
     @property
     def num_classes(self) -> int:
@@ -267,7 +268,7 @@ def open_run(
     return Run(
         info=info,
         config=config,
-        source=ImageSource(info, config.data, splits, model.preprocess, bad_images),
+        source=ImageSource(info, config.data, splits.as_dict(), model.preprocess, bad_images),
         model=model,
         state=state,
         directory=directory,

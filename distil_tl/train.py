@@ -160,7 +160,7 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
             at_end, asked = position.consumed == sampler.end, run.agreement.poll()
             if at_end or position.step % log_every == 0:
                 check_finite(info, training)
-                line = run.records.add_interval(training, position)
+                line = run.records.add_interval(training.moment(position), *training.meter.interval())
                 bar.say(console.interval_line(line, position.consumed // sampler.global_batch_size, total))
             due = asked is not Request.GO_ON or (save_every is not None and position.step % save_every == 0)
             if due and not at_end:  # at the end of an epoch the evaluation comes first, and is saved with the rest
@@ -206,8 +206,8 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
         agreement=run.agreement, mistakes=MISTAKES if in_full else None,
     )  # fmt: skip
     bad_images.refuse_none_left(result.metrics.count, "val", run.source.index("val"))
-    run.records.add_epoch(training, position.epoch, trained)
-    is_best = run.records.add_evaluation(training, position.epoch, result.metrics, time.monotonic() - began)
+    run.records.add_epoch(training.moment(position), trained)
+    is_best = run.records.add_evaluation(training.moment(position), result.metrics, time.monotonic() - began)
     if is_best:
         run.best_evaluation = result if in_full else None
     console.print_epoch(info, training, run.state)
@@ -224,7 +224,7 @@ def finish(run: Run) -> None:
     shown = state.best or state.final
     assert shown is not None
     results = {} if run.best_evaluation is None else {"val": run.best_evaluation}
-    missing = [split for split in ("test", "val") if split not in results and run.source.splits[split] is not None]
+    missing = [split for split in ("test", "val") if split in run.source.splits and split not in results]
     if missing:
         results |= evaluate_best(run, shown["stage"], missing)
     if info.is_main:

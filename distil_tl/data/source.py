@@ -10,7 +10,6 @@ from distil_tl.data.device import to_device
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, ImageDataset, Loader, choose_workers, make_loader
 from distil_tl.data.sampler import EvalSampler, TrainSampler
-from distil_tl.data.splits import Splits
 from distil_tl.data.transforms import eval_transform, train_transform
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.preprocess import Preprocess
@@ -29,7 +28,7 @@ class ImageSource:
         self,
         info: DistInfo,
         config: DataConfig,
-        splits: Splits | Mapping[str, Index],
+        splits: Mapping[str, Index],
         preprocess: Preprocess,
         bad_images: BadImages,
     ) -> None:
@@ -40,9 +39,7 @@ class ImageSource:
         self.bad_images = bad_images
 
     def index(self, split: str) -> Index:
-        found = self.splits[split]
-        assert found is not None
-        return found
+        return self.splits[split]
 
     def train_dataset(self, split: str, image_size: int, augment: str, *, seed: int, stage: str) -> ImageDataset:
         """The images of a split as training sees them; `seed` and `stage` key the random numbers of augmentation."""

@@ -41,6 +41,10 @@ class Splits:
     def classes(self) -> tuple[str, ...]:
         return self.train.classes
 
+    def as_dict(self) -> dict[str, Index]:
+        """The splits that exist, by name."""
+        return {name: index for name in SPLITS if (index := self[name]) is not None}
+
     def __getitem__(self, split: str) -> Index | None:
         index: Index | None = getattr(self, split)
         return index

@@ -27,7 +27,8 @@ from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir.state import Position
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import Network
-from distil_tl.training.optim import build_optimizer, clip_gradients
+from distil_tl.training.optim import build_optimizer, clip_gradients, current_lr
+from distil_tl.training.records import Moment
 from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup
 from distil_tl.utils.errors import NonFiniteError
@@ -75,6 +76,9 @@ class StageTraining:
         first = position.epoch * self.sampler.steps_per_epoch
         done = position.consumed // self.sampler.global_batch_size
         return range(first + done, first + self.sampler.steps_per_epoch)
+
+    def moment(self, position: Position) -> Moment:
+        return Moment(self.stage.name, position.epoch, current_lr(self.optimizer))
 
     def state(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}

@@ -174,7 +174,7 @@ def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
     position = run.enter(training)
     while position.epoch < stage.config.epochs:
         train_one_epoch(run, training, position)
-        run.records.add_evaluation(training, position.epoch, training.meter.total(), 0.0)
+        run.records.add_evaluation(training.moment(position), training.meter.total(), 0.0)
         position = run.state.position = Position(stage.name, position.epoch + 1, 0, position.step)
         training.meter = Meter(info, 2)
         run.save(training)
