@@ -138,7 +138,7 @@ def test_under_torchrun_the_result_is_bit_equal(folder: Path, tmp_path: Path, ne
     args += ["data.stage_to=${oc.env:NODE_DISK}", f"run_dir={tmp_path}/b"]
     subprocess.run(
         [*TORCHRUN, "-m", "distil_tl.train", *args],
-        env={**ENVIRONMENT, "NODE_DISK": str(near)}, capture_output=True, timeout=120, check=True,
+        env={**ENVIRONMENT, "NODE_DISK": str(near)}, capture_output=True, timeout=240, check=True,
     )  # fmt: skip
     (place,) = folders_of(near)
     assert (place / "ready").is_dir()
