@@ -238,7 +238,7 @@ def strange_words(message: str, parts: list[str]) -> list[str]:
 def quoted_messages() -> list[str]:
     """What failures.md quotes and is a sentence: no key, command, path or name of a test."""
     text = FAILURES.read_text()
-    quotes = [quote.strip() for _, quote in re.findall(r"(?<!`)(`{1,2})(?!`)((?:(?!\1).|(?<!`)`(?!`))+?)\1(?!`)", text)]
+    quotes = [quote.strip() for _, quote in re.findall(r"(?<!`)(`{1,2})(?!`)((?:(?!\1|\n\n).|(?<!`)`(?!`))+?)\1(?!`)", text, re.S)]
     return [" ".join(quote.split()) for quote in quotes if len(quote.split()) >= 4 and not quote.startswith("python ")]
 
 
