@@ -32,7 +32,8 @@ FOREIGN = (
 )
 
 TESTS = {
-    name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)\(", file.read_text())
+    file.relative_to(ROOT).as_posix(): re.findall(r"def (test_\w+)\(", file.read_text())
+    for file in (ROOT / "tests").rglob("test_*.py")
 }
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -85,7 +86,10 @@ def test_code_and_tests_that_are_named_exist(path: Path) -> None:
     for name in re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|toml|svg))`", text):
         assert (ROOT / name).exists() or [*ROOT.glob(f"distil_tl/**/{name}"), *ROOT.glob(f"launch/{name}")], name
     for name in re.findall(r"`(test_\w+)`", text):
-        assert name in TESTS or [*ROOT.glob(f"tests/**/{name}.py")], name
+        assert any(name in names for names in TESTS.values()) or [*ROOT.glob(f"tests/**/{name}.py")], name
+    for file, rest in re.findall(r"`(tests/[\w/]+\.py)`:((?:[^`|;]|`test_\w+`)*)", text):
+        for name in re.findall(r"`(test_\w+)`", rest):
+            assert name in TESTS[file], f"{name} in {file}"
 
 
 def test_the_readme_takes_five_minutes() -> None:
@@ -238,7 +242,8 @@ def strange_words(message: str, parts: list[str]) -> list[str]:
 def quoted_messages() -> list[str]:
     """What failures.md quotes and is a sentence: no key, command, path or name of a test."""
     text = FAILURES.read_text()
-    quotes = [quote.strip() for _, quote in re.findall(r"(?<!`)(`{1,2})(?!`)((?:(?!\1|\n\n).|(?<!`)`(?!`))+?)\1(?!`)", text, re.S)]
+    pairs = re.findall(r"(?<!`)(`{1,2})(?!`)((?:(?!\1|\n\n).|(?<!`)`(?!`))+?)\1(?!`)", text, re.DOTALL)
+    quotes = [quote.strip() for _, quote in pairs]
     return [" ".join(quote.split()) for quote in quotes if len(quote.split()) >= 4 and not quote.startswith("python ")]
 
 
