@@ -24,7 +24,7 @@ from distil_tl.data.splits import open_splits
 from distil_tl.utils.log import setup_console
 from tests.helpers.arguments import small_args
 from tests.helpers.chaos import small_disk
-from tests.helpers.ranks import _context, run_ranks
+from tests.helpers.ranks import forkserver, run_ranks
 from tests.helpers.staging import ALONE, content, copied, copy_alone, counted_copy, folders_of, indexes, interrupted
 
 AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -140,7 +140,7 @@ def test_changed_data_get_a_copy_of_their_own(data: Path, near: Path) -> None:
 
 def test_jobs_on_one_node_copy_once(folder: Path, near: Path, tmp_path: Path) -> None:
     arguments = (str(folder), str(near), str(tmp_path / "log"))
-    jobs = [_context.Process(target=counted_copy, args=arguments) for _ in range(3)]
+    jobs = [forkserver().Process(target=counted_copy, args=arguments) for _ in range(3)]
     for job in jobs:
         job.start()
     for job in jobs:

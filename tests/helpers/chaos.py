@@ -222,7 +222,7 @@ def attempt(
     Rank `frozen` is not waited for: it never ends.
     """
     scratch.mkdir(parents=True)
-    port, context = free_port(), ranks._context
+    port, context = free_port(), ranks.forkserver()
     began = time.monotonic()
     processes = [
         context.Process(target=run_rank, args=(scratch, args, rank, world, port, fault, prepare), daemon=False)

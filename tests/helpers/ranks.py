@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import queue
@@ -10,11 +11,22 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["distil_tl.train", "distil_tl.evaluate", "tests.helpers.ranks"])
+PRELOAD = ["distil_tl.train", "distil_tl.evaluate", "tests.helpers.ranks"]
+
+
+@functools.cache
+def forkserver() -> ForkServerContext:
+    """The server, with everything imported: the time that this takes on a busy machine is not part of any timeout."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    first = context.Process(target=rank)
+    first.start()
+    first.join()
+    return context
 
 
 def free_port() -> int:
@@ -32,10 +44,11 @@ def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float =
     Raises:
         AssertionError: a rank failed (with its traceback), died, or did not end in time.
     """
-    results = _context.Queue()
+    context = forkserver()
+    results = context.Queue()
     port = free_port()
     ranks = [
-        _context.Process(target=_rank, args=(results, rank, world, port, body, args), daemon=False)
+        context.Process(target=_rank, args=(results, rank, world, port, body, args), daemon=False)
         for rank in range(world)
     ]
     for process in ranks:
