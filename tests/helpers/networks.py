@@ -1,15 +1,20 @@
-"""A network of four layer groups that is small enough to see through."""
+"""Networks for tests: a small one of four layer groups, and real ones with random weights and statistics."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from distil_tl.models.config import ModelConfig
 from distil_tl.models.layer_groups import LayerGroup
 from distil_tl.models.preprocess import Preprocess
-from distil_tl.models.transfer import TransferModel, WeightsInfo
+from distil_tl.models.transfer import TransferModel, WeightsInfo, build
+from distil_tl.training.config import StageConfig
+from distil_tl.training.stage import apply_stage
 
 NAMES = ["stem", "layer1", "layer2", "head"]
 
@@ -43,3 +48,23 @@ def tiny() -> TransferModel:
 
 def images(count: int = 4, size: int = 10) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def random_model(name: str, unfreeze: object = "head", size: int = 64, batch_norm: str = "frozen") -> TransferModel:
+    """A real architecture for 3 classes with random weights and statistics of BatchNorm, frozen as a stage does."""
+    model = build(ModelConfig(name, weights="none"), 3, image_size=size, seed=0)
+    with torch.no_grad():
+        for part in model.module.modules():
+            if isinstance(part, nn.BatchNorm2d):  # new statistics are 0 and 1: folding them changes nothing
+                part.running_mean.normal_(generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr]
+                part.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+    apply_stage(model, StageConfig(unfreeze=unfreeze, batch_norm=batch_norm))
+    return model
+
+
+def gradients(network: Callable[[Tensor], Tensor], model: TransferModel, images: Tensor) -> dict[str, Tensor]:
+    """Gradients of the model's parameters, by name, for four images that `network` computes."""
+    model.module.zero_grad()
+    torch.manual_seed(0)  # of dropout
+    F.cross_entropy(network(images), torch.tensor([0, 1, 2, 0])).backward()  # type: ignore[no-untyped-call]
+    return {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""A network in two parts does what the whole does, whatever the network."""
+"""A network cut in two computes the same as the whole, for every architecture."""
 
 from __future__ import annotations
 
@@ -7,30 +7,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
-from distil_tl.models.transfer import TransferModel, build
-from distil_tl.training.config import StageConfig
-from distil_tl.training.stage import apply_stage
+from distil_tl.models.transfer import TransferModel
+from tests.helpers.networks import random_model
 
 
-def built(name: str, unfreeze: object = "head", size: int = 64, batch_norm: str = "frozen") -> TransferModel:
-    model = build(ModelConfig(name, weights="none"), 3, image_size=size, seed=0)
-    with torch.no_grad():
-        for part in model.module.modules():
-            if isinstance(part, nn.BatchNorm2d):  # or folding would have nothing to fold
-                part.running_mean.normal_(generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr]
-                part.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
-    apply_stage(model, StageConfig(unfreeze=unfreeze, batch_norm=batch_norm))
-    return model
-
-
-def parts_of(model: TransferModel, size: int = 64) -> CutNetwork:
+def cut_of(model: TransferModel, size: int = 64) -> CutNetwork:
     return cut_frozen_prefix(model.module, torch.randn(3, 3, size, size))
 
 
-def test_a_linear_head_is_one_though_a_layer_that_does_nothing_is_behind_it() -> None:
-    suffix = parts_of(built("timm/regnety_002")).suffix
+def test_an_identity_after_a_linear_head_is_left_out() -> None:
+    suffix = cut_of(random_model("timm/regnety_002")).suffix
     assert isinstance(suffix, nn.Sequential)
     assert isinstance(suffix[-1], nn.Linear)
 
@@ -47,32 +34,32 @@ def test_a_linear_head_is_one_though_a_layer_that_does_nothing_is_behind_it() ->
         ("vit_b_16", 224),
         ("swin_t", 64),
         ("timm/tf_efficientnet_lite0", 64),
-        ("timm/vit_tiny_patch16_224", 224),  # whose code asks how many patches there are
+        ("timm/vit_tiny_patch16_224", 224),  # its code branches on the number of patches
         ("timm/deit_tiny_distilled_patch16_224", 224),  # with two heads
     ],
 )
-def test_the_parts_do_what_the_whole_does(name: str, size: int, unfreeze: object) -> None:
-    model = built(name, unfreeze, size)
-    parts = parts_of(model, size)
+def test_the_parts_compute_the_same_as_the_whole(name: str, size: int, unfreeze: object) -> None:
+    model = random_model(name, unfreeze, size)
+    cut = cut_of(model, size)
     model.module.eval()
-    parts.suffix.eval()
+    cut.suffix.eval()
     images = torch.randn(5, 3, size, size)
     with torch.no_grad():
-        features = parts.prefix(images)
-        torch.testing.assert_close(parts.suffix(features.clone()), model.module(images), rtol=1e-3, atol=1e-5)
+        features = cut.prefix(images)
+        torch.testing.assert_close(cut.suffix(features.clone()), model.module(images), rtol=1e-3, atol=1e-5)
     trained = {id(p) for p in model.module.parameters() if p.requires_grad}
-    assert {id(p) for p in parts.suffix.parameters() if p.requires_grad} == trained
-    assert not any(p.requires_grad for p in parts.prefix.parameters())
+    assert {id(p) for p in cut.suffix.parameters() if p.requires_grad} == trained
+    assert not any(p.requires_grad for p in cut.prefix.parameters())
 
 
 def test_gradients_are_those_of_the_whole() -> None:
-    model = built("resnet18", 2)
-    parts = parts_of(model)
+    model = random_model("resnet18", 2)
+    cut = cut_of(model)
     images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 0])
     F.cross_entropy(model.module(images), targets).backward()  # type: ignore[no-untyped-call]
     whole = {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}
     model.module.zero_grad()
-    F.cross_entropy(parts.suffix(parts.prefix(images)), targets).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(cut.suffix(cut.prefix(images)), targets).backward()  # type: ignore[no-untyped-call]
     assert len(whole) == len([p for p in model.module.parameters() if p.requires_grad])
     for name, parameter in model.module.named_parameters():
         if parameter.requires_grad:
@@ -81,31 +68,31 @@ def test_gradients_are_those_of_the_whole() -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "timm/tf_efficientnet_lite0", "timm/resnet18"])
 def test_every_frozen_batch_norm_is_folded(name: str) -> None:
-    model = built(name)
+    model = random_model(name)
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
-    parts = parts_of(model)
-    assert not [part for part in parts.prefix.modules() if isinstance(part, nn.BatchNorm2d)]
+    cut = cut_of(model)
+    assert not [part for part in cut.prefix.modules() if isinstance(part, nn.BatchNorm2d)]
     for key, value in model.module.state_dict().items():
-        assert torch.equal(value, before[key]), "the network itself stays as it is"
+        assert torch.equal(value, before[key]), "the network itself is not changed"
 
 
-def test_moving_statistics_and_random_numbers_stay() -> None:
-    model = built("shufflenet_v2_x0_5", 2, batch_norm="train")
+def test_cutting_changes_no_statistics_and_no_random_numbers() -> None:
+    model = random_model("shufflenet_v2_x0_5", 2, batch_norm="train")
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     modes = [part.training for part in model.module.modules()]
     images = torch.randn(3, 3, 64, 64)
     state = torch.get_rng_state()
-    parts = cut_frozen_prefix(model.module, images)
+    cut = cut_frozen_prefix(model.module, images)
     assert torch.equal(torch.get_rng_state(), state)
     assert [part.training for part in model.module.modules()] == modes
     for key, value in model.module.state_dict().items():
         assert torch.equal(value, before[key]), key
-    moving = [m for m in parts.suffix.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
-    assert moving, "they are on the side that is trained"
+    moving = [m for m in cut.suffix.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    assert moving, "they are in the trained part"
 
 
 class Small(nn.Module):
-    """Two layers, and something between them."""
+    """Two layers, and an operation between them."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -138,28 +125,28 @@ class Small(nn.Module):
     ("how", "reason"),
     [
         ("images later", "what it trains takes the images themselves"),
-        ("functional dropout", "its two parts don't give what the whole does"),  # as `training` is settled by then
+        ("functional dropout", "its two cut don't give what the whole does"),  # `training` is fixed by tracing
         ("random", "its frozen part does not give the same twice"),
-        ("state", "its two parts don't give what the whole does"),
+        ("state", "its two cut don't give what the whole does"),
         ("value", "its code can't be followed (TypeError)"),
         ("two", "its output is not one tensor of logits"),
     ],
 )
-def test_what_can_not_be_cut(how: str, reason: str) -> None:
+def test_a_network_that_cannot_be_cut(how: str, reason: str) -> None:
     with pytest.raises(CannotCutError) as caught:
         cut_frozen_prefix(Small(how), torch.randn(3, 3, 8, 8))
     assert str(caught.value) == reason
 
 
-def test_nothing_random_is_cut_off() -> None:
-    parts = cut_frozen_prefix(Small("dropout"), torch.randn(3, 3, 8, 8))
-    assert any(isinstance(part, nn.Dropout) for part in parts.suffix.modules())
-    assert isinstance(parts.suffix, nn.Sequential)
+def test_random_layers_are_in_the_suffix() -> None:
+    cut = cut_frozen_prefix(Small("dropout"), torch.randn(3, 3, 8, 8))
+    assert any(isinstance(part, nn.Dropout) for part in cut.suffix.modules())
+    assert isinstance(cut.suffix, nn.Sequential)
 
 
-def test_where_nothing_is_frozen_or_trained() -> None:
+def test_nothing_frozen_and_nothing_trained() -> None:
     with pytest.raises(CannotCutError, match="^what it trains takes the images themselves$"):
-        cut_frozen_prefix(built("resnet18", "all").module, torch.randn(3, 3, 64, 64))
+        cut_frozen_prefix(random_model("resnet18", "all").module, torch.randn(3, 3, 64, 64))
     frozen = Small("dropout").eval().requires_grad_(False)
     with pytest.raises(CannotCutError, match="^nothing in it is trained$"):
         cut_frozen_prefix(frozen, torch.randn(3, 3, 8, 8))

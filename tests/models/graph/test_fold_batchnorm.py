@@ -1,23 +1,17 @@
-"""BatchNorm folded into convolutions as they train: the same function, gradients and statistics as without."""
+"""BatchNorm folded into trained convolutions: the same function, gradients and statistics as unfolded."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.fold_batchnorm import CannotFoldError, ConvNorm, fold_batchnorm
-from distil_tl.models.transfer import TransferModel, build
-from distil_tl.training.network import ImageNetwork, set_layout, try_to_fold
-from distil_tl.training.precision import Compute
-from tests.models.test_frozen_prefix import built, parts_of
-
-TARGETS = torch.tensor([0, 1, 2, 0])
+from distil_tl.models.graph.frozen_prefix import cut_frozen_prefix
+from tests.helpers.networks import gradients, random_model
 
 
 def images(size: int = 64) -> Tensor:
@@ -34,18 +28,11 @@ def reason_not_to_fold(module: nn.Module, of: Tensor, *, trains: bool = True) ->
     return str(caught.value)
 
 
-def gradients(network: Callable[[Tensor], Tensor], model: TransferModel, of: Tensor) -> dict[str, Tensor]:
-    model.module.zero_grad()
-    torch.manual_seed(0)  # of dropout
-    F.cross_entropy(network(of), TARGETS).backward()  # type: ignore[no-untyped-call]
-    return {name: p.grad.clone() for name, p in model.module.named_parameters() if p.grad is not None}
-
-
-def joined(network: nn.Module) -> int:
+def count_folded(network: nn.Module) -> int:
     return sum(isinstance(part, ConvNorm) for part in network.modules())
 
 
-def norms(network: nn.Module) -> int:
+def count_norms(network: nn.Module) -> int:
     return sum(isinstance(part, nn.BatchNorm2d) for part in network.modules())
 
 
@@ -55,16 +42,16 @@ def norms(network: nn.Module) -> int:
         "resnet18",
         "mobilenet_v2",
         "efficientnet_b0",
-        "vgg11_bn",  # whose convolutions have a bias
-        "timm/tf_efficientnet_lite0",  # which pads by itself, and whose norms hold the activation
+        "vgg11_bn",  # its convolutions have a bias
+        "timm/tf_efficientnet_lite0",  # pads in its convolutions; its norms contain the activation
         "timm/resnet18",
     ],
 )
 def test_the_same_logits_and_gradients(name: str) -> None:
-    model = built(name, "all")
-    model.module.double()  # or rounding would make some of the decisions that ReLU and pooling take
+    model = random_model(name, "all")
+    model.module.double()  # in float32, rounding would change the outcome of some ReLUs and poolings
     network, of = folded(model.module, images().double()), images().double()
-    assert joined(network) == norms(model.module) > 0
+    assert count_folded(network) == count_norms(model.module) > 0
     wanted, found = gradients(model.module, model, of), gradients(network, model, of)
     assert found.keys() == wanted.keys() == dict(model.module.named_parameters()).keys()
     for key, gradient in wanted.items():
@@ -79,12 +66,12 @@ def test_a_network_whose_norms_have_no_scale_and_shift() -> None:
     module[1].running_mean.normal_()  # type: ignore[operator]
     module(images(8))
     network = folded(module, images(8))
-    assert joined(network) == 1
+    assert count_folded(network) == 1
     torch.testing.assert_close(network(images(8)), module(images(8)))
 
 
-def test_statistics_that_move_move_as_without_and_are_folded_in_evaluation() -> None:
-    model = built("mobilenet_v2", "all", batch_norm="train")
+def test_trained_statistics_are_the_same_and_are_folded_in_evaluation() -> None:
+    model = random_model("mobilenet_v2", "all", batch_norm="train")
     other = copy.deepcopy(model)
     network = folded(model.module, images())
     found, wanted = gradients(network, model, images()), gradients(other.module, other, images())
@@ -100,13 +87,13 @@ def test_statistics_that_move_move_as_without_and_are_folded_in_evaluation() -> 
             part.register_forward_hook(lambda module, *_: calls.append(module))
     with torch.no_grad():
         torch.testing.assert_close(network(images()), model.module(images()), rtol=1e-3, atol=1e-4)
-    assert len(calls) == norms(model.module), "each was called once, by the network as it was"
+    assert len(calls) == count_norms(model.module), "each was called once, by the original network"
 
 
 def test_weights_that_are_loaded_later_are_used() -> None:
-    model = built("resnet18", "all")
+    model = random_model("resnet18", "all")
     network = folded(model.module, images()).eval()
-    other = built("resnet18", "all")
+    other = random_model("resnet18", "all")
     with torch.no_grad():
         for value in other.module.state_dict().values():
             if value.is_floating_point():
@@ -116,25 +103,25 @@ def test_weights_that_are_loaded_later_are_used() -> None:
         torch.testing.assert_close(network(images()), other.module.eval()(images()), rtol=1e-3, atol=1e-4)
 
 
-def test_the_network_itself_stays_as_it_is() -> None:
-    model = built("mobilenet_v2", "all")
+def test_the_network_itself_is_not_changed() -> None:
+    model = random_model("mobilenet_v2", "all")
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     modes = [part.training for part in model.module.modules()]
     assert folded(model.module, images()) is not model.module
     assert [part.training for part in model.module.modules()] == modes
-    assert joined(model.module) == 0
+    assert count_folded(model.module) == 0
     assert {k: torch.equal(v, before[k]) for k, v in model.module.state_dict().items()} == dict.fromkeys(before, True)
 
 
-def test_what_is_trained_after_a_frozen_part_is_folded_too() -> None:
-    model = built("resnet18", 2)
-    parts = parts_of(model)
-    assert joined(parts.prefix) == 0
-    assert joined(parts.suffix) == norms(parts.suffix) == 5
+def test_the_trained_part_after_a_frozen_part_is_folded_too() -> None:
+    model = random_model("resnet18", 2)
+    parts = cut_frozen_prefix(model.module, images())
+    assert count_folded(parts.prefix) == 0
+    assert count_folded(parts.suffix) == count_norms(parts.suffix) == 5
 
 
 class Small(nn.Module):
-    """A convolution and a norm, and what else is done with them."""
+    """A convolution and a norm, and other uses of them."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -152,7 +139,7 @@ class Small(nn.Module):
             found = self.norm(self.norm(found))
         elif self.how == "something between":
             found = self.norm(found.relu())
-        elif self.how == "the code asks":
+        elif self.how == "the code branches on a value":
             found = self.norm(found) if float(found.sum()) > 0 else found
         else:
             found = self.norm(found)
@@ -168,44 +155,44 @@ class Small(nn.Module):
         "the convolution is used twice",
         "the norm is used twice",
         "something between",
-        "the code asks",
+        "the code branches on a value",
         "nothing",
     ],
 )
-def test_only_what_is_alone_after_a_convolution_is_folded(how: str) -> None:
+def test_only_a_norm_that_is_alone_after_a_convolution_is_folded(how: str) -> None:
     module = Small(how)
     if how == "nothing":
         network = folded(module, images(8))
-        assert joined(network) == 1
+        assert count_folded(network) == 1
         torch.testing.assert_close(network(images(8)), module(images(8)))
-    elif how == "the code asks":
+    elif how == "the code branches on a value":
         assert reason_not_to_fold(module, images(8)) == "its code can't be followed (TypeError)"
     else:
         assert reason_not_to_fold(module, images(8)) == "no convolution of it has a BatchNorm alone behind it"
 
 
 class Standardised(nn.Conv2d):
-    """Its weight is scaled by itself, so that another scale is lost on it."""
+    """Its weight is normalised, so another scale of it changes nothing."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input, self.weight / self.weight.norm(), self.bias)
 
 
-def test_what_would_be_another_function_is_left_alone() -> None:
+def test_weight_standardisation_is_not_folded() -> None:
     module = Small("nothing")
-    module.conv = Standardised(3, 3, 1)  # and its BatchNorm, which is new, changes nothing yet
+    module.conv = Standardised(3, 3, 1)  # its BatchNorm still scales by 1: comparing outputs would not detect it
     assert reason_not_to_fold(module, images(8)) == "no convolution of it has a BatchNorm alone behind it"
 
 
-def test_what_is_no_number_proves_nothing() -> None:
+def test_nan_is_not_accepted_as_equal() -> None:
     module = Small("nothing")
     nn.init.constant_(module.last.bias, float("nan"))
     reason = reason_not_to_fold(module, images(8), trains=False)
     assert reason == "its layers, folded, don't give what the whole does"
 
 
-def test_a_trial_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = built("resnet18", "all", batch_norm="train").module
+def test_the_network_is_not_changed_by_an_error_in_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = random_model("resnet18", "all", batch_norm="train").module
     before = {key: value.clone() for key, value in module.state_dict().items()}
     modes = [part.training for part in module.modules()]
 
@@ -218,15 +205,15 @@ def test_a_trial_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> 
     assert {k: torch.equal(v, before[k]) for k, v in module.state_dict().items()} == dict.fromkeys(before, True)
 
 
-def test_for_evaluation_only_that_is_tried() -> None:
+def test_for_evaluation_only_this_mode_is_compared() -> None:
     module = Small("nothing").train()
-    module.last = nn.Sequential(module.last, OtherInTraining())  # type: ignore[assignment]
-    assert joined(fold_batchnorm(module, images(8), trains=False)) == 1
+    module.last = nn.Sequential(module.last, DiffersInTraining())  # type: ignore[assignment]
+    assert count_folded(fold_batchnorm(module, images(8), trains=False)) == 1
     assert reason_not_to_fold(module, images(8)) == "its layers, folded, don't give what the whole does"
 
 
-class OtherInTraining(nn.Module):
-    """What torch.fx sees of it, once and for all, is what it does in evaluation or in training."""
+class DiffersInTraining(nn.Module):
+    """torch.fx traces it in one mode, and the graph does the same in both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -235,59 +222,3 @@ class OtherInTraining(nn.Module):
     def forward(self, logits: Tensor) -> Tensor:
         below: Tensor = self.below(logits)
         return below * 2 if self.training else below
-
-
-CPU = torch.device("cpu")
-
-
-def image_network(model: TransferModel, dtype: torch.dtype | None = None) -> ImageNetwork:
-    return ImageNetwork(model, Compute(dtype, True), CPU)
-
-
-def folded_network(model: TransferModel, dtype: torch.dtype | None = None, *, trains: bool = False) -> ImageNetwork:
-    set_layout(model.module, Compute(dtype, True))
-    return ImageNetwork(model, Compute(dtype, True), CPU, try_to_fold(model, 64, CPU, trains=trains), 64)
-
-
-def drawn(size: int = 64) -> Tensor:
-    return torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-
-
-def test_a_network_without_norms_is_left_alone() -> None:
-    model = build(ModelConfig("squeezenet1_1", weights="none"), 3, image_size=64, seed=0)
-    assert folded_network(model).folded is None
-
-
-def test_an_image_network_folds_and_names_no_parameter_twice() -> None:
-    model = built("resnet18", "all")
-    network = image_network(model).eval()
-    with torch.no_grad():
-        wanted = network(drawn())
-        network = folded_network(model, trains=True).eval()
-        found = network(drawn())
-        assert not torch.equal(found, wanted), "something was folded"
-        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
-        assert torch.equal(network(drawn(96)), image_network(model).eval()(drawn(96))), "of another size nothing is"
-    assert [name for name, _ in network.named_parameters()] == [
-        f"module.{name}" for name, _ in model.module.named_parameters()
-    ]
-
-
-def test_in_bfloat16_nothing_is_folded() -> None:
-    model = built("resnet18", "all")
-    network = folded_network(model, torch.bfloat16).eval()
-    with torch.no_grad():
-        assert torch.equal(network(drawn()), image_network(model, torch.bfloat16).eval()(drawn()))
-        network = ImageNetwork(model, Compute(None, True), CPU, network.folded, 64).eval()
-        assert not torch.equal(network(drawn()), image_network(model).eval()(drawn()))
-
-
-def test_it_compiles() -> None:
-    model = built("mobilenet_v3_small", "all")
-    network = folded_network(model, trains=True)
-    wanted = gradients(network, model, drawn())
-    network.compile(dynamic=False, backend="aot_eager")
-    found = gradients(network, model, drawn())
-    assert found.keys() == wanted.keys()
-    for key, gradient in wanted.items():
-        assert (found[key] - gradient).norm() <= 1e-2 * gradient.norm(), key
