@@ -125,9 +125,9 @@ class Small(nn.Module):
     ("how", "reason"),
     [
         ("images later", "what it trains takes the images themselves"),
-        ("functional dropout", "its two cut don't give what the whole does"),  # `training` is fixed by tracing
+        ("functional dropout", "its two parts don't give what the whole does"),  # `training` is fixed by tracing
         ("random", "its frozen part does not give the same twice"),
-        ("state", "its two cut don't give what the whole does"),
+        ("state", "its two parts don't give what the whole does"),
         ("value", "its code can't be followed (TypeError)"),
         ("two", "its output is not one tensor of logits"),
     ],
