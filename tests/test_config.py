@@ -428,7 +428,7 @@ def test_usage_shows_every_key_with_its_default_and_comment():
 
 def test_the_command_says_one_thing_and_ends_with_2():
     command = [sys.executable, "-m", "distil_tl.train", "stages.head.lrr=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "distil_tl.train: unknown key `stages.head.lrr`, did you mean `lr`?\n"

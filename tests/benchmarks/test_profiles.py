@@ -19,7 +19,7 @@ PARTS = [
 def profiled(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.profiles", *args],
-        cwd=measure.ROOT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=measure.ROOT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
 
 

@@ -148,7 +148,7 @@ def test_a_killed_copy_resumes_to_the_same_bytes(tmp_path: Path) -> None:
         picture(600, 500, i).save(folder / f"{i}.jpg")
     command = [sys.executable, "-m", "distil_tl.cli.prepare", *arguments(source, out, workers=1)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while len(list(out.rglob("*.jpg"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()

@@ -53,7 +53,7 @@ def waiting_train(args: list[str], meeting: str) -> int:
 
     def waits(*args: Any, **kwargs: Any) -> Any:
         Path(meeting, str(rank())).touch()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not Path(meeting, str(1 - rank())).exists():
             assert time.monotonic() < deadline, "the other node does not copy at the same time"
             time.sleep(0.02)

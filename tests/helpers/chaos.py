@@ -51,7 +51,7 @@ REGIONS = {
 SIGNALS = {"term": signal.SIGTERM, "int": signal.SIGINT, "usr2": signal.SIGUSR2, "twice": signal.SIGTERM}
 DAMAGE = ("truncated", "flipped", "half gone")
 KINDS = ("kill one", "kill all", *SIGNALS, "disk full", *DAMAGE)
-PATIENCE = 90  # seconds that one attempt may take
+PATIENCE = 200  # seconds that one attempt may take
 
 
 @dataclass(frozen=True)

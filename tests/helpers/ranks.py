@@ -36,7 +36,7 @@ def free_port() -> int:
     return port
 
 
-def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float = 150) -> list[Any]:
+def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float = 240) -> list[Any]:
     """Results by rank of `body(*args)` in `world` processes with torchrun's environment.
 
     All are killed after `timeout` seconds.

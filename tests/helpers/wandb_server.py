@@ -96,7 +96,7 @@ def serving(host: str = "127.0.0.1", *, tells: bool = False) -> Iterator[Server]
         environment = {"WANDB_BASE_URL": url, "WANDB_API_KEY": KEY}
         environment |= {f"WANDB_{kind}_DIR": str(home / kind) for kind in ("CACHE", "CONFIG", "DATA", "ARTIFACT")}
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 240
             while not answers(url):
                 assert process.poll() is None, (home / "log").read_text()
                 assert time.monotonic() < deadline, (home / "log").read_text()

@@ -346,7 +346,7 @@ def test_a_reader_who_has_gone_ends_it_quietly(slurm: FakeSlurm, tmp_path: Path)
     assert process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=240) == 0
     assert process.stderr.read() == ""
     process.stderr.close()
 

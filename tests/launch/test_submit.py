@@ -169,7 +169,7 @@ def test_a_queued_job_runs_the_code_that_was_submitted(
     environ["PYTHONSAFEPATH"] = safe_path
     del environ["OMP_NUM_THREADS"]
     ran = subprocess.run(
-        ["bash", str(script)], cwd=elsewhere, env=environ, capture_output=True, text=True, timeout=60, check=False
+        ["bash", str(script)], cwd=elsewhere, env=environ, capture_output=True, text=True, timeout=240, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     train, job, cwd, args, threads = json.loads(told.read_text())

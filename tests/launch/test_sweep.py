@@ -401,7 +401,7 @@ def test_a_sweep_of_this_machine_runs_one_trial_after_the_other(slurm: FakeSlurm
 
 def test_ctrl_c_ends_the_trial_and_the_sweep(slurm: FakeSlurm, short: None, capsys) -> None:
     def interrupt() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not list(Path("sweeps/rates").glob("*/begun")) and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)

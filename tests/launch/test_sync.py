@@ -77,7 +77,7 @@ def test_attempts_without_network_become_one_run(
 
 def by_hand(run_dir: Path) -> None:
     command = [sys.executable, "-m", "wandb", "sync", *map(str, segments(run_dir))]
-    done = subprocess.run(command, cwd=run_dir, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=run_dir, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

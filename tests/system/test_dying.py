@@ -25,7 +25,7 @@ from tests.helpers.ranks import lines, processes_of, rank
 from tests.helpers.same_run import samples
 from tests.helpers.torchrun import ENVIRONMENT, TORCHRUN
 
-WITHIN = 45  # seconds, most of them for a machine under load
+WITHIN = 90  # seconds, most of them for a busy machine
 
 
 def quick(small: list[str], tmp_path: Path, *more: str) -> list[str]:
@@ -244,7 +244,7 @@ def test_a_full_disk_is_reported_in_a_sentence_whichever_file_it_meets(small: li
     script.write_text(FULL_DISK)
     args = quick(small, tmp_path)
     done = subprocess.run(
-        [sys.executable, str(script), *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(script), *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False
     )
     metrics = tmp_path / "run" / "metrics.jsonl"
     said = f"distil_tl.train: can't write {metrics}: File too large; files saved before are unchanged\n"
@@ -313,7 +313,7 @@ def launch(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
-def finished(process: subprocess.Popen[str], timeout: float = 120) -> str:
+def finished(process: subprocess.Popen[str], timeout: float = 240) -> str:
     try:
         output, _ = process.communicate(timeout=timeout)
     finally:
@@ -365,7 +365,7 @@ def test_term_to_everyone_under_torchrun_saves(small: list[str], tmp_path: Path)
     run_dir = tmp_path / "run"
     args = [*small, f"run_dir={run_dir}", "stages.head.epochs=40", "data.workers=1", "checkpoint.every_minutes=null"]
     process = launch([*TORCHRUN, "-m", "distil_tl.train", *args])
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 240
     while (not (run_dir / "metrics.jsonl").exists() or len(lines(run_dir)) < 12) and time.monotonic() < deadline:
         assert process.poll() is None, finished(process)
         time.sleep(0.1)

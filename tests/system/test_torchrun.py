@@ -31,13 +31,13 @@ def test_ctrl_c_leaves_no_process_and_a_run_that_can_be_resumed(small: list[str]
         stderr=subprocess.STDOUT,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (run_dir / "metrics.jsonl").exists() or len(lines(run_dir)) < 5:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # to all processes of the group, as a terminal does
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=240)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -55,7 +55,7 @@ def run_dir(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("torchrun") / "run"
     args = [*small_args(folder), f"run_dir={path}", "stages.full.epochs=1", "tracking.log_every=3"]
     done = subprocess.run(
-        [*TORCHRUN, "-m", "distil_tl.train", *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
+        [*TORCHRUN, "-m", "distil_tl.train", *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for word in ("stage head", "stage full", "val top-1", "images/s", "best: top-1", str(path)):
@@ -66,13 +66,13 @@ def run_dir(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distil_tl_command(*args: object) -> subprocess.CompletedProcess[str]:
     command = [str(BIN / "distil-tl"), *map(str, args)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_evaluate_under_torchrun(run_dir: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [*TORCHRUN, "-m", "distil_tl.evaluate", str(run_dir), "--json", str(tmp_path / "e.json")],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "e.json").read_text())
