@@ -66,12 +66,14 @@ def measure(files: list[bytes], image_size: int) -> list[dict[str, Any]]:
     views = {augment: train_transform(Preprocess(), image_size, augment, hflip=True) for augment in
              ("none", "light", "strong")}  # fmt: skip
     whole = [decode_bytes(data) for data in files]
-    decoded = {augment: [decode_bytes(data, enough=view.enough) for data in files] for augment, view in views.items()}
+    decoded = {
+        augment: [decode_bytes(data, min_side=view.min_side) for data in files] for augment, view in views.items()
+    }
     steps: dict[str, Callable[[int], Any]] = {
         "decode by Pillow, whole": lambda i: _by_pillow(files[i]),
         "decode, whole": lambda i: decode_bytes(files[i]),
-        "decode for none": lambda i: decode_bytes(files[i], enough=views["none"].enough),
-        "decode for light": lambda i: decode_bytes(files[i], enough=views["light"].enough),
+        "decode for none": lambda i: decode_bytes(files[i], min_side=views["none"].min_side),
+        "decode for light": lambda i: decode_bytes(files[i], min_side=views["light"].min_side),
         "view none": lambda i: views["none"](decoded["none"][i]),
         "view light": lambda i: views["light"](decoded["light"][i]),
         "view strong": lambda i: views["strong"](decoded["strong"][i]),

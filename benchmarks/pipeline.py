@@ -24,7 +24,7 @@ from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import open_splits
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistInfo, session
+from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build
 from distil_tl.rundir.state import Position
@@ -163,7 +163,7 @@ def run_one(task: Task) -> dict[str, Any]:
         augment=task.augment,
     )  # fmt: skip
     launch = read_launch(os.environ)
-    with session(launch, DistributedConfig()) as info:
+    with init_distributed(launch, DistributedConfig()) as info:
         splits = open_splits(info, config)
         settings = ModelConfig(name=task.model, weights="none")
         model = build(settings, len(splits.classes), image_size=task.image_size, seed=0)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from distil_tl.utils.version import __version__
 
 if TYPE_CHECKING:
-    from distil_tl.inference import Trained
+    from distil_tl.inference import TrainedModel
 
 __all__ = ["__version__", "load"]
 
 
-def load(run_dir: str | Path, checkpoint: str = "best") -> Trained:
+def load(run_dir: str | Path, checkpoint: str = "best") -> TrainedModel:
     """A trained model, ready to use: `model, transform, classes = distil_tl.load(RUN_DIR)`.
 
     The model is on the CPU in evaluation mode and gives logits [N, C] for `transform(image)[None]`, where `image`

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distil_tl import config as configuration
-from distil_tl.utils.command import leave, run_command
+from distil_tl.utils.command import exit_process, run_command
 
 if __name__ == "__main__":  # before torch is imported, so that a wrong argument is refused in less than a second
     configuration.evaluation_parser().parse_intermixed_args()
@@ -18,8 +18,8 @@ from distil_tl.data.scan import scan
 from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import data_root, share_indexes
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import session
-from distil_tl.inference import restore
+from distil_tl.distributed.process_group import init_distributed
+from distil_tl.inference import restore_model
 from distil_tl.training.console import evaluation_json
 from distil_tl.training.evaluation import evaluate
 from distil_tl.training.network import evaluation_network
@@ -46,10 +46,10 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
-    restored = restore(options.run_dir, options.checkpoint, options.overrides)
+    restored = restore_model(options.run_dir, options.checkpoint, options.overrides)
     config, model, split = restored.config, restored.model, options.split
     configuration.check_evaluation(config)
-    with session(launch, config.distributed) as info:
+    with init_distributed(launch, config.distributed) as info:
         index = share_indexes(info, lambda: {split: scan(data_root(config.data) / split, classes=restored.classes)})[
             split
         ]
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
             info, network, loader, source.batches(loader, split), len(restored.classes),
             mistakes=options.mistakes, show=True,
         )  # fmt: skip
-        bad_images.refuse_none_left(result.metrics.count, split, index)
+        bad_images.refuse_none_usable(result.metrics.count, split, index)
         if not info.is_main:
             return
         content = evaluation_json(split, index, result)
@@ -86,4 +86,4 @@ def print_metrics(title: str, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distil_tl.config import Config, load
 from distil_tl.data.decode import decode, to_tensor
-from distil_tl.data.transforms import View, eval_transform
+from distil_tl.data.transforms import ImageTransform, eval_transform
 from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.rundir import checkpoint as ckpt
@@ -23,7 +23,7 @@ class Transform:
 
     def __init__(self, preprocess: Preprocess, image_size: int) -> None:
         self.image_size = image_size
-        self._view: View = eval_transform(preprocess, image_size)
+        self._view: ImageTransform = eval_transform(preprocess, image_size)
         self._normalize = Normalize(preprocess)
 
     def __call__(self, image: str | Path | Image.Image | Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class Transform:
     def view(self, image: str | Path | Image.Image | Tensor) -> Tensor:
         """Resized and cropped, still uint8 [3, S, S]."""
         if isinstance(image, (str, Path)):
-            image = decode(image, enough=self._view.enough)
+            image = decode(image, min_side=self._view.min_side)
         elif isinstance(image, Image.Image):
             image = to_tensor(image)
         view: Tensor = self._view(image)
@@ -41,7 +41,7 @@ class Transform:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained classifier: `model(transform(image)[None])` gives logits [1, C] in the order of `classes`.
 
     Unpacks as `model, transform, classes`.
@@ -76,7 +76,7 @@ class RestoredModel:
     precision: str
 
 
-def load_trained(run_dir: str | Path, checkpoint: str = "best") -> Trained:
+def load_trained(run_dir: str | Path, checkpoint: str = "best") -> TrainedModel:
     """The model of a run directory in evaluation mode on the CPU, its transform, and its class names.
 
     Args:
@@ -86,12 +86,12 @@ def load_trained(run_dir: str | Path, checkpoint: str = "best") -> Trained:
     Raises:
         UserError: the run or the checkpoint does not exist, or the checkpoint is damaged.
     """
-    restored = restore(run_dir, checkpoint)
+    restored = restore_model(run_dir, checkpoint)
     transform = Transform(restored.model.preprocess, restored.image_size)
-    return Trained(restored.model.module.eval(), transform, restored.classes)
+    return TrainedModel(restored.model.module.eval(), transform, restored.classes)
 
 
-def restore(run_dir: str | Path, checkpoint: str = "best", overrides: list[str] | None = None) -> RestoredModel:
+def restore_model(run_dir: str | Path, checkpoint: str = "best", overrides: list[str] | None = None) -> RestoredModel:
     """Rebuild the model of a checkpoint.
 
     Args:

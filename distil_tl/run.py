@@ -14,7 +14,7 @@ from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import BatchPlan, plan_batches
 from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import Splits
-from distil_tl.distributed.preemption import Agreement, Request, StopRequest
+from distil_tl.distributed.preemption import Agreement, Request, StopSignal
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.models.transfer import TransferModel
@@ -61,7 +61,7 @@ class Run:
     directory: RunDirectory
     checkpoints: Checkpoints
     tracker: Tracker | None
-    stop: StopRequest
+    stop: StopSignal
     train_state: dict[str, Any] | None
     interpolated: dict[str, str] = field(default_factory=dict)
     training: StageTraining | None = None
@@ -133,7 +133,7 @@ class Run:
         minutes = self.config.checkpoint.every_minutes
         if self.info.is_main and minutes is not None and time.monotonic() - self.saved_at > 60 * minutes:
             return Request.SAVE
-        return Request.GO_ON
+        return Request.CONTINUE
 
     def save(self, training: StageTraining, *, is_best: bool = False) -> None:
         """Write a checkpoint of this moment in the background. A collective: all ranks call it.
@@ -142,8 +142,8 @@ class Run:
             CheckpointError: on rank 0, when the previous one could not be written.
         """
         counted = training.meter.state()
-        self.source.bad_images.share(self.info)
-        self.state.bad_images = self.source.bad_images.found
+        self.source.bad_images.combine_ranks(self.info)
+        self.state.bad_images = self.source.bad_images.by_split
         self.tick()
         self.saved_at, self.unsaved = time.monotonic(), False
         if not self.info.is_main:
@@ -232,7 +232,7 @@ def open_run(
     start: Start,
     splits: Splits,
     model: TransferModel,
-    stop: StopRequest,
+    stop: StopSignal,
 ) -> Run:
     """Restore the state that `start` names, then open the run directory and its records. A collective.
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.utils.command import leave, run_command
+from distil_tl.utils.command import exit_process, run_command
 
 if __name__ == "__main__":  # before torch is imported, so that a typo is refused in less than a second
     configuration.check_arguments("distil_tl.train", sys.argv[1:])
@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distil_tl.data.loader import Batch
-from distil_tl.data.splits import bring_near, open_splits
+from distil_tl.data.splits import copy_to_local_disk, open_splits
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.preemption import Request, StopAgreedError, StopRequest
-from distil_tl.distributed.process_group import DistInfo, session
+from distil_tl.distributed.preemption import AllRanksStopError, Request, StopSignal
+from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero, once_per_node
-from distil_tl.models.transfer import build, prepare_weights
+from distil_tl.models.transfer import build, download_weights
 from distil_tl.report import write_report
 from distil_tl.run import Run, look_for_start, open_run
 from distil_tl.rundir.checkpoint import load_weights
@@ -58,7 +58,7 @@ from distil_tl.training.step import (
 )
 from distil_tl.utils.errors import PreemptedError
 from distil_tl.utils.log import Progress, logger, setup_console
-from distil_tl.utils.rng import seed_draws
+from distil_tl.utils.rng import seed_torch
 
 MISTAKES = 50  # most confident mistakes kept in evaluation.json
 
@@ -85,7 +85,7 @@ def train(config: Config, source: DictConfig) -> None:
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
     configuration.check(config, launch.world_size)
-    with StopRequest() as stop, session(launch, config.distributed) as info:
+    with StopSignal() as stop, init_distributed(launch, config.distributed) as info:
         start = Start(**on_rank_zero(info, "start", lambda: dataclasses.asdict(look_for_start(config, source))))
         if start.completed:
             if info.is_main and not (Path(start.run_dir) / "report.html").exists():  # killed just before it
@@ -93,18 +93,18 @@ def train(config: Config, source: DictConfig) -> None:
             console.print_completed(info, Path(start.run_dir))
             return
         splits = open_splits(info, config.data)
-        once_per_node(info, "weights", lambda: prepare_weights(config.model))
+        once_per_node(info, "weights", lambda: download_weights(config.model))
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
         check_stages(model, config.stages)
-        splits = bring_near(info, config.data, splits)  # last of what may be refused, as it may take long
-        stop.hold()
+        splits = copy_to_local_disk(info, config.data, splits)  # last of what may be refused, as it may take long
+        stop.defer()
         run = open_run(info, config, source, start, splits, model, stop)
         try:
             for name in config.stages:
                 if not run.has_finished(name):
                     run_stage(run, run.stage(name))
             finish(run)
-        except StopAgreedError:
+        except AllRanksStopError:
             run.preempt()
         except BaseException as error:
             run.abandon("preempted" if isinstance(error, PreemptedError) else "failed")
@@ -130,15 +130,15 @@ def run_stage(run: Run, stage: Stage) -> None:
     while position.epoch < stage.config.epochs:
         train_one_epoch(run, training, position)
         position = evaluate_epoch(run, training, position)
-        if run.agreement.ask() is Request.STOP:
-            raise StopAgreedError
+        if run.agreement.exchange_now() is Request.STOP:
+            raise AllRanksStopError
 
 
 def train_one_epoch(run: Run, training: StageTraining, position: Position) -> None:
     """The steps of an epoch that are left, with log lines and checkpoints. `position` advances with them."""
     info, stage, sampler = run.info, training.stage, training.sampler
     log_every, save_every = run.config.tracking.log_every, run.config.checkpoint.every_steps
-    info.phase, info.begun = f"stage {stage.name}, epoch {position.epoch + 1}", True
+    info.phase, info.training_started = f"stage {stage.name}, epoch {position.epoch + 1}", True
     run.state.position = position
     sampler.set_position(position.epoch, position.consumed)
     batches = run.source.batches(training.loader, "train")
@@ -157,17 +157,17 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
             run.unsaved = True
             bar.advance()
 
-            at_end, asked = position.consumed == sampler.end, run.agreement.poll()
+            at_end, asked = position.consumed == sampler.end, run.agreement.exchange()
             if at_end or position.step % log_every == 0:
                 check_finite(info, training)
                 line = run.records.add_interval(training.moment(position), *training.meter.interval())
-                bar.say(console.interval_line(line, position.consumed // sampler.global_batch_size, total))
-            due = asked is not Request.GO_ON or (save_every is not None and position.step % save_every == 0)
+                bar.show(console.interval_line(line, position.consumed // sampler.global_batch_size, total))
+            due = asked is not Request.CONTINUE or (save_every is not None and position.step % save_every == 0)
             if due and not at_end:  # at the end of an epoch the evaluation comes first, and is saved with the rest
                 check_finite(info, training)
                 run.save(training)
                 if asked is Request.STOP:
-                    raise StopAgreedError
+                    raise AllRanksStopError
 
 
 def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step: int, micro: int) -> Tensor:
@@ -179,7 +179,7 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
     stage = training.stage
     # Keys what dropout and stochastic depth draw, so that a resumed run draws the same. Only now, as a loader that
     # starts draws too.
-    seed_draws(info.device, stage.seed, "step", stage.name, step, micro, info.rank)
+    seed_torch(info.device, stage.seed, "step", stage.name, step, micro, info.rank)
     training.recent.append((step, batch.indices))
     with reduce_gradients(training.network, now=micro == training.accumulation - 1):
         logits = training.network(batch.images)
@@ -195,7 +195,7 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
     """Evaluate on val after an epoch, record both, and save a checkpoint. Returns the start of the next epoch."""
     info, stage, bad_images = run.info, training.stage, run.source.bad_images
     trained = training.meter.total()
-    bad_images.refuse_none_left(trained.count, "train", run.source.index("train"))
+    bad_images.refuse_none_usable(trained.count, "train", run.source.index("train"))
     info.phase = f"the evaluation after epoch {position.epoch + 1} of stage {stage.name}"
     began = time.monotonic()
     # On CPU, collect mistakes now, so that the best epoch needs no second evaluation. (On CUDA that would wait for the
@@ -205,7 +205,7 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
         info, training.inner, training.val_loader, run.source.batches(training.val_loader, "val"), run.num_classes,
         agreement=run.agreement, mistakes=MISTAKES if in_full else None,
     )  # fmt: skip
-    bad_images.refuse_none_left(result.metrics.count, "val", run.source.index("val"))
+    bad_images.refuse_none_usable(result.metrics.count, "val", run.source.index("val"))
     run.records.add_epoch(training.moment(position), trained)
     is_best = run.records.add_evaluation(training.moment(position), result.metrics, time.monotonic() - began)
     if is_best:
@@ -229,8 +229,8 @@ def finish(run: Run) -> None:
         results |= evaluate_best(run, shown["stage"], missing)
     if info.is_main:
         run.directory.write("evaluation.json", console.evaluation_json("val", run.source.index("val"), results["val"]))
-    run.source.bad_images.share(info)
-    state.bad_images = run.source.bad_images.found
+    run.source.bad_images.combine_ranks(info)
+    state.bad_images = run.source.bad_images.by_split
     state.best = shown
     more = {"test": results["test"].metrics.compute()} if "test" in results else {}
     # The others wait without a collective: W&B may take longer to finish than a collective may last.
@@ -254,7 +254,7 @@ def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluati
             info, network, loader, run.source.batches(loader, split), run.num_classes,
             agreement=run.agreement, mistakes=MISTAKES,
         )  # fmt: skip
-        run.source.bad_images.refuse_none_left(results[split].metrics.count, split, run.source.index(split))
+        run.source.bad_images.refuse_none_usable(results[split].metrics.count, split, run.source.index(split))
     return results
 
 
@@ -271,4 +271,4 @@ def close(run: Run, more: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.rundir.lock import is_alive, read_attempt
 from distil_tl.tracking.config import WandbConfig
-from distil_tl.tracking.wandb.client import Mirror
+from distil_tl.tracking.wandb.client import WandbClient
 from distil_tl.tracking.wandb.rows import Rows
 from distil_tl.tracking.wandb.state import Marks, segments
 from distil_tl.tracking.wandb.task import Task, wandb_id, wandb_task
@@ -124,7 +124,7 @@ def send(unsent: Unsent, timeout: float) -> None:
     if in_use and settings.mode == "online":
         raise UserError("still training, and sends its metrics itself")
     task: Task = replace(wandb_task(unsent.run_dir, settings, config), mode="online")
-    mirror = Mirror(task, quiet=True)
+    mirror = WandbClient(task, quiet=True)
     if not mirror.end(unsent.status, timeout):
         raise UserError(mirror.reason or "could not be sent")
 

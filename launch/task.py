@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distil_tl.utils.command import leave
+from distil_tl.utils.command import exit_process
 from distil_tl.utils.errors import EXIT_PREEMPTED
 from launch.args import split_slurm
 from launch.requeue import requeue_if_running
@@ -73,4 +73,4 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

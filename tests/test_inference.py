@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import distil_tl
-from distil_tl.inference import Transform, restore
+from distil_tl.inference import Transform, restore_model
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build
@@ -72,14 +72,14 @@ def test_a_path_an_image_and_a_tensor_give_the_same(tmp_path: Path) -> None:
 
 
 def test_the_preprocessing_is_that_of_the_checkpoint(run_dir: Path) -> None:
-    assert restore(run_dir).model.preprocess == PREPROCESS
+    assert restore_model(run_dir).model.preprocess == PREPROCESS
 
 
 @pytest.mark.parametrize(("overrides", "precision"), [([], "bf16"), (["precision=fp32"], "fp32")])
 def test_the_precision_is_the_configured_one_or_that_chosen_in_training(
     run_dir: Path, overrides: list[str], precision: str
 ) -> None:
-    assert restore(run_dir, overrides=overrides).precision == precision
+    assert restore_model(run_dir, overrides=overrides).precision == precision
 
 
 def test_a_folder_that_is_not_a_run_directory_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def our_view(job: Job) -> dict[str, Any]:
 
 
 def _names(index: Index, chosen: list[int]) -> list[str]:
-    return [index.relative(i) for i in chosen]
+    return [index.relative_path(i) for i in chosen]
 
 
 def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:

@@ -24,10 +24,12 @@ from benchmarks.peers.job import Events, Job, Stage
 
 Batches: TypeAlias = "DataLoader[Any]"
 # A peer's input for some images of val, given by their paths in it: normalised [N, 3, S, S], and targets [N].
-View: TypeAlias = Callable[[Job, Sequence[str]], tuple[Tensor, Tensor]]
+ImageTransform: TypeAlias = Callable[[Job, Sequence[str]], tuple[Tensor, Tensor]]
 
 
-def main(package: str, run: Callable[[Job, Events], None], network: Callable[[Job], nn.Module], view: View) -> None:
+def main(
+    package: str, run: Callable[[Job, Events], None], network: Callable[[Job], nn.Module], view: ImageTransform
+) -> None:
     """Run a job: arguments `JOB EVENTS`. With `JOB FILE --check`, only write the peer's pixels and loss to FILE."""
     parser = argparse.ArgumentParser()
     parser.add_argument("job", type=Path)
@@ -47,7 +49,7 @@ def main(package: str, run: Callable[[Job, Events], None], network: Callable[[Jo
 
 
 @torch.no_grad()
-def check(job: Job, network: Callable[[Job], nn.Module], view: View, ours: dict[str, Any]) -> dict[str, Any]:
+def check(job: Job, network: Callable[[Job], nn.Module], view: ImageTransform, ours: dict[str, Any]) -> dict[str, Any]:
     """The peer's pixels of the images named in `ours`, and its loss before the first step on them and on our pixels."""
     model = network(job).eval()
     images, targets = view(job, ours["names"])

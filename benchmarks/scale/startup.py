@@ -22,7 +22,7 @@ from distil_tl.data.transforms import eval_transform
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistInfo, session
+from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.models.preprocess import Preprocess
 
 SIZE, BATCH, WORKERS = 8, 512, 2
@@ -31,7 +31,7 @@ SIZE, BATCH, WORKERS = 8, 512, 2
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     files, batches = task["files"], task["batches"]
-    with session(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
+    with init_distributed(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
         result = measure(info, files, batches)
     Path(sys.argv[2]).write_text(json.dumps(result))
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistInfo, session
+from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.training.config import OptimConfig, StageConfig
@@ -38,7 +38,7 @@ def main() -> None:
 
 def measure_all(task: dict[str, Any]) -> dict[str, Any]:
     """The results of `measure`, by stage."""
-    with session(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
+    with init_distributed(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
         model = build(ModelConfig(name=task["model"], weights="none"), CLASSES, image_size=task["image_size"], seed=0)
         return {name: measure(info, model, unfreeze, task) for name, unfreeze in task["stages"].items()}
 

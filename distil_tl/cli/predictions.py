@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distil_tl.data.config import IMG_EXTENSIONS, default_workers
 from distil_tl.data.decode import ImageError
-from distil_tl.inference import Transform, restore
+from distil_tl.inference import Transform, restore_model
 from distil_tl.training.network import ImageNetwork, evaluation_network
 from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
@@ -48,7 +48,7 @@ def predict(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device")
     files = find_images(paths)
-    restored = restore(run_dir, checkpoint)
+    restored = restore_model(run_dir, checkpoint)
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     compute = default_compute(restored.precision, restored.model.module, where)
     network = evaluation_network(restored.model, compute, where, restored.image_size).eval()

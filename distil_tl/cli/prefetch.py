@@ -52,14 +52,14 @@ def prefetch(args: Sequence[str], *, check: bool = False) -> None:
 
 def fetch_weights(model: ModelConfig, *, check: bool) -> None:
     """Download the weights if they are missing or damaged, and log where they are. With `check`, raise instead."""
-    from distil_tl.models.transfer import missing_weights, prepare_weights, weights_file  # torch: after the checks
+    from distil_tl.models.transfer import download_weights, missing_weights, weights_file  # torch: after the checks
 
     missing = missing_weights(model)
     if missing is not None and check:
         raise UserError(f"the weights of {model.name} ({missing}) are not on this machine; run without --check")
     if missing is not None:
         logger.info("downloading the weights of %s (%s)", model.name, missing)
-    prepare_weights(model)
+    download_weights(model)
     path, expected = weights_file(model)
     if path is None:
         logger.info("weights of %s: none needed", model.name)

@@ -22,19 +22,19 @@ class BadImages:
 
     def __init__(self, policy: str, before: dict[str, dict[str, str]] | None = None) -> None:
         self.policy = policy
-        self.found: dict[str, dict[str, str]] = {split: dict(images) for split, images in (before or {}).items()}
+        self.by_split: dict[str, dict[str, str]] = {split: dict(images) for split, images in (before or {}).items()}
 
-    def read(self, batches: Iterable[Batch], split: str, index: Index) -> Iterator[Batch]:
+    def check(self, batches: Iterable[Batch], split: str, index: Index) -> Iterator[Batch]:
         """The same batches, with the policy applied to their bad images.
 
         Raises:
             UserError: an image cannot be used and the policy is `error`, or its file cannot be read.
         """
         for batch in batches:
-            self.meet(batch.faults, split, index)
+            self.apply_policy(batch.faults, split, index)
             yield batch
 
-    def meet(self, faults: Iterable[tuple[int, str]], split: str, index: Index) -> None:
+    def apply_policy(self, faults: Iterable[tuple[int, str]], split: str, index: Index) -> None:
         """Apply the policy to bad images: (position in the index, reason) of each. Raises as `read` does."""
         for i, reason in faults:
             path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
@@ -44,18 +44,18 @@ class BadImages:
                 if unreadable:
                     advice = "Unreadable files are never skipped, as the image may be fine; check the disk"
                 raise UserError(f"can't use the image {path} of class {name}: {reason}. {advice}", one_rank=True)
-            skipped = self.found.setdefault(split, {})
-            if index.relative(i) not in skipped:
+            skipped = self.by_split.setdefault(split, {})
+            if index.relative_path(i) not in skipped:
                 logger.warning("skipped the image %s of class %s: %s", path, name, reason)
-                skipped[index.relative(i)] = reason
+                skipped[index.relative_path(i)] = reason
 
-    def refuse_none_left(self, counted: int, split: str, index: Index) -> None:
+    def refuse_none_usable(self, counted: int, split: str, index: Index) -> None:
         """Raises UserError if no image of a split could be used.
 
         Args:
             counted: number of images used, over all ranks.
         """
-        skipped = self.found.get(split, {})
+        skipped = self.by_split.get(split, {})
         if counted == 0 and skipped:
             name, reason = next(iter(skipped.items()))
             raise UserError(
@@ -63,9 +63,9 @@ class BadImages:
                 f"Repair them, or set another data.root"
             )
 
-    def share(self, info: DistInfo) -> None:
+    def combine_ranks(self, info: DistInfo) -> None:
         """Combine the bad images of all ranks. A collective."""
-        for of_rank in gather_objects(info, self.found):
+        for of_rank in gather_objects(info, self.by_split):
             for split, images in of_rank.items():
-                self.found.setdefault(split, {}).update(images)
-        self.found = {split: dict(sorted(images.items())) for split, images in sorted(self.found.items())}
+                self.by_split.setdefault(split, {}).update(images)
+        self.by_split = {split: dict(sorted(images.items())) for split, images in sorted(self.by_split.items())}

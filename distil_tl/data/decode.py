@@ -7,8 +7,8 @@
   255 and 65535 that is not less than the largest value of the image, else 65535; values below 0 and NaN are black.
 - 16 bits per colour channel, palettes, 1-bit, CMYK, YCCK, YCbCr, LAB and HSV are converted as Pillow does.
 - Of several frames or pages, the first is used.
-- A JPEG much larger than needed (`enough`) is decoded at 1/2, 1/4 or 1/8 of its size in the frequency domain: its
-  shorter side stays at least `enough`, and the pixels are a function of the file and `enough`.
+- A JPEG much larger than needed (`min_side`) is decoded at 1/2, 1/4 or 1/8 of its size in the frequency domain: its
+  shorter side stays at least `min_side`, and the pixels are a function of the file and `min_side`.
 - JPEGs with one or three channels are decoded by torchvision if possible. That is faster and gives the same pixels
   as Pillow, as both use libjpeg-turbo. If it fails, Pillow decodes the file or reports the damage.
 """
@@ -49,25 +49,25 @@ class ImageError(Exception):
         return f"{str(self.path)!r}: {self.reason}"
 
 
-def decode(path: str | Path, max_pixels: int = MAX_PIXELS, enough: int | None = None) -> Tensor:
+def decode(path: str | Path, max_pixels: int = MAX_PIXELS, min_side: int | None = None) -> Tensor:
     """The image at `path` as uint8 [3, H, W], RGB, upright, by the rules of this module.
 
     The memory layout is channels-last, as in Pillow: this saves a copy, and torchvision resizes this layout twice as
     fast.
 
     Args:
-        enough: length in pixels that is sufficient for the shorter side; None: the full size is needed.
+        min_side: length in pixels that is sufficient for the shorter side; None: the full size is needed.
 
     Raises:
         ImageError: the file is not an image or is damaged, or has more than `max_pixels`, which is checked before
             decoding.
         OSError: the file cannot be read; the image itself may be fine.
     """
-    return decode_bytes(Path(path).read_bytes(), path, max_pixels, enough)
+    return decode_bytes(Path(path).read_bytes(), path, max_pixels, min_side)
 
 
 def decode_bytes(
-    data: bytes, path: str | Path = "<bytes>", max_pixels: int = MAX_PIXELS, enough: int | None = None
+    data: bytes, path: str | Path = "<bytes>", max_pixels: int = MAX_PIXELS, min_side: int | None = None
 ) -> Tensor:
     """`decode` of the content of a file; `path` is used only in the message of an ImageError."""
     if not data:
@@ -81,8 +81,10 @@ def decode_bytes(
             raise ImageError(
                 path, f"{width} x {height} pixels are more than the {max_pixels:,} allowed; make it smaller"
             )
-        if enough is not None:
-            image.draft(None, (enough, enough))  # sets `image.size` of a JPEG to the size that it will be decoded to
+        if min_side is not None:
+            image.draft(
+                None, (min_side, min_side)
+            )  # sets `image.size` of a JPEG to the size that it will be decoded to
         if image.size == (width, height):
             pixels = _decode_with_torchvision(data, image)
             if pixels is not None:

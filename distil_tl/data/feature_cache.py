@@ -35,7 +35,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 CHUNK = 256  # images per chunk, the unit that is written and can be lost
 
 
-class Cache:
+class FeatureCache:
     """Features [N, ...] of the images of an index, for one or more views of each, in a folder of chunks."""
 
     def __init__(self, folder: Path, length: int, views: int) -> None:
@@ -55,7 +55,7 @@ class Cache:
         """The path of a chunk, to which .npy and .json are appended."""
         return self.folder / f"view-{view:03d}-from-{first:09d}"
 
-    def is_sound(self, view: int, first: int) -> bool:
+    def is_valid(self, view: int, first: int) -> bool:
         """Whether a chunk exists and has the checksum that was recorded when it was written."""
         path = self.path(view, first)
         try:
@@ -66,8 +66,8 @@ class Cache:
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
-    def is_there(self, view: int, first: int) -> bool:
-        """Whether a chunk exists with its full length; unlike `is_sound`, without reading it."""
+    def has_full_length(self, view: int, first: int) -> bool:
+        """Whether a chunk exists with its full length; unlike `is_valid`, without reading it."""
         path = self.path(view, first)
         try:
             return bool(
@@ -137,7 +137,7 @@ class FeatureDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        cache: Cache,
+        cache: FeatureCache,
         arrays: Sequence[np.ndarray],
         dtype: torch.dtype,
         faults: dict[tuple[int, int], str],

@@ -56,18 +56,18 @@ class Index:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def relative(self, i: int) -> str:
+    def relative_path(self, i: int) -> str:
         """Path of sample i relative to `root`; raises IndexError."""
         i = range(len(self))[i]
         return os.fsdecode(self.names[self.offsets[i] : self.offsets[i + 1]].tobytes())
 
     def path(self, i: int) -> Path:
         """Path of sample i below `root`, for messages and records; raises IndexError."""
-        return self.root / self.relative(i)
+        return self.root / self.relative_path(i)
 
-    def file(self, i: int) -> Path:
+    def local_path(self, i: int) -> Path:
         """Path from which this process reads sample i: in `copy` if there is one; raises IndexError."""
-        return (self.copy or self.root) / self.relative(i)
+        return (self.copy or self.root) / self.relative_path(i)
 
     @property
     def class_to_idx(self) -> dict[str, int]:

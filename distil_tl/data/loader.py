@@ -17,7 +17,7 @@ from distil_tl.data.config import default_workers
 from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
-from distil_tl.data.transforms import View
+from distil_tl.data.transforms import ImageTransform
 from distil_tl.distributed.launch_env import Launch, cpus_of_rank
 from distil_tl.utils.log import logger
 from distil_tl.utils.rng import keyed_seed
@@ -75,7 +75,9 @@ Loader: TypeAlias = "DataLoader[Batch]"
 class ImageDataset(Dataset[Item]):
     """Decoded and transformed images. The augmentation of an image is a function of its key."""
 
-    def __init__(self, index: Index, transform: View, image_size: int, *, seed: int = 0, stage: str = "") -> None:
+    def __init__(
+        self, index: Index, transform: ImageTransform, image_size: int, *, seed: int = 0, stage: str = ""
+    ) -> None:
         self.index = index
         self.image_size = image_size
         self.transform = transform
@@ -93,11 +95,11 @@ class ImageDataset(Dataset[Item]):
     def __getitem__(self, key: SampleKey) -> Item:
         target = int(self.index.targets[key.image])
         try:
-            image = decode(self.index.file(key.image), enough=self.transform.enough)
+            image = decode(self.index.local_path(key.image), min_side=self.transform.min_side)
         except ImageError as error:  # returned: an exception in a worker would be printed with a long traceback
             return Item(None, target, key.image, error.reason)
         except OSError as error:  # an error of the file system, not of the image: it must not be skipped
-            where = f", at {self.index.file(key.image)}" if self.index.copy is not None else ""
+            where = f", at {self.index.local_path(key.image)}" if self.index.copy is not None else ""
             return Item(None, target, key.image, f"{UNREADABLE}{where}: {error.strerror or error}")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(keyed_seed(self.seed, "augment", self.stage, key.epoch, key.position))

@@ -69,7 +69,7 @@ def _copy_files(indexes: dict[str, Index], writer: FolderWriter) -> None:
         for i in range(first, min(first + FILES_PER_TASK, len(index))):
             if writer.stopped.is_set():
                 return
-            relative = index.relative(i)
+            relative = index.relative_path(i)
             path = f"{index.root}/{relative}"
             with open(path, "rb", buffering=0) as reader:  # noqa: PTH123  # faster, for millions of files
                 writer.write(reader, f"{split}/{relative}", int(index.sizes[i]))

@@ -168,7 +168,7 @@ class FolderWriter:
         self._shown = done
         if time.monotonic() - self._last_line >= PROGRESS_INTERVAL:
             self._last_line = time.monotonic()
-            self.progress.say(f"{100 * done / max(1, self.total):.0f}%  {self.figures()}")
+            self.progress.show(f"{100 * done / max(1, self.total):.0f}%  {self.figures()}")
 
 
 @contextlib.contextmanager

@@ -56,13 +56,13 @@ class ShrinkDataset(Dataset[Outcome]):
         return len(self.index)
 
     def __getitem__(self, i: int) -> Outcome:
-        name = self.index.relative(i)
-        new_name = name_of_resized(self.index.root, name)
+        name = self.index.relative_path(i)
+        new_name = resized_name(self.index.root, name)
         try:
             if (self.out / name).exists() or (self.out / new_name).exists():
                 return Outcome(i, "there")
             data = self.index.path(i).read_bytes()
-            image = decode_bytes(data, self.index.path(i), enough=2 * self.resize)
+            image = decode_bytes(data, self.index.path(i), min_side=2 * self.resize)
             shorter, longer = sorted(image.shape[1:])
             if shorter <= self.resize or longer * self.resize > LONGEST * shorter:
                 _write(self.out / name, data)
@@ -77,13 +77,13 @@ class ShrinkDataset(Dataset[Outcome]):
     def copy(self, i: int) -> Outcome:
         """Copy the file of image i without decoding it."""
         try:
-            _write(self.out / self.index.relative(i), self.index.path(i).read_bytes())
+            _write(self.out / self.index.relative_path(i), self.index.path(i).read_bytes())
         except OSError as error:
             return Outcome(i, error=f"{error.filename or self.index.path(i)}: {error.strerror or error}")
         return Outcome(i, "copied")
 
 
-def name_of_resized(root: Path, name: str) -> str:
+def resized_name(root: Path, name: str) -> str:
     """The name of the resized image of `name` below `root`.
 
     It is the same for JPEG and PNG; for another format an extension is added: a/x.bmp becomes a/x.bmp.png.

@@ -26,7 +26,7 @@ from distil_tl.data.index import Index
 from distil_tl.data.loader import ignore_signals
 from distil_tl.data.resize import TEMPORARY, Outcome, ShrinkDataset
 from distil_tl.data.scan import scan
-from distil_tl.data.transforms import closest_crop
+from distil_tl.data.transforms import min_crop_side
 from distil_tl.utils.errors import PreemptedError, UserError
 from distil_tl.utils.files import write_json
 from distil_tl.utils.log import Progress, logger, printable
@@ -158,7 +158,7 @@ def check_space(out: Path, index: Index, resize: int, total: int) -> None:
 
 def make_folders(out: Path, splits: dict[str, Index]) -> None:
     for split, index in splits.items():
-        for folder in sorted({os.path.dirname(index.relative(i)) for i in range(len(index))}):  # noqa: PTH120
+        for folder in sorted({os.path.dirname(index.relative_path(i)) for i in range(len(index))}):  # noqa: PTH120
             path = out / split / folder
             try:
                 path.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def copy_images(datasets: dict[str, ShrinkDataset], manifest: Manifest, workers:
                     done[settle(outcome, split, dataset, manifest)] += 1
                 bar.advance(len(outcomes))
                 if done.total() * 10 >= tenth * total:
-                    bar.say(f"{done.total():,} of {total:,} images")
+                    bar.show(f"{done.total():,} of {total:,} images")
                     tenth = done.total() * 10 // total + 1
     except KeyboardInterrupt:
         raise PreemptedError(
@@ -203,7 +203,7 @@ def settle(outcome: Outcome, split: str, dataset: ShrinkDataset, manifest: Manif
         UserError: a file can't be read or written.
     """
     if outcome.fault:
-        name = dataset.index.relative(outcome.index)
+        name = dataset.index.relative_path(outcome.index)
         logger.warning("can't be decoded, copied unchanged: %s: %s", printable(dataset.index.path(outcome.index)),
                        printable(outcome.fault))  # fmt: skip
         manifest.bad.setdefault(split, {})[name] = outcome.fault
@@ -261,7 +261,7 @@ def log_next_steps(out: Path, manifest: Manifest, resize: int) -> None:
     if bad:
         logger.info("bad images: %d, listed in %s; data.on_bad_image says what training does with them", bad,
                     printable(manifest.path))  # fmt: skip
-    light, strong = (int(resize * closest_crop(augment)) for augment in ("light", "strong"))
+    light, strong = (int(resize * min_crop_side(augment)) for augment in ("light", "strong"))
     logger.info("no crop is enlarged up to data.image_size=%d with data.augment=light, %d with strong", light, strong)
     logger.info("train on the copy with  data.root=%s", printable(shlex.quote(str(out))))
 

@@ -81,7 +81,7 @@ class ImageSource:
         Raises:
             UserError: an image can't be used, and the policy is `error`.
         """
-        return self.bad_images.read(to_device(loader, self.info.device), split, self.index(split))
+        return self.bad_images.check(to_device(loader, self.info.device), split, self.index(split))
 
     def _loader(self, dataset: ImageDataset, sampler: TrainSampler | EvalSampler, batch_size: int) -> Loader:
         workers = choose_workers(self.info.launch, self.config.workers)

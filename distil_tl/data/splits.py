@@ -49,8 +49,8 @@ class Splits:
         index: Index | None = getattr(self, split)
         return index
 
-    def remember(self, run_dir: Path) -> None:
-        """Save the indexes in the run directory, for `refuse_drift` to compare with."""
+    def save(self, run_dir: Path) -> None:
+        """Save the indexes in the run directory, for `refuse_changed_images` to compare with."""
         (run_dir / "index").mkdir(exist_ok=True)
         for split in SPLITS:
             index, path = self[split], run_dir / "index" / f"{split}.npz"
@@ -60,7 +60,7 @@ class Splits:
                 np.savez(packed, **index.to_arrays())  # type: ignore[arg-type]
                 write_atomic(path, packed.getvalue())
 
-    def refuse_drift(self, fingerprints: dict[str, str], run_dir: Path) -> None:
+    def refuse_changed_images(self, fingerprints: dict[str, str], run_dir: Path) -> None:
         """Raises UserError, with the differences, if the images differ from those of a checkpoint."""
         for split, fingerprint in fingerprints.items():
             index, path = self[split], run_dir / "index" / f"{split}.npz"
@@ -130,7 +130,7 @@ def _scan_splits(config: DataConfig, root: Path, archive: Path | None) -> dict[s
     return indexes
 
 
-def bring_near(info: DistInfo, config: DataConfig, splits: Splits) -> Splits:
+def copy_to_local_disk(info: DistInfo, config: DataConfig, splits: Splits) -> Splits:
     """The same splits, read from a copy on each node's own disk if `data.stage_to` is set and they fit."""
     if config.stage_to is None or splits.train.copy is not None:
         return splits

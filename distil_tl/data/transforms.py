@@ -13,26 +13,26 @@ _MIN_CROP_AREA = {"light": 0.5, "strong": 0.2}  # relative to the area of the im
 _MIN_ASPECT_RATIO = 3 / 4  # of a crop, shorter to longer side
 
 
-class View(nn.Sequential):
+class ImageTransform(nn.Sequential):
     """The transforms from a decoded image to the model's input, and the size of the image that they need.
 
-    `enough` is a length in pixels of the image's shorter side: from it, even the smallest crop has at least two pixels
-    for each pixel of the output. A larger image may be decoded at a reduced size, down to `enough`.
+    `min_side` is a length in pixels of the shorter side of an image: from it, even the smallest crop has at least two
+    pixels for each pixel of the output. A larger image may be decoded at a reduced size, down to `min_side`.
     """
 
-    def __init__(self, steps: list[nn.Module], enough: int) -> None:
+    def __init__(self, steps: list[nn.Module], min_side: int) -> None:
         super().__init__(*steps)
-        self.enough = enough
+        self.min_side = min_side
 
 
-def eval_transform(preprocess: Preprocess, image_size: int) -> View:
+def eval_transform(preprocess: Preprocess, image_size: int) -> ImageTransform:
     """uint8 [3, H, W] of any size to uint8 [3, image_size, image_size]: resize the shorter side, crop the centre."""
     resized = preprocess.resize_for(image_size)
     steps = [v2.Resize(resized, interpolation=preprocess.mode, antialias=True), v2.CenterCrop(image_size)]
-    return View(steps, enough=2 * resized)
+    return ImageTransform(steps, min_side=2 * resized)
 
 
-def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip: bool) -> View:
+def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip: bool) -> ImageTransform:
     """The training transform, uint8 in and out; random numbers come from torch's default CPU generator.
 
     `none` is `eval_transform`. `light` is a random resized crop (at least half the area) and a random horizontal flip.
@@ -51,10 +51,10 @@ def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip
         fill = [round(255 * m) for m in preprocess.mean]
         steps.append(v2.TrivialAugmentWide(interpolation=preprocess.mode, fill=fill))
         steps.append(v2.RandomErasing(p=0.1, value=[float(level) for level in fill]))
-    return View(steps, enough=math.ceil(2 * image_size / closest_crop(augment)))
+    return ImageTransform(steps, min_side=math.ceil(2 * image_size / min_crop_side(augment)))
 
 
-def closest_crop(augment: str) -> float:
+def min_crop_side(augment: str) -> float:
     """The least possible shorter side of a training crop, relative to the shorter side of the image."""
     # Of all images with the same shorter side, a square one has the smallest area, and therefore the smallest crops.
     return 1.0 if augment == "none" else math.sqrt(_MIN_CROP_AREA[augment] * _MIN_ASPECT_RATIO)

@@ -19,16 +19,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 class Request(enum.IntEnum):
     """What a rank requests of all ranks; the highest request wins."""
 
-    GO_ON = 0
+    CONTINUE = 0
     SAVE = 1
     STOP = 2
 
 
-class StopAgreedError(Exception):
+class AllRanksStopError(Exception):
     """All ranks have agreed to stop, during work that can be repeated from its beginning."""
 
 
-class StopRequest:
+class StopSignal:
     """Signal handlers that only record that a signal came. As a context manager it restores the former handlers.
 
     Before `hold` there is nothing to save, and the first signal ends the process with a PreemptedError. Signals: INT
@@ -37,23 +37,23 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._held = False
+        self._deferred = False
         self._former: dict[int, signal._HANDLER] = {}
 
     def __bool__(self) -> bool:
         """Whether a signal came."""
         return self.name is not None
 
-    def hold(self) -> None:
+    def defer(self) -> None:
         """From now on only record signals; the ranks then agree to stop."""
-        self._held = True
+        self._deferred = True
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         repeated, self.name = self.name is not None, signal.Signals(number).name
-        if not self._held and not repeated:
+        if not self._deferred and not repeated:
             raise PreemptedError(f"stopped by {self.name} before training started; run the same command to start again")
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> StopSignal:
         for number in SIGNALS:
             self._former[number] = signal.signal(number, self._handle)
         return self
@@ -79,7 +79,7 @@ class Agreement:
         self._highest = torch.zeros(1, dtype=torch.int32)
         self._pending: dist.Work | None = None
 
-    def poll(self) -> Request:
+    def exchange(self) -> Request:
         """The highest request of the call before, and start to reduce that of now."""
         if self._alone:
             return self._request()
@@ -88,26 +88,26 @@ class Agreement:
         self._pending = dist.all_reduce(self._highest, op=dist.ReduceOp.MAX, async_op=True)
         return agreed
 
-    def ask(self) -> Request:
+    def exchange_now(self) -> Request:
         """The highest request of now. Waits for the other ranks: for places such as the end of an epoch."""
-        earlier = self.poll()
+        earlier = self.exchange()
         return max(self._result(), earlier)
 
-    def check(self) -> None:
+    def raise_if_stopping(self) -> None:
         """Like `poll`, for work that can be repeated from its beginning.
 
         Raises:
-            StopAgreedError: on all ranks.
+            AllRanksStopError: on all ranks.
         """
-        if self.poll() is Request.STOP:
-            raise StopAgreedError
+        if self.exchange() is Request.STOP:
+            raise AllRanksStopError
 
     def _result(self) -> Request:
         """The result of the reduction that runs, if one does."""
         if self._alone:
             return self._request()
         if self._pending is None:
-            return Request.GO_ON
+            return Request.CONTINUE
         self._pending.wait()
         self._pending = None
         return Request(int(self._highest.item()))

@@ -34,7 +34,7 @@ class DistInfo:
     prepare_timeout: float  # seconds that the other ranks wait for work of one rank
     store: Store | None = None  # None for a single rank
     phase: str = "start-up"
-    begun: bool = False  # all ranks have started to train; from then on they stop together
+    training_started: bool = False  # all ranks have started to train; from then on they stop together
     _calls: int = field(default=0, repr=False)
 
     @property
@@ -56,7 +56,7 @@ class DistInfo:
 
 
 @contextmanager
-def session(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
+def init_distributed(launch: Launch, config: DistributedConfig) -> Iterator[DistInfo]:
     """Set up the device and, for more than one rank, the process group. Destroy the group if there is no error.
 
     After an error the group stays: to destroy it needs the other ranks, which may wait for this one. They notice when
@@ -153,7 +153,7 @@ def _preemption_behind(info: DistInfo, error: RuntimeError) -> PreemptedError | 
     stack trace.
     """
     url = info.launch.url
-    if info.begun or isinstance(error, dist.DistError) or url is None or not _accepts_connections(url):
+    if info.training_started or isinstance(error, dist.DistError) or url is None or not _accepts_connections(url):
         return None
     assert info.store is not None
     try:

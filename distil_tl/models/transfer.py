@@ -166,7 +166,7 @@ def _read_weights(
     return read_state_dict(file), WeightsInfo(f"torchvision {published.name}", sha256_file(file))
 
 
-def prepare_weights(config: ModelConfig) -> None:
+def download_weights(config: ModelConfig) -> None:
     """Download the weights into the cache of their library, so that `build` only reads, on all ranks.
 
     One process per cache calls it before `build`. It does nothing for weights that need no download.

@@ -30,7 +30,7 @@ def restore_state(
     path = Path(start.checkpoint)
     check_shared(info, path, path.is_dir)
     state = RunState.from_json(start.saved["run"])
-    splits.refuse_drift(start.saved["data"], start.saved_run_dir)
+    splits.refuse_changed_images(start.saved["data"], start.saved_run_dir)
     best = None if state.best is None else Checkpoints(Path(start.run_dir) / "checkpoints").path(state.best["step"])
     if best is not None and find_damage(best) is not None:
         # Removed, damaged, or in the directory of another run that this one resumes from.
@@ -61,5 +61,5 @@ def open_outputs(
         if best is None and checkpoints.named("best"):  # the best one is lost: the newest replaces it for now
             best = newest
         checkpoints.repair_links(newest, best)
-    splits.remember(directory.path)
+    splits.save(directory.path)
     return directory.attempt.token

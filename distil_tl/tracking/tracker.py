@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from distil_tl.tracking.config import TrackingConfig
-from distil_tl.tracking.wandb.client import Mirror
+from distil_tl.tracking.wandb.client import WandbClient
 from distil_tl.tracking.wandb.task import wandb_task
 from distil_tl.utils.files import json_safe, write_atomic, writing
 
@@ -41,7 +41,7 @@ class Tracker:
         self._config = config
         self._check = check
         self._file: TextIO | None = None
-        self._wandb: Mirror | None = None
+        self._wandb: WandbClient | None = None
 
     @property
     def closed(self) -> bool:
@@ -64,7 +64,7 @@ class Tracker:
             self._file = self._path.open("a", buffering=1)
         if self._settings.wandb.mode != "disabled":
             task = wandb_task(self._run_dir, self._settings.wandb, self._config)
-            self._wandb = Mirror(replace(task, pid=os.getpid()))
+            self._wandb = WandbClient(replace(task, pid=os.getpid()))
 
     def log(self, line: dict[str, Any]) -> None:
         """Write one line, with `step`, `epoch`, `stage`, `split` and `window` in it.

@@ -53,7 +53,7 @@ def evaluate(
         show: show progress on rank 0.
 
     Raises:
-        StopAgreedError: the ranks agreed to stop before the end; on all ranks alike.
+        AllRanksStopError: the ranks agreed to stop before the end; on all ranks alike.
     """
     was_training = network.training
     network.eval()
@@ -64,7 +64,7 @@ def evaluate(
     bar = Progress("evaluate", turns, show=show and info.is_main)
     for _ in range(turns):
         if agreement is not None:
-            agreement.check()
+            agreement.raise_if_stopping()
         batch = next(batches, None)
         if batch is None:
             continue

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from distil_tl.data.feature_cache import Cache, FeatureDataset, available_memory, free_space
+from distil_tl.data.feature_cache import FeatureCache, FeatureDataset, available_memory, free_space
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, ImageDataset, choose_workers, make_loader
 from distil_tl.data.sampler import SampleKey
@@ -64,7 +64,7 @@ class FeatureExtractor:
         Raises:
             FeaturesUnavailableError: there is no room for them, on disk or in memory.
             UserError: an image can't be used, or the device has too little memory.
-            StopAgreedError: on all ranks alike. Chunks that are complete are kept.
+            AllRanksStopError: on all ranks alike. Chunks that are complete are kept.
         """
         views = self.stage.config.views
         augment = "none" if views is None else self.stage.augment
@@ -79,21 +79,21 @@ class FeatureExtractor:
             f"naming the features of {split} for stage {stage.name}",
             lambda: cache_key(self.model, self.prefix, index, views),
         )
-        cache = Cache(cache_dir() / "features" / str(key), len(index), count)
+        cache = FeatureCache(cache_dir() / "features" / str(key), len(index), count)
         missing = self._missing_chunks(cache, split)
         if missing:
             dataset = self.source.train_dataset(split, stage.image_size, augment, seed=stage.seed, stage="features")
             self._compute(cache, missing, dataset, split)
         # Rank 0 has verified the old chunks, and the others were just written: sizes are enough here.
-        if max_over_ranks(self.info, float(not all(cache.is_there(*chunk) for chunk in cache.chunks()))):
+        if max_over_ranks(self.info, float(not all(cache.has_full_length(*chunk) for chunk in cache.chunks()))):
             raise FeaturesUnavailableError(
                 f"not all ranks find them in {cache.folder}; set DISTIL_TL_CACHE to shared storage"
             )
         features = self._map(cache, index)
-        self.source.bad_images.meet(features.bad().items(), split, index)
+        self.source.bad_images.apply_policy(features.bad().items(), split, index)
         return features
 
-    def _missing_chunks(self, cache: Cache, split: str) -> list[tuple[int, int]]:
+    def _missing_chunks(self, cache: FeatureCache, split: str) -> list[tuple[int, int]]:
         """The chunks that are not in the cache or damaged, if there is room for them."""
         what = f"{split} for stage {self.stage.name}"
         size = self.stage.image_size
@@ -101,7 +101,7 @@ class FeatureExtractor:
         bytes_per_image = example.numel() * example.element_size()
 
         def find() -> tuple[list[tuple[int, int]], str | None]:
-            missing = [chunk for chunk in cache.chunks() if not cache.is_sound(*chunk)]
+            missing = [chunk for chunk in cache.chunks() if not cache.is_valid(*chunk)]
             to_write = bytes_per_image * sum(len(cache.rows(first)) for _, first in missing)
             free, memory = free_space(cache.folder), available_memory()
             if to_write > free:
@@ -119,7 +119,7 @@ class FeatureExtractor:
         return [(view, first) for view, first in missing]
 
     @torch.no_grad()
-    def _compute(self, cache: Cache, missing: list[tuple[int, int]], dataset: ImageDataset, split: str) -> None:
+    def _compute(self, cache: FeatureCache, missing: list[tuple[int, int]], dataset: ImageDataset, split: str) -> None:
         """Compute chunks, each rank some of them.
 
         Batches are the same whichever rank computes them, so features do not depend on the number of ranks.
@@ -138,7 +138,7 @@ class FeatureExtractor:
         failed: OSError | None = None
         try:
             for turn in range(turns):
-                self.agreement.check()
+                self.agreement.raise_if_stopping()
                 if turn < len(mine) and failed is None:
                     own = itertools.islice(batches, sampler.batches_of(mine[turn]))
                     failed = _compute_chunk(info, self.prefix, cache, mine[turn], own)
@@ -150,7 +150,7 @@ class FeatureExtractor:
             reason = (failed.strerror or failed) if failed else "another rank could not write"
             raise FeaturesUnavailableError(f"they can't be written to {cache.folder}: {reason}")
 
-    def _map(self, cache: Cache, index: Index) -> FeatureDataset:
+    def _map(self, cache: FeatureCache, index: Index) -> FeatureDataset:
         """The features, mapped into memory."""
         mapped, reason = None, ""
         try:
@@ -165,7 +165,7 @@ class FeatureExtractor:
 class _ChunkBatches(Sampler[list[SampleKey]]):
     """The batches of some chunks. Keys are made when asked for: those of millions of images would fill memory."""
 
-    def __init__(self, cache: Cache, chunks: list[tuple[int, int]], batch_size: int) -> None:
+    def __init__(self, cache: FeatureCache, chunks: list[tuple[int, int]], batch_size: int) -> None:
         self.cache = cache
         self.chunks = chunks
         self.batch_size = batch_size
@@ -184,7 +184,7 @@ class _ChunkBatches(Sampler[list[SampleKey]]):
 
 
 def _compute_chunk(
-    info: DistInfo, prefix: Prefix, cache: Cache, chunk: tuple[int, int], batches: Iterator[Batch]
+    info: DistInfo, prefix: Prefix, cache: FeatureCache, chunk: tuple[int, int], batches: Iterator[Batch]
 ) -> OSError | None:
     """Compute a chunk and write it. Returns the error if it can't be written."""
     features, faults = [], dict[int, str]()

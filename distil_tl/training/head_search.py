@@ -33,7 +33,7 @@ from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup
 from distil_tl.utils.errors import NonFiniteError, UserError
 from distil_tl.utils.log import Progress, logger
-from distil_tl.utils.rng import seed_draws
+from distil_tl.utils.rng import seed_torch
 
 # Weights that train together. On a CPU they fit its cache with their moments; a GPU is best with few, large kernels.
 GROUP_SIZE = {"cpu": 200_000, "cuda": 1 << 26}
@@ -71,7 +71,7 @@ class _Search:
         parts = zip(*(torch.split(column, size) for column in columns), strict=True)
         found = []
         for step, (part, target, share) in enumerate(parts, start=epoch * self.sampler.steps_per_epoch + first):
-            seed_draws(self.device, stage.seed, "step", stage.name, step, 0, 0)  # as on one rank
+            seed_torch(self.device, stage.seed, "step", stage.name, step, 0, 0)  # as on one rank
             factor = lr_factor(step, total, optim.warmup, optim.schedule)
             found.append(HeadBatch(self.with_ones(self.dropout(part)), target, share, factor))
         return found
@@ -102,7 +102,7 @@ def search_head(
     Raises:
         UserError: the stage trains something other than a single linear layer on features.
         NonFiniteError: no head has a finite loss.
-        StopAgreedError: on all ranks alike. Nothing is kept.
+        AllRanksStopError: on all ranks alike. Nothing is kept.
     """
     start = time.monotonic()
     info.phase = f"the search for stage {stage.name}"
@@ -185,7 +185,7 @@ def _train(search: _Search, groups: list[BatchedHeads], agreement: Agreement, *,
         sampler.set_position(epoch)
         done = 0
         for keys in _blocks(sampler, sampler.global_batch_size):
-            agreement.check()
+            agreement.raise_if_stopping()
             batches = search.batches(epoch, keys, done) if groups else []
             for heads in groups:
                 for batch in batches:
@@ -200,7 +200,7 @@ def _scores(search: _Search, groups: list[BatchedHeads], agreement: Agreement) -
     sums = [torch.zeros(2, len(heads.weight), dtype=torch.float64, device=search.device) for heads in groups]
     count = 0
     for keys in _blocks((SampleKey(i, 0, i) for i in range(len(search.features.val))), 1):
-        agreement.check()
+        agreement.raise_if_stopping()
         if groups:
             features, batch = search.read(search.features.val, keys)
             features, targets = search.with_ones(features), batch.targets.to(search.device)

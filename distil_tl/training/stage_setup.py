@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distil_tl.data.source import ImageSource
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.models.graph.equivalence import undisturbed
+from distil_tl.models.graph.equivalence import preserve_state
 from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
 from distil_tl.models.preprocess import Normalize
 from distil_tl.models.transfer import TransferModel
@@ -96,7 +96,7 @@ def set_up_stage(
 
     Raises:
         UserError: the stage asks for features and can't have them, or an image can't be used.
-        StopAgreedError: on all ranks alike.
+        AllRanksStopError: on all ranks alike.
     """
     apply_stage(model, stage.config)
     options = candidates(stage.precision, model.module, info.device)
@@ -212,7 +212,7 @@ def _trained_compute(
 
     def step(compute: Compute) -> None:
         network = parts.network(compute)
-        with undisturbed(parts.model.module, info.device):
+        with preserve_state(parts.model.module, info.device):
             F.cross_entropy(network(inputs), targets).backward()  # type: ignore[no-untyped-call]
         for parameter in network.parameters():
             parameter.grad = None

@@ -22,7 +22,7 @@ from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.source import ImageSource
 from distil_tl.distributed.collectives import average_over_ranks, gather_objects, max_over_ranks
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.models.graph.equivalence import undisturbed
+from distil_tl.models.graph.equivalence import preserve_state
 from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir.state import Position
 from distil_tl.training.metrics import Meter
@@ -168,7 +168,7 @@ def fix_bucket_order(info: DistInfo, network: nn.Module, optimizer: torch.optim.
     """
     if not isinstance(network, DistributedDataParallel):
         return
-    with undisturbed(network, info.device):
+    with preserve_state(network, info.device):
         network(dummy).sum().backward()
     optimizer.zero_grad(set_to_none=True)
 
@@ -228,7 +228,9 @@ def check_finite(info: DistInfo, training: StageTraining) -> None:
     if bad == float("inf"):
         return
     index, stage = training.images, training.stage.name
-    mine = [printable(index.relative(i)) for step, images in training.recent if step == bad for i in images.tolist()]
+    mine = [
+        printable(index.relative_path(i)) for step, images in training.recent if step == bad for i in images.tolist()
+    ]
     names = [name for part in gather_objects(info, mine) for name in part]
     shown = ", ".join(names[:64]) + (f" and {len(names) - 64} more" if len(names) > 64 else "")
     raise NonFiniteError(

@@ -55,7 +55,7 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
         return EXIT_FAULT
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End the process with `status`, also when a thread is abandoned in a call that does not return.
 
     If such a call returned while Python finalizes, the process would abort, with another exit status.

@@ -74,7 +74,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(steps)
 
-    def say(self, text: str) -> None:
+    def show(self, text: str) -> None:
         """Show the latest figures: beside the bar, or as a line of the log."""
         if self._bar is not None:
             self._bar.set_postfix_str(text)

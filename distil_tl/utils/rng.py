@@ -17,7 +17,7 @@ def keyed_seed(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def seed_draws(device: torch.device, *key: int | str) -> None:
+def seed_torch(device: torch.device, *key: int | str) -> None:
     """Seed torch's generators of the CPU and of `device` with `keyed_seed(*key)`, for dropout and stochastic depth.
 
     The same as `torch.manual_seed`, without its cost: that also stores a seed and a stack trace for each kind of

@@ -18,16 +18,16 @@ from benchmarks.scale import files, link, ranks, startup, traffic
 from distil_tl.data.scan import scan
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import session
+from distil_tl.distributed.process_group import init_distributed
 from tests.helpers.ranks import processes_of, run_ranks
 
 
 def test_a_synthetic_index_is_like_that_of_a_scan() -> None:
     index = files.synthetic_index(5000)
     assert len(index) == 5000
-    assert index.relative(0) == "class-0000/image-00000000.jpg"
-    assert index.relative(4999) == "class-0999/image-00004999.jpg"
-    assert all(index.relative(i).startswith(index.classes[index.targets[i]]) for i in range(0, 5000, 313))
+    assert index.relative_path(0) == "class-0000/image-00000000.jpg"
+    assert index.relative_path(4999) == "class-0999/image-00004999.jpg"
+    assert all(index.relative_path(i).startswith(index.classes[index.targets[i]]) for i in range(0, 5000, 313))
     assert index.class_counts.tolist() == [5] * 1000
 
 
@@ -55,7 +55,7 @@ def test_gradients_are_counted_where_ddp_reduces_them() -> None:
 
 
 def _startup() -> dict[str, Any]:
-    with session(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
+    with init_distributed(read_launch(os.environ), DistributedConfig(device="cpu")) as info:
         return startup.measure(info, 4096, 2)
 
 

@@ -22,7 +22,7 @@ from distil_tl.cli.main import main as distil_tl
 from distil_tl.cli.prepare import main
 from distil_tl.data import resize as shrink
 from distil_tl.data.decode import decode
-from distil_tl.data.resize import name_of_resized
+from distil_tl.data.resize import resized_name
 from distil_tl.data.scan import scan
 from distil_tl.train import main as train
 from tests.helpers.arguments import small_args
@@ -318,11 +318,11 @@ def test_names_of_resized_images(tmp_path: Path) -> None:
     for name, expected in (
         ("a/x.JPEG", "a/x.JPEG"), ("a/x.png", "a/x.png"), ("a/x.bmp", "a/x.bmp.png"), ("a/x.WebP", "a/x.WebP.jpg")
     ):  # fmt: skip
-        assert name_of_resized(tmp_path, name) == expected
+        assert resized_name(tmp_path, name) == expected
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.bmp.png").write_text("")
     (tmp_path / "a/x.bmp_.png").write_text("")
-    assert name_of_resized(tmp_path, "a/x.bmp") == "a/x.bmp__.png"
+    assert resized_name(tmp_path, "a/x.bmp") == "a/x.bmp__.png"
 
 
 # Whether a copy helps.

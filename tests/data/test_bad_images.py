@@ -154,7 +154,7 @@ def runs(
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_image_is_refused_with_its_class_the_reason_and_the_way_out(
+def test_the_error_for_a_bad_image_names_its_class_the_reason_and_a_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     root = make_folder(tmp_path / "data", {"train": 7, "val": 3})
@@ -165,7 +165,7 @@ def test_a_bad_image_is_refused_with_its_class_the_reason_and_the_way_out(
     assert len(message.splitlines()) == 1
 
 
-def test_odd_images_are_no_bad_ones(tmp_path: Path) -> None:
+def test_unusual_images_are_not_bad_images(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "data", {"train": 9, "val": 3})
     for split in ("train", "val"):
         add(root / split / "noise", *ODD)
@@ -180,7 +180,7 @@ def evaluation_of(run_dir: Path) -> dict[str, Any]:
     return figures
 
 
-def test_skipping_trains_to_the_end_and_lists_what_was_left_out(runs: Any) -> None:
+def test_skipping_completes_the_training_and_lists_the_skipped_images(runs: Any) -> None:
     for world, (run_dir, _) in runs.items():
         summary = summary_of(run_dir)
         assert summary["status"] == "completed"
@@ -192,7 +192,7 @@ def test_skipping_trains_to_the_end_and_lists_what_was_left_out(runs: Any) -> No
             assert all(reason.startswith(reason_of(name)) for name, reason in images.items())
 
 
-def test_each_is_warned_of_once_over_all_ranks_epochs_and_evaluations(runs: Any, found: Path) -> None:
+def test_there_is_one_warning_per_image_over_all_ranks_epochs_and_evaluations(runs: Any, found: Path) -> None:
     for world, (run_dir, _) in runs.items():
         said = "".join(path.read_text() for path in (run_dir / "logs").iterdir())
         warned = [line for line in said.splitlines() if "skipped the image" in line]
@@ -230,7 +230,7 @@ def test_validation_counts_only_usable_images(runs: Any, found: Path, tmp_path: 
         assert cleaned["loss"] == pytest.approx(figures["loss"], rel=1e-5)
 
 
-def test_a_run_that_goes_on_keeps_the_list(runs: Any, skipping: list[str], tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_the_list(runs: Any, skipping: list[str], tmp_path: Path) -> None:
     """Stopped after the first epoch, in which all bad images were found: no new ones follow."""
     run_dir = tmp_path / "run"
     assert run_ranks(1, stopped_train, [*skipping, f"run_dir={run_dir}"], 7, 0, signal.SIGUSR2) == [3]
@@ -245,7 +245,7 @@ def test_a_run_that_goes_on_keeps_the_list(runs: Any, skipping: list[str], tmp_p
     assert all(torch.equal(one[key], two[key]) for key in two)
 
 
-def test_skipping_may_begin_when_a_bad_image_has_stopped_the_run(tmp_path: Path) -> None:
+def test_a_run_stopped_by_a_bad_image_can_be_resumed_with_skipping(tmp_path: Path) -> None:
     """As the message of the stopped run says."""
     root = make_folder(tmp_path / "data", {"train": 16, "val": 3})
     image_at(root, position=9).write_bytes(b"")
@@ -267,7 +267,7 @@ def image_at(root: Path, position: int) -> Path:
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_batch_made_wholly_of_bad_images_changes_nothing(tmp_path: Path, world: int) -> None:
+def test_a_batch_of_only_bad_images_changes_nothing(tmp_path: Path, world: int) -> None:
     root = make_folder(tmp_path / "data", {"train": 16, "val": 3})
     for position in range(8):
         image_at(root, position).write_bytes(b"")
@@ -298,7 +298,7 @@ def fresh_weights(root: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_split_without_one_good_image_is_refused(
+def test_a_split_without_a_usable_image_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str
 ) -> None:
     root = make_folder(tmp_path / "data", {"train": 8, "val": 3})
@@ -311,7 +311,7 @@ def test_a_split_without_one_good_image_is_refused(
     assert summary_of(run_dir)["status"] == "failed"
 
 
-def test_one_image_to_validate_on_three_ranks(folder: Path, tmp_path: Path) -> None:
+def test_one_validation_image_on_three_ranks(folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "data"
     shutil.copytree(folder / "train", root / "train")
     make_folder(root, {"val": 1})
@@ -326,7 +326,7 @@ def test_one_image_to_validate_on_three_ranks(folder: Path, tmp_path: Path) -> N
     assert figures[0]["loss"] == pytest.approx(figures[1]["loss"], rel=1e-4)
 
 
-def test_one_class_alone_trains_to_certainty(tmp_path: Path) -> None:
+def test_a_single_class_can_be_trained(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "data", {"train": 16, "val": 3}, classes=("noise",))
     run_dir = tmp_path / "run"
     assert main([*small_args(root), *HEAD_ALONE, f"run_dir={run_dir}"]) == 0

@@ -230,7 +230,7 @@ def test_one_pixel():
 
 
 @pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True})])
-def test_of_an_animation_the_first_frame(kind, options):
+def test_the_first_frame_of_an_animation_is_used(kind, options):
     if kind not in module._plugins():
         pytest.skip("this Pillow lacks it")
     frames = [Image.new("RGB", (3, 2), colour) for colour in (RED, GREEN, BLUE)]

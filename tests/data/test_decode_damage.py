@@ -21,7 +21,7 @@ def bomb(side: int = 25000) -> bytes:
     return png(side, side, 8, 2, bytes(1000))
 
 
-def test_a_bomb_is_refused_by_name_with_flat_memory(tmp_path: Path):
+def test_a_decompression_bomb_is_refused_with_constant_memory(tmp_path: Path):
     path = tmp_path / "bomb.png"
     path.write_bytes(bomb())
     decode_bytes(saved(Image.new("RGB", (1, 1))))  # plugins imported

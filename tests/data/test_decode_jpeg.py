@@ -80,7 +80,7 @@ def test_pillow_is_used_if_the_fast_decoder_fails(monkeypatch):
      (37, (38, 51)), (1, (38, 51))],
 )  # fmt: skip
 def test_a_jpeg_is_decoded_no_smaller_than_enough(enough, shape):
-    image = decode_bytes(photo(402, 300), enough=enough)
+    image = decode_bytes(photo(402, 300), min_side=enough)
     assert image.shape == (3, *shape)
     assert image.stride()[0] == 1
 
@@ -90,32 +90,32 @@ def test_a_jpeg_decoded_small_shows_the_same_picture():
     y, x = np.mgrid[:320, :400]
     data = saved(Image.fromarray(np.stack([x / 2, y / 2, (x + y) / 4], 2).astype(np.uint8)), "JPEG", quality=95)
     whole = decode_bytes(data)
-    small = decode_bytes(data, enough=80)
+    small = decode_bytes(data, min_side=80)
     assert small.shape == (3, 80, 100)
     means = whole.float().reshape(3, 80, 4, 100, 4).mean(dim=(2, 4))
     assert (small.float() - means).abs().max() <= 3
-    assert torch.equal(decode_bytes(data, enough=80), small)
+    assert torch.equal(decode_bytes(data, min_side=80), small)
 
 
 def test_a_jpeg_decoded_small_is_upright_and_converted_too():
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert decode_bytes(photo(400, 200, exif=exif), enough=50).shape == (3, 100, 50)
+    assert decode_bytes(photo(400, 200, exif=exif), min_side=50).shape == (3, 100, 50)
     for mode in ("L", "CMYK"):
-        whole, small = (decode_bytes(photo(400, 320, mode), enough=n).float() for n in (None, 160))
+        whole, small = (decode_bytes(photo(400, 320, mode), min_side=n).float() for n in (None, 160))
         assert small.shape == (3, 160, 200)
         assert (small - whole.reshape(3, 160, 2, 200, 2).mean(dim=(2, 4))).abs().mean() < 3, mode
 
 
 def test_only_jpegs_are_decoded_small():
     for kind in ("PNG", "TIFF", "BMP"):
-        assert decode_bytes(saved(Image.new("RGB", (80, 80)), kind), enough=10).shape == (3, 80, 80)
+        assert decode_bytes(saved(Image.new("RGB", (80, 80)), kind), min_side=10).shape == (3, 80, 80)
 
 
 def test_limits_and_damage_are_those_of_the_whole_jpeg():
     data = photo(402, 300)
     with pytest.raises(ImageError, match="402 x 300 pixels"):
-        decode_bytes(data, max_pixels=402 * 300 - 1, enough=10)
+        decode_bytes(data, max_pixels=402 * 300 - 1, min_side=10)
     for share in (0.3, 0.9):
         with pytest.raises(ImageError, match="damaged image"):
-            decode_bytes(data[: int(len(data) * share)], enough=10)
+            decode_bytes(data[: int(len(data) * share)], min_side=10)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distil_tl.data import feature_cache
-from distil_tl.data.feature_cache import Cache
+from distil_tl.data.feature_cache import FeatureCache
 from distil_tl.data.sampler import SampleKey
 from tests.helpers.recorded_features import ABOUT, TRAIN, VAL
 
@@ -20,7 +20,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_chunks_keep_no_file_open(tmp_path: Path, small_chunks: None) -> None:
-    cache = Cache(tmp_path / "f", 16 * 20, 2)
+    cache = FeatureCache(tmp_path / "f", 16 * 20, 2)
     for view, first in cache.chunks():
         cache.write(view, first, torch.full((16, 3), float(first + view)), {})
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -34,15 +34,15 @@ def test_chunks_keep_no_file_open(tmp_path: Path, small_chunks: None) -> None:
 @pytest.mark.parametrize("shape", [(16, 3, 2, 2), (1, 3, 5, 1)])  # the second is in Fortran order
 def test_a_chunk_is_read_as_it_was_written(tmp_path: Path, small_chunks: None, shape: tuple[int, ...]) -> None:
     content = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-    cache = Cache(tmp_path / "f", shape[0], 1)
+    cache = FeatureCache(tmp_path / "f", shape[0], 1)
     cache.write(0, 0, content, {})
     assert np.array_equal(cache.open(np.zeros(shape[0])).arrays[0], content.numpy())
 
 
 def test_chunks_written_by_earlier_code_are_valid_and_read() -> None:
-    train, val = Cache(TRAIN, 3, 2), Cache(VAL, 2, 1)
+    train, val = FeatureCache(TRAIN, 3, 2), FeatureCache(VAL, 2, 1)
     for cache in (train, val):
-        assert all(cache.is_sound(*chunk) and cache.is_there(*chunk) for chunk in cache.chunks())
+        assert all(cache.is_valid(*chunk) and cache.has_full_length(*chunk) for chunk in cache.chunks())
     features = train.open(np.array([0, 1, 1]))
     batch = features.__getitems__([SampleKey(0, 0, 0), SampleKey(0, 1, 1), SampleKey(2, 1, 2)])
     assert batch.images[:2, :3].tolist() == ABOUT["first_values"]["train"]

@@ -35,10 +35,10 @@ def test_names_of_any_bytes(tmp_path: Path):
 
 def test_access_by_number(tmp_path: Path):
     index = scan(plant(tmp_path, "a/1.jpg", "a/2.jpg"))
-    assert index.relative(1) == index.relative(-1) == "a/2.jpg"
+    assert index.relative_path(1) == index.relative_path(-1) == "a/2.jpg"
     assert index.path(np.int64(0)) == tmp_path / "a" / "1.jpg"
     with pytest.raises(IndexError):
-        index.relative(2)
+        index.relative_path(2)
 
 
 def test_fingerprint_depends_on_content_not_location(tmp_path: Path):

@@ -51,7 +51,7 @@ class _WhereIs(ImageDataset):
         assert get_worker_info() is not None
         assert self.index.copy == Path("/copy")
         self.index.targets[key.image] += 100  # must not be visible to other processes
-        return self.index.relative(key.image), os.getpid(), files_in_memory()
+        return self.index.relative_path(key.image), os.getpid(), files_in_memory()
 
 
 @LINUX
@@ -59,7 +59,7 @@ class _WhereIs(ImageDataset):
 def test_workers_that_are_not_forked_share_the_index(folder: Path, method: str) -> None:
     index = dataclasses.replace(scan(folder / "train"), copy=Path("/copy"))
     dataset = _WhereIs(index, eval_transform(Preprocess(), 32), 32)
-    names, before = [index.relative(i) for i in range(6)], index.targets[:6].tolist()
+    names, before = [index.relative_path(i) for i in range(6)], index.targets[:6].tolist()
     keys: Any = [SampleKey(i, 0, i) for i in range(6)]
     others = files_in_memory()
     loader: Any = DataLoader(
@@ -123,7 +123,7 @@ def test_without_shared_memory_an_index_is_copied(folder: Path, monkeypatch: pyt
     index = scan(folder / "train")
     assert index.to_share() is index
     again = pickle.loads(pickle.dumps(index))
-    assert again.relative(3) == index.relative(3)
+    assert again.relative_path(3) == index.relative_path(3)
     assert again.sizes.tolist() == index.sizes.tolist()
 
 

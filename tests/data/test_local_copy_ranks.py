@@ -16,7 +16,7 @@ import pytest
 from distil_tl.data import local_copy
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import session
+from distil_tl.distributed.process_group import init_distributed
 from distil_tl.distributed.rank_zero import on_each_node
 from distil_tl.utils.errors import UserError
 from tests.helpers.arguments import small_args
@@ -73,7 +73,7 @@ def raising(node_that_fails: int) -> str:
         return f"node {launch.node}"
 
     config = DistributedConfig(device="cpu", timeout_seconds=30, prepare_timeout_seconds=30)
-    with session(launch, config) as info:
+    with init_distributed(launch, config) as info:
         assert on_each_node(info, "first", lambda: rank() * 10) == rank() * 10
         try:
             return str(on_each_node(info, "second", work))

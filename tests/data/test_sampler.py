@@ -48,7 +48,7 @@ def trainings(draw: st.DrawFn) -> tuple[int, int, int, int]:
 
 
 @given(trainings(), st.integers(0, 2**40), st.integers(0, 5))
-def test_global_batches_are_slices_of_the_order_whatever_the_world(
+def test_global_batches_are_slices_of_the_order_for_any_world_size(
     training: tuple[int, int, int, int], seed: int, epoch: int
 ):
     length, batch, world, _ = training
@@ -61,7 +61,7 @@ def test_global_batches_are_slices_of_the_order_whatever_the_world(
 
 
 @given(trainings(), st.integers(0, 3), st.data())
-def test_a_killed_run_goes_on_exactly_on_another_world_size(
+def test_a_killed_run_is_resumed_exactly_on_another_world_size(
     training: tuple[int, int, int, int], epoch: int, data: st.DataObject
 ):
     length, batch, before, after = training

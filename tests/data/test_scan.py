@@ -76,7 +76,7 @@ def test_links_to_folders_and_files_are_followed(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("target", "found"), [("a", "loop"), (".", "loop"), ("a/deep", "loop"), ("..", "loop/split")])
-def test_a_circle_of_links_is_refused_by_name(tmp_path: Path, target, found):
+def test_a_loop_of_links_is_refused_by_name(tmp_path: Path, target, found):
     split = plant(tmp_path / "split", "a/deep/1.jpg")
     (split / "a" / "deep" / "loop").symlink_to((split / target).resolve())
     with pytest.raises(UserError, match=rf"split/a/deep/{found}' contains itself"):
@@ -172,7 +172,7 @@ def test_given_classes_decide_the_targets(tmp_path: Path):
     plant(tmp_path, "ant/1.jpg", "cat/1.jpg", "dog/notes.txt")
     index = scan(tmp_path, classes=["dog", "cat", "bee", "ant"])
     assert index.classes == ("dog", "cat", "bee", "ant")
-    assert [(index.relative(i), int(index.targets[i])) for i in range(2)] == [
+    assert [(index.relative_path(i), int(index.targets[i])) for i in range(2)] == [
         ("ant/1.jpg", 3),
         ("cat/1.jpg", 1),
     ]

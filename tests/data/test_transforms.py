@@ -134,8 +134,8 @@ def test_the_area_of_a_crop(augment: str, least: float):
 
 
 def test_enough_is_twice_what_the_evaluation_view_resizes_to():
-    assert eval_transform(PREPROCESS, 224).enough == 512
-    assert train_transform(PREPROCESS, 224, "none", hflip=True).enough == 512
+    assert eval_transform(PREPROCESS, 224).min_side == 512
+    assert train_transform(PREPROCESS, 224, "none", hflip=True).min_side == 512
 
 
 @pytest.mark.parametrize("augment", ["light", "strong"])
@@ -144,7 +144,7 @@ def test_enough_is_twice_what_the_evaluation_view_resizes_to():
 def test_even_the_smallest_crop_has_two_pixels_per_output_pixel(augment, height: int, width: int, seed: int):
     """Images of any shape whose shorter side is exactly `enough` for an output of 8 pixels."""
     steps = train_transform(PREPROCESS, 8, augment, hflip=False)
-    scale = steps.enough / min(height, width)
+    scale = steps.min_side / min(height, width)
     shape = torch.empty(3, round(height * scale), round(width * scale), dtype=torch.uint8)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

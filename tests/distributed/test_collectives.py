@@ -12,7 +12,7 @@ from distil_tl.distributed import collectives
 from distil_tl.distributed.collectives import gather_objects, share_arrays
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch, read_launch
-from distil_tl.distributed.process_group import DistInfo, session
+from distil_tl.distributed.process_group import DistInfo, init_distributed
 from tests.helpers.ranks import rank, run_ranks
 from tests.helpers.shared_memory import LINUX, files_in_memory
 
@@ -36,7 +36,7 @@ def shared(nodes: list[int], fault: str | None = None) -> tuple[bool, list[int],
     launch: Launch = read_launch(os.environ)
     here = nodes[rank()]
     launch = replace(launch, node=here, local_rank=nodes[: rank()].count(here), local_world_size=nodes.count(here))
-    with session(launch, DistributedConfig(device="cpu", timeout_seconds=60)) as info:
+    with init_distributed(launch, DistributedConfig(device="cpu", timeout_seconds=60)) as info:
         got = share_arrays(info, ARRAYS if rank() == 0 else None)
         equal = all(
             np.array_equal(got[name], array) and (got[name].dtype, got[name].shape) == (array.dtype, array.shape)

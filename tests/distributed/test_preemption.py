@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from distil_tl.distributed.preemption import StopRequest
+from distil_tl.distributed.preemption import StopSignal
 from distil_tl.models import timm_models
 from distil_tl.train import main
 from distil_tl.utils.errors import PreemptedError
@@ -26,11 +26,11 @@ def test_a_library_that_handles_errors_of_its_download_does_not_catch_a_signal(
 ) -> None:
     timm = pytest.importorskip("timm")
     monkeypatch.setattr(timm, "create_model", raise_signal)
-    with StopRequest(), pytest.raises(PreemptedError, match="stopped by SIGTERM before training started"):
+    with StopSignal(), pytest.raises(PreemptedError, match="stopped by SIGTERM before training started"):
         timm_models._create("vit_tiny_patch16_224", True)
 
 
-@pytest.mark.parametrize("during", ["look_for_start", "open_splits", "prepare_weights", "build"])
+@pytest.mark.parametrize("during", ["look_for_start", "open_splits", "download_weights", "build"])
 def test_a_signal_in_start_up_ends_the_run_with_status_3(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], during: str
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch, read_launch
-from distil_tl.distributed.process_group import DistInfo, session
+from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_each_node, on_rank_zero, once_per_node
 from distil_tl.utils.errors import LostRanksError, PreemptedError, UserError
 from tests.helpers.ranks import rank, run_ranks
@@ -31,7 +31,7 @@ def among(nodes: list[int], body: Callable[[DistInfo], Any]) -> Any:
         local_world_size=nodes.count(here),
     )
     try:
-        with session(launch, CONFIG) as info:
+        with init_distributed(launch, CONFIG) as info:
             return body(info)
     except (Exception, PreemptedError) as error:
         return f"{type(error).__name__}: {error}"

@@ -38,7 +38,7 @@ REGIONS = {
     "start-up": (
         "look_for_start",
         "open_splits",
-        "prepare_weights",
+        "download_weights",
         "build",
         "open_run",
         "set_up_stage",

@@ -47,7 +47,7 @@ def traced_train(args: list[str]) -> tuple[int, list[list[tuple[int, str]]]]:
     """The exit status, and for each training batch of this rank its (image, hash of the tensor) pairs."""
     faults: Any = importlib.import_module("distil_tl.data.bad_images").BadImages
     seen: list[list[tuple[int, str]]] = []
-    original = faults.read
+    original = faults.check
 
     def read(self: Any, loader: Any, split: str, index: Any) -> Any:
         for batch in original(self, loader, split, index):
@@ -56,7 +56,7 @@ def traced_train(args: list[str]) -> tuple[int, list[list[tuple[int, str]]]]:
                 seen.append(list(zip(batch.indices.tolist(), hashes, strict=True)))
             yield batch
 
-    faults.read = read
+    faults.check = read
     return train(args), seen
 
 

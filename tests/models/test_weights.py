@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.torchvision_models import published_weights
-from distil_tl.models.transfer import TransferModel, build, prepare_weights
+from distil_tl.models.transfer import TransferModel, build, download_weights
 from distil_tl.models.weight_packages import PACKAGES
 from distil_tl.models.weights import match_by_position, read_state_dict
 from distil_tl.utils.errors import UserError
@@ -221,7 +221,7 @@ def test_cached_torchvision_weights_are_only_read(
 ):
     path = fake_cache(monkeypatch, tmp_path, "resnet18", state)
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    prepare_weights(ModelConfig("resnet18", "default"))
+    download_weights(ModelConfig("resnet18", "default"))
     model = load("resnet18", "IMAGENET1K_V1")
     assert_backbone(model, state)
     assert model.weights.source == "torchvision IMAGENET1K_V1"
@@ -271,7 +271,7 @@ def test_a_failed_torchvision_download_names_the_alternatives(monkeypatch: pytes
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(UserError) as caught:
-        prepare_weights(ModelConfig("resnet18", "default"))
+        download_weights(ModelConfig("resnet18", "default"))
     for part in ("resnet18", "https://download.pytorch.org", "model.weights=PATH", "no network"):
         assert part in str(caught.value)
 
@@ -295,7 +295,7 @@ def test_cached_timm_weights_are_only_read(hub: Path):
     (repository / "refs/main").write_text("0" * 40)
     safetensors.torch.save_file(donor, snapshot / "model.safetensors")
 
-    prepare_weights(ModelConfig("timm/test_vit", "default"))
+    download_weights(ModelConfig("timm/test_vit", "default"))
     model = load("timm/test_vit", "default")
     assert_backbone(model, donor)
     assert model.weights.source == "timm test_vit.r160_in1k"
@@ -305,7 +305,7 @@ def test_cached_timm_weights_are_only_read(hub: Path):
 @pytest.mark.usefixtures("hub")
 def test_a_failed_timm_download_names_the_alternatives():
     with pytest.raises(UserError) as caught:
-        prepare_weights(ModelConfig("timm/test_vit", "default"))
+        download_weights(ModelConfig("timm/test_vit", "default"))
     for part in ("test_vit", "timm/test_vit.r160_in1k", "model.weights=PATH"):
         assert part in str(caught.value)
 
@@ -313,7 +313,7 @@ def test_a_failed_timm_download_names_the_alternatives():
 @pytest.mark.parametrize("weights", ["none", "package", "w.pth"])
 def test_preparing_weights_without_download_does_nothing(monkeypatch: pytest.MonkeyPatch, weights: str):
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    prepare_weights(ModelConfig(LITE, weights))
+    download_weights(ModelConfig(LITE, weights))
 
 
 def test_timm_models_load_files_strictly(tmp_path: Path):

@@ -144,13 +144,13 @@ def test_a_damaged_list_of_images_names_no_differences_and_is_written_again(
         lists.write_bytes(before[:content] if isinstance(content, int) else content)
     state = json.loads(next((run_dir / "checkpoints").glob("step-*/state.json")).read_text())
     splits = Splits(indexes["train"], indexes["val"], None)
-    splits.refuse_drift(state["data"], run_dir)
+    splits.refuse_changed_images(state["data"], run_dir)
     other = Splits(indexes["val"], indexes["val"], None)
     with pytest.raises(UserError, match=r"started with \(files were added, removed or changed\); restore them"):
-        other.refuse_drift(state["data"], run_dir)
-    splits.remember(run_dir)
+        other.refuse_changed_images(state["data"], run_dir)
+    splits.save(run_dir)
     with pytest.raises(UserError, match="removed"):
-        other.refuse_drift(state["data"], run_dir)
+        other.refuse_changed_images(state["data"], run_dir)
 
 
 # Settings that have changed.

@@ -104,7 +104,7 @@ def slow_start(seconds: float) -> None:
 
         return slowed
 
-    module.look_for_start, module.prepare_weights = slow(module.look_for_start), slow(module.prepare_weights)
+    module.look_for_start, module.download_weights = slow(module.look_for_start), slow(module.download_weights)
     splits.data_root = slow(splits.data_root)
 
 

@@ -25,9 +25,9 @@ from distil_tl.data import loader as loading
 from distil_tl.data.config import fitting_world_sizes
 from distil_tl.data.loader import Batch, ImageDataset, make_loader
 from distil_tl.data.sampler import TrainSampler
-from distil_tl.data.transforms import View
+from distil_tl.data.transforms import ImageTransform
 from distil_tl.distributed.launch_env import Launch
-from distil_tl.distributed.preemption import Request, StopAgreedError
+from distil_tl.distributed.preemption import AllRanksStopError, Request
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.run import Run
 from distil_tl.rundir.state import Position, RunState
@@ -79,10 +79,10 @@ class Clock:
     def __init__(self, attempt: Attempt) -> None:
         self.left, self.signal = attempt.steps, attempt.signal
 
-    def poll(self) -> Request:
+    def exchange(self) -> Request:
         self.left -= 1
         if self.left > 0:
-            return Request.GO_ON
+            return Request.CONTINUE
         if self.signal:
             return Request.STOP
         raise KilledError
@@ -130,7 +130,7 @@ def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: S
     config.seed = plan.seed
     info = DistInfo(Launch(rank=rank, world_size=attempt.world), torch.device("cpu"), 1.0)
     index: Any = SimpleNamespace(
-        targets=[i % 2 for i in range(plan.images)], file=lambda i: i, copy=None, classes=("a", "b")
+        targets=[i % 2 for i in range(plan.images)], local_path=lambda i: i, copy=None, classes=("a", "b")
     )
     nothing: Any = SimpleNamespace(wait=lambda: None, path=Path(), preprocess=SimpleNamespace(crop_size=8))
     source: Any = Source(index, plan, seen)
@@ -147,7 +147,7 @@ def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: S
                 run_stage(run, clock, run.stage(name))
     except KilledError:
         return run.saved, False
-    except StopAgreedError:
+    except AllRanksStopError:
         assert not run.unsaved
         return run.saved, False
     return run.saved, True
@@ -160,7 +160,7 @@ def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
         len(index.targets), global_batch_size=data.global_batch_size, world_size=info.world_size,
         rank=info.rank, seed=stage.seed, stage=stage.name,
     )  # fmt: skip
-    dataset = ImageDataset(index, View([InitialSeed()], 8), 8, seed=stage.seed, stage=stage.name)
+    dataset = ImageDataset(index, ImageTransform([InitialSeed()], 8), 8, seed=stage.seed, stage=stage.name)
     loader = make_loader(dataset, sampler, batch_size=run.plan.micro, workers=0, pin_memory=False)
     network: Any = Tiny()
     group = {"params": list(network.parameters()), "peak_lr": stage.config.lr}
@@ -179,7 +179,7 @@ def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
         training.meter = Meter(info, 2)
         run.save(training)
         if clock.left == 0:  # the signal came with the last step of the epoch
-            raise StopAgreedError
+            raise AllRanksStopError
 
 
 class InitialSeed(nn.Module):
@@ -242,7 +242,7 @@ def plans(draw: st.DrawFn) -> Plan:
 @pytest.fixture(autouse=True, scope="module")
 def _no_files() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "decode", lambda path, enough: torch.zeros(1))
+        patch.setattr(loading, "decode", lambda path, min_side: torch.zeros(1))
         yield
 
 

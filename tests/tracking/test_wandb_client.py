@@ -39,7 +39,7 @@ def _no_process_is_left() -> Iterator[None]:
 
 
 def test_disabled_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tracker_module, "Mirror", None)
+    monkeypatch.setattr(tracker_module, "WandbClient", None)
     tracker(tmp_path).close("completed")
     assert not (tmp_path / "wandb-id").exists()
 

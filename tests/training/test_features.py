@@ -18,7 +18,7 @@ import torch
 
 from distil_tl.config import check, load
 from distil_tl.data import feature_cache, loader
-from distil_tl.data.feature_cache import Cache, FeatureDataset
+from distil_tl.data.feature_cache import FeatureCache, FeatureDataset
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.scan import scan
 from distil_tl.models.config import ModelConfig
@@ -115,7 +115,7 @@ def test_a_second_run_computes_nothing(folder: Path, tmp_path: Path, cache: Path
 
 
 def test_epochs_take_turns_with_views(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 20, views=3)
+    cache = FeatureCache(tmp_path, 20, views=3)
     arrays = [np.full((20, 2), view, np.float32) for view in range(3)]
     dataset = FeatureDataset(cache, arrays, torch.float32, {(1, 4): "damaged"}, np.arange(20) % 5)
     for epoch in range(7):
@@ -128,7 +128,7 @@ def test_epochs_take_turns_with_views(tmp_path: Path) -> None:
 
 def test_low_precision_survives_the_disk(tmp_path: Path) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        cache = Cache(tmp_path / str(dtype), 5, 1)
+        cache = FeatureCache(tmp_path / str(dtype), 5, 1)
         features = torch.randn(5, 7).to(dtype)
         cache.write(0, 0, features, {})
         dataset = cache.open(np.zeros(5, np.int64))
@@ -171,11 +171,11 @@ def damage(array: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_chunk_is_not_sound(tmp_path: Path, kind: str) -> None:
-    chunks = Cache(tmp_path, 5, 1)
+    chunks = FeatureCache(tmp_path, 5, 1)
     chunks.write(0, 0, torch.randn(5, 2), {})
-    assert chunks.is_sound(0, 0)
+    assert chunks.is_valid(0, 0)
     damage(next(tmp_path.glob("*.npy")), kind)
-    assert not chunks.is_sound(0, 0)
+    assert not chunks.is_valid(0, 0)
 
 
 def test_damaged_chunks_are_computed_again(folder: Path, tmp_path: Path, cache: Path) -> None:
@@ -251,13 +251,13 @@ def test_a_full_disk_stops_a_run_only_if_features_are_required(
 
 
 def test_a_chunk_that_a_rank_does_not_find_is_noticed(tmp_path: Path) -> None:
-    cache = Cache(tmp_path, 5, 1)
-    assert not cache.is_there(0, 0)
+    cache = FeatureCache(tmp_path, 5, 1)
+    assert not cache.has_full_length(0, 0)
     cache.write(0, 0, torch.zeros(5, 2), {})
-    assert cache.is_there(0, 0)
+    assert cache.has_full_length(0, 0)
     array = next(tmp_path.glob("*.npy"))
     array.write_bytes(array.read_bytes()[:-1])
-    assert not cache.is_there(0, 0)
+    assert not cache.has_full_length(0, 0)
 
 
 def test_two_jobs_at_once(folder: Path, tmp_path: Path) -> None:

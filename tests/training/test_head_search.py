@@ -148,7 +148,7 @@ def test_the_choice_is_that_of_separate_trainings(folder: Path, tmp_path: Path) 
     chosen = min(best)[2]
     assert chosen.name == f"{record['lr']}-{record['weight_decay']}"
     assert losses(tmp_path / "run") == losses(chosen), "and the stage is trained with it"
-    assert "<h2>Search" in (tmp_path / "run" / "report.html").read_text()
+    assert "<h2>Head search" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_the_first_of_equals_wins_and_a_lower_loss_before(monkeypatch: pytest.MonkeyPatch) -> None:

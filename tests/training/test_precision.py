@@ -15,7 +15,7 @@ from torch import nn
 from distil_tl import evaluate
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.process_group import DistInfo, session
+from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.train import main
 from distil_tl.training import autotune
 from distil_tl.training.autotune import choose
@@ -61,7 +61,7 @@ def chosen(
 
     if info is not None:
         return ask(info)
-    with session(read_launch({}), DistributedConfig(device="cpu")) as info:
+    with init_distributed(read_launch({}), DistributedConfig(device="cpu")) as info:
         return ask(info)
 
 
@@ -90,7 +90,7 @@ def test_a_way_that_does_not_work_is_left_out() -> None:
 
 def rank_with_a_speed_of_its_own(cache: str) -> str:
     os.environ["DISTIL_TL_CACHE"] = cache
-    with session(read_launch(os.environ), DistributedConfig(device="cpu", timeout_seconds=60)) as info:
+    with init_distributed(read_launch(os.environ), DistributedConfig(device="cpu", timeout_seconds=60)) as info:
         mine = {FP32: 0.05, CONTIGUOUS: 0.02 if info.rank else 0.2, BF16: 0.2 if info.rank else 0.02}
         return chosen(mine, info=info)
 

@@ -66,7 +66,7 @@ def test_an_exception_that_is_not_expected_has_a_traceback(monkeypatch: pytest.M
 
 LEAVES_A_THREAD = """
 import atexit, sys, threading, time
-from distil_tl.utils.command import leave, run_command
+from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import PreemptedError
 from distil_tl.utils.threads import call_with_timeout
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distil_tl.utils.rng import keyed_seed, seed_draws
+from distil_tl.utils.rng import keyed_seed, seed_torch
 
 
 def test_a_seed_depends_on_every_part_of_its_key_and_on_its_type() -> None:
@@ -27,7 +27,7 @@ def test_draws_are_those_after_manual_seed(name: str) -> None:
     device = torch.device(name)
     if name == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    seed_draws(device, 3, "step")
+    seed_torch(device, 3, "step")
     found = torch.rand(4), torch.rand(4, device=device)
     torch.manual_seed(keyed_seed(3, "step"))
     assert all(map(torch.equal, found, (torch.rand(4), torch.rand(4, device=device))))

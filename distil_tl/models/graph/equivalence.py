@@ -17,7 +17,7 @@ class NotEquivalentError(Exception):
 
 
 @contextlib.contextmanager
-def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
+def preserve_state(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Restore train/eval modes, statistics of norms and random generators at the end of the block."""
     modes = [(part, part.training) for part in module.modules()]
     norms = [part for part in module.modules() if isinstance(part, _NormBase)]
@@ -62,7 +62,7 @@ def check_equivalent(
     Raises:
         NotEquivalentError: they differ by more than rounding.
     """
-    with undisturbed(module, images.device):
+    with preserve_state(module, images.device):
         for mode in modes:
             module.train(mode)
             torch.manual_seed(0)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from distil_tl.models.graph.equivalence import NotEquivalentError, check_equivalent, undisturbed
+from distil_tl.models.graph.equivalence import NotEquivalentError, check_equivalent, preserve_state
 from distil_tl.models.graph.trace import LayerTracer, trace
 
 
@@ -64,23 +64,23 @@ def fold_batchnorm(module: nn.Module, images: Tensor, *, trains: bool) -> nn.Mod
     """
     whole = nn.Sequential(module)  # calls the network with images only, even if its `forward` has more arguments
     try:
-        with undisturbed(whole, images.device):
+        with preserve_state(whole, images.device):
             if not trains:
                 whole.eval()
             folded = fold_at_each_call(fx.GraphModule(whole, trace(LayerTracer, whole, images[:-1])))
-        if folds(folded):
+        if has_folded_batchnorm(folded):
             modes = (True, False) if trains else (False,)
             check_equivalent(folded, whole, images, called="its layers, folded,", modes=modes)
     except NotEquivalentError as error:
         raise CannotFoldError(str(error)) from error
     except Exception as error:  # the model's code may raise anything when it is called with a proxy
         raise CannotFoldError(f"its code can't be followed ({type(error).__name__})") from error
-    if not folds(folded):
+    if not has_folded_batchnorm(folded):
         raise CannotFoldError("no convolution of it has a BatchNorm alone behind it")
     return folded
 
 
-def folds(network: nn.Module) -> bool:
+def has_folded_batchnorm(network: nn.Module) -> bool:
     """Whether it holds a convolution with BatchNorm folded at each call."""
     return any(isinstance(part, ConvNorm) for part in network.modules())
 

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from distil_tl.models.graph.equivalence import NotEquivalentError, check_equivalent, in_full_float32, undisturbed
-from distil_tl.models.graph.fold_batchnorm import fold_at_each_call, fold_frozen, folds
+from distil_tl.models.graph.equivalence import NotEquivalentError, check_equivalent, in_full_float32, preserve_state
+from distil_tl.models.graph.fold_batchnorm import fold_at_each_call, fold_frozen, has_folded_batchnorm
 from distil_tl.models.graph.trace import (
     FrozenBlockTracer,
     LayerTracer,
@@ -79,7 +79,7 @@ def _cut(module: nn.Module, graph: fx.Graph, images: Tensor) -> CutNetwork:
     try:
         _check(cut, module, images)
     except CannotCutError:
-        if not folds(cut.suffix):
+        if not has_folded_batchnorm(cut.suffix):
             raise
         cut = CutNetwork(prefix, _suffix(module, graph, node, fold=False))
         _check(cut, module, images)
@@ -171,7 +171,7 @@ def _check(cut: CutNetwork, module: nn.Module, images: Tensor) -> None:
     Raises:
         CannotCutError: they differ from the whole, or the prefix differs between two calls.
     """
-    with undisturbed(module, images.device):
+    with preserve_state(module, images.device):
         torch.manual_seed(1)
         features = cut.prefix(images)
         if not isinstance(features, Tensor) or len(features) != len(images):

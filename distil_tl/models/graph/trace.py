@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from distil_tl.models.graph.equivalence import undisturbed
+from distil_tl.models.graph.equivalence import preserve_state
 
 MAX_CONDITIONS = 32  # conditions on values that a network's code may evaluate; each one starts the trace again
 
@@ -72,7 +72,7 @@ def trace(tracer: type[LayerTracer], module: nn.Module, images: Tensor) -> fx.Gr
         except UnknownConditionError as error:
             if len(outcomes) == MAX_CONDITIONS:
                 raise
-            with torch.no_grad(), undisturbed(module, images.device):
+            with torch.no_grad(), preserve_state(module, images.device):
                 outcomes.append(bool(fx.GraphModule(module, error.condition)(images)))
 
 

@@ -27,7 +27,7 @@ main()
 """
 
 
-class Mirror:
+class WandbClient:
     """The tracking process of one run. No method raises, or waits without a limit, whatever the process does.
 
     Args:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distil_tl.models.graph.equivalence import NotEquivalentError, check_equivalent, undisturbed
+from distil_tl.models.graph.equivalence import NotEquivalentError, check_equivalent, preserve_state
 
 
 def network() -> nn.Module:
@@ -25,7 +25,7 @@ def test_modes_statistics_and_random_numbers_are_restored_after_an_error() -> No
     generator = torch.get_rng_state()
 
     def train_and_fail() -> None:
-        with undisturbed(module, torch.device("cpu")):
+        with preserve_state(module, torch.device("cpu")):
             module.train()(images())
             assert not torch.equal(module.state_dict()["0.running_mean"], before["0.running_mean"])
             raise MemoryError
