@@ -87,6 +87,12 @@ def instead_of_slurm(tmp_path: Path, monkeypatch: Any) -> FakeSlurm:
     return fake
 
 
+def without_slurm(monkeypatch: Any, folder: Path) -> None:
+    """Set PATH to an empty folder, so that there are no Slurm commands, even if this machine has them."""
+    (folder / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(folder / "empty"))
+
+
 def fake_training(source: Path, body: str) -> Path:
     """A copy of the packages in which training is only `body`, of `args`; for jobs that take a second."""
     for package in ("distil_tl", "launch"):

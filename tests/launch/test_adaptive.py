@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,25 +30,8 @@ from tests.helpers.adaptive_jobs import (
     trials,
     values_of,
 )
-from tests.helpers.fake_slurm import FakeSlurm, instead_of_slurm
+from tests.helpers.fake_slurm import FakeSlurm
 from tests.helpers.ranks import lines
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """And a current folder with `rates.yaml` alone."""
-    fake = instead_of_slurm(tmp_path, monkeypatch)
-    Path("rates.yaml").write_text(SPACE)
-    return fake
-
-
-@pytest.fixture
-def jobs(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    """All alike, unless a test gives them another `curve`."""
-    found = Jobs(slurm, lambda values: [0.5, 0.6])
-    monkeypatch.setattr(optuna_driver, "time", SimpleNamespace(sleep=found.sleep))
-    return found
-
 
 # Proposing
 

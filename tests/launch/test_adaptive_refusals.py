@@ -10,13 +10,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from distil_tl.rundir.lock import Attempt
-from launch import adaptive, optuna_driver, snapshot
+from launch import adaptive, snapshot
 from tests.helpers.adaptive_jobs import (
     HERE,
     PLAIN,
@@ -28,26 +27,9 @@ from tests.helpers.adaptive_jobs import (
     states,
     trials,
 )
-from tests.helpers.fake_slurm import FakeSlurm, fake_training, instead_of_slurm
+from tests.helpers.fake_slurm import FakeSlurm, fake_training
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import processes_of
-
-
-@pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    """And a current folder with `rates.yaml` alone."""
-    fake = instead_of_slurm(tmp_path, monkeypatch)
-    Path("rates.yaml").write_text(SPACE)
-    return fake
-
-
-@pytest.fixture
-def jobs(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    """All alike, unless a test gives them another `curve`."""
-    found = Jobs(slurm, lambda values: [0.5, 0.6])
-    monkeypatch.setattr(optuna_driver, "time", SimpleNamespace(sleep=found.sleep))
-    return found
-
 
 # What edits reach
 
@@ -105,7 +87,7 @@ def test_one_search_at_a_time_in_a_folder(slurm: FakeSlurm, jobs: Jobs, monkeypa
     searched("--trials=1")
     Attempt(HERE, "search.json").begin(0, {})
     with monkeypatch.context() as patch:
-        patch.setattr("distil_tl.rundir.lock.os.getpid", lambda: -1)
+        patch.setattr(os, "getpid", lambda: -1)
         message = refusal(capsys)
     assert (
         f"{HERE.absolute()} is in use: process {os.getpid()} of this machine has been searching there since 20"
@@ -167,7 +149,9 @@ def test_a_trial_that_cannot_work_ends_the_search_and_not_the_next(slurm: FakeSl
     assert states() == {"COMPLETE": 3, "FAIL": 1}
 
 
-def test_without_optuna_it_says_how_to_get_it(slurm: FakeSlurm, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_optuna_the_message_names_the_package(
+    search_file: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert refusal(capsys) == "launch.adaptive needs Optuna: pip install 'distil_tl[optuna]'\n"
 
@@ -194,7 +178,7 @@ BODY = """import signal, time, yaml
 
 
 @pytest.fixture
-def command(slurm: FakeSlurm, tmp_path: Path) -> list[str]:
+def command(search_file: Path, tmp_path: Path) -> list[str]:
     """A search of two trials at a time, which end once there is a file `go`."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom launch import adaptive, snapshot\n"

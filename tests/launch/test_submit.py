@@ -1,49 +1,23 @@
-"""Submitting one run: what is refused, what sbatch gets, and what the job then runs."""
+"""Submission of one run: the batch script, the run directory, the code that the job runs, the errors of sbatch."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
-import shutil
 import stat
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from distil_tl.models import transfer
-from distil_tl.rundir import directory as rundir
-from distil_tl.rundir.lock import Attempt
-from launch import snapshot, submit, sweep
+from launch import snapshot, submit
 from launch.records import read_record, write_record
 from tests.helpers.fake_slurm import FakeSlurm, fake_training
+from tests.helpers.submissions import ON_CPUS, PLAIN, refusal, submitted
 
-PLAIN = ["data.root=null", "model.name=shufflenet_v2_x0_5", "model.weights=none", "run_dir=runs/flowers"]
-HERE = ["slurm.gpus_per_node=0", "slurm.cpus_per_task=1"]
-
-
-def submitted(*args: str) -> None:
-    assert submit.main([*PLAIN, *args]) == 0
-
-
-def refusal(capsys, *args: str) -> str:
-    assert submit.main([*PLAIN, *args]) == 2
-    err: str = capsys.readouterr().err
-    assert err.startswith("launch.submit: ")
-    return err.removeprefix("launch.submit: ")
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-# What sbatch gets
+# The batch script
 
 
 def test_a_dry_run_prints_the_script_and_creates_nothing(slurm: FakeSlurm, capsys) -> None:
@@ -72,7 +46,7 @@ def test_a_dry_run_is_the_script_that_is_submitted(slurm: FakeSlurm, capsys) -> 
     assert slurm.jobs["7"]["script"].strip() == printed.strip()
 
 
-def test_a_dry_run_says_what_else_it_has_to_say_on_standard_error(slurm: FakeSlurm, capsys) -> None:
+def test_a_dry_run_prints_warnings_on_standard_error(slurm: FakeSlurm, capsys) -> None:
     """`--dry-run > job.sh` is a script."""
     Path("runs/flowers").mkdir(parents=True)
     write_record(Path("runs/flowers"), "5", "slurm")
@@ -85,7 +59,7 @@ def test_a_dry_run_says_what_else_it_has_to_say_on_standard_error(slurm: FakeSlu
 
 def test_there_is_no_script_for_other_clusters(slurm: FakeSlurm, capsys) -> None:
     for cluster in ("local", "debug"):
-        assert "--cluster " + cluster + " has none" in refusal(capsys, "--dry-run", f"--cluster={cluster}", *HERE)
+        assert "--cluster " + cluster + " has none" in refusal(capsys, "--dry-run", f"--cluster={cluster}", *ON_CPUS)
     assert not list(Path().iterdir())
 
 
@@ -179,95 +153,7 @@ def test_a_queued_job_runs_the_code_that_was_submitted(
     assert (cwd, args, threads) == (str(tmp_path / "here"), [str(run_dir / "slurm/config.yaml")], "1")
 
 
-@pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Code to take snapshots of."""
-    for package in snapshot.PACKAGES:
-        (tmp_path / "source" / package / "__pycache__").mkdir(parents=True)
-        (tmp_path / "source" / package / "__pycache__/a.cpython-311.pyc").write_bytes(b"old")
-        (tmp_path / "source" / package / "a.py").write_text(f"# {package}")
-    (tmp_path / "source/distil_tl/rundir").mkdir()
-    shutil.copy(rundir.__file__, tmp_path / "source/distil_tl/rundir/directory.py")
-    (tmp_path / "source/launch/page.html").write_text("<p>")
-    monkeypatch.setattr(snapshot, "_source_root", lambda: tmp_path / "source")
-    monkeypatch.setattr(rundir, "git_state", lambda: {"commit": "c0ffee", "dirty": True})
-    return tmp_path / "source"
-
-
-def test_a_snapshot_is_the_code_without_caches_and_knows_its_commit(source: Path, tmp_path: Path) -> None:
-    code = snapshot.take_snapshot(tmp_path / "run")
-    assert code.parent == tmp_path / "run/code"
-    assert content(code).keys() == {
-        "distil_tl/a.py", "distil_tl/rundir/directory.py", "distil_tl/snapshot.json", "launch/a.py", "launch/page.html"
-    }  # fmt: skip
-    assert (code / "launch/a.py").read_text() == "# launch"
-    spec = importlib.util.spec_from_file_location("copied", code / "distil_tl/rundir/directory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    copied = importlib.util.module_from_spec(spec)
-    sys.modules["copied"] = copied  # dataclasses look there
-    try:
-        spec.loader.exec_module(copied)
-    finally:
-        del sys.modules["copied"]
-    assert copied.git_state() == {"commit": "c0ffee", "dirty": True}
-
-
-def test_a_snapshot_never_changes(source: Path, tmp_path: Path) -> None:
-    """Jobs that wait run it, and another submission must not take it from under them."""
-    first = snapshot.take_snapshot(tmp_path / "run")
-    (first / "mark").touch()
-    before = content(first)
-    assert snapshot.take_snapshot(tmp_path / "run") == first
-    (source / "launch/a.py").write_text("# edited")
-    second = snapshot.take_snapshot(tmp_path / "run")
-    assert second != first
-    assert content(first) == before
-    assert (second / "launch/a.py").read_text() == "# edited"
-    (source / "launch/a.py").rename(source / "launch/b.py")
-    assert snapshot.snapshot_path(tmp_path / "run") not in (first, second)
-
-
-@pytest.mark.parametrize("command", [submit.main, sweep.main])
-def test_an_edit_while_a_job_is_submitted_comes_too_late(
-    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[list[str]], int]
-) -> None:
-    """Not so that its folder has another name than the job was told, nor so that half of the edit is in it."""
-    edited = fake_training(tmp_path / "source", "return 0") / "distil_tl/train.py"
-    before, read = edited.read_bytes(), Path.read_bytes
-
-    def read_and_edit(path: Path) -> bytes:
-        content = read(path)
-        if path == edited:
-            path.write_bytes(content + b"# edited\n")
-        return content
-
-    monkeypatch.setattr(snapshot, "_source_root", lambda: tmp_path / "source")
-    monkeypatch.setattr(Path, "read_bytes", read_and_edit)
-    Path("seeds.yaml").write_text("seeds: [0, 1]")
-    args = PLAIN if command is submit.main else [arg for arg in PLAIN if not arg.startswith("run_dir")]
-    assert command([*args, *(["seeds.yaml"] if command is sweep.main else [])]) == 0
-    (code,) = {line for job in slurm.jobs.values() for line in re.findall("^cd (.*)$", job["script"], re.MULTILINE)}
-    assert read(Path(code) / "distil_tl/train.py") == before
-
-
-def test_two_submissions_at_once_share_a_snapshot(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rename = Path.rename
-
-    def slower(path: Path, target: Path) -> Path:
-        monkeypatch.setattr(Path, "rename", rename)
-        snapshot.take_snapshot(tmp_path / "run")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", slower)
-    code = snapshot.take_snapshot(tmp_path / "run")
-    assert list((tmp_path / "run/code").iterdir()) == [code], "nothing half made is left"
-    assert len(content(code)) == 5
-
-
-# What sbatch says
+# Errors of sbatch
 
 
 def test_a_refusal_is_passed_on_and_nothing_is_recorded(slurm: FakeSlurm, capsys) -> None:
@@ -286,7 +172,7 @@ def test_a_refusal_is_passed_on_and_nothing_is_recorded(slurm: FakeSlurm, capsys
 
 
 @pytest.mark.parametrize("within", [True, False])
-def test_a_job_submitted_from_within_a_job_has_nothing_of_that_one(
+def test_a_job_submitted_from_within_a_job_inherits_nothing_from_it(
     slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, within: bool
 ) -> None:
     """As from a notebook: `srun: fatal: SLURM_MEM_PER_CPU, SLURM_MEM_PER_GPU, and SLURM_MEM_PER_NODE are ...`."""
@@ -308,144 +194,9 @@ def test_an_answer_without_a_job_number(slurm: FakeSlurm, capsys) -> None:
     assert "sbatch printed no job id" in refusal(capsys)
 
 
-def test_a_submission_puts_an_end_to_what_the_last_attempt_said(slurm: FakeSlurm) -> None:
+def test_a_submission_removes_the_summary_of_the_last_attempt(slurm: FakeSlurm) -> None:
     run_dir = Path("runs/flowers")
     run_dir.mkdir(parents=True)
     (run_dir / "summary.json").write_text('{"status": "failed"}')
     submitted()
     assert not (run_dir / "summary.json").exists()
-
-
-# What is refused before
-
-
-def test_all_that_cannot_work_is_listed_together(slurm: FakeSlurm, capsys, monkeypatch, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    message = refusal(
-        capsys, "slurm.cpus_per_task=0", "slurm.time=1", "data.root=nowhere", "optim.name=sgdd", "model.weights=default"
-    )
-    assert message.startswith("6 problems:\n")
-    for part in (
-        "slurm.cpus_per_task must be at least 1",
-        "so with slurm.time=1 the job could be stopped as soon as it starts",
-        "data.root=nowhere is not a folder",
-        "sgdd",
-        "there is no sbatch on this machine; submit from a login node, or use --cluster local",
-        "compute nodes may have no network",
-    ):
-        assert part in message
-    assert not list(Path().iterdir())
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["slurm.nodes=3", "slurm.gpus_per_node=5"], "can't be divided evenly among 15 processes"),
-        (["--cluster=local", "slurm.nodes=2"], "slurm.nodes=2 with --cluster local, which uses only this machine"),
-        (["--cluster=debug", "slurm.gpus_per_node=2"], "--cluster debug is one process"),
-        (["--cluster=local", "distributed.device=cuda", "distributed.backend=nccl"], "torch sees no CUDA device"),
-        (["slurm.nods=2"], "unknown key `slurm.nods`, did you mean `nodes`?"),
-        (["--frobnicate"], "can't read the argument '--frobnicate'"),
-    ],
-)
-def test_what_cannot_work_is_refused(slurm: FakeSlurm, capsys, args: list[str], message: str) -> None:
-    if "cuda" in message.lower() and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    assert message in refusal(capsys, *args)
-    assert not list(Path().iterdir())
-
-
-def test_an_unknown_cluster_is_an_error_of_usage(slurm: FakeSlurm) -> None:
-    with pytest.raises(SystemExit) as ended:
-        submit.main([*PLAIN, "--cluster=pbs"])
-    assert ended.value.code == 2
-
-
-def test_a_login_node_needs_no_gpu(slurm: FakeSlurm) -> None:
-    submitted("distributed.device=cuda", "distributed.backend=nccl")
-    saved = yaml.safe_load(Path("runs/flowers/slurm/config.yaml").read_text())["distributed"]
-    assert (saved["device"], saved["backend"]) == ("cuda", "nccl")
-
-
-def test_what_is_wrong_with_devices_on_any_machine_is_refused(slurm: FakeSlurm, capsys) -> None:
-    assert "distributed.device is 'gpu'" in refusal(capsys, "distributed.device=gpu")
-    assert "needs CUDA devices" in refusal(capsys, "distributed.device=cpu", "distributed.backend=nccl")
-
-
-def test_weights_that_nodes_could_not_fetch(slurm: FakeSlurm, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(transfer, "missing_weights", lambda config: "https://weights")
-    message = refusal(capsys)
-    assert "the weights of shufflenet_v2_x0_5 (https://weights) are not on this machine" in message
-    assert "distil-tl prefetch" in message
-    submitted("slurm.nodes_download=true", "run_dir=runs/other")
-
-
-def test_without_submitit_it_says_how_to_get_it(slurm: FakeSlurm, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    assert "launch needs submitit: pip install 'distil_tl[slurm]'" in refusal(capsys)
-    assert not list(Path().iterdir())
-
-
-# Who works in the run directory
-
-
-@pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED"])
-def test_a_job_that_waits_or_runs_there(slurm: FakeSlurm, capsys, state: str) -> None:
-    submitted()
-    slurm.change("7", state)
-    assert (
-        f"job 7 ({state}) is using {Path('runs/flowers').absolute()}; wait until it ends, run `scancel 7`"
-        in refusal(capsys)
-    )
-    assert len(slurm.calls("sbatch")) == 1
-    submitted("run_dir=runs/other")
-
-
-@pytest.mark.parametrize("state", ["COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", None])
-def test_a_job_that_has_ended_is_in_nobodys_way(slurm: FakeSlurm, state: str | None) -> None:
-    submitted()
-    if state is None:
-        slurm.forget("7")
-    else:
-        slurm.change("7", state)
-    submitted()
-    assert (read_record(Path("runs/flowers")) or {})["job_id"] == "8"
-
-
-def test_a_job_of_a_batch_script_is_known_by_its_attempt(slurm: FakeSlurm, capsys) -> None:
-    Path("runs/flowers").mkdir(parents=True)
-    Attempt(Path("runs/flowers")).begin(0, {"SLURM_JOB_ID": "9"})
-    attempt = json.loads(Path("runs/flowers/attempt.json").read_text())
-    Path("runs/flowers/attempt.json").write_text(json.dumps({**attempt, "process": "of a node"}))
-    slurm.add("5_2", "RUNNING", own="9", nodes="n1")
-    assert "job 9 (RUNNING) is using" in refusal(capsys)
-    slurm.forget("5_2")
-    submitted()
-
-
-def test_a_process_of_this_machine_is_known_too(slurm: FakeSlurm, capsys, monkeypatch) -> None:
-    Path("runs/flowers").mkdir(parents=True)
-    Attempt(Path("runs/flowers")).begin(0, {})
-    monkeypatch.setattr("distil_tl.rundir.lock.os.getpid", lambda: -1)
-    assert "is in use: process" in refusal(capsys)
-
-
-def test_a_job_of_this_machine_is_known_before_it_trains(slurm: FakeSlurm, capsys) -> None:
-    Path("runs/flowers").mkdir(parents=True)
-    code = "import time; time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code, "submitit.local._local"])
-    try:
-        write_record(Path("runs/flowers"), str(process.pid), "local")
-        assert f"local job {process.pid} is using" in refusal(capsys)
-    finally:
-        process.kill()
-        process.wait()
-    submitted()
-
-
-def test_when_slurm_cannot_be_asked_it_goes_on_with_a_warning(slurm: FakeSlurm, capsys) -> None:
-    submitted()
-    slurm.refuse("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
-    submitted()
-    assert "can't check with Slurm whether a job is using" in capsys.readouterr().err

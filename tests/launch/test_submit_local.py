@@ -23,7 +23,7 @@ from tests.helpers.arguments import small_args
 from tests.helpers.fake_slurm import FakeSlurm, fake_training
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import lines, processes_of
-from tests.launch.test_submit import HERE, refusal
+from tests.helpers.submissions import ON_CPUS, refusal
 
 # Jobs of this machine
 
@@ -35,12 +35,12 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         args = [*small_args(folder), "stages.full.epochs=0", "run_dir=run", "resume=never"]
-        assert submit.main(["--cluster=debug", *args, *HERE]) == 0
+        assert submit.main(["--cluster=debug", *args, *ON_CPUS]) == 0
     return here / "run"
 
 
 def local(folder: Path, *args: str) -> list[str]:
-    return [*small_args(folder), "stages.full.epochs=0", "run_dir=run", *HERE, "--cluster=local", *args]
+    return [*small_args(folder), "stages.full.epochs=0", "run_dir=run", *ON_CPUS, "--cluster=local", *args]
 
 
 def test_debug_trains_in_this_process(trained: Path) -> None:
