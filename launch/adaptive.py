@@ -159,7 +159,7 @@ def copy_config(args: SweepArgs) -> SweepArgs:
     if args.sweep.config is None:
         return args
     copy = args.folder / "slurm" / "search.yaml"
-    write_atomic(copy, to_yaml(OmegaConf.create(read_yaml(args.sweep.config, ()))))
+    write_atomic(copy, to_yaml(OmegaConf.create(read_yaml(args.sweep.config))))
     return dataclasses.replace(args, sweep=dataclasses.replace(args.sweep, config=copy))
 
 

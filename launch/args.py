@@ -79,7 +79,7 @@ def load_slurm_section(path: Path) -> Any:
     Raises:
         UserError: the file can't be read.
     """
-    read_yaml(path, ())  # raises for an unreadable file
+    read_yaml(path)  # raises for an unreadable file
 
     def section(path: Path) -> Any:
         tree = yaml.load(path.read_text(), _TextLoader)

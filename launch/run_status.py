@@ -159,7 +159,7 @@ def _find_job(record: Json | None, attempt: Json | None, queue: Mapping[str, Que
 def _progress(run_dir: Path, last: Json) -> float | None:
     """The fraction of epochs done, over all stages; None if the files don't tell."""
     try:
-        stages = read_yaml(run_dir / "config.yaml", ())["stages"]
+        stages = read_yaml(run_dir / "config.yaml")["stages"]
         epochs = {name: int(stage["epochs"]) for name, stage in stages.items()}
         names = list(epochs)
         before = sum(epochs[name] for name in names[: names.index(last["stage"])])

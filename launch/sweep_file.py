@@ -97,7 +97,7 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         UserError: it can't be read, or lists what is wrong with it.
     """
-    tree = read_yaml(path, ())
+    tree = read_yaml(path)
     refuse(list(_problems(path, tree)))
     config = path.parent / tree["config"] if tree.get("config") is not None else None
     trials = tree.get("trials") or []

@@ -11,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.rundir.changes import unsafe_changes
-from distil_tl.utils.args import is_file, overlay, plain, to_yaml
+from distil_tl.rundir.changes import new_keys, unsafe_changes
+from distil_tl.utils.args import flatten, is_file, overlay, plain, read_yaml, to_yaml
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json
 from launch.args import load_slurm_section, parse_slurm, split_slurm
@@ -88,7 +88,7 @@ def plan_trials(args: SweepArgs, cluster: str, trials: Sequence[Trial]) -> Sweep
     if twice:
         raise UserError(f"the sweep varies {', '.join(twice)}, and the command line sets it for all trials; remove one")
     config = [str(sweep.config)] if sweep.config is not None else []
-    shared = [*config, *as_arguments(sweep.set), *args.pairs]
+    shared = [*config, *_older_values(sweep.config, folder), *as_arguments(sweep.set), *args.pairs]
     # The common configuration needs some data.root, though no trial uses it.
     images = ["data.root=null"] if "data.root" in varied else []
     common = configuration.load([*shared, *images, f"run_dir={folder}"])[1]
@@ -108,6 +108,24 @@ def plan_trials(args: SweepArgs, cluster: str, trials: Sequence[Trial]) -> Sweep
         shown = [f"{error}\n  {_first_three(names)}" for error, names in problems.items()]
         raise UserError(f"{count} of {count + len(planned)} trials can't work: " + "\n".join(shown))
     return SweepPlan(sweep, folder, slurm, common, planned)
+
+
+def _saved_common(folder: Path) -> dict[str, Any] | None:
+    """The common configuration of the trials that were submitted before; None if there are none."""
+    saved = folder / COMMON_FILE
+    if not saved.exists() or not any(folder.glob(f"*/{RECORD_FILE}")):
+        return None
+    common: Any = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
+    return common if isinstance(common, dict) else None
+
+
+def _older_values(config: Path | None, folder: Path) -> list[str]:
+    """`key=value` for keys that are newer than the sweep in `folder`: new trials train like those that it has."""
+    saved = _saved_common(folder)
+    if saved is None:
+        return []
+    known = flatten(saved).keys() | (flatten(read_yaml(config)).keys() if config is not None else set())
+    return as_arguments({key: value for key, value in new_keys(saved.get("stages") or {}).items() if key not in known})
 
 
 def _trial_yaml(config: Config, source: DictConfig, trial: Trial, sweep: str) -> str:
@@ -132,10 +150,9 @@ def refuse_other_common(plan: SweepPlan) -> None:
     Raises:
         UserError: lists the keys that differ.
     """
-    saved = plan.folder / COMMON_FILE
-    if not saved.exists() or not any(plan.folder.glob(f"*/{RECORD_FILE}")):  # no trial was ever submitted
+    before = _saved_common(plan.folder)
+    if before is None:
         return
-    before: Any = OmegaConf.to_container(OmegaConf.load(saved), resolve=False)
     now = plain(plan.common)
     changes = unsafe_changes(before, now, list(before.get("stages") or {}))
     if changes:
