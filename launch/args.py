@@ -48,8 +48,10 @@ def read_run(args: Sequence[str]) -> tuple[Config, DictConfig, SlurmConfig]:
         slurm = parse_slurm(load_slurm_section(files[0]) if files else None, pairs)
     except UserError as error:
         errors.append(str(error))
+    # To find the default weights, `load` imports torch, which is not needed to report an error.
+    weights = ["model.weights=none"] if errors else []
     try:
-        config, source = configuration.load(rest)
+        config, source = configuration.load([*rest, *weights])
     except UserError as error:
         errors.append(str(error))
     if errors:

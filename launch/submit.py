@@ -17,11 +17,11 @@ from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import setup_console
 from launch.args import CLUSTERS, argument_parser, print_line, read_run
 from launch.executor import describe_resources, make_executor, make_private_folder, sbatch_script, submit_jobs
+from launch.job import Training
 from launch.local_job import wait_for_job
 from launch.preflight import check_submission, refuse_active_run
 from launch.records import write_record
 from launch.snapshot import take_snapshot
-from launch.task import TrainingTask
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False
     make_private_folder(path.parent)
     write_atomic(path, to_yaml(source))
     executor = make_executor(run_dir, take_snapshot(run_dir), slurm, cluster, name=run_dir.name)
-    (job,) = submit_jobs(executor, [TrainingTask(str(path), str(Path.cwd()))])
+    (job,) = submit_jobs(executor, [Training(str(path), str(Path.cwd()))])
     (run_dir / "summary.json").unlink(missing_ok=True)  # it is about the previous attempt
     write_record(run_dir, job.job_id, cluster)
     print_line(f"submitted job {job.job_id}: {run_dir}, {describe_resources(slurm, cluster)}")

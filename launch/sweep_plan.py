@@ -17,11 +17,11 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json
 from launch.args import load_slurm_section, parse_slurm, split_slurm
 from launch.executor import make_private_folder, submit_jobs
+from launch.job import Training
 from launch.preflight import check_submission
 from launch.records import RECORD_FILE, SWEEP_FILE, read_record, read_sweep_record, write_record
 from launch.slurm_config import SlurmConfig
 from launch.sweep_file import Sweep, Trial, Values, as_arguments, read_sweep, varied_keys
-from launch.task import TrainingTask
 
 COMMON_FILE = "common.yaml"  # the configuration that all trials of a sweep share
 
@@ -194,7 +194,7 @@ def submit_trials(plan: SweepPlan, executor: Any, run_dirs: Sequence[Path], clus
         path = run_dir / "slurm" / "config.yaml"
         make_private_folder(path.parent)
         write_atomic(path, plan.trials[run_dir][1])
-        tasks.append(TrainingTask(str(path), str(Path.cwd())))
+        tasks.append(Training(str(path), str(Path.cwd())))
     jobs = submit_jobs(executor, tasks)
     for run_dir in run_dirs:
         (run_dir / "summary.json").unlink(missing_ok=True)  # it is about the previous attempt

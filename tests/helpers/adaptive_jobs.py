@@ -1,4 +1,4 @@
-"""For the tests of launch.adaptive: jobs that go on while the search sleeps, and what became of them."""
+"""Simulated jobs for the tests of launch.adaptive, which proceed while the search sleeps."""
 
 from __future__ import annotations
 
@@ -25,20 +25,25 @@ Curve = Callable[[dict[str, Any]], list[float]]
 
 
 class Killed(BaseException):
-    """What nobody catches."""
+    """Not an Exception, so that no code catches it."""
 
 
 class Jobs:
-    """What goes on while the search sleeps: jobs begin, evaluate once a look, and end."""
+    """Jobs that start, evaluate and end, one step in each sleep of the search.
+
+    Args:
+        curve: the evaluations of a trial, by its values.
+        end: status in its summary.json.
+    """
 
     def __init__(self, slurm: FakeSlurm, curve: Curve, end: str = "completed", metric: str = "top1") -> None:
         self.slurm, self.curve, self.end, self.metric = slurm, curve, end, metric
         self.looks = self.most = 0
-        self.meanwhile: dict[int, Callable[[], object]] = {}  # by the number of the look
+        self.meanwhile: dict[int, Callable[[], object]] = {}  # called in the sleep of that number
 
     def sleep(self, seconds: float) -> None:
         self.looks += 1
-        assert self.looks < 200, "it does not end"
+        assert self.looks < 200, "the search does not end"
         jobs = self.slurm.jobs
         self.most = max(self.most, sum(job["state"] not in ENDED for job in jobs.values()))
         for run_dir in trials():
@@ -87,7 +92,7 @@ def values_of(run_dir: Path) -> dict[str, Any]:
 
 
 def stored() -> list[Any]:
-    """The trials, as Optuna has them."""
+    """The trials in Optuna's storage."""
     backend = optuna.storages.journal.JournalFileBackend(str(HERE / "optuna.log"))
     study = optuna.load_study(study_name="search", storage=optuna.storages.JournalStorage(backend))
     return list(study.get_trials())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import yaml
 
 from distil_tl.rundir import changes
 from distil_tl.utils.args import flatten
-from launch import status, sweep, sync
+from launch import adaptive, status, sweep, sync
 from launch.sweep_file import read_sweep
 from tests.helpers.fake_slurm import FakeSlurm
 from tests.helpers.paths import ROOT
@@ -113,3 +114,29 @@ def test_a_key_that_is_newer_than_the_sweep_means_what_the_code_did_before(
 def test_sync_reads_the_runs(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sync.main([str(recorded), "--dry-run"]) == 0
     assert f"rates/{COMPLETED}: 1 steps to send\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("has_code", [True, False])
+def test_the_same_search_continues_with_its_trials_and_its_code(
+    recorded: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, has_code: bool
+) -> None:
+    """The code snapshot itself is not recorded."""
+    from launch import optuna_driver
+    from tests.helpers.adaptive_jobs import HERE, Jobs, states
+
+    HERE.parent.mkdir()
+    Path("search").rename(HERE)
+    code = HERE.absolute() / "code/614521d83b99"
+    if has_code:
+        code.mkdir(parents=True)
+    jobs = Jobs(slurm, lambda values: [0.5])
+    monkeypatch.setattr(optuna_driver, "time", SimpleNamespace(sleep=jobs.sleep))
+    args = ["search.yaml", "data.root=null", "--dir", str(HERE)]
+    assert adaptive.main(args) == 0
+    assert not slurm.jobs, "the two trials that it has are enough"
+    assert adaptive.main([*args, "--trials=3"]) == 0
+    assert states() == {"COMPLETE": 3}
+    assert list(slurm.jobs) == ["7"]
+    assert (f"\ncd {code}\n" in slurm.jobs["7"]["script"]) is has_code
+    trials = json.loads((HERE / "sweep.json").read_text())["trials"]
+    assert list(trials)[:2] == ["41a527e703", "fb0e0d1721"]

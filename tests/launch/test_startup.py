@@ -11,15 +11,17 @@ from pathlib import Path
 from tests.helpers.paths import ROOT
 
 HEAVY = ("torch", "torchvision", "timm", "numpy", "submitit", "optuna", "wandb")
-# All calls in one process. Prints, for each, the exit status and the heavy packages that are loaded after it.
+# `python -m launch.NAME ARGS` for each call, all in one process. Prints the exit status and the heavy packages loaded.
 CALLS = """
-import importlib, json, sys
-for name, *args in json.loads(sys.argv[1]):
+import json, runpy, sys
+calls, heavy = map(json.loads, sys.argv[1:])
+for name, *args in calls:
+    sys.argv[1:] = args
     try:
-        status = importlib.import_module(f"launch.{name}").main(args)
+        runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         status = ended.code
-    loaded = [package for package in json.loads(sys.argv[2]) if package in sys.modules]
+    loaded = [package for package in heavy if package in sys.modules]
     print("RESULT", json.dumps([name, args, status, loaded]))
 """
 

@@ -128,14 +128,14 @@ def test_a_queued_job_runs_the_code_that_was_submitted(
         (elsewhere / package / "__init__.py").write_text("raise AssertionError('another package')")
     source = fake_training(
         tmp_path / "source",
-        "import launch.task\n"
-        "    found = [__file__, launch.task.__file__, os.getcwd(), args, os.environ['OMP_NUM_THREADS']]\n"
+        "import launch.job\n"
+        "    found = [__file__, launch.job.__file__, os.getcwd(), args, os.environ['OMP_NUM_THREADS']]\n"
         f"    pathlib.Path({str(told)!r}).write_text(json.dumps(found))\n    return 0",
     )
     monkeypatch.setattr(snapshot, "_source_root", lambda: source)
     submitted()
     (source / "distil_tl/train.py").write_text("raise AssertionError('edited since')")
-    (source / "launch/task.py").write_text("raise AssertionError('edited since')")
+    (source / "launch/job.py").write_text("raise AssertionError('edited since')")
 
     script = tmp_path / "script.sh"
     script.write_text(slurm.jobs["7"]["script"])
@@ -149,7 +149,7 @@ def test_a_queued_job_runs_the_code_that_was_submitted(
     train, job, cwd, args, threads = json.loads(told.read_text())
     run_dir = tmp_path / "here/runs/flowers"
     (code,) = (run_dir / "code").iterdir()
-    assert (train, job) == (f"{code}/distil_tl/train.py", f"{code}/launch/task.py")
+    assert (train, job) == (f"{code}/distil_tl/train.py", f"{code}/launch/job.py")
     assert (cwd, args, threads) == (str(tmp_path / "here"), [str(run_dir / "slurm/config.yaml")], "1")
 
 
