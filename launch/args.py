@@ -102,7 +102,7 @@ def parse_slurm(section: Any, pairs: Sequence[str]) -> SlurmConfig:
     problems: list[str] = []
     schema = OmegaConf.create({"slurm": OmegaConf.structured(SlurmConfig)})
     if section is not None and not isinstance(section, dict):
-        problems.append(f"`slurm` holds keys of its own, as in `slurm.nodes=2`, not {section!r}")
+        problems.append(f"`slurm` is a section: set `slurm.nodes=2` or another key of it, not {section!r}")
         section = None
     extra = {}
     for key, _, text in (pair.removeprefix("slurm.extra.").partition("=") for pair in pairs if _is_extra(pair)):
