@@ -42,6 +42,7 @@ class Run:
     """One run in this process. All ranks hold equal ones, except that only rank 0 writes.
 
     Attributes:
+        images: the images of the run, as batches.
         plan: how a global batch is divided.
         records: writes metrics.jsonl and keeps the results of stages.
         tracker: metrics.jsonl and W&B; None on other ranks than 0.
@@ -55,7 +56,7 @@ class Run:
 
     info: DistInfo
     config: Config
-    source: ImageSource
+    images: ImageSource
     model: TransferModel
     state: RunState
     directory: RunDirectory
@@ -82,7 +83,7 @@ class Run:
 
     @property
     def num_classes(self) -> int:
-        return len(self.source.index("train").classes)
+        return len(self.images.index("train").classes)
 
     # Stages.
 
@@ -142,8 +143,8 @@ class Run:
             CheckpointError: on rank 0, when the previous one could not be written.
         """
         counted = training.meter.state()
-        self.source.bad_images.combine_ranks(self.info)
-        self.state.bad_images = self.source.bad_images.by_split
+        self.images.bad_images.combine_ranks(self.info)
+        self.state.bad_images = self.images.bad_images.by_split
         self.tick()
         self.saved_at, self.unsaved = time.monotonic(), False
         if not self.info.is_main:
@@ -158,10 +159,10 @@ class Run:
                 "world_size": self.info.world_size,
                 "global_batch_size": self.config.data.global_batch_size,
                 "interpolated": self.interpolated,
-                "data": {split: self.source.index(split).fingerprint for split in ("train", "val")},
+                "data": {split: self.images.index(split).fingerprint for split in ("train", "val")},
                 "weights": asdict(self.model.weights),
                 "preprocess": asdict(self.model.preprocess),
-                "classes": list(self.source.index("train").classes),
+                "classes": list(self.images.index("train").classes),
             },
             is_best=is_best,
         )
@@ -174,18 +175,17 @@ class Run:
 
     # The end.
 
-    def preempt(self) -> None:
-        """Save what is not saved yet, and end on all ranks after they agreed to stop. A collective.
+    def preempt(self) -> PreemptedError:
+        """Save what is not saved yet and close the records, after all ranks agreed to stop. A collective.
 
-        Raises:
-            PreemptedError: always.
+        Returns the exception to raise.
         """
         if self.unsaved and self.training is not None:
             self.save(self.training)
         # A rank that ended sooner would have its launcher end the one that writes.
         on_rank_zero(self.info, f"writing the checkpoint of step {self.state.step}", self.checkpoints.wait)
         on_rank_zero(self.info, "ending the tracking", lambda: self.abandon("preempted"))
-        raise PreemptedError(
+        return PreemptedError(
             f"stopped by a signal; everything up to step {self.state.step} is saved in {self.directory.path}. Run the "
             f"same command to resume"
         )
@@ -211,7 +211,7 @@ class Run:
         self.tracker.close(status)
 
 
-def look_for_start(config: Config, source: DictConfig) -> Start:
+def look_for_start(config: Config, unresolved: DictConfig) -> Start:
     """Where a run starts. Writes nothing.
 
     Raises:
@@ -221,14 +221,14 @@ def look_for_start(config: Config, source: DictConfig) -> Start:
     epochs = {name: stage.epochs for name, stage in config.stages.items()}
     start = find_start(Path(config.run_dir), config.resume, epochs)
     if start.saved is not None and start.saved_run_dir is not None:
-        refuse_changes(config, source, start.saved, start.saved_run_dir)
+        refuse_changes(config, unresolved, start.saved, start.saved_run_dir)
     return start
 
 
 def open_run(
     info: DistInfo,
     config: Config,
-    source: DictConfig,
+    unresolved: DictConfig,
     start: Start,
     splits: Splits,
     model: TransferModel,
@@ -237,7 +237,7 @@ def open_run(
     """Restore the state that `start` names, then open the run directory and its records. A collective.
 
     Args:
-        source: the configuration with its interpolations unresolved.
+        unresolved: the configuration with its interpolations unresolved.
 
     Raises:
         UserError: the images are not those of the checkpoint, or a rank does not see the run directory.
@@ -250,10 +250,10 @@ def open_run(
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, directory.attempt.check)
     token = on_rank_zero(
         info, "opening the run directory",
-        writing(run_dir)(lambda: open_outputs(info, source, start, state, splits, directory, checkpoints)),
+        writing(run_dir)(lambda: open_outputs(info, unresolved, start, state, splits, directory, checkpoints)),
     )  # fmt: skip
     check_shared(info, run_dir, lambda: (read_attempt(directory.attempt.path) or {}).get("token") == token)
-    tracker = Tracker(run_dir, config.tracking, plain(source), directory.attempt.check) if info.is_main else None
+    tracker = Tracker(run_dir, config.tracking, plain(unresolved), directory.attempt.check) if info.is_main else None
 
     def open_tracker() -> None:
         assert tracker is not None  # rank 0
@@ -268,7 +268,7 @@ def open_run(
     return Run(
         info=info,
         config=config,
-        source=ImageSource(info, config.data, splits.as_dict(), model.preprocess, bad_images),
+        images=ImageSource(info, config.data, splits.as_dict(), model.preprocess, bad_images),
         model=model,
         state=state,
         directory=directory,
@@ -276,7 +276,7 @@ def open_run(
         tracker=tracker,
         stop=stop,
         train_state=train_state,
-        interpolated=interpolation_digests(config, source),
+        interpolated=interpolation_digests(config, unresolved),
         saved_at=began,
         ticked_at=began,
     )

@@ -71,11 +71,11 @@ def main(args: Sequence[str] | None = None) -> int:
     return run_command("distil_tl.train", lambda: train(*configuration.load(argv)))
 
 
-def train(config: Config, source: DictConfig) -> None:
+def train(config: Config, unresolved: DictConfig) -> None:
     """Train a configuration to its end, from wherever its run directory is.
 
     Args:
-        source: the configuration with its interpolations unresolved.
+        unresolved: the configuration with its interpolations unresolved.
 
     Raises:
         UserError: before any work, when the configuration, the data or the weights can't be used.
@@ -86,7 +86,8 @@ def train(config: Config, source: DictConfig) -> None:
     setup_console(launch.rank == 0)
     configuration.check(config, launch.world_size)
     with StopSignal() as stop, init_distributed(launch, config.distributed) as info:
-        start = Start(**on_rank_zero(info, "start", lambda: dataclasses.asdict(look_for_start(config, source))))
+        # Rank 0 looks, and sends what it finds to the other ranks as JSON.
+        start = Start(**on_rank_zero(info, "start", lambda: dataclasses.asdict(look_for_start(config, unresolved))))
         if start.completed:
             if info.is_main and not (Path(start.run_dir) / "report.html").exists():  # killed just before it
                 write_report(Path(start.run_dir))
@@ -98,14 +99,14 @@ def train(config: Config, source: DictConfig) -> None:
         check_stages(model, config.stages)
         splits = copy_to_local_disk(info, config.data, splits)  # last of what may be refused, as it may take long
         stop.defer()
-        run = open_run(info, config, source, start, splits, model, stop)
+        run = open_run(info, config, unresolved, start, splits, model, stop)
         try:
             for name in config.stages:
                 if not run.has_finished(name):
                     run_stage(run, run.stage(name))
             finish(run)
         except AllRanksStopError:
-            run.preempt()
+            raise run.preempt() from None
         except BaseException as error:
             run.abandon("preempted" if isinstance(error, PreemptedError) else "failed")
             raise
@@ -116,12 +117,12 @@ def run_stage(run: Run, stage: Stage) -> None:
     info, model, record = run.info, run.model, run.state.stages[stage.name]
     info.phase = f"the set-up of stage {stage.name}"
     began = time.monotonic()
-    setup = set_up_stage(info, stage, model, run.source, record, run.plan.micro, run.agreement)
+    setup = set_up_stage(info, stage, model, run.images, record, run.plan.micro, run.agreement)
     if stage.config.search.wanted:
         batch = run.config.data.global_batch_size
         stage = search_head(info, stage, setup, batch, record, run.agreement)
     log_every = run.config.tracking.log_every
-    training = begin_stage(info, stage, model, setup, run.source, run.plan, log_every)
+    training = begin_stage(info, stage, model, setup, run.images, run.plan, log_every)
     record.seconds += time.monotonic() - began
     record.trainable_parameters = count_trainable(model.module)
     console.print_stage(info, model, training, record)
@@ -141,7 +142,7 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
     info.phase, info.training_started = f"stage {stage.name}, epoch {position.epoch + 1}", True
     run.state.position = position
     sampler.set_position(position.epoch, position.consumed)
-    batches = run.source.batches(training.loader, "train")
+    batches = run.images.batches(training.loader, "train")
     done, total = position.consumed // sampler.global_batch_size, sampler.steps_per_epoch
     label = f"{stage.name} {position.epoch + 1}/{stage.config.epochs}"
     training.meter.start()
@@ -177,14 +178,15 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
     micro-batches. An image that is left out adds nothing to the sum.
     """
     stage = training.stage
-    # Keys what dropout and stochastic depth draw, so that a resumed run draws the same. Only now, as a loader that
-    # starts draws too.
+    # A key for dropout and stochastic depth, so that a resumed run draws the same. After the batch has arrived, because
+    # a loader that starts draws random numbers too.
     seed_torch(info.device, stage.seed, "step", stage.name, step, micro, info.rank)
     training.recent.append((step, batch.indices))
     with reduce_gradients(training.network, now=micro == training.accumulation - 1):
         logits = training.network(batch.images)
         smoothing = stage.optim.label_smoothing
         losses = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="none")
+        # DDP averages over the ranks, so each rank divides by its share of the global batch.
         loss = (losses * batch.valid).sum() / (training.sampler.global_batch_size // info.world_size)
         training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     training.meter.update(logits.detach(), batch.targets, losses.detach(), batch.valid)
@@ -193,19 +195,19 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
 
 def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Position:
     """Evaluate on val after an epoch, record both, and save a checkpoint. Returns the start of the next epoch."""
-    info, stage, bad_images = run.info, training.stage, run.source.bad_images
+    info, stage, bad_images = run.info, training.stage, run.images.bad_images
     trained = training.meter.total()
-    bad_images.refuse_none_usable(trained.count, "train", run.source.index("train"))
+    bad_images.refuse_none_usable(trained.count, "train", run.images.index("train"))
     info.phase = f"the evaluation after epoch {position.epoch + 1} of stage {stage.name}"
     began = time.monotonic()
     # On CPU, collect mistakes now, so that the best epoch needs no second evaluation. (On CUDA that would wait for the
     # device, and what is only part of the network is evaluated as a whole at the end.)
     in_full = isinstance(training.inner, ImageNetwork) and info.device.type == "cpu"
     result = evaluate(
-        info, training.inner, training.val_loader, run.source.batches(training.val_loader, "val"), run.num_classes,
+        info, training.inner, training.val_loader, run.images.batches(training.val_loader, "val"), run.num_classes,
         agreement=run.agreement, mistakes=MISTAKES if in_full else None,
     )  # fmt: skip
-    bad_images.refuse_none_usable(result.metrics.count, "val", run.source.index("val"))
+    bad_images.refuse_none_usable(result.metrics.count, "val", run.images.index("val"))
     run.records.add_epoch(training.moment(position), trained)
     is_best = run.records.add_evaluation(training.moment(position), result.metrics, time.monotonic() - began)
     if is_best:
@@ -224,13 +226,13 @@ def finish(run: Run) -> None:
     shown = state.best or state.final
     assert shown is not None
     results = {} if run.best_evaluation is None else {"val": run.best_evaluation}
-    missing = [split for split in ("test", "val") if split in run.source.splits and split not in results]
+    missing = [split for split in ("test", "val") if split in run.images.splits and split not in results]
     if missing:
         results |= evaluate_best(run, shown["stage"], missing)
     if info.is_main:
-        run.directory.write("evaluation.json", console.evaluation_json("val", run.source.index("val"), results["val"]))
-    run.source.bad_images.combine_ranks(info)
-    state.bad_images = run.source.bad_images.by_split
+        run.directory.write("evaluation.json", console.evaluation_json("val", run.images.index("val"), results["val"]))
+    run.images.bad_images.combine_ranks(info)
+    state.bad_images = run.images.bad_images.by_split
     state.best = shown
     more = {"test": results["test"].metrics.compute()} if "test" in results else {}
     # The others wait without a collective: W&B may take longer to finish than a collective may last.
@@ -249,12 +251,12 @@ def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluati
     results: dict[str, Evaluation] = {}
     for split in splits:
         info.phase = f"the final evaluation on {split}"
-        loader = run.source.eval_loader(split, image_size)
+        loader = run.images.eval_loader(split, image_size)
         results[split] = evaluate(
-            info, network, loader, run.source.batches(loader, split), run.num_classes,
+            info, network, loader, run.images.batches(loader, split), run.num_classes,
             agreement=run.agreement, mistakes=MISTAKES,
         )  # fmt: skip
-        run.source.bad_images.refuse_none_usable(results[split].metrics.count, split, run.source.index(split))
+        run.images.bad_images.refuse_none_usable(results[split].metrics.count, split, run.images.index(split))
     return results
 
 

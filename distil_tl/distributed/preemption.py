@@ -31,7 +31,7 @@ class AllRanksStopError(Exception):
 class StopSignal:
     """Signal handlers that only record that a signal came. As a context manager it restores the former handlers.
 
-    Before `hold` there is nothing to save, and the first signal ends the process with a PreemptedError. Signals: INT
+    Before `defer` there is nothing to save, and the first signal ends the process with a PreemptedError. Signals: INT
     (Ctrl-C), TERM (preemption, scancel), USR2 (submitit's warning before a time limit).
     """
 
@@ -66,8 +66,8 @@ class StopSignal:
 class Agreement:
     """Turns the request of one rank into the same action of all ranks after the same step.
 
-    Every rank calls `poll` once a step. The requests of one step are reduced while the next step computes, so that no
-    rank waits; the result is one step late, and equal on all ranks.
+    Every rank calls `exchange` once a step. The requests of one step are reduced while the next step computes, so that
+    no rank waits; the result is one step late, and equal on all ranks.
 
     Args:
         request: what this rank requests now.
@@ -94,7 +94,7 @@ class Agreement:
         return max(self._result(), earlier)
 
     def raise_if_stopping(self) -> None:
-        """Like `poll`, for work that can be repeated from its beginning.
+        """Like `exchange`, for work that can be repeated from its beginning.
 
         Raises:
             AllRanksStopError: on all ranks.

@@ -80,12 +80,12 @@ def unsafe_changes(
     return changes
 
 
-def refuse_changes(config: Any, source: DictConfig, state: dict[str, Any], run_dir: Path) -> None:
+def refuse_changes(config: Any, unresolved: DictConfig, state: dict[str, Any], run_dir: Path) -> None:
     """Refuse to resume a run with a configuration that would not be the same training.
 
     Args:
         config: the dataclass.
-        source: the same with its interpolations unresolved.
+        unresolved: the same with its interpolations unresolved.
         state: state.json of the checkpoint to resume from.
         run_dir: that the checkpoint is in.
 
@@ -96,8 +96,8 @@ def refuse_changes(config: Any, source: DictConfig, state: dict[str, Any], run_d
     if not saved.exists():
         logger.warning("%s is missing; cannot check for changes of the configuration", saved)
         return
-    digests = state.get("interpolated", {}), interpolation_digests(config, source)
-    changes = unsafe_changes(read_yaml(saved), plain(source), list(state["run"]["stages"]), digests)
+    digests = state.get("interpolated", {}), interpolation_digests(config, unresolved)
+    changes = unsafe_changes(read_yaml(saved), plain(unresolved), list(state["run"]["stages"]), digests)
     if changes:
         listing = "\n".join(f"  - {change}" for change in changes)
         raise UserError(
@@ -106,11 +106,11 @@ def refuse_changes(config: Any, source: DictConfig, state: dict[str, Any], run_d
         )
 
 
-def interpolation_digests(config: Any, source: DictConfig) -> dict[str, str]:
+def interpolation_digests(config: Any, unresolved: DictConfig) -> dict[str, str]:
     """Digests of the values behind interpolations such as `${oc.env:SEED}`, by key: comparable, but not readable."""
     values = flatten(dataclasses.asdict(config))
     found = {}
-    for key, text in flatten(plain(source)).items():
+    for key, text in flatten(plain(unresolved)).items():
         if isinstance(text, str) and "${" in text and not is_free_on_resume(key):
             found[key] = hashlib.sha256(f"{key}={values[key]!r}".encode()).hexdigest()[:16]
     return found

@@ -39,11 +39,11 @@ class RunDirectory:
         self.path = path
         self.attempt = Attempt(path)
 
-    def open(self, source: DictConfig, classes: Sequence[str], info: DistInfo, step: int) -> None:
+    def open(self, unresolved: DictConfig, classes: Sequence[str], info: DistInfo, step: int) -> None:
         """Claim the directory for this process and write config.yaml, env.json and classes.json.
 
         Args:
-            source: the configuration with its interpolations unresolved.
+            unresolved: the configuration with its interpolations unresolved.
             step: that the run resumes from.
 
         Raises:
@@ -53,7 +53,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         self.attempt.refuse_if_in_use()  # again: a process may have started while this one scanned the images
         self.attempt.begin(step)
-        write_atomic(self.path / "config.yaml", to_yaml(source))
+        write_atomic(self.path / "config.yaml", to_yaml(unresolved))
         write_json(self.path / "env.json", environment(info))
         write_json(self.path / "classes.json", list(classes))
         (self.path / "summary.json").unlink(missing_ok=True)  # of an earlier attempt; a run in progress has none

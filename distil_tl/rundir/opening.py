@@ -46,7 +46,7 @@ def restore_state(
 
 def open_outputs(
     info: DistInfo,
-    source: DictConfig,
+    unresolved: DictConfig,
     start: Start,
     state: RunState,
     splits: Splits,
@@ -54,7 +54,7 @@ def open_outputs(
     checkpoints: Checkpoints,
 ) -> str | None:
     """Claim the run directory and write the files that describe the run, on rank 0. Returns the token of the claim."""
-    directory.open(source, splits.classes, info, state.step)
+    directory.open(unresolved, splits.classes, info, state.step)
     if start.checkpoint is not None and start.is_own_checkpoint:
         newest = Path(start.checkpoint)
         best = checkpoints.path(state.best["step"]) if state.best is not None else None
