@@ -134,8 +134,9 @@ def test_what_is_named_beside_a_file_is_defined_there(path: Path) -> None:
     text = path.read_text()
     # `distil_tl/FILE.py`: `name`, and `other` ...; up to the end of the sentence or the table's cell
     for file, rest in re.findall(r"`((?:distil_tl|launch)/[\w/]+\.py)`:((?:[^.|\n]|\n(?!\n))*)", text):
-        for name in re.findall(r"`([A-Za-z_]\w+)`", rest):
+        for name, method in re.findall(r"`([A-Za-z_]\w+)(?:\.(\w+))?`", rest):
             assert name in defined(ROOT / file), f"{name} in {file}"
+            assert not method or f"    def {method}(" in (ROOT / file).read_text(), f"{name}.{method} in {file}"
     # `NAME` in `distil_tl/FILE.py`
     for name, file in re.findall(r"`([A-Za-z_]\w+)`\s+in\s+`((?:distil_tl|launch)/[\w/]+\.py)`", text):
         assert name in defined(ROOT / file), f"{name} in {file}"
