@@ -44,7 +44,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: str = "auto"  # auto (chosen by a trial in long stages) | fp32 | bf16 | fp16
     compile: str = "none"  # torch.compile, which takes about a minute: none | prefix (the frozen part) | all
-    seed: int = 0  # of the new head, the order and the augmentations
+    seed: int = 0  # of the new head, the order of the images and the augmentations
     run_dir: str | None = None  # null: runs/DATA-MODEL-HASH, so that the same command resumes its run
     resume: str = "auto"  # auto: from the last checkpoint in run_dir | never | the path of a run or checkpoint
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -62,7 +62,7 @@ def load(args: Sequence[str], *, saved: bool = False) -> tuple[Config, DictConfi
     Dataclass defaults, then the YAML file (over its `base:`), then `key=value`.
 
     Args:
-        saved: the YAML file is the config.yaml of a run, so that keys which it lacks mean what they did then.
+        saved: the YAML file is the config.yaml of a run. Keys newer than that run get the value for the old behaviour.
 
     Returns:
         The configuration, and the same as a DictConfig with interpolations such as `${oc.env:USER}` unresolved, which
@@ -158,10 +158,10 @@ def run_name(config: Config) -> str:
 
 
 def check(config: Config, world_size: int) -> None:
-    """Refuse what can't work, all problems together, before any process group, download or GPU work.
+    """Check the configuration before any process group, download or GPU work.
 
     Raises:
-        UserError: listing every problem.
+        UserError: lists all problems.
     """
     refuse(list(problems(config, world_size)))
 
@@ -178,7 +178,7 @@ def check_evaluation(config: Config) -> None:
 
 
 def problems(config: Config, world_size: int) -> Iterator[str]:
-    """What can't work, each with what to do about it."""
+    """One message for each problem, with its solution."""
     yield from config.data.problems()
     yield from config.model.problems()
     for name, stage in config.stages.items():

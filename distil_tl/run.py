@@ -1,4 +1,4 @@
-"""A run in progress: its state, its records, its checkpoints, and how it stops."""
+"""A run in progress: its state, records, checkpoints, and stopping."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from distil_tl.utils.log import add_rank_file, logger
 
 @dataclass
 class Run:
-    """One run in this process. All ranks hold equal ones, except that only rank 0 writes.
+    """One run in this process. It is equal on all ranks, but only rank 0 writes.
 
     Attributes:
         images: the images of the run, as batches.
         plan: how a global batch is divided.
         records: writes metrics.jsonl and keeps the results of stages.
         tracker: metrics.jsonl and W&B; None on other ranks than 0.
-        train_state: of the checkpoint that the run resumes from, until its stage has taken it.
-        training: what the current stage trains with; None before the first.
+        train_state: of the checkpoint that the run resumes from, until its stage has loaded it.
+        training: state of the current stage's training; None before the first stage.
         saved_at: time of the last checkpoint, monotonic seconds.
-        ticked_at: until when the run's total time is counted, monotonic seconds.
+        ticked_at: the run's total time is counted up to here, monotonic seconds.
         unsaved: something was trained since the last checkpoint.
-        best_evaluation: of the best checkpoint in full, if it was made in this process.
+        best_evaluation: the full evaluation of the best checkpoint, if this process made it.
     """
 
     info: DistInfo
@@ -92,7 +92,7 @@ class Run:
         return epochs == 0 or (record is not None and record.epochs >= epochs)
 
     def stage(self, name: str) -> Stage:
-        """A stage with its settings resolved, and those that a head search chose."""
+        """A stage with its settings resolved, including those that a head search chose."""
         config, own = self.config, self.config.stages[name]
         record = self.state.stages.setdefault(name, StageRecord())
         return Stage(
@@ -128,7 +128,7 @@ class Run:
     # Checkpoints.
 
     def request(self) -> Request:
-        """What this rank asks for: to stop after a signal, to save when it is time by rank 0's clock."""
+        """The request of this rank: stop after a signal, save when it is time by rank 0's clock."""
         if self.stop:
             return Request.STOP
         minutes = self.config.checkpoint.every_minutes
@@ -137,7 +137,7 @@ class Run:
         return Request.CONTINUE
 
     def save(self, training: StageTraining, *, is_best: bool = False) -> None:
-        """Write a checkpoint of this moment in the background. A collective: all ranks call it.
+        """Write a checkpoint of the current state in the background. A collective: all ranks call it.
 
         Raises:
             CheckpointError: on rank 0, when the previous one could not be written.
@@ -173,7 +173,7 @@ class Run:
         self.state.seconds += now - self.ticked_at
         self.ticked_at = now
 
-    # The end.
+    # Stopping.
 
     def preempt(self) -> PreemptedError:
         """Save what is not saved yet and close the records, after all ranks agreed to stop. A collective.
@@ -182,7 +182,7 @@ class Run:
         """
         if self.unsaved and self.training is not None:
             self.save(self.training)
-        # A rank that ended sooner would have its launcher end the one that writes.
+        # If a rank exited earlier, its launcher would kill the rank that writes.
         on_rank_zero(self.info, f"writing the checkpoint of step {self.state.step}", self.checkpoints.wait)
         on_rank_zero(self.info, "ending the tracking", lambda: self.abandon("preempted"))
         return PreemptedError(

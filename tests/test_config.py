@@ -421,7 +421,7 @@ def test_usage_shows_every_key_with_its_default_and_comment():
     for key, value in flatten(plain(OmegaConf.structured(Config))).items():
         shown = "null" if value is None else value
         assert any(line.startswith(f"{key}={shown}") for line in lines), key
-    assert "what the optimizer sees, over all ranks" in next(s for s in lines if s.startswith("data.global_batch_size"))
+    assert "images per optimizer step, all ranks" in next(s for s in lines if s.startswith("data.global_batch_size"))
     assert "of the head, at its highest" in next(s for s in lines if s.startswith("stages.full.lr"))
     assert "disabled | offline | online" in next(s for s in lines if s.startswith("tracking.wandb.mode"))
 

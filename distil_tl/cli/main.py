@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from distil_tl.utils.errors import EXIT_USER_ERROR, did_you_mean
 from distil_tl.utils.version import __version__
 
-# By name: the module whose `main` runs it, imported only for that command; and its line in --help.
+# For each command: the module whose `main` runs it, imported only for that command, and its line in --help.
 COMMANDS = {
     "train": ("distil_tl.train", "train a model in stages (same as python -m distil_tl.train)"),
     "evaluate": ("distil_tl.evaluate", "exact metrics of a checkpoint, on any number of ranks"),

@@ -71,7 +71,7 @@ def predict(
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths`, whatever their names, and the images inside the folders, sorted by name.
+    """The files in `paths`, with any extension, and the images inside its folders, sorted by name.
 
     Raises:
         UserError: a path does not exist, or there is no image at all.

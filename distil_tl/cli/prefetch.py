@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def prefetch(args: Sequence[str], *, check: bool = False) -> None:
-    """Fetch the weights of a configuration, and the demo's images where it names no others.
+    """Fetch the weights of a configuration, and the demo's images if it sets no data.root.
 
     Raises:
         UserError: the arguments are wrong, or a download failed; with `check`, something is missing or damaged.

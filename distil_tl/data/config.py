@@ -19,8 +19,8 @@ ON_BAD_IMAGE = ("error", "skip")
 class DataConfig:
     root: str | None = None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; null: scikit-learn's digits
     stage_to: str | None = None  # a folder on each node's own disk, as '$SLURM_TMPDIR', to copy the images to
-    global_batch_size: int = 32  # what the optimizer sees, over all ranks
-    max_local_batch_size: int | None = None  # what fits one device; if a rank's share is larger: accumulate
+    global_batch_size: int = 32  # images per optimizer step, all ranks
+    max_local_batch_size: int | None = None  # images that fit one device; a larger share of a rank is accumulated
     image_size: int | None = None  # pixels; null: that of the pretrained weights
     workers: int | None = None  # loader processes per rank; null: from the number of available CPUs
     augment: str = "light"  # none | light | strong

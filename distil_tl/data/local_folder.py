@@ -193,7 +193,7 @@ def _locked_folder(stage_to: str, name: str, digest: str) -> Iterator[Path]:
 
 
 def _try_lock(lock: int) -> bool:
-    """Take the lock if it is free; whether this process has it now. The system frees the lock of a killed process."""
+    """Try to take the lock. Returns whether it was free. The system releases the lock of a killed process."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -25,9 +25,9 @@ PIECE = 64 << 20  # bytes of one broadcast
 def share_arrays(info: DistInfo, arrays: Mapping[str, np.ndarray] | None) -> Mapping[str, np.ndarray]:
     """Rank 0's `arrays` on every rank, without pickling; the ranks of a node share one copy in memory.
 
-    Writes are private to a rank (copy on write). The memory has no name in any file system, so nothing is left however
-    the ranks end. A rank that can't access the memory of its node, for example from another container, gets its own
-    copy.
+    Writes are private to a rank (copy on write). The memory has no name in any file system, so nothing is left
+    however the ranks end. A rank that can't access the memory of its node, for example from another container, gets
+    its own copy.
 
     Args:
         arrays: on rank 0; None on the others.
@@ -75,8 +75,8 @@ def _memory_of_node(info: DistInfo, size: int) -> tuple[int | None, np.ndarray |
 def _broadcast(fill: np.ndarray | None, size: int) -> None:
     """Copy rank 0's bytes to all ranks that fill memory. The other ranks take part, and discard the bytes.
 
-    A process group of the ranks that fill memory would avoid that. But torch makes a group by other code than a
-    collective: on CUDA, in some versions, by code that waits for every rank (pytorch#197568).
+    A process group of the ranks that fill memory would avoid that. But torch creates a group with other code than
+    a collective uses: on CUDA, in some versions, with code that waits for every rank (pytorch#197568).
     """
     spare = np.empty(min(size, PIECE), np.uint8)
     for start in range(0, size, PIECE):
@@ -85,17 +85,17 @@ def _broadcast(fill: np.ndarray | None, size: int) -> None:
 
 
 def _address(file: int) -> tuple[int, int, int, int]:
-    """By what another process of this machine and user can open the file, and check that it is the same file."""
+    """Numbers with which another process of this machine and user can open the file and check its identity."""
     status = os.fstat(file)
     return os.getpid(), file, status.st_dev, status.st_ino
 
 
 def _opened(address: Sequence[int], size: int) -> int | None:
-    """Open another process's file; None if it isn't visible here, where its process number may be another process."""
+    """Open another process's file; None if it isn't visible here, for example in a container with other pids."""
     process, number, device, inode = address
     path, expected = f"/proc/{process}/fd/{number}", (device, inode, size)
     try:
-        status = os.stat(path)  # noqa: PTH116 - checked before it is opened: to open a pipe or terminal has effects
+        status = os.stat(path)  # noqa: PTH116 - checked first: opening a pipe or terminal has side effects
         if (status.st_dev, status.st_ino, status.st_size) != expected:
             return None
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)

@@ -57,8 +57,8 @@ def once_per_node(info: DistInfo, what: str, work: Callable[[], None]) -> None:
 def on_each_node(info: DistInfo, what: str, work: Callable[[], Any]) -> Any:
     """Run `work` on one rank of every node at once, and return its JSON-able result on the ranks of that node.
 
-    All ranks wait until all nodes are done. When `work` raises a UserError on one node, all ranks raise it. In all
-    else as `on_rank_zero`.
+    All ranks wait until all nodes are done. When `work` raises a UserError on one node, all ranks raise it.
+    Otherwise like `on_rank_zero`.
     """
     if info.store is None:
         return work()

@@ -24,10 +24,10 @@ _PREEMPTED = "preempted"  # the key under which a rank writes that a signal stop
 
 
 def within(seconds: float, work: Callable[[], Result], *, peer: str = "the store of the ranks") -> Result:
-    """What `work`, a call that needs another process, returns or raises within `seconds`.
+    """Call `work`, which needs another process, with a timeout. Returns or raises what `work` does.
 
-    A store is served by one of the processes. When that one is frozen, torch waits without end, whatever its timeout:
-    while it connects, while it makes a process group, and for the answer to each request.
+    One of the processes serves the store. If that process is frozen, torch ignores its own timeout and waits without
+    end: while it connects, while it forms a process group, and for the answer to each request.
 
     Raises:
         DistStoreError: no answer from `peer` in that time.
@@ -63,7 +63,7 @@ class Store:
         return within(self.seconds, lambda: bool(self.inner.check(list(keys))))
 
     def add(self, key: str, amount: int) -> int:
-        """Add to a counter; its new value."""
+        """Add to a counter. Returns its new value."""
         return within(self.seconds, lambda: int(self.inner.add(key, amount)))
 
     def with_timeout(self, seconds: float) -> Store:

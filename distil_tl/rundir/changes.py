@@ -28,8 +28,8 @@ FREE_ON_RESUME = (
     "tracking.",
 )
 
-# Keys that are newer than some saved runs, as `data.KEY` or `stages.*.KEY`, with the value that means what the code did
-# before. A saved configuration without the key means that value, and the value is not part of a run's name.
+# Keys that are newer than some saved runs, as `data.KEY` or `stages.*.KEY`, with the value for the behaviour before. A
+# saved configuration without the key gets this value, and this value is not part of a run's name.
 NEW_KEYS: dict[str, Any] = {}
 
 

@@ -1,4 +1,4 @@
-"""Atomic checkpoints: a crash leaves the old one or the new one, never half of one."""
+"""Atomic checkpoints: after a crash there is the old or the new one, never an incomplete one."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Checkpoints:
 
     def _prune(self, newest: Path) -> None:
         kept = {self.named(name) for name in ("last", "best")}
-        # Later ones are damaged and were passed over: they must not push out the valid ones.
+        # Later checkpoints are damaged and were skipped: valid ones must not be removed to keep them.
         for path in [path for path in self.all() if path <= newest][: -self.keep]:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
@@ -158,7 +158,7 @@ class Checkpoints:
         return self.folder / link.readlink() if link.is_symlink() and link.exists() else None
 
     def newest_valid(self) -> Path | None:
-        """The newest checkpoint with valid checksums. Logs a warning for each one passed over."""
+        """The newest checkpoint with valid checksums. Logs a warning for each one skipped."""
         found = self.all()
         for path in reversed(found):
             damage = find_damage(path)

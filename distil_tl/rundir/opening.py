@@ -36,7 +36,7 @@ def restore_state(
         # Removed, damaged, or in the directory of another run that this one resumes from.
         if start.is_own_checkpoint:
             logger.warning(
-                "the best checkpoint, of step %d, is missing or damaged; the best result is determined anew",
+                "the best checkpoint, of step %d, is missing or damaged; the best result is determined again",
                 state.step if state.best is None else state.best["step"],
             )
         state.best = None

@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass
 class Position:
-    """Where a run is.
+    """The position of a run.
 
     Attributes:
         stage: its name.
         epoch: of the stage, from 0.
-        consumed: samples of the epoch that are trained on, over all ranks.
+        consumed: samples of the epoch that were trained on, over all ranks.
         step: optimizer steps since the run began.
     """
 

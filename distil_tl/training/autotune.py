@@ -1,7 +1,7 @@
 """Auto-tuning: the fastest precision and memory format for a stage, found by timing a few steps of each.
 
-Which is fastest differs by model, machine and direction, so `precision: auto` times a few steps of each where a stage
-is long enough for that to pay. All ranks agree on the result; it is recorded with the run and kept on resume.
+Which is fastest differs by model, machine and direction, so `precision: auto` times a few steps of each if a stage
+is long enough. All ranks agree on the result; it is recorded with the run and kept on resume.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distil_tl.utils.log import logger
 ROUNDS = 3  # timed steps of each candidate, after one that is not timed
 MARGIN = 1.15  # how much faster than the default another candidate must be to be chosen
 FORMAT = 2  # of the cached results; increased when networks compute differently, so that old results are not used
-WORTH = 20  # a trial of n images pays where this many times n images follow
+WORTH = 20  # a trial of n images is made if at least this many times n images follow
 
 
 def choose(
@@ -40,9 +40,9 @@ def choose(
     remaining: int,
     depends_on: dict[str, Any],
 ) -> Compute:
-    """The fastest of `options`, the same on all ranks; the first, where a trial would not pay.
+    """The fastest of `options`, the same on all ranks; the first one if the stage is too short for a trial.
 
-    The result is cached in a file, so that the same question on the same machine has the same answer.
+    The result is cached in a file, so that it is the same each time on the same machine.
 
     Args:
         step: one step of `images` images, without side effects.

@@ -1,4 +1,4 @@
-"""The sections `stages` and `optim` of the configuration, and how a stage may compute."""
+"""The sections `stages` and `optim` of the configuration, and the valid values of `precision` and `compile`."""
 
 from __future__ import annotations
 

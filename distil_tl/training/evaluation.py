@@ -59,7 +59,7 @@ def evaluate(
     network.eval()
     metrics = ClassificationMetrics(num_classes, info.device, confusion=mistakes is not None)
     kept = torch.empty(0, 4, dtype=torch.float64)
-    # Rank 0 has the most batches. The others take as many turns, so that all can agree in each of them.
+    # Rank 0 has the most batches. The others loop equally often, so that all ranks can agree each time.
     turns = math.ceil(math.ceil(len(loader.dataset) / info.world_size) / (loader.batch_size or 1))  # type: ignore[arg-type]
     bar = Progress("evaluate", turns, show=show and info.is_main)
     for _ in range(turns):

@@ -27,8 +27,8 @@ from distil_tl.utils.files import cache_dir
 from distil_tl.utils.log import Progress, logger
 
 BATCH = 32  # images in one forward pass of the frozen part, on a CPU
-BATCH_CUDA = 256  # and on a GPU
-MEMORY_SHARE = 0.5  # of free memory that feature maps may take with features=auto, as they are read in each epoch
+BATCH_CUDA = 256  # the same on a GPU
+MEMORY_SHARE = 0.5  # of free memory for feature maps with features=auto, as they are read in each epoch
 
 
 class FeatureExtractor:
@@ -62,7 +62,7 @@ class FeatureExtractor:
         """The training and validation images as features. A collective.
 
         Raises:
-            FeaturesUnavailableError: there is no room for them, on disk or in memory.
+            FeaturesUnavailableError: there is not enough disk space or memory for them.
             UserError: an image can't be used, or the device has too little memory.
             AllRanksStopError: on all ranks alike. Chunks that are complete are kept.
         """
@@ -94,7 +94,7 @@ class FeatureExtractor:
         return features
 
     def _missing_chunks(self, cache: FeatureCache, split: str) -> list[tuple[int, int]]:
-        """The chunks that are not in the cache or damaged, if there is room for them."""
+        """The chunks that are missing or damaged, after a check that there is enough disk space and memory."""
         what = f"{split} for stage {self.stage.name}"
         size = self.stage.image_size
         example = self.prefix(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.info.device))

@@ -42,7 +42,7 @@ BLOCK = 2048  # images whose features are read at once
 
 @dataclass(frozen=True)
 class _Search:
-    """What is searched for, and on what."""
+    """The stage, data and layers of a search."""
 
     stage: Stage
     features: Features
@@ -127,7 +127,7 @@ def search_head(
 def search_heads(info: DistInfo, search: _Search, agreement: Agreement) -> dict[str, Any]:
     """Train the heads of the grid and choose the best: by top-1 on val, then by loss there, then the first.
 
-    Groups of heads are shared out over the ranks. They are the same for any number of ranks, and so is the result, on
+    Groups of heads are divided among the ranks. They are the same for any number of ranks, and so is the result, on
     all ranks alike: `lr`, `weight_decay`, `top1` and `loss` of the best, and the same of each in `heads`.
     """
     settings = grid(search.stage)

@@ -37,7 +37,7 @@ def folding_pays(device: torch.device) -> bool:
 
 
 def try_to_fold(model: TransferModel, image_size: int, device: torch.device, *, trains: bool) -> nn.Module | None:
-    """The model with BatchNorm folded into convolutions at each call; None where that does not pay or can't be done.
+    """The model with BatchNorm folded into convolutions at each call; None if that is not faster or not possible.
 
     Args:
         image_size: pixels; the folded model takes no other size.
@@ -141,7 +141,7 @@ class FeatureNetwork(Network):
 
 
 class SplitNetwork(Network):
-    """A model on uint8 images whose frozen part runs without gradients, with BatchNorm folded for good."""
+    """A model on uint8 images whose frozen part runs without gradients, with BatchNorm folded once."""
 
     def __init__(self, prefix: Prefix, rest: FeatureNetwork) -> None:
         super().__init__(rest.compute)

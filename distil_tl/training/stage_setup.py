@@ -141,7 +141,7 @@ def _open_features(
     record: StageRecord,
     agreement: Agreement,
 ) -> Features | None:
-    """Features for the stage; None where it trains on images. A stage that began without them stays without."""
+    """Features for the stage; None where it trains on images. A stage that began without them does not use them."""
     if not stage.wants_features or (record.has_begun and not record.cached):
         return None
     try:

@@ -1,4 +1,4 @@
-"""What one stage trains with, and the parts of an optimizer step."""
+"""The training state of one stage, and the parts of an optimizer step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broa
 
 @dataclass
 class StageTraining:
-    """What one stage trains with; built anew at each stage boundary.
+    """The training state of one stage, created when the stage begins.
 
     Attributes:
         inner: the network that is trained.
@@ -50,7 +50,7 @@ class StageTraining:
         accumulation: micro-batches of a step.
         total_steps: of the stage.
         trains_statistics: BatchNorm statistics are updated, and averaged over the ranks after each step.
-        first_bad_step: of the stage, on the device; infinite while all is well. The optimizer skips steps from it on.
+        first_bad_step: of the stage, on the device; infinite if there is none. The optimizer skips steps from it on.
         recent: (step of the stage, image indices) of the last micro-batches, to name those of a bad step.
         meter: training metrics of the current epoch.
     """
@@ -108,7 +108,7 @@ def begin_stage(
 ) -> StageTraining:
     """Build the optimizer and wrap the network for a stage whose freezing is applied.
 
-    DDP registers the trainable parameters when it wraps, so it wraps anew at every stage boundary.
+    DDP registers the trainable parameters when it wraps a network, so each stage wraps its network again.
 
     Args:
         log_every: steps between two calls of `check_finite`, at most.
@@ -163,8 +163,8 @@ def wrap_in_ddp(info: DistInfo, network: nn.Module, compression: str) -> nn.Modu
 def fix_bucket_order(info: DistInfo, network: nn.Module, optimizer: torch.optim.Optimizer, dummy: Tensor) -> None:
     """Let DDP arrange its gradient buckets now, by a step on a dummy batch without side effects.
 
-    DDP arranges them anew after its first step, in the order in which gradients arrive. With more than two ranks the
-    order of a sum depends on it, and a resumed run must add as one that was never interrupted.
+    DDP rearranges them after its first step, in the order in which gradients arrive. With more than two ranks the order
+    of a sum depends on it, and a resumed run must add in the same order as one that was never interrupted.
     """
     if not isinstance(network, DistributedDataParallel):
         return

@@ -21,7 +21,7 @@ def is_file(arg: str) -> bool:
 
 
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file over its `base:`. `above` are the files that have led here by their own `base:`.
+    """A YAML file over its `base:`. `above` are the files whose `base:` led to this one.
 
     Raises:
         UserError: the file, or a base of it, can't be read.

@@ -104,7 +104,7 @@ def test_as_the_path_to_go_on_from(
     torch.save(Trap(trap), evil)
     for path in (evil, tmp_path):
         message = refused([*small, f"run_dir={tmp_path}/run", f"resume={path}"], capsys)
-        assert f"resume={path} holds no sound checkpoint" in message
+        assert f"resume={path} holds no valid checkpoint" in message
         assert not trap.exists()
 
 

@@ -236,10 +236,10 @@ def test_a_lost_best_checkpoint_is_reported(
     (before / "weights.safetensors").write_bytes(b"")
     assert main([*small, f"run_dir={run_dir}"]) == 0
     assert (
-        "the best checkpoint, of step 12, is missing or damaged; the best result is determined anew"
+        "the best checkpoint, of step 12, is missing or damaged; the best result is determined again"
         in capsys.readouterr().out
     )
-    assert distil_tl.load(run_dir).classes == ["circles", "noise", "stripes"], "best names one that is sound"
+    assert distil_tl.load(run_dir).classes == ["circles", "noise", "stripes"], "`best` is a valid checkpoint"
 
 
 # Refusing; more in test_refusals.py.

@@ -13,7 +13,7 @@ TOLERANCE = 1e-4  # relative to the largest logit: what folding and reordering m
 
 
 class NotEquivalentError(Exception):
-    """The rewritten network does not compute what the original one does; the message is the reason."""
+    """The rewritten network computes another function than the original one; the message is the reason."""
 
 
 @contextlib.contextmanager
@@ -73,4 +73,4 @@ def check_equivalent(
                 raise NotEquivalentError("its output is not one tensor of logits")
             close = (actual - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1e-3)
             if not close:  # also where one of them is NaN
-                raise NotEquivalentError(f"{called} don't give what the whole does")
+                raise NotEquivalentError(f"{called} give other results than the whole network")

@@ -70,13 +70,13 @@ def fold_batchnorm(module: nn.Module, images: Tensor, *, trains: bool) -> nn.Mod
             folded = fold_at_each_call(fx.GraphModule(whole, trace(LayerTracer, whole, images[:-1])))
         if has_folded_batchnorm(folded):
             modes = (True, False) if trains else (False,)
-            check_equivalent(folded, whole, images, called="its layers, folded,", modes=modes)
+            check_equivalent(folded, whole, images, called="its folded layers", modes=modes)
     except NotEquivalentError as error:
         raise CannotFoldError(str(error)) from error
     except Exception as error:  # the model's code may raise anything when it is called with a proxy
-        raise CannotFoldError(f"its code can't be followed ({type(error).__name__})") from error
+        raise CannotFoldError(f"its code can't be traced ({type(error).__name__})") from error
     if not has_folded_batchnorm(folded):
-        raise CannotFoldError("no convolution of it has a BatchNorm alone behind it")
+        raise CannotFoldError("no convolution is followed by a BatchNorm only")
     return folded
 
 
@@ -114,7 +114,7 @@ def fold_frozen(network: fx.GraphModule) -> fx.GraphModule:
 
 
 def _pairs(network: fx.GraphModule) -> Iterator[tuple[str, nn.Conv2d, str, _BatchNorm]]:
-    """Each convolution whose result only a BatchNorm takes, with that BatchNorm; before each its path."""
+    """(path, convolution, path, BatchNorm) of each convolution whose output goes only to that BatchNorm."""
     modules = dict(network.named_modules())
     for node in network.graph.nodes:
         norm = modules.get(str(node.target)) if node.op == "call_module" else None

@@ -23,7 +23,7 @@ from distil_tl.models.graph.trace import (
     trace,
 )
 
-NO_FROZEN_PREFIX = "what it trains takes the images themselves"
+NO_FROZEN_PREFIX = "its trained part uses the images directly"
 
 
 class CannotCutError(Exception):
@@ -54,7 +54,7 @@ def cut_frozen_prefix(module: nn.Module, images: Tensor) -> CutNetwork:
     Raises:
         CannotCutError: nothing is frozen or trained, the code cannot be traced, or the parts differ from the whole.
     """
-    if all(p.requires_grad for p in module.parameters()):  # saves the search in most long stages
+    if all(p.requires_grad for p in module.parameters()):  # saves time in most long stages
         raise CannotCutError(NO_FROZEN_PREFIX)
     module = nn.Sequential(module)  # calls the network with images only, even if its `forward` has more arguments
     reason = ""
@@ -63,7 +63,7 @@ def cut_frozen_prefix(module: nn.Module, images: Tensor) -> CutNetwork:
             # One image fewer than in the comparison: code that depends on the batch size then fails it.
             graph = trace(tracer, module, images[:-1])
         except Exception as error:  # the model's code may raise anything when it is called with a proxy
-            reason = f"its code can't be followed ({type(error).__name__})"
+            reason = f"its code can't be traced ({type(error).__name__})"
             continue
         try:
             return _cut(module, graph, images)
@@ -87,7 +87,7 @@ def _cut(module: nn.Module, graph: fx.Graph, images: Tensor) -> CutNetwork:
 
 
 def _last_frozen_node(module: nn.Module, graph: fx.Graph) -> fx.Node:
-    """The last node before the trained part through which all of the result depends on the images."""
+    """The last node before the trained part that is on every path from the images to the result."""
     nodes = list(graph.nodes)
     first = next((i for i, node in enumerate(nodes) if _varies(module, node)), None)
     if first is None:
@@ -130,7 +130,7 @@ def _is_on_every_path(node: fx.Node, images: fx.Node, output: fx.Node) -> bool:
 
 
 def _after(node: fx.Node, output: fx.Node) -> set[fx.Node]:
-    """What the output is computed from, with `node` taken as given: `node` and all before it are left out."""
+    """The nodes that the output depends on, without `node` and those that only `node` depends on."""
     visited: set[fx.Node] = set()
     pending = [output]
     while pending:
@@ -142,7 +142,7 @@ def _after(node: fx.Node, output: fx.Node) -> set[fx.Node]:
 
 
 def _suffix(module: nn.Module, graph: fx.Graph, node: fx.Node, *, fold: bool) -> nn.Module:
-    """From the result of `node` to the output; a plain Sequential where it is a chain of layers."""
+    """The network from the result of `node` to the output; a plain Sequential if it is a chain of layers."""
     output = list(graph.nodes)[-1]
     part = fx.Graph()
     copies = {node: part.placeholder("features")}
@@ -175,9 +175,9 @@ def _check(cut: CutNetwork, module: nn.Module, images: Tensor) -> None:
         torch.manual_seed(1)
         features = cut.prefix(images)
         if not isinstance(features, Tensor) or len(features) != len(images):
-            raise CannotCutError("its frozen part gives more than a tensor")
+            raise CannotCutError("the output of its frozen part is not one tensor with a row per image")
         if not torch.equal(features, cut.prefix(images)):
-            raise CannotCutError("its frozen part does not give the same twice")
+            raise CannotCutError("its frozen part gives different results in two calls")
     try:
         # A copy of the features, as the suffix may begin with an in-place operation.
         check_equivalent(lambda _: cut.suffix(features.clone()), module, images, called="its two parts")

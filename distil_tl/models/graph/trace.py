@@ -61,7 +61,7 @@ class UniformBlockTracer(LayerTracer):
 
 
 def trace(tracer: type[LayerTracer], module: nn.Module, images: Tensor) -> fx.Graph:
-    """The graph of what `module` does with such images.
+    """The graph of `module`, called with images like these.
 
     A condition on a value is evaluated with `images`, and its outcome becomes fixed in the graph.
     """

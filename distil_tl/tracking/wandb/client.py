@@ -28,7 +28,7 @@ main()
 
 
 class WandbClient:
-    """The tracking process of one run. No method raises, or waits without a limit, whatever the process does.
+    """The tracking process of one run. No method raises or waits without a limit, even if the process fails or hangs.
 
     Args:
         quiet: log no warning; `reason` has it.
@@ -64,7 +64,7 @@ class WandbClient:
         self._write_line(json.dumps(asdict(self._task)))
 
     def _write_line(self, text: str) -> None:
-        """Write to the process, if there is one. An error is not handled: then its exit status says more."""
+        """Write to the process, if there is one. Errors are ignored: `_exit_status` reports an exited process."""
         if self._process is None:
             return
         assert self._process.stdin is not None

@@ -120,7 +120,7 @@ def main() -> NoReturn:
 
 
 def _redirect_standard_streams(path: Path) -> None:
-    """Read from nothing, and append all output to a file."""
+    """Standard input from /dev/null; all output is appended to a file."""
     path.parent.mkdir(exist_ok=True)
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     for standard, other in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
@@ -128,7 +128,7 @@ def _redirect_standard_streams(path: Path) -> None:
 
 
 def _read_line(handle: int) -> bytes:
-    """One line, and no byte more: the rest is read by another thread."""
+    """Read one line and no byte more: another thread reads the rest."""
     line = b""
     while not line.endswith(b"\n") and (byte := os.read(handle, 1)):
         line += byte

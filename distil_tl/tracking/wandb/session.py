@@ -32,7 +32,7 @@ class Session:
         self._run = _init(task, wandb_id(self._run_dir))
         if task.mode == "offline":
             self._marks.segment = Path(self._run.dir).parent.name
-        elif self._run.resumed:  # then the server says which steps it has, and is right
+        elif self._run.resumed:  # the server knows best which steps it has
             last_step = self._run.starting_step - 1
         self._marks.step = last_step
         self._marks.save()

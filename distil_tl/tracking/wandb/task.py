@@ -1,4 +1,4 @@
-"""What the training tells the tracking process, and the exit statuses by which that answers."""
+"""The task that training gives to the tracking process, and the exit statuses of that process."""
 
 from __future__ import annotations
 

@@ -166,9 +166,9 @@ def test_only_a_norm_that_is_alone_after_a_convolution_is_folded(how: str) -> No
         assert count_folded(network) == 1
         torch.testing.assert_close(network(images(8)), module(images(8)))
     elif how == "the code branches on a value":
-        assert reason_not_to_fold(module, images(8)) == "its code can't be followed (TypeError)"
+        assert reason_not_to_fold(module, images(8)) == "its code can't be traced (TypeError)"
     else:
-        assert reason_not_to_fold(module, images(8)) == "no convolution of it has a BatchNorm alone behind it"
+        assert reason_not_to_fold(module, images(8)) == "no convolution is followed by a BatchNorm only"
 
 
 class Standardised(nn.Conv2d):
@@ -181,14 +181,14 @@ class Standardised(nn.Conv2d):
 def test_weight_standardisation_is_not_folded() -> None:
     module = Small("nothing")
     module.conv = Standardised(3, 3, 1)  # its BatchNorm still scales by 1: comparing outputs would not detect it
-    assert reason_not_to_fold(module, images(8)) == "no convolution of it has a BatchNorm alone behind it"
+    assert reason_not_to_fold(module, images(8)) == "no convolution is followed by a BatchNorm only"
 
 
 def test_nan_is_not_accepted_as_equal() -> None:
     module = Small("nothing")
     nn.init.constant_(module.last.bias, float("nan"))
     reason = reason_not_to_fold(module, images(8), trains=False)
-    assert reason == "its layers, folded, don't give what the whole does"
+    assert reason == "its folded layers give other results than the whole network"
 
 
 def test_the_network_is_not_changed_by_an_error_in_the_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_the_network_is_not_changed_by_an_error_in_the_comparison(monkeypatch: p
         raise MemoryError
 
     monkeypatch.setattr(ConvNorm, "forward", fails)
-    assert reason_not_to_fold(module, images()) == "its code can't be followed (MemoryError)"
+    assert reason_not_to_fold(module, images()) == "its code can't be traced (MemoryError)"
     assert [part.training for part in module.modules()] == modes
     assert {k: torch.equal(v, before[k]) for k, v in module.state_dict().items()} == dict.fromkeys(before, True)
 
@@ -209,7 +209,7 @@ def test_for_evaluation_only_this_mode_is_compared() -> None:
     module = Small("nothing").train()
     module.last = nn.Sequential(module.last, DiffersInTraining())  # type: ignore[assignment]
     assert count_folded(fold_batchnorm(module, images(8), trains=False)) == 1
-    assert reason_not_to_fold(module, images(8)) == "its layers, folded, don't give what the whole does"
+    assert reason_not_to_fold(module, images(8)) == "its folded layers give other results than the whole network"
 
 
 class DiffersInTraining(nn.Module):

@@ -124,11 +124,11 @@ class Small(nn.Module):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("images later", "what it trains takes the images themselves"),
-        ("functional dropout", "its two parts don't give what the whole does"),  # `training` is fixed by tracing
-        ("random", "its frozen part does not give the same twice"),
-        ("state", "its two parts don't give what the whole does"),
-        ("value", "its code can't be followed (TypeError)"),
+        ("images later", "its trained part uses the images directly"),
+        ("functional dropout", "its two parts give other results than the whole network"),  # fixed `training`
+        ("random", "its frozen part gives different results in two calls"),
+        ("state", "its two parts give other results than the whole network"),
+        ("value", "its code can't be traced (TypeError)"),
         ("two", "its output is not one tensor of logits"),
     ],
 )
@@ -145,7 +145,7 @@ def test_random_layers_are_in_the_suffix() -> None:
 
 
 def test_nothing_frozen_and_nothing_trained() -> None:
-    with pytest.raises(CannotCutError, match="^what it trains takes the images themselves$"):
+    with pytest.raises(CannotCutError, match="^its trained part uses the images directly$"):
         cut_frozen_prefix(random_model("resnet18", "all").module, torch.randn(3, 3, 64, 64))
     frozen = Small("dropout").eval().requires_grad_(False)
     with pytest.raises(CannotCutError, match="^nothing in it is trained$"):
