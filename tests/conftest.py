@@ -11,7 +11,6 @@ from tests.helpers import durations
 from tests.helpers.arguments import small_args
 from tests.helpers.fake_slurm import FakeSlurm, instead_of_slurm
 from tests.helpers.images import make_folder
-from tests.helpers.slurm_cluster import Cluster, brought_up
 from tests.helpers.wandb_server import Server, serving
 
 
@@ -77,13 +76,6 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 @pytest.fixture
 def small(folder: Path) -> list[str]:
     return small_args(folder)
-
-
-@pytest.fixture(scope="session")
-def slurm_cluster() -> Iterator[Cluster]:
-    """A real Slurm of two nodes, for all tests with the marker `slurm`."""
-    with brought_up() as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="session")

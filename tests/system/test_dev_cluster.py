@@ -1,4 +1,4 @@
-"""slurm/dev-cluster: a real Slurm that comes, behaves as one, and goes without a trace."""
+"""slurm/dev-cluster: a real Slurm, brought up and taken down without a trace."""
 
 from __future__ import annotations
 
@@ -10,35 +10,28 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.slurm_cluster import SCRIPT, Cluster, brought_up, dev_cluster
+from tests.helpers.concurrent_tests import concurrent
+from tests.helpers.slurm_cluster import SCRIPT, Cluster, Partition, brought_up, dev_cluster
+from tests.helpers.slurm_jobs import Inputs, wait_until
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
-
-
-def wait_until(true: Callable[[], bool], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def cluster(slurm_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster of the whole session, and as new for the next test."""
-    yield slurm_cluster
-    slurm_cluster.restore()
+# What follows uses little of a processor: let the concurrent tests start before the first of these tests.
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.usefixtures("concurrent_tests"),
+]
 
 
-# Coming and going.
+# Bringing up and taking down.
 
 
 def processes(directory: Path) -> dict[int, str]:
-    """Those that have it in their command line, which they have if they hold a machine, and their command lines."""
+    """The processes with the directory in their command line, as the holders of machines have it."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # has ended
@@ -66,7 +59,7 @@ def left_by(directory: Path) -> list[str]:
     return [*processes(directory).values(), *mounts, *([str(directory)] if directory.exists() else [])]
 
 
-def test_a_cluster_goes_without_a_trace_even_with_jobs_on_it(slurm_cluster: Cluster) -> None:
+def test_down_leaves_no_trace_even_with_jobs_running(slurm_cluster: Cluster) -> None:
     in_run = set(Path("/run").iterdir())
     with brought_up("--nodes", 1, "--cpus", 2, "--name", "other") as other:
         assert other.address("n1") != slurm_cluster.address("n1")
@@ -84,11 +77,13 @@ def test_a_cluster_goes_without_a_trace_even_with_jobs_on_it(slurm_cluster: Clus
         assert set(Path("/run").iterdir()) == in_run
         again = dev_cluster("down", "--dir", other.dir)
         assert (again.returncode, again.stderr) == (0, f"there is no cluster in {other.dir}\n")
-    assert slurm_cluster.tool("status").count("ok\n") == 3
+    head = dev_cluster("status", "--dir", slurm_cluster.dir).stdout.splitlines()[1]
+    assert head.startswith("head ")
+    assert head.endswith(" ok"), "the other cluster was not touched"
 
 
 @pytest.mark.parametrize("until", ["etc/machine", "db/ibdata1", "run/slurmdbd.pid"])
-def test_what_a_killed_up_has_half_made_goes_the_same_way(slurm_cluster: Cluster, until: str) -> None:
+def test_down_removes_what_a_killed_up_left(slurm_cluster: Cluster, until: str) -> None:
     directory = slurm_cluster.dir.with_name("half")
     process = subprocess.Popen([sys.executable, SCRIPT, "up", "--dir", directory], stderr=subprocess.DEVNULL)
     wait_until((directory / until).exists)
@@ -100,7 +95,7 @@ def test_what_a_killed_up_has_half_made_goes_the_same_way(slurm_cluster: Cluster
     assert left_by(directory) == []
 
 
-def test_ctrl_c_takes_down_what_was_half_made(slurm_cluster: Cluster) -> None:
+def test_ctrl_c_takes_a_half_made_cluster_down(slurm_cluster: Cluster) -> None:
     directory = slurm_cluster.dir.with_name("interrupted")
     process = subprocess.Popen([sys.executable, SCRIPT, "up", "--dir", directory], stderr=subprocess.DEVNULL)
     wait_until((directory / "db/ibdata1").exists)
@@ -109,7 +104,7 @@ def test_ctrl_c_takes_down_what_was_half_made(slurm_cluster: Cluster) -> None:
     assert left_by(directory) == []
 
 
-def test_a_daemon_that_fails_is_quoted_and_nothing_remains(slurm_cluster: Cluster, tmp_path: Path) -> None:
+def test_the_log_of_a_failed_daemon_is_quoted_and_nothing_remains(slurm_cluster: Cluster, tmp_path: Path) -> None:
     directory = slurm_cluster.dir.with_name("failing")
     (tmp_path / "slurmdbd").write_text("#!/bin/sh\necho no rows today\nexit 1\n")
     (tmp_path / "slurmdbd").chmod(0o755)
@@ -120,18 +115,18 @@ def test_a_daemon_that_fails_is_quoted_and_nothing_remains(slurm_cluster: Cluste
     assert left_by(directory) == []
 
 
-def test_run_gives_a_command_a_cluster_and_hands_on_its_status(slurm_cluster: Cluster) -> None:
+def test_run_returns_the_exit_status_of_its_command(slurm_cluster: Cluster) -> None:
     directory = slurm_cluster.dir.with_name("run")
     done = dev_cluster("run", "--dir", directory, "--nodes", 1, "--", "sh", "-c", "srun hostname && exit 7")
     assert (done.returncode, done.stdout) == (7, "n1\n")
     assert left_by(directory) == []
 
 
-# What cannot be.
+# Refusals.
 
 
 def as_user(number: int, *arguments: object, path: str) -> str:
-    """What the script says when it refuses to serve this user, with only these commands besides those in sbin."""
+    """The message with which the script refuses this user. `path` is PATH; the script adds sbin to it."""
     stub = f"import os, runpy, sys; os.geteuid = lambda: {number}; sys.argv.pop(0); runpy.run_path(sys.argv[0], None,"
     done = subprocess.run(
         [sys.executable, "-c", f"{stub} '__main__')", SCRIPT, *map(str, arguments)],
@@ -141,7 +136,7 @@ def as_user(number: int, *arguments: object, path: str) -> str:
     return done.stderr
 
 
-def test_refusals_name_the_way_out(tmp_path: Path) -> None:
+def test_refusals_name_the_remedy(tmp_path: Path) -> None:
     up = ("up", "--dir", tmp_path / "slurm")
     assert as_user(1000, *up, path=os.environ["PATH"]).count("run this as root\n") == 1
     missing = as_user(0, *up, path=str(tmp_path)).splitlines()
@@ -162,39 +157,42 @@ def test_a_container_without_namespaces_is_refused(slurm_cluster: Cluster, tmp_p
     assert not directory.exists()
 
 
-def test_other_directories_are_left_alone(slurm_cluster: Cluster, tmp_path: Path) -> None:
+def test_other_directories_are_not_changed(slurm_cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     for command in ("up", "down"):
         assert dev_cluster(command, "--dir", tmp_path).returncode == 2
     assert (tmp_path / "precious").exists()
     assert "exists already" in dev_cluster("up", "--dir", slurm_cluster.dir).stderr
     assert "no cluster in" in dev_cluster("env", "--dir", tmp_path).stderr
-    assert "no node 'n3': n1, n2" in dev_cluster("cut", "--dir", slurm_cluster.dir, "n3").stderr
+    assert "no node 'n99': n1, n2" in dev_cluster("cut", "--dir", slurm_cluster.dir, "n99").stderr
 
 
 # What a cluster does.
 
 
-def test_tasks_run_on_hosts_of_their_own_which_know_each_other(cluster: Cluster) -> None:
-    names = ("n1", "n2", "head", socket.gethostname())
+@concurrent()
+def test_tasks_run_on_hosts_that_know_each_other_by_name(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
+    names = (*partition.nodes, "head", socket.gethostname())
     script = f"echo $(hostname) $SLURM_NODEID $SLURM_LOCALID $(getent hosts {' '.join(names)} | cut -d' ' -f1)"
-    seen = sorted(cluster.run("srun", "-N2", "--ntasks-per-node=2", "sh", "-c", script).splitlines())
-    addresses = " ".join(cluster.address(name) for name in names)
-    assert seen == [f"n{node + 1} {node} {local} {addresses}" for node in (0, 1) for local in (0, 1)]
+    seen = partition.srun("-N2", "--ntasks-per-node=2", "sh", "-c", script).splitlines()
+    addresses = " ".join(partition.address(name) for name in names)
+    expected = [f"{partition.nodes[node]} {node} {local} {addresses}" for node in (0, 1) for local in (0, 1)]
+    assert sorted(seen) == sorted(expected)
 
 
-def test_gpus_are_there_in_name(cluster: Cluster) -> None:
+@concurrent()
+def test_claimed_gpus_are_granted(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     request = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2", "--mem=32G", "--time=5")
-    assert cluster.run("srun", *request, "sh", "-c", "echo $CUDA_VISIBLE_DEVICES").split() == ["0,1"] * 4
-    assert cluster.run("srun", "--gres=gpu:4", "sh", "-c", "echo $SLURM_GPUS_ON_NODE").split() == ["4"]
+    assert partition.srun(*request, "sh", "-c", "echo $CUDA_VISIBLE_DEVICES").split() == ["0,1"] * 4
+    assert partition.srun("--gres=gpu:4", "sh", "-c", "echo $SLURM_GPUS_ON_NODE").split() == ["4"]
     with pytest.raises(AssertionError, match="not available"):
-        cluster.run("srun", "--gpus-per-node=5", "true")
+        partition.srun("--gpus-per-node=5", "true")
 
 
 REDUCE = """
 import os, torch, torch.distributed as dist
 rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
-dist.init_process_group("gloo", init_method="tcp://n1:29400", rank=rank, world_size=world)
+dist.init_process_group("gloo", init_method="tcp://FIRST:29400", rank=rank, world_size=world)
 found = torch.tensor([rank + 1])
 dist.all_reduce(found)
 dist.destroy_process_group()
@@ -202,45 +200,53 @@ print(os.uname().nodename, found.item())
 """
 
 
-def test_ranks_on_two_nodes_reduce_over_gloo(cluster: Cluster) -> None:
-    seen = cluster.run("srun", "-N2", "--ntasks-per-node=2", sys.executable, "-c", REDUCE, timeout=120)
-    assert sorted(seen.splitlines()) == ["n1 10", "n1 10", "n2 10", "n2 10"]
+@concurrent()
+def test_ranks_on_two_nodes_reduce_over_gloo(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
+    script = REDUCE.replace("FIRST", partition.nodes[0])
+    seen = partition.srun("-N2", "--ntasks-per-node=2", sys.executable, "-c", script)
+    assert sorted(seen.splitlines()) == sorted(2 * [f"{node} 10" for node in partition.nodes])
 
 
-def test_what_tasks_orphan_ends_with_them(cluster: Cluster) -> None:
+@concurrent()
+def test_the_orphaned_processes_of_a_task_end_with_it(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     began = time.monotonic()
     orphan = "(setsid sleep 987654 &); sleep 0.5; exit 3"
-    job = cluster.sbatch(f"srun sh -c '{orphan}'; {orphan}")
-    assert cluster.wait_for(job, "COMPLETED", "FAILED") == "FAILED"
-    assert time.monotonic() < began + 50  # a step that waits for the orphan's output does so for a minute
-    assert cluster.run("srun", "-N2", "sh", "-c", "! grep -az '^987654' /proc/[0-9]*/cmdline") == ""
+    job = partition.sbatch(f"srun sh -c '{orphan}'; {orphan}")
+    assert partition.wait_for(job, "COMPLETED", "FAILED") == "FAILED"
+    assert time.monotonic() < began + 50  # a step would wait a minute for the orphan's output
+    assert partition.srun("-N2", "sh", "-c", "! grep -az '^987654' /proc/[0-9]*/cmdline") == ""
 
 
-def test_an_urgent_job_preempts_and_the_other_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
+@concurrent()
+def test_an_urgent_job_preempts_another_which_is_requeued(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     output = tmp_path / "output"
-    job = cluster.sbatch("srun sh -c 'echo $SLURM_RESTART_COUNT; sleep 1000'", "-N2", "-n2", output=output)
+    job = partition.sbatch("srun sh -c 'echo $SLURM_RESTART_COUNT; sleep 1000'", "-N2", "-n2", output=output)
     wait_until(lambda: output.exists() and output.read_text().count("\n") >= 2)
-    urgent = cluster.sbatch("sleep 1", "--partition=urgent", "-N2", "-n8")
-    cluster.wait_for(urgent, "COMPLETED")
+    urgent = partition.sbatch("sleep 1", "--partition=urgent", "-N2", "-n8", f"--nodelist={','.join(partition.nodes)}")
+    partition.wait_for(urgent, "COMPLETED")
     wait_until(lambda: output.read_text().count("1\n") == 2)
-    assert cluster.state(job) == "RUNNING"
-    assert cluster.history(job) == ["PREEMPTED", "RUNNING"]
-    cluster.scancel(job)
-    cluster.wait_for(job, "CANCELLED")
-    assert cluster.history(job) == ["PREEMPTED", "CANCELLED"]
+    assert partition.state(job) == "RUNNING"
+    assert partition.history(job) == ["PREEMPTED", "RUNNING"]
+    partition.scancel(job)
+    partition.wait_for(job, "CANCELLED")
+    assert partition.history(job) == ["PREEMPTED", "CANCELLED"]
 
 
-def test_a_node_that_is_cut_off_fails_its_job_and_goes_on_by_itself(cluster: Cluster, tmp_path: Path) -> None:
+@concurrent(first=True)
+def test_a_job_on_a_cut_node_fails_and_its_processes_keep_running(
+    partition: Partition, inputs: Inputs, tmp_path: Path
+) -> None:
     beats = "while sleep 0.2; do date >>$0-$(hostname); done"
-    job = cluster.sbatch(f"srun sh -c '{beats}' {tmp_path}/beats", "-N2", "-n2")
-    ghost = tmp_path / "beats-n2"
-    wait_until(ghost.exists)
-    cluster.cut("n2")
-    assert dev_cluster("status", "--dir", cluster.dir).returncode == 1
-    cluster.wait_for(job, "PENDING", timeout=90)
-    assert cluster.history(job)[0] == "NODE_FAIL"
-    assert cluster.node_states()["n2"].startswith("down")
-    size = ghost.stat().st_size
-    wait_until(lambda: ghost.stat().st_size > size)  # what has to be fenced
-    cluster.restore()
-    assert cluster.history(job) == ["NODE_FAIL", "CANCELLED"]
+    job = partition.sbatch(f"srun sh -c '{beats}' {tmp_path}/beats", "-N2", "-n2")
+    node = partition.nodes[1]
+    on_cut_node = tmp_path / f"beats-{node}"
+    wait_until(on_cut_node.exists)
+    partition.cut(node)
+    assert dev_cluster("status", "--dir", partition.dir).returncode == 1
+    partition.wait_for(job, "PENDING")
+    assert partition.history(job)[0] == "NODE_FAIL"
+    assert partition.node_states()[node].startswith("down")
+    size = on_cut_node.stat().st_size
+    wait_until(lambda: on_cut_node.stat().st_size > size)  # such processes must not write to a run
+    partition.restore()
+    assert partition.history(job) == ["NODE_FAIL", "CANCELLED"]

@@ -1,0 +1,197 @@
+"""Training jobs on a real Slurm, for tests: submitted, slowed down, watched, and compared with undisturbed runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers.arguments import small_args
+from tests.helpers.paths import ROOT
+from tests.helpers.ranks import lines, run_ranks, train
+from tests.helpers.same_run import differing, timeless
+from tests.helpers.slurm_cluster import Partition
+from tests.helpers.wandb_server import Server
+
+# Each step of a job's first start takes longer, so that the test can disturb it in time. After a requeue it is fast.
+# What it computes is the same.
+SLOW_STEPS = """
+import os, sys, time
+seconds = float(os.environ.get("SECONDS_A_STEP", 0)) if os.environ.get("SLURM_RESTART_COUNT", "0") == "0" else 0
+if seconds and any("submitit" in word or "launch.task" in word for word in sys.orig_argv):
+    import torch.optim
+    step = torch.optim.SGD.step
+    def slow_step(self, *args, **kwargs):
+        time.sleep(seconds)
+        return step(self, *args, **kwargs)
+    torch.optim.SGD.step = slow_step
+"""
+
+
+def wait_until(true: Callable[[], object], message: Callable[[], object] = lambda: "", timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < deadline, message()
+        time.sleep(0.1)
+
+
+@dataclass
+class Inputs:
+    """What the tests of a session share. Made when first needed, by whichever thread needs it."""
+
+    images: Path
+    folder: Path  # for what is made here
+    server: Server | None  # of W&B, reachable from the nodes
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def small(self) -> list[str]:
+        """Arguments of a run of 18 steps in two stages, not followed by W&B."""
+        return small_args(self.images)
+
+    @property
+    def job_args(self) -> list[str]:
+        """Arguments of a run of 36 steps, with a checkpoint every 5 steps, followed by W&B."""
+        return [*self.small, "stages.full.epochs=5", "checkpoint.every_steps=5", "tracking.wandb.mode=online"]
+
+    def reference(self, ranks: int = 2, args: list[str] | None = None) -> Path:
+        """The run directory of an undisturbed run on this machine: by default that of `job_args` on two ranks."""
+        args = args or self.job_args
+        with self._lock:
+            run_dir = self.folder / f"{abs(hash(tuple(args)))}-{ranks}"
+            if not run_dir.exists():
+                given = [*args, f"run_dir={run_dir}", "tracking.wandb.mode=disabled"]
+                assert run_ranks(ranks, train, given) == [0] * ranks
+            return run_dir
+
+    @property
+    def slow_steps(self) -> Path:
+        """A folder for PYTHONPATH with which jobs obey SECONDS_A_STEP."""
+        with self._lock:
+            folder = self.folder / "slow_steps"
+            if not folder.exists():
+                folder.mkdir()
+                (folder / "sitecustomize.py").write_text(SLOW_STEPS)
+            return folder
+
+
+def launched(cluster: Partition, module: str, *args: object, status: int = 0) -> str:
+    """The output of `python -m launch.MODULE`, run in a forked process that has torch imported already."""
+    output = cluster.dir.parent / f"output-{threading.get_ident()}"
+    context = multiprocessing.get_context("forkserver")
+    arguments = (module, [str(arg) for arg in args], cluster.environment, output)
+    process = context.Process(target=_launch, args=arguments)
+    process.start()
+    process.join(200)
+    process.kill()  # unless it has ended
+    assert process.exitcode == status, f"{process.exitcode}: {output.read_text()}"
+    return output.read_text()
+
+
+def _launch(module: str, args: list[str], environment: dict[str, str], output: Path) -> None:
+    import importlib
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [f"launch/{module}.py", *args]
+    sys.exit(importlib.import_module(f"launch.{module}").main(args))
+
+
+def launched_by_command(cluster: Partition, module: str, *args: object) -> str:
+    """The output of the command `python -m launch.MODULE`, as people start it."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"launch.{module}", *map(str, args)],
+        cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+class Run:
+    """A submitted run, of two tasks on one node by default.
+
+    Args:
+        seconds: that each step of its first start takes longer.
+        slurm: keys of the configuration's section `slurm`.
+    """
+
+    def __init__(
+        self, cluster: Partition, inputs: Inputs, run_dir: Path, args: list[str], seconds: float = 0,
+        launch: Callable[..., str] = launched, **slurm: object,
+    ) -> None:  # fmt: skip
+        self.cluster, self.inputs, self.run_dir = cluster, inputs, run_dir
+        values = {"partition": cluster.name, "nodes": 1, "gpus_per_node": 2, "cpus_per_task": 1, "time": 10}
+        values |= {"signal_delay_s": 20, **slurm}
+        setup = f"slurm.setup=[export PYTHONPATH={inputs.slow_steps}, export SECONDS_A_STEP={seconds}]"
+        options = [f"slurm.{key}={value}" for key, value in values.items()]
+        launch(cluster, "submit", *args, f"run_dir={run_dir}", *options, setup)
+        self.job = json.loads((run_dir / "submitted.json").read_text())["job_id"]
+
+    def wait_for_step(self, step: int) -> None:
+        wait_until(lambda: last_step(self.run_dir) >= step, self.output)
+
+    def output(self) -> str:
+        return "".join(path.read_text() for path in sorted((self.run_dir / "slurm").glob("*_log.out")))
+
+    def wait_until_same_as(self, reference: Path, timeout: float = 180) -> None:
+        """Wait until the job has completed, and compare the run with an undisturbed one."""
+        self.cluster.wait_for(self.job, "COMPLETED", timeout=timeout)
+        same_run(self.run_dir, reference)
+        if (self.run_dir / "wandb-id").exists():
+            one_run_of_wandb(self.inputs, self.run_dir)
+
+
+def last_step(run_dir: Path) -> int:
+    """The last step in metrics.jsonl, 0 if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return max((line["step"] for line in lines(run_dir)), default=0)
+    return 0
+
+
+def same_run(run_dir: Path, reference: Path) -> None:
+    """Bit-equal weights, optimizer state and metrics, and steps in increasing order."""
+    assert timeless(lines(run_dir)) == timeless(lines(reference))
+    steps = [line["step"] for line in lines(run_dir)]
+    assert steps == sorted(steps)
+    last, expected = (path / "checkpoints" / "last" for path in (run_dir, reference))
+    assert last.readlink() == expected.readlink()
+    weights = [load_file(path / "weights.safetensors") for path in (last, expected)]
+    states = [torch.load(path / "train_state.pt", weights_only=True) for path in (last, expected)]
+    assert differing("weights", *weights) + differing("state", *states) == []
+
+
+def one_run_of_wandb(inputs: Inputs, run_dir: Path) -> None:
+    """The server has each step once, in order, in a single run that is finished."""
+    server = inputs.server
+    assert server is not None
+    steps = [line["step"] for line in lines(run_dir, window="interval")]
+    # The job may end, and summary.json is written, before W&B has sent the end of the run.
+    wait_until(lambda: server.run(run_dir)["state"] == "finished", lambda: server.run(run_dir))
+    assert server.steps(run_dir) == steps == list(range(1, len(steps) + 1))
+
+
+def all_ended(cluster: Partition, folder: Path, timeout: float = 200) -> dict[str, Any]:
+    """The status of a sweep, when all of its runs are completed or failed."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found: dict[str, Any] = json.loads(launched(cluster, "status", folder, "--json"))
+        if {run["state"] for run in found["runs"]} <= {"completed", "failed"}:
+            return found
+        assert time.monotonic() < deadline, found
+        time.sleep(2)

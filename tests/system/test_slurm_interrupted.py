@@ -1,0 +1,114 @@
+"""Jobs on a real Slurm that are preempted, requeued, cancelled, out of time, or lose their node."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distil_tl.rundir.lock import MAX_STUCK
+from tests.helpers.concurrent_tests import concurrent
+from tests.helpers.slurm_cluster import Partition
+from tests.helpers.slurm_jobs import Inputs, Run, launched, wait_until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
+
+
+def preempt(partition: Partition, node: str) -> None:
+    """Run a short job that takes the whole node."""
+    job = partition.sbatch("sleep 2", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--time=1")
+    partition.wait_for(job, "COMPLETED")
+
+
+@concurrent()
+def test_a_preempted_run_resumes(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
+    node = partition.nodes[1]
+    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 1, extra=f"{{nodelist: {node}}}")
+    run.wait_for_step(8)
+    preempt(partition, node)
+    run.wait_until_same_as(inputs.reference())
+    assert partition.history(run.job) == ["PREEMPTED", "COMPLETED"]
+    assert "is left to Slurm" in run.output(), "Slurm requeues it; to requeue it once more would start it twice"
+
+
+@concurrent()
+def test_a_run_that_is_preempted_with_grace_requeues_itself(
+    partition: Partition, inputs: Inputs, tmp_path: Path
+) -> None:
+    node = partition.nodes[1]
+    extra = f"{{nodelist: {node}}}"
+    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 1, partition="grace", extra=extra)
+    run.wait_for_step(8)
+    preempt(partition, node)
+    run.wait_until_same_as(inputs.reference())
+    assert len(partition.history(run.job)) == 2
+
+
+@concurrent()
+def test_a_run_that_is_requeued_by_hand_resumes_and_a_cancelled_one_does_not(
+    partition: Partition, inputs: Inputs, tmp_path: Path
+) -> None:
+    by_hand = Run(partition, inputs, tmp_path / "by hand", inputs.job_args, 1)
+    cancelled = Run(partition, inputs, tmp_path / "cancelled", inputs.job_args, 1)
+    by_hand.wait_for_step(8)
+    partition.run("scontrol", "requeue", by_hand.job)
+    cancelled.wait_for_step(8)
+    partition.scancel(cancelled.job)
+    by_hand.wait_until_same_as(inputs.reference())
+    assert partition.state(cancelled.job) == "CANCELLED"
+    assert partition.history(cancelled.job) == ["CANCELLED"]
+    status = json.loads(launched(partition, "status", tmp_path, "--json"))
+    assert {Path(run["run_dir"]).name: run["state"] for run in status["runs"]} == {
+        "by hand": "completed",
+        "cancelled": "stopped",
+    }
+    again = [*inputs.job_args, f"run_dir={by_hand.run_dir}", "slurm.cpus_per_task=1"]
+    assert "#SBATCH" in launched(partition, "submit", *again, "--dry-run"), "a completed job is not in the way"
+
+
+@concurrent(first=True)
+def test_a_run_whose_time_is_up_requeues_itself(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
+    """Slurm sends the signal 45 to 75 s after the start: it compares times only every 30 s, and plans for the next."""
+    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 2.5, time=2, signal_delay_s=45)
+    run.wait_until_same_as(inputs.reference(), timeout=240)
+    assert set(partition.history(run.job)[:-1]) == {"REQUEUED"}
+    assert f"job {run.job} goes back into the queue" in run.output()
+
+
+@concurrent(first=True)
+def test_a_run_whose_node_is_cut_off_resumes_elsewhere(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
+    """The ranks on the cut node keep running and still reach each other. Only the new ones may write."""
+    node = partition.nodes[1]
+    with partition.only_on(node):
+        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 2.5)
+        run.wait_for_step(6)
+    partition.cut(node)
+    partition.wait_for(run.job, "PENDING")
+    partition.wait_for(run.job, "RUNNING")
+    run.wait_until_same_as(inputs.reference())
+    assert "NODE_FAIL" in partition.history(run.job)
+    wait_until(lambda: "another attempt has gone on with" in run.output(), run.output, timeout=60)
+
+
+@concurrent(first=True)
+def test_a_run_whose_node_loses_its_daemon_resumes(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
+    node = partition.nodes[1]
+    with partition.only_on(node):
+        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 2.5)
+        run.wait_for_step(6)
+    partition.tool("kill-slurmd", node)
+    partition.wait_for(run.job, "PENDING", "COMPLETING")
+    run.wait_until_same_as(inputs.reference())
+
+
+@concurrent()
+def test_a_run_that_makes_no_progress_is_ended(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
+    run = Run(partition, inputs, tmp_path / "run", [*inputs.job_args, "checkpoint.every_steps=1000"], 30)
+    path = run.run_dir / "attempt.json"
+    wait_until(path.exists, run.output)
+    # As if Slurm had restarted it so often already.
+    path.write_text(json.dumps({**json.loads(path.read_text()), "stuck": MAX_STUCK}))
+    partition.run("scontrol", "requeue", run.job)
+    partition.wait_for(run.job, "FAILED")
+    assert f"restarted {MAX_STUCK + 1} times at step 0 and never got further" in run.output()
