@@ -36,4 +36,4 @@ def concurrent_tests(
         running = ConcurrentTests(bodies, partitions(tracked, names), inputs, tmp_path_factory.mktemp("concurrent"))
         yield running
         running.stop()
-    # The threads that still run a body, because pytest was told to stop, end when the cluster goes.
+    # If pytest stops early, threads may still run a body. They end when the cluster is taken down.
