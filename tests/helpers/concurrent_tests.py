@@ -21,7 +21,7 @@ import pytest
 
 from tests.helpers.slurm_cluster import Partition
 
-THREADS = 6
+THREADS = 5
 Body = Callable[..., None]
 
 

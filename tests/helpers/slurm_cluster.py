@@ -69,7 +69,7 @@ class Cluster:
         """The job's state in squeue, such as PENDING, RUNNING or COMPLETED."""
         return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
-    def wait_for(self, job: str, *states: str, timeout: float = 120) -> str:
+    def wait_for(self, job: str, *states: str, timeout: float = 300) -> str:
         """Wait until the job is in one of the states. That state."""
         deadline = time.monotonic() + timeout
         while (state := self.state(job)) not in states:
@@ -141,9 +141,9 @@ class Partition(Cluster):
             if not status[node].endswith("ok") or states[node] not in ("idle", "mix", "alloc", "comp"):
                 self.tool("kill-slurmd", node)
                 self.tool("start-slurmd", node)  # it registers with slurmctld at once
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while set((states := self.node_states()).values()) != {"idle"}:
-            assert time.monotonic() < deadline, f"not idle after 90 s: {states}"
+            assert time.monotonic() < deadline, f"not idle after 180 s: {states}"
             time.sleep(0.2)
 
 

@@ -40,7 +40,7 @@ if seconds and any("submitit" in word or "launch.task" in word for word in sys.o
 """
 
 
-def wait_until(true: Callable[[], object], message: Callable[[], object] = lambda: "", timeout: float = 120) -> None:
+def wait_until(true: Callable[[], object], message: Callable[[], object] = lambda: "", timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < deadline, message()
@@ -94,7 +94,7 @@ def launched(cluster: Partition, module: str, *args: object, status: int = 0) ->
     arguments = (module, [str(arg) for arg in args], cluster.environment, output)
     process = context.Process(target=_launch, args=arguments)
     process.start()
-    process.join(200)
+    process.join(300)
     process.kill()  # unless it has ended
     assert process.exitcode == status, f"{process.exitcode}: {output.read_text()}"
     return output.read_text()
@@ -117,14 +117,14 @@ def launched_by_command(cluster: Partition, module: str, *args: object) -> str:
     """The output of the command `python -m launch.MODULE`, as people start it."""
     done = subprocess.run(
         [sys.executable, "-m", f"launch.{module}", *map(str, args)],
-        cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 class Run:
-    """A submitted run, of two tasks on one node by default.
+    """A submitted run, of one task by default.
 
     Args:
         seconds: that each step of its first start takes longer.
@@ -136,7 +136,7 @@ class Run:
         launch: Callable[..., str] = launched, **slurm: object,
     ) -> None:  # fmt: skip
         self.cluster, self.inputs, self.run_dir = cluster, inputs, run_dir
-        values = {"partition": cluster.name, "nodes": 1, "gpus_per_node": 2, "cpus_per_task": 1, "time": 10}
+        values = {"partition": cluster.name, "nodes": 1, "gpus_per_node": 1, "cpus_per_task": 1, "time": 10}
         values |= {"signal_delay_s": 20, **slurm}
         setup = f"slurm.setup=[export PYTHONPATH={inputs.slow_steps}, export SECONDS_A_STEP={seconds}]"
         options = [f"slurm.{key}={value}" for key, value in values.items()]
@@ -149,7 +149,7 @@ class Run:
     def output(self) -> str:
         return "".join(path.read_text() for path in sorted((self.run_dir / "slurm").glob("*_log.out")))
 
-    def wait_until_same_as(self, reference: Path, timeout: float = 180) -> None:
+    def wait_until_same_as(self, reference: Path, timeout: float = 300) -> None:
         """Wait until the job has completed, and compare the run with an undisturbed one."""
         self.cluster.wait_for(self.job, "COMPLETED", timeout=timeout)
         same_run(self.run_dir, reference)
@@ -186,7 +186,7 @@ def one_run_of_wandb(inputs: Inputs, run_dir: Path) -> None:
     assert server.steps(run_dir) == steps == list(range(1, len(steps) + 1))
 
 
-def all_ended(cluster: Partition, folder: Path, timeout: float = 200) -> dict[str, Any]:
+def all_ended(cluster: Partition, folder: Path, timeout: float = 300) -> dict[str, Any]:
     """The status of a sweep, when all of its runs are completed or failed."""
     deadline = time.monotonic() + timeout
     while True:

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.xdist_gro
 def test_four_ranks_on_two_nodes_give_the_metrics_of_four_ranks_on_one_machine(
     partition: Partition, inputs: Inputs, tmp_path: Path
 ) -> None:
-    run = Run(partition, inputs, tmp_path / "slurm", inputs.small, launch=launched_by_command, nodes=2)
+    run = Run(partition, inputs, tmp_path / "slurm", inputs.small, launch=launched_by_command, nodes=2, gpus_per_node=2)
     alone = inputs.reference(4, inputs.small)
     run.wait_until_same_as(alone)
     summary, env = (json.loads((run.run_dir / name).read_text()) for name in ("summary.json", "env.json"))
@@ -83,7 +83,7 @@ def test_a_sweep_with_two_failures(partition: Partition, inputs: Inputs, tmp_pat
     assert status["runs"][-2:] == failed, "failed runs rank last"
 
     output = launched(partition, "sweep", sweep, "--dir", folder)
-    assert "left alone: 4 completed, 2 failed" in output
+    assert "not submitted: 4 completed, 2 failed" in output
     assert "nothing to submit" in output
     model = build(ModelConfig("shufflenet_v2_x0_5", weights="none"), 1000, image_size=None, seed=0)
     torch.save(model.module.state_dict(), tmp_path / "broken.pt")

@@ -21,7 +21,7 @@ random: {stages.head.lr: {choice: [0.01, 1.0e-12]}}
 count: 2
 metric: loss
 slurm:
-  {partition: PARTITION, gpus_per_node: 2, cpus_per_task: 1, time: 10,
+  {partition: PARTITION, gpus_per_node: 1, cpus_per_task: 1, time: 10,
    setup: ['export PYTHONPATH=SLOW_STEPS', export SECONDS_A_STEP=0.5]}
 """
 SEARCH = """
@@ -50,7 +50,7 @@ def test_a_killed_search_continues_and_prunes(partition: Partition, inputs: Inpu
         process.kill()
         process.wait()
     again = subprocess.run(
-        command, cwd=ROOT, env=partition.environment, capture_output=True, text=True, timeout=200, check=False
+        command, cwd=ROOT, env=partition.environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert again.returncode == 0, again.stdout + again.stderr
     runs = json.loads(launched(partition, "status", folder, "--json"))["runs"]

@@ -38,7 +38,7 @@ def check_signal_and_resume(partition: Partition, inputs: Inputs, tmp_path: Path
     job = submit(partition, name, options, args, tmp_path, PYTHONPATH=path, SECONDS_A_STEP="1", GPUS="1")
     wait_until(lambda: last_step(run_dir) >= 8, lambda: [path.read_text() for path in tmp_path.glob("*.out")])
     partition.run("scancel", "--signal=USR2", job)
-    partition.wait_for(job, "COMPLETED", timeout=180)
+    partition.wait_for(job, "COMPLETED")
     assert len(partition.history(job)) == 2
     same_run(run_dir, inputs.reference())
     one_run_of_wandb(inputs, run_dir)
