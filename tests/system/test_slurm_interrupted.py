@@ -97,7 +97,7 @@ def test_a_run_whose_node_is_cut_off_resumes_elsewhere(partition: Partition, inp
     partition.wait_for(run.job, "RUNNING")
     run.wait_until_same_as(inputs.reference())
     assert "NODE_FAIL" in partition.history(run.job)
-    wait_until(lambda: "another attempt has gone on with" in run.output(), run.output)
+    wait_until(lambda: "another process took over" in run.output(), run.output)
 
 
 @concurrent(first=True)
@@ -120,4 +120,4 @@ def test_a_run_that_makes_no_progress_is_ended(partition: Partition, inputs: Inp
     path.write_text(json.dumps({**json.loads(path.read_text()), "stuck": MAX_STUCK}))
     partition.run("scontrol", "requeue", run.job)
     partition.wait_for(run.job, "FAILED")
-    assert f"restarted {MAX_STUCK + 1} times at step 0 and never got further" in run.output()
+    assert f"restarted {MAX_STUCK + 1} times at step 0 without progress" in run.output()
