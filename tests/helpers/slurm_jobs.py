@@ -40,9 +40,11 @@ if seconds and any("submitit" in word or "launch.task" in word for word in sys.o
 """
 
 
-def wait_until(true: Callable[[], object], message: Callable[[], object] = lambda: "", timeout: float = 300) -> None:
+def wait_until(
+    condition: Callable[[], object], message: Callable[[], object] = lambda: "", timeout: float = 300
+) -> None:
     deadline = time.monotonic() + timeout
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline, message()
         time.sleep(0.1)
 

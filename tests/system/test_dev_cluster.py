@@ -18,7 +18,7 @@ from tests.helpers.concurrent_tests import concurrent
 from tests.helpers.slurm_cluster import SCRIPT, Cluster, Partition, brought_up, dev_cluster
 from tests.helpers.slurm_jobs import Inputs, wait_until
 
-# What follows uses little of a processor: let the concurrent tests start before the first of these tests.
+# The fixture starts the concurrent tests, which then run beside the others here.
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.timeout(600),
