@@ -1,8 +1,8 @@
 """Stand-ins for sbatch, squeue, scontrol, scancel and srun: scripts in a folder, which keep their queue in a JSON file.
 
-They know what launch asks of them, and answer as Slurm does: a number that is an array's means all of its tasks, tasks
-that wait have no number of their own, jobs that have ended are listed with `--states=all` alone, and some commands are
-refused. What a test says in `refusals` they say on standard error.
+They support the options that launch uses, and behave as Slurm does: the id of an array means all of its tasks, waiting
+tasks have no id of their own, and ended jobs are listed only with `--states=all`. A command fails with the message that
+a test sets by `refuse`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 class FakeSlurm:
-    """The queue, as a test sees and changes it. A job has `id`, `own`, `state`, `nodes`, `reason` and `script`."""
+    """The queue, for a test to read and change. A job has `id`, `own`, `state`, `nodes`, `reason` and `script`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "queue.json"
@@ -75,7 +75,7 @@ class FakeSlurm:
 
 
 def instead_of_slurm(tmp_path: Path, monkeypatch: Any) -> FakeSlurm:
-    """For a test alone: these commands, nothing of a job that surrounds it, and an empty current folder, `here`."""
+    """Set up a test: these commands, no variables of a surrounding Slurm job, and an empty current folder `here`."""
     fake = FakeSlurm(tmp_path / "slurm-bin")
     monkeypatch.setenv("PATH", fake.path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -94,7 +94,7 @@ def without_slurm(monkeypatch: Any, folder: Path) -> None:
 
 
 def fake_training(source: Path, body: str) -> Path:
-    """A copy of the packages in which training is only `body`, of `args`; for jobs that take a second."""
+    """A copy of the packages in which training is only `body`, a function of `args`, for jobs of a second."""
     for package in ("distil_tl", "launch"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(Path(__file__).parents[2] / package, source / package, ignore=ignore)
@@ -103,7 +103,7 @@ def fake_training(source: Path, body: str) -> Path:
 
 
 def run(folder: Path, command: str, arguments: list[str]) -> int:
-    """What the script called `command` does; its exit status."""
+    """Run one of the commands. Returns the exit status."""
     file = folder / "queue.json"
     content = json.loads(file.read_text())
     content["calls"].append([command, *arguments])
@@ -164,14 +164,14 @@ def scancel(content: dict[str, Any], arguments: list[str]) -> None:
 
 
 def srun(content: dict[str, Any], arguments: list[str]) -> None:
-    """Become the command that it was to start."""
+    """Replace the process by the command to start."""
     while arguments[0].startswith("-"):
         arguments = arguments[1:] if "=" in arguments[0] or arguments[0] == "--unbuffered" else arguments[2:]
     os.execvp(arguments[0], arguments)
 
 
 def selected(content: dict[str, Any], number: str) -> list[dict[str, Any]]:
-    """Jobs by number: one, or an array's tasks when it is the array's, or one that has such a number of its own."""
+    """Jobs by id: all tasks of an array by its id, or one task by its own id."""
     jobs = content["jobs"]
     array = [job for job in jobs if job["id"].partition("_")[0] == number]
     return array or [job for job in jobs if number in (job["id"], job["own"])]

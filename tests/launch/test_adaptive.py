@@ -1,4 +1,4 @@
-"""The search: proposing, watching, pruning; and what becomes of it when it, its trials or Slurm come to an end."""
+"""Adaptive search: proposals, pruning, and how it is resumed after it, a trial or Slurm failed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_search_from_its_first_trial_to_its_last(slurm: FakeSlurm, jobs: Jobs,
         assert list(trial.intermediate_values) == [0, 1]
 
 
-def test_a_larger_number_of_trials_goes_on_with_the_search(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+def test_a_larger_number_of_trials_extends_the_search(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
     searched()
     assert states() == {"COMPLETE": 4}, "the sweep's count"
     searched()
@@ -179,7 +179,7 @@ def test_a_search_that_is_killed_anywhere_can_be_resumed(
         assert trial.state.name == "FAIL" or list(trial.intermediate_values.values()) == [0.5, 0.6]
 
 
-def test_ctrl_c_leaves_slurms_jobs_alone(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+def test_ctrl_c_does_not_stop_slurm_jobs(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
     jobs.meanwhile[2] = lambda: os.kill(os.getpid(), signal.SIGINT)
     searched("--parallel=2", returns=3)
     assert capsys.readouterr().err == f"launch: {STOPPED}; its jobs continue; {RESUME}\n"
@@ -190,7 +190,7 @@ def test_ctrl_c_leaves_slurms_jobs_alone(slurm: FakeSlurm, jobs: Jobs, capsys) -
     assert len(slurm.calls("sbatch")) == 4
 
 
-def test_ctrl_c_while_a_job_is_submitted_comes_when_that_is_written_down(
+def test_ctrl_c_during_a_submission_waits_until_the_job_is_recorded(
     slurm: FakeSlurm, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     submit = sweep_plan.submit_trials
@@ -207,7 +207,7 @@ def test_ctrl_c_while_a_job_is_submitted_comes_when_that_is_written_down(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_what_a_full_disk_cut_off_the_storage_is_let_go(slurm: FakeSlurm, jobs: Jobs) -> None:
+def test_an_incomplete_last_line_of_the_storage_is_dropped(slurm: FakeSlurm, jobs: Jobs) -> None:
     searched("--trials=2")
     whole = (HERE / "optuna.log").read_bytes()
     (HERE / "optuna.log").write_bytes(whole + whole.splitlines()[-1][:9])
@@ -218,7 +218,7 @@ def test_what_a_full_disk_cut_off_the_storage_is_let_go(slurm: FakeSlurm, jobs: 
 # Ends of trials
 
 
-def test_trials_that_fail_are_no_end_of_the_search(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+def test_failed_trials_do_not_end_the_search(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
     jobs.meanwhile[2] = lambda: slurm.change("8", "FAILED")
     jobs.meanwhile[3] = lambda: slurm.change("9", "CANCELLED")  # by hand
     searched("--parallel=3")
@@ -232,14 +232,14 @@ def test_trials_that_fail_are_no_end_of_the_search(slurm: FakeSlurm, jobs: Jobs,
 def test_a_search_in_which_all_fail_is_a_fault(
     slurm: FakeSlurm, jobs: Jobs, capsys, end: str, curve: list[Any]
 ) -> None:
-    """Or that evaluate nothing, or nothing that is a number."""
+    """Also if they evaluate nothing, or the metric is not a number."""
     jobs.end, jobs.curve = end, lambda values: curve
     searched("--trials=2", returns=1)
     assert states() == {"FAIL": 2}
     assert "no trial completed\n" in capsys.readouterr().out
 
 
-def test_a_preempted_trial_comes_back(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+def test_a_preempted_trial_is_resumed(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
     """Also while Slurm does not say that it is in the queue again, or what a node wrote is late to be seen."""
     (look,) = (3,)
 
@@ -264,8 +264,8 @@ def test_a_preempted_trial_comes_back(slurm: FakeSlurm, jobs: Jobs, capsys) -> N
     assert "launch: squeue: no controller; trying again later\n" in capsys.readouterr().err
 
 
-def test_sbatch_that_refuses_for_a_while(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
-    """A limit on jobs, say, while others are there to wait for."""
+def test_submission_is_retried_while_sbatch_refuses(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    """For example at a limit of jobs; if no other trial has a job, the search ends."""
     words = "sbatch: error: Job violates accounting/QOS policy"
     jobs.meanwhile = {1: lambda: slurm.refuse("sbatch", words), 8: lambda: slurm.refuse("sbatch", None)}
     jobs.curve = lambda values: [0.5] * (2 if values["seed"] < 1 else 9)

@@ -1,4 +1,4 @@
-"""The search: what edits reach, what is refused, and a search of this machine that is ended."""
+"""Adaptive search: edits during a search, invalid arguments, a local search."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_all_trials_run_the_code_and_the_configuration_of_the_beginning(
     assert [config["optim"]["momentum"] for config in configs] == [0.5] * 4
 
 
-def test_a_search_with_another_space_is_another_one(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+def test_a_search_with_another_space_is_refused(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
     searched("--trials=1")
     Path("rates.yaml").write_text(SPACE.replace("1e-3, 1]", "1e-3, 2]").replace("{random", "{metric: loss, random"))
     assert refusal(capsys, "--trials=2") == (
@@ -96,8 +96,8 @@ def test_one_search_at_a_time_in_a_folder(slurm: FakeSlurm, jobs: Jobs, monkeypa
     assert len(slurm.calls("sbatch")) == 1
 
 
-def test_a_search_that_was_replaced_ends(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
-    """By one on another machine, as nobody can see from there whether it lives."""
+def test_a_search_ends_when_another_process_takes_the_lock(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    """A process on another machine can't see whether this one still runs."""
     jobs.meanwhile[3] = lambda: Attempt(HERE, "search.json").begin(0, {})
     searched("--parallel=1", returns=1)
     assert "another process took over" in capsys.readouterr().err
@@ -135,8 +135,8 @@ def test_what_cannot_work_is_refused_before_anything_is_proposed(
     assert not Path("sweeps").exists()
 
 
-def test_a_trial_that_cannot_work_ends_the_search_and_not_the_next(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
-    """Which is found when it is submitted, as its images have gone."""
+def test_an_invalid_trial_ends_the_search_but_not_a_later_one(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    """Its images disappear after the search began."""
     for split in ("train", "val"):
         Path("flowers", split, "rose").mkdir(parents=True)
     jobs.meanwhile[2] = lambda: Path("flowers").rename("gone")
@@ -179,7 +179,7 @@ BODY = """import signal, time, yaml
 
 @pytest.fixture
 def command(search_file: Path, tmp_path: Path) -> list[str]:
-    """A search of two trials at a time, which end once there is a file `go`."""
+    """A search with two trials at a time, which end when the file `go` exists."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom launch import adaptive, snapshot\n"
         f"snapshot._source_root = lambda: Path({str(fake_training(tmp_path / 'source', BODY))!r})\n"
@@ -190,10 +190,10 @@ def command(search_file: Path, tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_search_of_this_machine_ends_and_goes_on(command: list[str], number: signal.Signals) -> None:
+def test_a_local_search_is_stopped_and_resumed(command: list[str], number: signal.Signals) -> None:
     """By Ctrl-C, which a terminal sends to all of it, its trials are stopped; killed, it leaves them behind."""
     environ, stopped = {**os.environ, "PYTHONPATH": str(ROOT)}, number == signal.SIGINT
-    with Path("stderr").open("w") as said:  # no pipe, which trials that are left behind would keep open
+    with Path("stderr").open("w") as said:  # not a pipe, which trials that still run would keep open
         process = subprocess.Popen(command, env=environ, start_new_session=True, stdout=said, stderr=said)
     try:
         wait_until(lambda: len(list(HERE.glob("*/starts"))) == 2)

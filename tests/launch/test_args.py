@@ -46,7 +46,7 @@ def message_of(*args: str) -> str:
 # Precedence
 
 
-def test_without_a_section_there_are_the_defaults() -> None:
+def test_without_a_section_the_defaults_are_used() -> None:
     assert slurm_of() == SlurmConfig()
     assert of_file("seed: 1") == SlurmConfig()
     assert of_file("slurm:") == SlurmConfig()
@@ -95,7 +95,7 @@ def test_further_options_are_switched_on_and_off() -> None:
     assert slurm_of(*args).extra == switches
 
 
-def test_numbers_switches_lists_and_nothing() -> None:
+def test_numbers_switches_lists_and_null() -> None:
     text = "nodes: 2, nodes_download: true, mem: null, exclude: 'n[3-4]', setup: [module load cuda, export A=1:30]"
     expected = SlurmConfig(nodes=2, nodes_download=True, exclude="n[3-4]", setup=["module load cuda", "export A=1:30"])
     assert of_file(f"slurm: {{{text}}}") == expected
@@ -160,7 +160,7 @@ def test_mistakes_in_both_are_listed_together() -> None:
         (["slurm=5"], "unknown key `slurm`"),
     ],
 )
-def test_arguments_that_mean_nothing(args: list[str], part: str) -> None:
+def test_invalid_arguments(args: list[str], part: str) -> None:
     yaml_file("seed: 1", "a.yaml")
     yaml_file("seed: 1", "b.yaml")
     message = message_of(*args)
@@ -179,7 +179,7 @@ def test_training_reads_a_file_with_a_slurm_section(capsys) -> None:
     assert "slurm" not in said
 
 
-def test_the_words_of_the_section_explain_themselves(capsys) -> None:
+def test_help_explains_every_key_of_the_section(capsys) -> None:
     """`--help` of the launchers lists every key, as that of training does."""
     from launch import submit, sweep
 
@@ -193,7 +193,7 @@ def test_the_words_of_the_section_explain_themselves(capsys) -> None:
         assert "seconds before the time limit" in said
 
 
-def test_a_line_for_a_reader_who_has_gone_ends_quietly(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_a_closed_pipe_ends_the_command_without_an_error(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """As with `| head -1`."""
     reader, writer = os.pipe()
     os.close(reader)

@@ -21,7 +21,7 @@ def test_the_pickled_name_and_fields_do_not_change() -> None:
 
 
 class Submitted:
-    """submitit's word on the job that a task is of."""
+    """submitit.JobEnvironment."""
 
     def __init__(self, cluster: str, num_tasks: int = 1) -> None:
         self.cluster, self.num_tasks = cluster, num_tasks
@@ -66,7 +66,7 @@ def test_training_runs_in_the_folder_of_the_submission_and_its_status_is_the_tas
 
 
 def test_ranks_of_a_local_job_use_the_loopback_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its name may mean nothing, or an address that nobody listens to."""
+    """The machine's name may have no address, or one that no process listens on."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # so that all of them are put back
         monkeypatch.delenv(name)

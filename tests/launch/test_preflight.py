@@ -57,7 +57,7 @@ def test_what_can_not_work_is_refused(slurm: FakeSlurm, capsys, args: list[str],
     assert not list(Path().iterdir())
 
 
-def test_an_unknown_cluster_is_an_error_of_usage(slurm: FakeSlurm) -> None:
+def test_an_unknown_cluster_is_a_usage_error(slurm: FakeSlurm) -> None:
     with pytest.raises(SystemExit) as ended:
         submit.main([*PLAIN, "--cluster=pbs"])
     assert ended.value.code == 2

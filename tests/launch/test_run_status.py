@@ -1,4 +1,4 @@
-"""How a run stands by its files and by Slurm, files that are half there or not ours among them."""
+"""The status of a run from its files and Slurm's queue, also from incomplete or foreign files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Run:
         return self._change("submitted.json", fields)
 
     def attempt(self, **fields: Any) -> Run:
-        """One of a process that has gone, of job 7, unless the fields say otherwise."""
+        """An attempt of job 7 whose process has ended, unless the fields change that."""
         Attempt(self.path).begin(0, {})
         gone = {"slurm_job_id": "7", "process": "of another machine", "host": "n1"}
         return self._change("attempt.json", {**gone, **fields})
@@ -85,7 +85,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of this machine, with the words in its command line that a job of submitit's has."""
+    """A process with a command line like that of a local submitit job."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "submitit.local._local"])
     yield process
     process.kill()
@@ -132,7 +132,7 @@ def test_running_by_a_process_of_this_machine(run: Run) -> None:
 
 
 def test_running_from_the_moment_a_job_of_this_machine_is_started(run: Run, sleeper: Any) -> None:
-    """Before training has signed anything, and whatever an attempt before it left."""
+    """Before training has written attempt.json, and regardless of the files of an earlier attempt."""
     run.submitted(str(sleeper.pid), "local")
     assert (run.stands().state, run.unasked.state) == ("running", "running")
     assert run.attempt(slurm_job_id=None, ended_at="now").summary("failed").stands().state == "running"
@@ -192,14 +192,14 @@ def test_failed(run: Run) -> None:
 
 
 @pytest.mark.parametrize("state", ["FAILED", "COMPLETED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"])
-def test_failed_without_a_word(run: Run, state: str) -> None:
+def test_failed_without_a_status(run: Run, state: str) -> None:
     """COMPLETED too: Slurm knows of exit statuses, and not of trainings."""
     for run_ in (run.submitted(), run.attempt()):
         found = run_.stands(_7=state)
         assert (found.state, found.detail) == ("failed", f"exited without writing a status (job 7 is {state})")
 
 
-def test_failed_and_forgotten(run: Run) -> None:
+def test_failed_and_no_longer_in_the_queue(run: Run) -> None:
     for run_ in (run.submitted(), run.attempt()):
         found = run_.stands()
         assert (found.state, found.detail) == (
@@ -218,7 +218,7 @@ def test_missing(run: Run, tmp_path: Path) -> None:
     assert read_status(tmp_path / "nowhere", None) == RunStatus(tmp_path / "nowhere", "missing")
 
 
-def test_unknown_when_slurm_cannot_be_asked(run: Run) -> None:
+def test_unknown_when_slurm_does_not_answer(run: Run) -> None:
     """Submitted, or started by a batch script; with metrics of late it is taken for a running one."""
     for run_ in (run.submitted(), run.attempt()):
         assert (run_.unasked.state, run_.unasked.detail) == ("unknown", "Slurm does not answer")
@@ -228,7 +228,7 @@ def test_unknown_when_slurm_cannot_be_asked(run: Run) -> None:
     assert (run.unasked.state, run.unasked.detail) == ("running", "Slurm does not answer")
 
 
-def test_unknown_on_another_machine_that_is_no_node(run: Run) -> None:
+def test_unknown_on_another_machine_outside_slurm(run: Run) -> None:
     """A colleague's, say: its processes are not to be seen from here."""
     run.attempt(slurm_job_id=None, host="colleague")
     for found in (run.stands(), run.unasked):
@@ -237,11 +237,11 @@ def test_unknown_on_another_machine_that_is_no_node(run: Run) -> None:
     assert run.attempt(slurm_job_id=None, host="colleague", ended_at="now").stands().state == "failed"
 
 
-def test_unknown_on_another_machine_that_has_not_begun(run: Run) -> None:
+def test_unknown_before_the_start_on_another_machine(run: Run) -> None:
     assert run.submitted("123", "local", host="colleague").stands().detail == "can't check its process on colleague"
 
 
-def test_all_states_are_known_to_the_table() -> None:
+def test_every_state_is_in_the_table() -> None:
     assert set(STATES) == {
         "completed", "running", "pending", "requeued", "stopped", "failed", "pruned", "unknown", "missing"
     }  # fmt: skip
@@ -290,7 +290,7 @@ def test_progress_is_in_epochs_of_all_stages(run: Run) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "5", "stages: 5", "stages: {}", "stages: {head: {}}", "stages: {head: {epochs: '${x}'}}"]
 )
-def test_progress_is_unknown_when_the_configuration_does_not_say(run: Run, text: str) -> None:
+def test_progress_is_unknown_without_a_valid_configuration(run: Run, text: str) -> None:
     (run.path / "config.yaml").write_text(text)
     found = run.submitted().evaluated(0.1).stands(_7="RUNNING")
     assert (found.state, found.progress, found.epoch) == ("running", None, 1)
@@ -307,8 +307,8 @@ def test_the_best_so_far(run: Run) -> None:
     assert run.summary("completed", best={"top1": 0.8}).stands().best == {"top1": 0.8}
 
 
-def test_of_long_metrics_the_end_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was best before is known from the checkpoint that follows each evaluation; without one all is read."""
+def test_only_the_end_of_a_long_metrics_file_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best evaluation before that is in the checkpoint; without a checkpoint the whole file is read."""
     monkeypatch.setattr(states, "TAIL", 4096)
     run.submitted().stages(head=1000)
     path = run.path / "metrics.jsonl"
@@ -317,7 +317,7 @@ def test_of_long_metrics_the_end_is_read(run: Run, monkeypatch: pytest.MonkeyPat
     saved = run.path / "checkpoints/last/state.json"
     saved.write_text(json.dumps({"run": {"best": {"split": "val", "top1": 0.9, "loss": 1.0, "epoch": 1}}}))
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(b"0.9,", b"1.0,", 1))  # nobody looks there
+    path.write_bytes(whole.replace(b"0.9,", b"1.0,", 1))  # must not be read
     found = run.stands(_7="RUNNING")
     assert found.best is not None
     assert (found.best["top1"], found.epoch, found.step) == (0.9, 500, 5000)
@@ -335,7 +335,7 @@ def test_of_long_metrics_the_end_is_read(run: Run, monkeypatch: pytest.MonkeyPat
 # Files that are not whole, or not ours
 
 
-def test_lines_that_are_being_written_are_passed_over(run: Run) -> None:
+def test_incomplete_lines_are_skipped(run: Run) -> None:
     run.submitted().evaluated(0.5)
     with (run.path / "metrics.jsonl").open("ab") as file:
         file.write(b'5\n[1]\nnull\n\n"text"\n\xff\xfe\n{"step": 11, "epo')
@@ -372,7 +372,7 @@ FOREIGN = [
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_files_cut_anywhere_or_foreign_are_never_a_completed_run(tmp_path: Path, data: st.DataObject) -> None:
-    """Whatever is left of them, there is an answer."""
+    """Every such run has a state."""
     for name in NAMES:
         whole = WHOLE[name].encode()
         content = data.draw(

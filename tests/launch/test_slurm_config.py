@@ -53,8 +53,8 @@ def test_what_is_no_time(text: str) -> None:
 
 
 @given(st.data())
-def test_every_notation_comes_to_the_seconds_that_its_parts_are(data: st.DataObject) -> None:
-    """Units are found from the names of a notation's parts, and not from how many there are."""
+def test_every_notation_gives_the_sum_of_its_parts(data: st.DataObject) -> None:
+    """The units are those of the parts in the notation."""
     worth = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
     notation = data.draw(
         st.sampled_from(
@@ -75,7 +75,7 @@ def test_every_notation_comes_to_the_seconds_that_its_parts_are(data: st.DataObj
     assert 60 * (found - 1) < total <= 60 * found
 
 
-# What can't be asked
+# Invalid values
 
 
 def test_the_defaults_are_all_right() -> None:
@@ -145,7 +145,7 @@ def test_amounts_of_memory_that_sbatch_refuses_or_takes_for_something_else(mem: 
 
 
 @pytest.mark.parametrize(("gpus", "given", "tasks"), [(8, None, 8), (8, 8, 8), (1, None, 1), (0, None, 1), (0, 4, 4)])
-def test_a_task_for_each_gpu_or_as_many_as_asked_for(gpus: int, given: int | None, tasks: int) -> None:
+def test_one_task_per_gpu_or_the_given_number(gpus: int, given: int | None, tasks: int) -> None:
     config = SlurmConfig(nodes=3, gpus_per_node=gpus, tasks_per_node=given)
     assert list(config.problems()) == []
     assert (config.tasks, config.world_size) == (tasks, 3 * tasks)
@@ -186,7 +186,7 @@ def test_parameters_leave_the_clusters_defaults_alone() -> None:
 
 
 def test_an_option_that_is_switched_off_is_not_given() -> None:
-    """sbatch has no --requeue=False; what is left out is off."""
+    """sbatch has no --requeue=False; an option is off if it is left out."""
     extra = {"requeue": False, "exclusive": True, "comment": None, "nice": 0}
     found = SlurmConfig(extra=extra).parameters("x")["slurm_additional_parameters"]
     assert found == {"exclusive": True, "nice": 0}

@@ -63,7 +63,7 @@ def column(text: str, name: str) -> list[str]:
 # Ranking
 
 
-def test_best_first(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+def test_the_best_run_is_first(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     for name, top1 in (("a", 0.5), ("b", 0.9), ("c", 0.7)):
         finished(tmp_path / "runs" / name, top1=top1, loss=1.0)
     text = shown(capsys, tmp_path / "runs")
@@ -94,7 +94,7 @@ def test_a_sweeps_metric_ranks(slurm: FakeSlurm, tmp_path: Path, capsys) -> None
     assert column(shown(capsys, folder), "run") == ["b", "a"]
 
 
-def test_those_without_a_figure_come_last_by_state(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+def test_runs_without_a_metric_come_last_ordered_by_state(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     folder = sweep(tmp_path / "s", {name: {} for name in ("gone", "worst", "waits", "dead", "odd")})
     finished(folder / "worst", top1=0.0, loss=9.0)
     finished(folder / "odd", top1=None, loss=9.0)
@@ -137,13 +137,13 @@ def test_what_trials_set_has_columns(slurm: FakeSlurm, tmp_path: Path, capsys) -
     assert column(text, "seed") == ["0", ""]
 
 
-def test_columns_without_anything_are_left_out(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+def test_empty_columns_are_left_out(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     finished(tmp_path / "runs" / "a", top1=0.5, loss=1.0)
     head = shown(capsys, tmp_path / "runs").splitlines()[0].split()
     assert head == ["run", "state", "done", "top1", "job"]
 
 
-def test_a_run_under_way_says_where_and_how_far(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+def test_a_running_run_shows_its_progress_and_host(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     run_dir = finished(tmp_path / "run", "failed")
     (run_dir / "config.yaml").write_text("stages: {head: {unfreeze: head, epochs: 1}, full: {unfreeze: 1, epochs: 3}}")
     line = {"step": 6, "epoch": 1, "stage": "head", "split": "val", "top1": 0.25, "loss": 1.0, "time": 1}
@@ -155,7 +155,7 @@ def test_a_run_under_way_says_where_and_how_far(slurm: FakeSlurm, tmp_path: Path
         assert column(text, name) == [cell]
 
 
-def test_why_a_run_failed_is_said_below(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+def test_the_reason_of_a_failure_is_below_the_table(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
     write_record(tmp_path / "run", "7", "slurm")
     assert "\nrun: exited without writing a status (its job is no longer in the queue)\n" in shown(
@@ -196,7 +196,7 @@ def test_a_sweep_whose_trials_have_not_begun(slurm: FakeSlurm, tmp_path: Path, c
     assert column(text, "job") == ["7_0", "7_1"]
 
 
-def test_trials_that_are_no_longer_in_the_sweep_are_shown_and_named(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+def test_trials_that_are_no_longer_in_the_sweep_are_listed(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     folder = sweep(tmp_path / "s", {"a": {"seed": 0}})
     content = json.loads((folder / "sweep.json").read_text())
     (folder / "sweep.json").write_text(json.dumps({**content, "earlier": {"b": {"lr": 0.5}}}))
@@ -208,7 +208,7 @@ def test_trials_that_are_no_longer_in_the_sweep_are_shown_and_named(slurm: FakeS
     assert [run["earlier"] for run in json.loads(shown(capsys, folder, "--json"))["runs"]] == [True, False]
 
 
-def test_a_folder_with_nothing_is_the_users_error(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+def test_a_folder_without_runs_is_a_user_error(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     assert status.main([str(tmp_path / "empty")]) == 2
     assert capsys.readouterr().err == (
@@ -231,7 +231,7 @@ def test_a_sweep_file_that_is_not_whole_leaves_the_runs_to_be_found(
 
 
 def test_the_queue_is_that_of_the_folders_owner(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
-    """To a colleague, another's jobs would all be gone."""
+    """With --me, the jobs of another user would seem to have ended."""
     finished(tmp_path / "run", top1=0.5)
     shown(capsys, tmp_path / "run")
     (call,) = slurm.calls("squeue")
@@ -239,7 +239,7 @@ def test_the_queue_is_that_of_the_folders_owner(slurm: FakeSlurm, tmp_path: Path
     assert "--me" not in call
 
 
-def test_slurm_that_cannot_be_asked_is_said(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_note_says_that_slurm_does_not_answer(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "run").mkdir()
     write_record(tmp_path / "run", "7", "slurm")
     slurm.refuse("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
@@ -277,7 +277,7 @@ def test_json(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
 # Watching
 
 
-def test_watching_ends_when_all_is_over(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_watching_ends_when_all_runs_have_ended(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
     folder = sweep(tmp_path / "s", {"a": {}, "b": {}})
     for task, name in enumerate("ab"):
         (folder / name).mkdir()
@@ -311,7 +311,7 @@ def test_watching_ends_when_all_is_over(slurm: FakeSlurm, tmp_path: Path, monkey
     ]
 
 
-def test_watching_something_that_is_over_shows_it_once(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_watching_ended_runs_prints_them_once(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("launch.status.sleep", lambda seconds: pytest.fail("it waits"))
     for state in ("completed", "failed", "preempted"):
         finished(tmp_path / state, state)
@@ -334,7 +334,7 @@ def command(*args: object) -> list[str]:
     return [sys.executable, "-m", "launch.status", *map(str, args)]
 
 
-def test_a_reader_who_has_gone_ends_it_quietly(slurm: FakeSlurm, tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_the_command_without_an_error(slurm: FakeSlurm, tmp_path: Path) -> None:
     """As `| head -1`."""
     for i in range(300):
         finished(tmp_path / "runs" / f"{i:03d}{'x' * 200}", top1=0.5)

@@ -156,7 +156,7 @@ def test_a_queued_job_runs_the_code_that_was_submitted(
 # Errors of sbatch
 
 
-def test_a_refusal_is_passed_on_and_nothing_is_recorded(slurm: FakeSlurm, capsys) -> None:
+def test_an_error_of_sbatch_is_printed_and_nothing_is_recorded(slurm: FakeSlurm, capsys) -> None:
     run_dir = Path("runs/flowers")
     run_dir.mkdir(parents=True)
     (run_dir / "summary.json").write_text('{"status": "preempted"}')

@@ -49,7 +49,7 @@ def test_debug_trains_in_this_process(trained: Path) -> None:
     assert (read_record(trained) or {})["cluster"] == "debug"
 
 
-def test_a_run_of_this_machine_with_two_tasks(slurm: FakeSlurm, folder: Path, capsys) -> None:
+def test_a_local_run_with_two_tasks(slurm: FakeSlurm, folder: Path, capsys) -> None:
     Path("images").symlink_to(folder)  # a relative path, from the code's own folder
     assert submit.main(local(folder, "data.root=images", "slurm.tasks_per_node=2")) == 0
     summary = json.loads(Path("run/summary.json").read_text())
@@ -62,7 +62,7 @@ def test_a_run_of_this_machine_with_two_tasks(slurm: FakeSlurm, folder: Path, ca
 
 
 @pytest.mark.parametrize("status", [1, 2])
-def test_a_run_of_this_machine_that_fails(
+def test_a_local_run_that_fails(
     slurm: FakeSlurm, folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     """Its status is that of training, and the message says where its output is."""
@@ -74,7 +74,7 @@ def test_a_run_of_this_machine_that_fails(
     assert "why it failed" in Path(output).read_text()
 
 
-def test_a_run_of_this_machine_that_dies(slurm: FakeSlurm, folder: Path, capsys, monkeypatch) -> None:
+def test_a_local_run_that_dies(slurm: FakeSlurm, folder: Path, capsys, monkeypatch) -> None:
     assert submit.main(local(folder, "slurm.setup=['exit 1']")) == 1
     assert "launch: the job failed; its output is in" in capsys.readouterr().err
 
@@ -83,7 +83,7 @@ def test_a_run_of_this_machine_that_dies(slurm: FakeSlurm, folder: Path, capsys,
     ("given", "gpus", "seen"),
     [(None, 2, "0,1"), ("3", 0, ""), ("GPU-a b,7", 2, "GPU-a b,7"), ("", 1, "")],
 )
-def test_a_run_of_this_machine_is_set_up_as_by_sbatch(
+def test_a_local_run_is_set_up_as_by_sbatch(
     slurm: FakeSlurm, folder: Path, tmp_path: Path, monkeypatch, given: str | None, gpus: int, seen: str
 ) -> None:
     """In bash, where a line that fails is not the end; and on the GPUs that the user chose."""
@@ -102,7 +102,7 @@ def test_a_run_of_this_machine_is_set_up_as_by_sbatch(
     assert json.loads(told.read_text()) == [seen, "an array"]
 
 
-def test_more_gpus_than_the_user_lets_be_seen(slurm: FakeSlurm, capsys, monkeypatch) -> None:
+def test_more_gpus_than_cuda_visible_devices_allows(slurm: FakeSlurm, capsys, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     message = refusal(capsys, "--cluster=local", "slurm.gpus_per_node=2")
     assert message == (
@@ -111,7 +111,7 @@ def test_more_gpus_than_the_user_lets_be_seen(slurm: FakeSlurm, capsys, monkeypa
     assert "allows only 1" not in refusal(capsys, "--cluster=slurm", "slurm.gpus_per_node=2", "slurm.nodes=0")
 
 
-def test_what_was_best_is_known_before_the_end(trained: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_best_evaluation_is_shown_before_the_end(trained: Path, tmp_path: Path, monkeypatch) -> None:
     """From the checkpoint, as the end of metrics.jsonl need not hold it."""
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     (tmp_path / "run/summary.json").unlink()
@@ -133,7 +133,7 @@ def saved_and_gone(run_dir: Path) -> None:
     assert processes_of(run_dir) == []
 
 
-def test_ctrl_c_in_a_terminal_leaves_time_to_save(slurm: FakeSlurm, folder: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_terminal_lets_the_run_save(slurm: FakeSlurm, folder: Path, tmp_path: Path) -> None:
     """A terminal signals all processes, submitit's controller too, which would kill the ranks a second later."""
     body = """import signal, time
     asked = []
@@ -172,7 +172,7 @@ def test_ctrl_c_in_a_terminal_leaves_time_to_save(slurm: FakeSlurm, folder: Path
 
 
 def test_an_interrupt_of_the_command_alone_ends_its_job(slurm: FakeSlurm, folder: Path, capsys) -> None:
-    """As `kill -INT`; submitit's `cancel` would get no further than a shell, and the training would go on."""
+    """As by `kill -INT`. submitit's `cancel` would end only a shell, and training would continue."""
 
     def interrupt() -> None:
         wait_for_steps(Path("run"), 3)
@@ -213,9 +213,7 @@ def test_a_run_of_another_configuration_is_refused_at_once(completed: list[str],
     assert not slurm.calls("sbatch")
 
 
-def test_never_resuming_means_the_submission_and_not_the_jobs_own_return(
-    completed: list[str], slurm: FakeSlurm, capsys
-) -> None:
+def test_resume_never_applies_only_to_the_submission(completed: list[str], slurm: FakeSlurm, capsys) -> None:
     """A job that was requeued finds its own checkpoints, and would refuse them."""
     assert submit.main([*completed, "resume=never"]) == 2
     assert "resume=never, but" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Submitting a sweep: what is checked, what is submitted, and what a second submission leaves alone."""
+"""Submission of a sweep: checks, jobs, and a second submission of the same sweep."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refusal(capsys, *args: str) -> str:
 
 
 def trials_of(folder: str = "sweeps/rates") -> dict[int, Path]:
-    """Run directories by the seed that is set there."""
+    """Run directories by their trial's seed."""
     listed = json.loads(Path(folder, "sweep.json").read_text())["trials"]
     return {values["seed"]: Path(folder, name).absolute() for name, values in listed.items()}
 
@@ -87,7 +87,7 @@ def test_each_trial_has_a_configuration_of_its_own(slurm: FakeSlurm) -> None:
     assert rates == {0.1, 0.2}
 
 
-def test_what_is_private_is_private(slurm: FakeSlurm) -> None:
+def test_the_folders_with_pickles_are_private(slurm: FakeSlurm) -> None:
     submitted(yaml_file("seeds: [0, 1]"))
     for folder in (Path("sweeps/rates"), *trials_of().values()):
         assert stat.S_IMODE((folder / "slurm").stat().st_mode) == 0o700
@@ -111,14 +111,14 @@ def test_the_slurm_section_goes_over_that_of_the_configuration(slurm: FakeSlurm)
         assert f"#SBATCH --{option}\n" in script
 
 
-def test_what_all_share_is_said_on_the_command_line(slurm: FakeSlurm) -> None:
+def test_the_command_line_applies_to_all_trials(slurm: FakeSlurm) -> None:
     submitted(yaml_file("{seeds: [0], set: {optim.name: adamw}}"), "optim.momentum=0.25", "slurm.nodes=2")
     saved = yaml.safe_load((trials_of()[0] / "slurm/config.yaml").read_text())
     assert (saved["optim"]["name"], saved["optim"]["momentum"]) == ("adamw", 0.25)
     assert "#SBATCH --nodes=2\n" in slurm.jobs["7"]["script"]
 
 
-def test_a_trial_may_change_what_the_others_keep_of_set(slurm: FakeSlurm) -> None:
+def test_a_trial_can_override_set(slurm: FakeSlurm) -> None:
     submitted(yaml_file("{set: {optim.momentum: 0.5}, trials: {low: {optim.momentum: 0.1}, as_set: {}}}"))
     found = {path.parents[1].name[:3]: path.read_text() for path in Path("sweeps/rates").glob("*/slurm/config.yaml")}
     assert {name: yaml.safe_load(text)["optim"]["momentum"] for name, text in found.items()} == {"low": 0.1, "as_": 0.5}
@@ -171,7 +171,7 @@ def test_a_changed_sweep_keeps_in_its_list_what_was_submitted(slurm: FakeSlurm, 
     assert f"no longer in the sweep: {first[2].name}\n" in said
 
 
-def test_images_may_be_what_is_tried(slurm: FakeSlurm, capsys) -> None:
+def test_a_sweep_can_vary_the_images(slurm: FakeSlurm, capsys) -> None:
     for name in ("flowers", "birds"):
         for split in ("train", "val"):
             Path(name, split, "a").mkdir(parents=True)
@@ -189,12 +189,12 @@ def test_images_may_be_what_is_tried(slurm: FakeSlurm, capsys) -> None:
     assert "base.yaml names no images: add data.root=FOLDER" in capsys.readouterr().err
 
 
-def test_failed_ones_wait_to_be_asked_for(slurm: FakeSlurm, capsys) -> None:
+def test_failed_trials_are_resubmitted_only_on_request(slurm: FakeSlurm, capsys) -> None:
     submitted(yaml_file("seeds: [0, 1, 2, 3]"))
     for seed, how in ((0, "completed"), (1, "failed"), (2, "preempted")):
         ended(trials_of()[seed], how)
         slurm.forget(f"7_{seed}")
-    slurm.change("7_3", "FAILED")  # without a word
+    slurm.change("7_3", "FAILED")  # without a summary.json
     capsys.readouterr()
     submitted("rates.yaml")
     assert jobs_of() == {0: "7_0", 1: "7_1", 2: "8", 3: "7_3"}, "one that was stopped goes on, as it was not wrong"
@@ -206,7 +206,7 @@ def test_failed_ones_wait_to_be_asked_for(slurm: FakeSlurm, capsys) -> None:
     assert (trials_of()[0] / "summary.json").exists()
 
 
-def test_trials_are_left_alone_while_slurm_cannot_be_asked(slurm: FakeSlurm, capsys) -> None:
+def test_no_trial_is_submitted_while_slurm_does_not_answer(slurm: FakeSlurm, capsys) -> None:
     submitted(yaml_file("seeds: [0, 1]"))
     slurm.refuse("squeue", "no controller")
     capsys.readouterr()
@@ -262,7 +262,7 @@ def test_one_trial_that_cannot_work_is_named_and_nothing_is_submitted(slurm: Fak
     assert not Path("sweeps").exists()
 
 
-def test_what_is_wrong_with_all_is_said_once(slurm: FakeSlurm, capsys) -> None:
+def test_a_problem_of_all_trials_is_listed_once(slurm: FakeSlurm, capsys) -> None:
     message = refusal(capsys, yaml_file("seeds: [0, 1, 2, 3, 4]"), "slurm.nodes=0")
     assert message.count("slurm.nodes must be at least 1") == 1
     assert "in seed=0; seed=1; seed=2 and 2 more" in message
@@ -287,17 +287,17 @@ def test_a_sweep_takes_one_file(slurm: FakeSlurm, capsys, args: list[str]) -> No
     assert "usage: python -m launch.sweep SWEEP.yaml" in refusal(capsys, *args)
 
 
-def test_a_refusal_of_sbatch_leaves_everything_to_be_submitted(slurm: FakeSlurm, capsys) -> None:
+def test_after_an_error_of_sbatch_all_trials_can_be_submitted(slurm: FakeSlurm, capsys) -> None:
     yaml_file("seeds: [0, 1]")
     slurm.refuse("sbatch", "sbatch: error: invalid partition specified: gpuu")
     assert "sbatch refused the job: sbatch: error: invalid partition" in refusal(capsys, "rates.yaml")
     assert jobs_of() == {}
     slurm.refuse("sbatch", None)
-    submitted("rates.yaml", "optim.momentum=0.25")  # nothing has begun that could not be changed
+    submitted("rates.yaml", "optim.momentum=0.25")  # no trial was submitted, so the configuration may change
     assert jobs_of() == {0: "7_0", 1: "7_1"}
 
 
-def test_a_refusal_of_sbatch_forgets_no_trial_that_was_stopped(slurm: FakeSlurm, capsys) -> None:
+def test_after_an_error_of_sbatch_stopped_trials_can_be_resumed(slurm: FakeSlurm, capsys) -> None:
     submitted(yaml_file("seeds: [0, 1]"))
     for seed in (0, 1):
         Attempt(trials_of()[seed]).begin(0, {"SLURM_JOB_ID": f"{seed + 7}"})
@@ -311,7 +311,7 @@ def test_a_refusal_of_sbatch_forgets_no_trial_that_was_stopped(slurm: FakeSlurm,
     assert jobs_of() == {0: "8_0", 1: "8_1"}
 
 
-def test_never_resuming_is_for_the_first_time(slurm: FakeSlurm) -> None:
+def test_resume_never_applies_only_to_the_submission(slurm: FakeSlurm) -> None:
     """A trial that was requeued finds its own checkpoints, and would refuse them."""
     submitted(yaml_file("seeds: [0]"), "resume=never")
     assert yaml.safe_load((trials_of()[0] / "slurm/config.yaml").read_text())["resume"] == "auto"
@@ -334,7 +334,7 @@ def test_a_dry_run_lists_the_trials_and_creates_nothing(slurm: FakeSlurm, capsys
     assert "#SBATCH" not in capsys.readouterr().out
 
 
-def test_a_dry_run_says_how_trials_stand(slurm: FakeSlurm, capsys) -> None:
+def test_a_dry_run_prints_the_states_of_trials(slurm: FakeSlurm, capsys) -> None:
     submitted(yaml_file("seeds: [0, 1, 2]"))
     for seed, how in ((0, "completed"), (1, "preempted")):
         ended(trials_of()[seed], how)
@@ -355,7 +355,7 @@ def test_a_dry_run_says_how_trials_stand(slurm: FakeSlurm, capsys) -> None:
 
 @pytest.fixture
 def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainings of a moment: seed 1 fails, seed 9 takes until it is stopped, the others complete."""
+    """Short trainings: seed 1 fails, seed 9 runs until it is stopped, the others complete."""
     body = """import signal, time, yaml
     config = yaml.safe_load(open(args[0]))
     run_dir, seed = pathlib.Path(config["run_dir"]), config["seed"]
@@ -380,7 +380,7 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 LOCAL = ["--cluster=local", "slurm.gpus_per_node=0"]
 
 
-def test_a_sweep_of_this_machine_runs_one_trial_after_the_other(slurm: FakeSlurm, short: None, capsys) -> None:
+def test_a_local_sweep_runs_one_trial_after_another(slurm: FakeSlurm, short: None, capsys) -> None:
     assert sweep.main([*PLAIN, *LOCAL, yaml_file("seeds: [0, 1, 2]")]) == 1
     said = capsys.readouterr()
     trials = trials_of()

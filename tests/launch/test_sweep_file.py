@@ -76,7 +76,7 @@ def test_a_grid_is_every_combination() -> None:
     ]
 
 
-def test_without_anything_there_is_one_trial_that_sets_nothing() -> None:
+def test_an_empty_sweep_is_one_trial_that_sets_no_key() -> None:
     assert values_of(Sweep("s")) == [{}]
 
 
@@ -184,7 +184,7 @@ def test_draws_are_the_same_everywhere() -> None:
 SPACE: dict[str, dict[str, list[Any]]] = {"lr": {"log_uniform": [1e-5, 1e-2]}, "decay": {"uniform": [0.5, 1]}}
 
 
-def test_a_larger_count_keeps_the_draws_there_were() -> None:
+def test_a_larger_count_keeps_the_earlier_draws() -> None:
     few, many = (values_of(Sweep("s", random=SPACE, count=count)) for count in (5, 30))
     assert many[:5] == few
     assert len({v["lr"] for v in many}) > 25, "they are not all one"
@@ -324,7 +324,7 @@ def test_all_mistakes_are_listed_together(sweep_file) -> None:
     assert message.startswith("6 problems:\n")
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file(tmp_path: Path) -> None:
     assert "there is no configuration file" in refusal(tmp_path / "nowhere.yaml")
 
 

@@ -1,4 +1,4 @@
-"""Trained without network, and sent later: one run at a real server, each step once."""
+"""Runs without network that are sent later: one run on a real server, with each step once."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_segments_also_join_when_they_are_sent_by_hand(
     folder: Path, tmp_path: Path, telling_server: Server, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """With `wandb sync`; what launch.sync then has to add is the run's end, and not one step comes twice."""
+    """With `wandb sync`. Then launch.sync sends only the final status, and no step is sent twice."""
     run = offline(tmp_path, folder, telling_server, "warn it")
     monkeypatch.setenv("WANDB_BASE_URL", telling_server.url)
     assert len(segments(run.dir)) == 2
@@ -155,7 +155,7 @@ def test_what_is_sent_so_far_is_not_sent_again(
     assert Marks.of(run_dir, "online").done
 
 
-def test_what_can_not_be_done_is_said(
+def test_errors_are_explained(
     killed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = copied(killed, tmp_path / "run")
