@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from distil_tl import train as train_module
+from distil_tl.rundir import lock
 from distil_tl.train import main
 from tests.helpers.images import make_folder
 from tests.helpers.ranks import run_ranks
@@ -43,7 +45,7 @@ def test_a_run_directory_that_cannot_be_written_to_is_refused_before_any_work(
     closed.mkdir(parents=True)
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))  # root may write all
-    monkeypatch.setattr("distil_tl.train.open_splits", None)
+    monkeypatch.setattr(train_module, "open_splits", None)
     message = refused([*small, f"run_dir={tmp_path}/run"], capsys)
     assert f"run_dir={tmp_path}/run: {closed} can't be written to, for its permissions" in message
 
@@ -63,7 +65,7 @@ def test_a_run_directory_that_cannot_be_opened_is_reported_in_a_sentence(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("distil_tl.rundir.lock.write_json", full)
+    monkeypatch.setattr(lock, "write_json", full)
     assert main([*small, f"run_dir={tmp_path}/run"]) == 1
     assert f"can't write {tmp_path}/run: No space left on device" in capsys.readouterr().err
 

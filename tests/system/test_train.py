@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import distil_tl
+from distil_tl import train as train_module
+from distil_tl.rundir import checkpoint as checkpoint_module
 from distil_tl.rundir.checkpoint import Checkpoints
 from distil_tl.train import main
 from distil_tl.utils.errors import NonFiniteError, UserError
@@ -212,8 +214,8 @@ def test_a_failed_save_is_reported_though_the_run_fails_for_another_reason(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("distil_tl.train.check_finite", check_finite)
-    monkeypatch.setattr("distil_tl.rundir.checkpoint.save_file", full)
+    monkeypatch.setattr(train_module, "check_finite", check_finite)
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
     assert main([*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2"]) == 1
     said = capsys.readouterr()
     assert "can't write the checkpoint" in said.out

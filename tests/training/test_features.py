@@ -241,7 +241,7 @@ def test_a_full_disk_stops_a_run_only_if_features_are_required(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("distil_tl.data.feature_cache.np.save", full)
+    monkeypatch.setattr(np, "save", full)
     assert main(head_args(folder, tmp_path / "auto", NO_FULL)) == 0
     assert not summary_of(tmp_path / "auto")["stages"]["head"]["cached"]
     assert "No space left on device" in capsys.readouterr().out
@@ -336,7 +336,7 @@ def test_a_file_that_cannot_be_read_now_may_be_later(
 
     args = head_args(folder, tmp_path / "run", "data.on_bad_image=skip", NO_FULL)
     with monkeypatch.context() as broken:
-        broken.setattr("distil_tl.data.loader.decode", decode)
+        broken.setattr(loader, "decode", decode)
         assert main(args) == 2
     assert "see whether its disk is there" in capsys.readouterr().err
     assert list(cache.rglob("*.npy")), "what could be read is kept"

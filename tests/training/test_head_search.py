@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from distil_tl import train as train_module
 from distil_tl.config import check, load
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.train import main
@@ -117,7 +118,7 @@ def test_a_head_of_the_search_is_the_one_that_the_stage_trains(
 
     monkeypatch.setattr(module, "_scores", scores)
     if dropout:
-        monkeypatch.setattr("distil_tl.train.build", with_dropout)
+        monkeypatch.setattr(train_module, "build", with_dropout)
     args = one(data, tmp_path / "run", f"optim.name={optim}", "data.on_bad_image=skip")
     assert main([*args, "stages.head.search.lr=[0.1]", "optim.label_smoothing=0.1", "stages.head.views=2"]) == 0
     weights = load_file(tmp_path / "run" / "checkpoints" / "last" / "weights.safetensors")
@@ -236,7 +237,7 @@ def test_a_resumed_run_keeps_its_choice(
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
         assert main(args) == 3
-    monkeypatch.setattr("distil_tl.train.search_head", None)
+    monkeypatch.setattr(train_module, "search_head", None)
     assert main([*args[:-2], "stages.head.search.lr=[0.3]"]) == 2, "the grid of a stage that has begun"
     assert "stages.head.search.lr: was" in capsys.readouterr().err
     assert main(args) == 0

@@ -181,7 +181,7 @@ def test_counts_are_exact_beyond_float32():
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the monotonic clock shows, to be set."""
     now = [100.0]
-    monkeypatch.setattr("distil_tl.training.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now[0])
     return now
 
 
