@@ -47,7 +47,7 @@ def test_a_run_directory_that_cannot_be_written_to_is_refused_before_any_work(
     monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))  # root may write all
     monkeypatch.setattr(train_module, "open_splits", None)
     message = refused([*small, f"run_dir={tmp_path}/run"], capsys)
-    assert f"run_dir={tmp_path}/run: {closed} can't be written to, for its permissions" in message
+    assert f"run_dir={tmp_path}/run: {closed} can't be written to (its permissions, " in message
 
 
 def test_a_run_directory_below_a_file_is_refused(
