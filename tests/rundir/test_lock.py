@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from distil_tl.rundir import lock as lock_module
 from distil_tl.rundir.lock import MAX_STUCK, Attempt, read_attempt
 from distil_tl.train import main
 from distil_tl.utils.errors import NoProgressError, SupersededError, UserError
@@ -104,7 +103,7 @@ def test_the_check_notices_only_another_attempt(tmp_path: Path) -> None:
 
 def test_what_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Attempt(tmp_path).begin(0, JOB)
-    monkeypatch.setattr(lock_module.os, "getpid", lambda: -1)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
     for environ in ({}, JOB, {"SLURM_JOB_ID": "8"}):
         with pytest.raises(UserError, match="is in use"):
             Attempt(tmp_path).refuse_if_in_use(environ)
@@ -122,7 +121,7 @@ def test_a_copy_of_a_directory_in_use_is_free(tmp_path: Path, monkeypatch: pytes
     link.symlink_to(run_dir)
     Attempt(run_dir).begin(0)
     shutil.copytree(run_dir, tmp_path / "copy")
-    monkeypatch.setattr(lock_module.os, "getpid", lambda: -1)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
     Attempt(tmp_path / "copy").refuse_if_in_use()
     for path in (run_dir, link):
         with pytest.raises(UserError, match="is in use"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -181,7 +182,7 @@ def test_counts_are_exact_beyond_float32():
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the monotonic clock shows, to be set."""
     now = [100.0]
-    monkeypatch.setattr(metrics_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
