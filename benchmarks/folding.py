@@ -24,7 +24,7 @@ from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.fold_batchnorm import ConvNorm
 from distil_tl.models.transfer import build
 from distil_tl.training.config import StageConfig
-from distil_tl.training.network import ImageNetwork, dummy_images, set_layout, try_to_fold
+from distil_tl.training.network import ImageNetwork, dummy_images, lay_out, set_layout, try_to_fold
 from distil_tl.training.precision import Compute
 from distil_tl.training.stage import apply_stage
 
@@ -65,6 +65,7 @@ def measure(name: str, image_size: int, batch: int, rounds: int = ROUNDS) -> lis
     set_layout(model.module, compute)
     folded_model = try_to_fold(model, image_size, cpu, trains=True)
     network = ImageNetwork(model, compute, cpu, folded_model, image_size)
+    lay_out(network)
     if network.folded is None:
         raise SystemExit(f"{name} has no BatchNorm to fold, or can't be traced")
     images, targets = dummy_images(batch, image_size, torch.device("cpu")), torch.arange(batch) % CLASSES

@@ -31,7 +31,7 @@ from distil_tl.rundir.state import Position
 from distil_tl.train import forward_backward
 from distil_tl.training.config import OptimConfig, StageConfig
 from distil_tl.training.metrics import Meter
-from distil_tl.training.network import ImageNetwork, dummy_images, set_layout, try_to_fold
+from distil_tl.training.network import ImageNetwork, dummy_images, lay_out, set_layout, try_to_fold
 from distil_tl.training.precision import default_compute
 from distil_tl.training.stage import Stage, apply_stage
 from distil_tl.training.stage_setup import StageSetup
@@ -175,6 +175,7 @@ def run_one(task: Task) -> dict[str, Any]:
         set_layout(model.module, compute)
         folded = try_to_fold(model, task.image_size, info.device, trains=True)
         network = ImageNetwork(model, compute, info.device, folded, task.image_size)
+        lay_out(network)
         setup = StageSetup(network, None, dummy_images(2, task.image_size, info.device))
         source = ImageSource(info, config, splits.as_dict(), model.preprocess, BadImages("error"))
         training = begin_stage(info, stage, model, setup, source, BatchPlan(task.batch, 1), log_every=1)

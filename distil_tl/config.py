@@ -93,8 +93,8 @@ def load(args: Sequence[str], *, saved: bool = False) -> tuple[Config, DictConfi
     refuse(problems)
     config = _to_config(schema)
     given = flatten(tree).keys() | flatten(overrides).keys() | {f"stages.{key}" for key in given_stages}
-    older = Path(files[0]) if saved else Path(config.run_dir or "", "config.yaml")
-    if older.is_file() and (saved or config.run_dir) and config.resume != "never":
+    older = Path(files[0]) if saved else _saved_configuration(config)
+    if older is not None and new_keys(config.stages):
         known = flatten(read_yaml(older)).keys()
         for key, before in new_keys(config.stages).items():
             if key not in known and key not in given:
@@ -107,6 +107,15 @@ def load(args: Sequence[str], *, saved: bool = False) -> tuple[Config, DictConfi
 def load_saved(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a run directory, with `key=value` overrides. Raises as `load` does."""
     return load([str(run_dir / "config.yaml"), *overrides], saved=True)[0]
+
+
+def _saved_configuration(config: Config) -> Path | None:
+    """The config.yaml of the run that this one resumes, if there is one."""
+    found = [config.run_dir] if config.run_dir is not None else []
+    if config.resume not in ("auto", "never"):  # a run directory, or RUN_DIR/checkpoints/STEP
+        found += [config.resume, str(Path(config.resume).parent.parent)]
+    paths = [Path(folder).expanduser() / "config.yaml" for folder in found]
+    return next((path for path in paths if path.is_file() and config.resume != "never"), None)
 
 
 def _to_config(schema: DictConfig) -> Config:

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor, nn
 
-from distil_tl.config import Config, load
+from distil_tl.config import Config, load_saved
 from distil_tl.data.decode import decode, to_tensor
 from distil_tl.data.transforms import ImageTransform, eval_transform
 from distil_tl.models.preprocess import Normalize, Preprocess
@@ -106,11 +106,11 @@ def restore_model(run_dir: str | Path, checkpoint: str = "best", overrides: list
     saved = run_dir / "config.yaml"
     if not saved.is_file():
         raise UserError(f"{run_dir} is not a run directory: config.yaml is missing")
-    config, _ = load([str(saved), *(overrides or [])])
+    config = load_saved(run_dir, overrides or [])
     path = _find_checkpoint(run_dir, checkpoint)
-    fault = find_damage(path)
-    if fault is not None:
-        raise UserError(f"the checkpoint {path} is damaged: {fault}")
+    damage = find_damage(path)
+    if damage is not None:
+        raise UserError(f"the checkpoint {path} is damaged: {damage}")
     state = ckpt.load_state(path)
     classes: list[str] = state["classes"]
     preprocess = Preprocess.from_json(state["preprocess"])

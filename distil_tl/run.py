@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from distil_tl.rundir.directory import RunDirectory, check_shared
 from distil_tl.rundir.lock import read_attempt
 from distil_tl.rundir.opening import open_outputs, restore_state
 from distil_tl.rundir.start import Start, find_start
-from distil_tl.rundir.state import Position, RunState, StageRecord
+from distil_tl.rundir.state import Position, RunState
 from distil_tl.tracking.tracker import Tracker
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.precision import Compute, default_compute
@@ -42,7 +43,7 @@ class Run:
     """One run in this process. It is equal on all ranks, but only rank 0 writes.
 
     Attributes:
-        images: the images of the run, as batches.
+        source: the images of the run, as batches.
         plan: how a global batch is divided.
         records: writes metrics.jsonl and keeps the results of stages.
         tracker: metrics.jsonl and W&B; None on other ranks than 0.
@@ -50,13 +51,13 @@ class Run:
         training: state of the current stage's training; None before the first stage.
         saved_at: time of the last checkpoint, monotonic seconds.
         ticked_at: the run's total time is counted up to here, monotonic seconds.
-        unsaved: something was trained since the last checkpoint.
+        unsaved: no checkpoint of this run directory holds the current state.
         best_evaluation: the full evaluation of the best checkpoint, if this process made it.
     """
 
     info: DistInfo
     config: Config
-    images: ImageSource
+    source: ImageSource
     model: TransferModel
     state: RunState
     directory: RunDirectory
@@ -83,7 +84,7 @@ class Run:
 
     @property
     def num_classes(self) -> int:
-        return len(self.images.index("train").classes)
+        return len(self.source.index("train").classes)
 
     # Stages.
 
@@ -94,7 +95,7 @@ class Run:
     def stage(self, name: str) -> Stage:
         """A stage with its settings resolved, including those that a head search chose."""
         config, own = self.config, self.config.stages[name]
-        record = self.state.stages.setdefault(name, StageRecord())
+        record = self.state.stages.get(name)
         return Stage(
             name=name,
             config=own,
@@ -104,7 +105,7 @@ class Run:
             seed=config.seed,
             precision=config.precision,
             compile=config.compile,
-        ).with_search_result(record.search)
+        ).with_search_result(None if record is None else record.search)
 
     def compute(self, name: str) -> Compute:
         """Precision and memory format of the trained part of a stage that has begun."""
@@ -140,11 +141,11 @@ class Run:
         """Write a checkpoint of the current state in the background. A collective: all ranks call it.
 
         Raises:
-            CheckpointError: on rank 0, when the previous one could not be written.
+            CheckpointError, SupersededError: on rank 0, when the previous one could not be written.
         """
         counted = training.meter.state()
-        self.images.bad_images.combine_ranks(self.info)
-        self.state.bad_images = self.images.bad_images.by_split
+        self.source.bad_images.combine_ranks(self.info)
+        self.state.bad_images = self.source.bad_images.by_split
         self.tick()
         self.saved_at, self.unsaved = time.monotonic(), False
         if not self.info.is_main:
@@ -159,10 +160,10 @@ class Run:
                 "world_size": self.info.world_size,
                 "global_batch_size": self.config.data.global_batch_size,
                 "interpolated": self.interpolated,
-                "data": {split: self.images.index(split).fingerprint for split in ("train", "val")},
+                "data": {split: self.source.index(split).fingerprint for split in ("train", "val")},
                 "weights": asdict(self.model.weights),
                 "preprocess": asdict(self.model.preprocess),
-                "classes": list(self.images.index("train").classes),
+                "classes": list(self.source.index("train").classes),
             },
             is_best=is_best,
         )
@@ -185,6 +186,8 @@ class Run:
         # If a rank exited earlier, its launcher would kill the rank that writes.
         on_rank_zero(self.info, f"writing the checkpoint of step {self.state.step}", self.checkpoints.wait)
         on_rank_zero(self.info, "ending the tracking", lambda: self.abandon("preempted"))
+        if self.info.is_main and self.checkpoints.named("last") is None:
+            return PreemptedError("stopped before the first checkpoint; run the same command to start again")
         return PreemptedError(
             f"stopped by a signal; everything up to step {self.state.step} is saved in {self.directory.path}. Run the "
             f"same command to resume"
@@ -221,7 +224,7 @@ def look_for_start(config: Config, unresolved: DictConfig) -> Start:
     epochs = {name: stage.epochs for name, stage in config.stages.items()}
     start = find_start(Path(config.run_dir), config.resume, epochs)
     if start.saved is not None and start.saved_run_dir is not None:
-        refuse_changes(config, unresolved, start.saved, start.saved_run_dir)
+        refuse_changes(dataclasses.asdict(config), unresolved, start.saved, start.saved_run_dir)
     return start
 
 
@@ -248,17 +251,19 @@ def open_run(
     run_dir = Path(start.run_dir)
     directory = RunDirectory(run_dir)
     checkpoints = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep, directory.attempt.check)
-    token = on_rank_zero(
-        info, "opening the run directory",
-        writing(run_dir)(lambda: open_outputs(info, unresolved, start, state, splits, directory, checkpoints)),
-    )  # fmt: skip
+
+    def open_directory() -> str | None:
+        with writing(run_dir):
+            return open_outputs(info, unresolved, start, state, splits, directory, checkpoints)
+
+    token = on_rank_zero(info, "opening the run directory", open_directory)
     check_shared(info, run_dir, lambda: (read_attempt(directory.attempt.path) or {}).get("token") == token)
     tracker = Tracker(run_dir, config.tracking, plain(unresolved), directory.attempt.check) if info.is_main else None
 
     def open_tracker() -> None:
-        assert tracker is not None  # rank 0
         within_epoch = state.position is not None and state.position.consumed > 0
-        tracker.open(after_step=state.step, within_epoch=within_epoch)
+        if tracker is not None:
+            tracker.open(after_step=state.step, within_epoch=within_epoch)
 
     on_rank_zero(info, "opening metrics.jsonl", open_tracker)
     add_rank_file(run_dir, info.rank)
@@ -268,7 +273,7 @@ def open_run(
     return Run(
         info=info,
         config=config,
-        images=ImageSource(info, config.data, splits.as_dict(), model.preprocess, bad_images),
+        source=ImageSource(info, config.data, splits.as_dict(), model.preprocess, bad_images),
         model=model,
         state=state,
         directory=directory,
@@ -276,7 +281,8 @@ def open_run(
         tracker=tracker,
         stop=stop,
         train_state=train_state,
-        interpolated=interpolation_digests(config, unresolved),
+        interpolated=interpolation_digests(dataclasses.asdict(config), unresolved),
+        unsaved=start.checkpoint is not None and not start.is_own_checkpoint,
         saved_at=began,
         ticked_at=began,
     )

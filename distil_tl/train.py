@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from distil_tl.report import write_report
 from distil_tl.run import Run, look_for_start, open_run
 from distil_tl.rundir.checkpoint import load_weights
 from distil_tl.rundir.start import Start
-from distil_tl.rundir.state import Position
+from distil_tl.rundir.state import Position, StageRecord
 from distil_tl.training import console
 from distil_tl.training.evaluation import Evaluation, evaluate
 from distil_tl.training.head_search import search_head
@@ -101,12 +100,13 @@ def train(config: Config, unresolved: DictConfig) -> None:
         stop.defer()
         run = open_run(info, config, unresolved, start, splits, model, stop)
         try:
-            for name in config.stages:
-                if not run.has_finished(name):
-                    run_stage(run, run.stage(name))
-            finish(run)
-        except AllRanksStopError:
-            raise run.preempt() from None
+            try:
+                for name in config.stages:
+                    if not run.has_finished(name):
+                        run_stage(run, run.stage(name))
+                finish(run)
+            except AllRanksStopError:
+                raise run.preempt() from None
         except BaseException as error:
             run.abandon("preempted" if isinstance(error, PreemptedError) else "failed")
             raise
@@ -114,15 +114,16 @@ def train(config: Config, unresolved: DictConfig) -> None:
 
 def run_stage(run: Run, stage: Stage) -> None:
     """Train a stage from where it is to its end: epochs, each followed by an evaluation and a checkpoint."""
-    info, model, record = run.info, run.model, run.state.stages[stage.name]
+    info, model = run.info, run.model
+    record = run.state.stages.setdefault(stage.name, StageRecord())
     info.phase = f"the set-up of stage {stage.name}"
     began = time.monotonic()
-    setup = set_up_stage(info, stage, model, run.images, record, run.plan.micro, run.agreement)
+    setup = set_up_stage(info, stage, model, run.source, record, run.plan.micro, run.agreement)
     if stage.config.search.wanted:
         batch = run.config.data.global_batch_size
         stage = search_head(info, stage, setup, batch, record, run.agreement)
     log_every = run.config.tracking.log_every
-    training = begin_stage(info, stage, model, setup, run.images, run.plan, log_every)
+    training = begin_stage(info, stage, model, setup, run.source, run.plan, log_every)
     record.seconds += time.monotonic() - began
     record.trainable_parameters = count_trainable(model.module)
     console.print_stage(info, model, training, record)
@@ -133,6 +134,7 @@ def run_stage(run: Run, stage: Stage) -> None:
         position = evaluate_epoch(run, training, position)
         if run.agreement.exchange_now() is Request.STOP:
             raise AllRanksStopError
+    run.training = None  # frees optimizer, gradients and loader processes before the next stage is set up
 
 
 def train_one_epoch(run: Run, training: StageTraining, position: Position) -> None:
@@ -142,11 +144,11 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
     info.phase, info.training_started = f"stage {stage.name}, epoch {position.epoch + 1}", True
     run.state.position = position
     sampler.set_position(position.epoch, position.consumed)
-    batches = run.images.batches(training.loader, "train")
+    batches = run.source.batches(training.loader, "train")
     done, total = position.consumed // sampler.global_batch_size, sampler.steps_per_epoch
     label = f"{stage.name} {position.epoch + 1}/{stage.config.epochs}"
     training.meter.start()
-    with closing(Progress(label, total, done=done, show=info.is_main)) as bar:
+    with Progress(label, total, done=done, show=info.is_main) as bar:
         for step in training.steps_left(position):
             set_lr(training.optimizer, lr_factor(step, training.total_steps, stage.optim.warmup, stage.optim.schedule))
             loss = torch.zeros((), device=info.device)
@@ -195,19 +197,19 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
 
 def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Position:
     """Evaluate on val after an epoch, record both, and save a checkpoint. Returns the start of the next epoch."""
-    info, stage, bad_images = run.info, training.stage, run.images.bad_images
+    info, stage, bad_images = run.info, training.stage, run.source.bad_images
     trained = training.meter.total()
-    bad_images.refuse_none_usable(trained.count, "train", run.images.index("train"))
+    bad_images.refuse_none_usable(trained.count, "train", run.source.index("train"))
     info.phase = f"the evaluation after epoch {position.epoch + 1} of stage {stage.name}"
     began = time.monotonic()
     # On CPU, collect mistakes now, so that the best epoch needs no second evaluation. (On CUDA that would wait for the
     # device, and what is only part of the network is evaluated as a whole at the end.)
     in_full = isinstance(training.inner, ImageNetwork) and info.device.type == "cpu"
     result = evaluate(
-        info, training.inner, training.val_loader, run.images.batches(training.val_loader, "val"), run.num_classes,
+        info, training.inner, training.val_loader, run.source.batches(training.val_loader, "val"), run.num_classes,
         agreement=run.agreement, mistakes=MISTAKES if in_full else None,
     )  # fmt: skip
-    bad_images.refuse_none_usable(result.metrics.count, "val", run.images.index("val"))
+    bad_images.refuse_none_usable(result.metrics.count, "val", run.source.index("val"))
     run.records.add_epoch(training.moment(position), trained)
     is_best = run.records.add_evaluation(training.moment(position), result.metrics, time.monotonic() - began)
     if is_best:
@@ -226,13 +228,13 @@ def finish(run: Run) -> None:
     shown = state.best or state.final
     assert shown is not None
     results = {} if run.best_evaluation is None else {"val": run.best_evaluation}
-    missing = [split for split in ("test", "val") if split in run.images.splits and split not in results]
+    missing = [split for split in ("test", "val") if split in run.source.splits and split not in results]
     if missing:
         results |= evaluate_best(run, shown["stage"], missing)
     if info.is_main:
-        run.directory.write("evaluation.json", console.evaluation_json("val", run.images.index("val"), results["val"]))
-    run.images.bad_images.combine_ranks(info)
-    state.bad_images = run.images.bad_images.by_split
+        run.directory.write("evaluation.json", console.evaluation_json("val", run.source.index("val"), results["val"]))
+    run.source.bad_images.combine_ranks(info)
+    state.bad_images = run.source.bad_images.by_split
     state.best = shown
     more = {"test": results["test"].metrics.compute()} if "test" in results else {}
     # The others wait without a collective: W&B may take longer to finish than a collective may last.
@@ -251,12 +253,12 @@ def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluati
     results: dict[str, Evaluation] = {}
     for split in splits:
         info.phase = f"the final evaluation on {split}"
-        loader = run.images.eval_loader(split, image_size)
+        loader = run.source.eval_loader(split, image_size)
         results[split] = evaluate(
-            info, network, loader, run.images.batches(loader, split), run.num_classes,
+            info, network, loader, run.source.batches(loader, split), run.num_classes,
             agreement=run.agreement, mistakes=MISTAKES,
         )  # fmt: skip
-        run.images.bad_images.refuse_none_usable(results[split].metrics.count, split, run.images.index(split))
+        run.source.bad_images.refuse_none_usable(results[split].metrics.count, split, run.source.index(split))
     return results
 
 

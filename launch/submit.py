@@ -44,25 +44,25 @@ def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False
         UserError: the run can't work, or sbatch refuses it. Nothing was submitted.
     """
     setup_console(True)
-    config, source, slurm = read_run(args)  # before torch is imported, so that a typo is refused at once
+    config, unresolved, slurm = read_run(args)  # before torch is imported, so that a typo is refused at once
     from distil_tl.run import look_for_start
 
     assert config.run_dir is not None
     run_dir = Path(config.run_dir).absolute()
-    source.run_dir = str(run_dir)
+    unresolved.run_dir = str(run_dir)
     check_submission(config, slurm, cluster)
     refuse_active_run(run_dir)
-    if look_for_start(config, source).completed and not dry_run:
+    if look_for_start(config, unresolved).completed and not dry_run:
         print_line(f"the run in {run_dir} is already completed; for another run change seed or run_dir")
         return 0
     if config.resume == "never":  # is checked above; a requeued job must resume from its own checkpoints
-        source.resume = "auto"
+        unresolved.resume = "auto"
     if dry_run:
         print_line(sbatch_script(run_dir, slurm, cluster, name=run_dir.name))
         return 0
     path = run_dir / "slurm" / "config.yaml"
     make_private_folder(path.parent)
-    write_atomic(path, to_yaml(source))
+    write_atomic(path, to_yaml(unresolved))
     executor = make_executor(run_dir, take_snapshot(run_dir), slurm, cluster, name=run_dir.name)
     (job,) = submit_jobs(executor, [Training(str(path), str(Path.cwd()))])
     (run_dir / "summary.json").unlink(missing_ok=True)  # it is about the previous attempt

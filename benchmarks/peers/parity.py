@@ -17,7 +17,7 @@ from distil_tl.data.scan import scan
 from distil_tl.data.transforms import eval_transform
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build
-from distil_tl.training.network import ImageNetwork
+from distil_tl.training.network import ImageNetwork, lay_out
 from distil_tl.training.precision import Compute
 from distil_tl.utils.errors import UserError
 
@@ -36,6 +36,7 @@ def our_view(job: Job) -> dict[str, Any]:
     dataset = ImageDataset(index, eval_transform(model.preprocess, job.image_size), job.image_size)
     batch = dataset.collate([dataset[SampleKey(i, 0, i)] for i in chosen])
     network = ImageNetwork(model, Compute(None, True), torch.device("cpu")).eval()
+    lay_out(network)
     with torch.no_grad():
         loss = F.cross_entropy(network(batch.images), batch.targets).item()
     return {"names": _names(index, chosen), "pixels": batch.images, "targets": batch.targets, "loss": loss}

@@ -21,7 +21,7 @@ from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.training.config import OptimConfig, StageConfig
-from distil_tl.training.network import ImageNetwork
+from distil_tl.training.network import ImageNetwork, lay_out
 from distil_tl.training.optim import build_optimizer
 from distil_tl.training.precision import default_compute
 from distil_tl.training.stage import apply_stage, count_trainable
@@ -49,7 +49,9 @@ def measure(info: DistInfo, model: TransferModel, unfreeze: Any, task: dict[str,
     stage = StageConfig(unfreeze=unfreeze)
     apply_stage(model, stage)
     compute = default_compute("fp32", model.module, info.device)
-    network = wrap_in_ddp(info, ImageNetwork(model, compute, info.device), compression)
+    inner = ImageNetwork(model, compute, info.device)
+    lay_out(inner)
+    network = wrap_in_ddp(info, inner, compression)
     optimizer = build_optimizer(model, stage, OptimConfig())
     images = torch.randint(0, 256, (batch, 3, task["image_size"], task["image_size"]), dtype=torch.uint8)
     targets = torch.zeros(batch, dtype=torch.long)

@@ -13,7 +13,7 @@ from distil_tl.utils.log import logger, printable
 
 
 class BadImages:
-    """The bad images so far: {split: {path relative to it: reason}}, in `found`.
+    """The bad images so far: {split: {path relative to it: reason}}, in `by_split`.
 
     Args:
         policy: `data.on_bad_image`.
@@ -35,7 +35,7 @@ class BadImages:
             yield batch
 
     def apply_policy(self, faults: Iterable[tuple[int, str]], split: str, index: Index) -> None:
-        """Apply the policy to bad images: (position in the index, reason) of each. Raises as `read` does."""
+        """Apply the policy to bad images: (position in the index, reason) of each. Raises as `check` does."""
         for i, reason in faults:
             path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
             unreadable = reason.startswith(UNREADABLE)

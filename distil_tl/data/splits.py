@@ -134,7 +134,7 @@ def copy_to_local_disk(info: DistInfo, config: DataConfig, splits: Splits) -> Sp
     """The same splits, read from a copy on each node's own disk if `data.stage_to` is set and they fit."""
     if config.stage_to is None or splits.train.copy is not None:
         return splits
-    indexes = {name: index for name in SPLITS if (index := splits[name]) is not None}
+    indexes = splits.as_dict()
     copy = stage_folder(info, config.stage_to, indexes)
     if copy is None:
         return splits

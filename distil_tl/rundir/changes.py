@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -80,11 +79,11 @@ def unsafe_changes(
     return changes
 
 
-def refuse_changes(config: Any, unresolved: DictConfig, state: dict[str, Any], run_dir: Path) -> None:
+def refuse_changes(values: dict[str, Any], unresolved: DictConfig, state: dict[str, Any], run_dir: Path) -> None:
     """Refuse to resume a run with a configuration that would not be the same training.
 
     Args:
-        config: the dataclass.
+        values: the configuration as nested dicts.
         unresolved: the same with its interpolations unresolved.
         state: state.json of the checkpoint to resume from.
         run_dir: that the checkpoint is in.
@@ -96,7 +95,7 @@ def refuse_changes(config: Any, unresolved: DictConfig, state: dict[str, Any], r
     if not saved.exists():
         logger.warning("%s is missing; cannot check for changes of the configuration", saved)
         return
-    digests = state.get("interpolated", {}), interpolation_digests(config, unresolved)
+    digests = state.get("interpolated", {}), interpolation_digests(values, unresolved)
     changes = unsafe_changes(read_yaml(saved), plain(unresolved), list(state["run"]["stages"]), digests)
     if changes:
         listing = "\n".join(f"  - {change}" for change in changes)
@@ -106,11 +105,11 @@ def refuse_changes(config: Any, unresolved: DictConfig, state: dict[str, Any], r
         )
 
 
-def interpolation_digests(config: Any, unresolved: DictConfig) -> dict[str, str]:
+def interpolation_digests(values: dict[str, Any], unresolved: DictConfig) -> dict[str, str]:
     """Digests of the values behind interpolations such as `${oc.env:SEED}`, by key: comparable, but not readable."""
-    values = flatten(dataclasses.asdict(config))
+    leaves = flatten(values)
     found = {}
     for key, text in flatten(plain(unresolved)).items():
         if isinstance(text, str) and "${" in text and not is_free_on_resume(key):
-            found[key] = hashlib.sha256(f"{key}={values[key]!r}".encode()).hexdigest()[:16]
+            found[key] = hashlib.sha256(f"{key}={leaves[key]!r}".encode()).hexdigest()[:16]
     return found

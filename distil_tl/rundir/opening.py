@@ -31,13 +31,13 @@ def restore_state(
     check_shared(info, path, path.is_dir)
     state = RunState.from_json(start.saved["run"])
     splits.refuse_changed_images(start.saved["data"], start.saved_run_dir)
-    best = None if state.best is None else Checkpoints(Path(start.run_dir) / "checkpoints").path(state.best["step"])
-    if best is not None and find_damage(best) is not None:
+    checkpoints = Checkpoints(Path(start.run_dir) / "checkpoints")
+    if state.best is not None and find_damage(checkpoints.path(state.best["step"])) is not None:
         # Removed, damaged, or in the directory of another run that this one resumes from.
         if start.is_own_checkpoint:
             logger.warning(
                 "the best checkpoint, of step %d, is missing or damaged; the best result is determined again",
-                state.step if state.best is None else state.best["step"],
+                state.best["step"],
             )
         state.best = None
     load_weights(path, model.module)

@@ -63,7 +63,8 @@ class Tracker:
                 write_atomic(self._path, "".join(_lines_up_to(self._path, after_step, within_epoch)))
             self._file = self._path.open("a", buffering=1)
         if self._settings.wandb.mode != "disabled":
-            task = wandb_task(self._run_dir, self._settings.wandb, self._config)
+            with writing(self._run_dir / "wandb-id"):
+                task = wandb_task(self._run_dir, self._settings.wandb, self._config)
             self._wandb = WandbClient(replace(task, pid=os.getpid()))
 
     def log(self, line: dict[str, Any]) -> None:

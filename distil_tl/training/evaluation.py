@@ -61,19 +61,18 @@ def evaluate(
     kept = torch.empty(0, 4, dtype=torch.float64)
     # Rank 0 has the most batches. The others loop equally often, so that all ranks can agree each time.
     turns = math.ceil(math.ceil(len(loader.dataset) / info.world_size) / (loader.batch_size or 1))  # type: ignore[arg-type]
-    bar = Progress("evaluate", turns, show=show and info.is_main)
-    for _ in range(turns):
-        if agreement is not None:
-            agreement.raise_if_stopping()
-        batch = next(batches, None)
-        if batch is None:
-            continue
-        logits = network(batch.images)
-        metrics.update(logits, batch.targets, F.cross_entropy(logits, batch.targets, reduction="none"), batch.valid)
-        if mistakes:
-            kept = _most_confident(torch.cat([kept, _mistakes(logits, batch)]), mistakes)
-        bar.advance()
-    bar.close()
+    with Progress("evaluate", turns, show=show and info.is_main) as bar:
+        for _ in range(turns):
+            if agreement is not None:
+                agreement.raise_if_stopping()
+            batch = next(batches, None)
+            if batch is None:
+                continue
+            logits = network(batch.images)
+            metrics.update(logits, batch.targets, F.cross_entropy(logits, batch.targets, reduction="none"), batch.valid)
+            if mistakes:
+                kept = _most_confident(torch.cat([kept, _mistakes(logits, batch)]), mistakes)
+            bar.advance()
     network.train(was_training)
     if mistakes:
         kept = _most_confident(gather_rows(info, kept, mistakes), mistakes)

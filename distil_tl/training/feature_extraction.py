@@ -134,17 +134,14 @@ class FeatureExtractor:
         loader = make_loader(dataset, sampler, batch_size=None, workers=workers, pin_memory=pin_memory)
         batches = self.source.batches(loader, split)
         turns = math.ceil(len(missing) / info.world_size)
-        bar = Progress(f"features of {split} for stage {self.stage.name}", turns, show=info.is_main)
         failed: OSError | None = None
-        try:
+        with Progress(f"features of {split} for stage {self.stage.name}", turns, show=info.is_main) as bar:
             for turn in range(turns):
                 self.agreement.raise_if_stopping()
                 if turn < len(mine) and failed is None:
                     own = itertools.islice(batches, sampler.batches_of(mine[turn]))
                     failed = _compute_chunk(info, self.prefix, cache, mine[turn], own)
                 bar.advance()
-        finally:
-            bar.close()
         any_failed = max_over_ranks(info, float(failed is not None))
         if any_failed:
             reason = (failed.strerror or failed) if failed else "another rank could not write"

@@ -180,19 +180,18 @@ def _blocks(keys: Iterable[SampleKey], multiple: int) -> Iterator[list[SampleKey
 def _train(search: _Search, groups: list[BatchedHeads], agreement: Agreement, *, show: bool) -> None:
     """All epochs. A rank without heads runs them too, so that all ranks can agree to stop."""
     epochs, sampler = search.stage.config.epochs, search.sampler
-    bar = Progress(f"search for {search.stage.name}", epochs, show=show)
-    for epoch in range(epochs):
-        sampler.set_position(epoch)
-        done = 0
-        for keys in _blocks(sampler, sampler.global_batch_size):
-            agreement.raise_if_stopping()
-            batches = search.batches(epoch, keys, done) if groups else []
-            for heads in groups:
-                for batch in batches:
-                    heads.step(batch)
-            done += len(keys) // sampler.global_batch_size
-        bar.advance()
-    bar.close()
+    with Progress(f"search for {search.stage.name}", epochs, show=show) as bar:
+        for epoch in range(epochs):
+            sampler.set_position(epoch)
+            done = 0
+            for keys in _blocks(sampler, sampler.global_batch_size):
+                agreement.raise_if_stopping()
+                batches = search.batches(epoch, keys, done) if groups else []
+                for heads in groups:
+                    for batch in batches:
+                        heads.step(batch)
+                done += len(keys) // sampler.global_batch_size
+            bar.advance()
 
 
 def _scores(search: _Search, groups: list[BatchedHeads], agreement: Agreement) -> list[list[dict[str, float | None]]]:

@@ -83,7 +83,6 @@ class ImageNetwork(Network):
         self.folded = folded
         self.folded_size = folded_size
         self.to(device)
-        set_layout(self, compute)
 
     def forward(self, images: Tensor) -> Tensor:
         folded = self.folded if images.shape[-1] == self.folded_size else None
@@ -100,7 +99,9 @@ def evaluation_network(
     model.module.to(device)
     set_layout(model.module, compute)
     folded = try_to_fold(model, image_size, device, trains=False) if fold else None
-    return ImageNetwork(model, compute, device, folded, image_size)
+    network = ImageNetwork(model, compute, device, folded, image_size)
+    lay_out(network)
+    return network
 
 
 class Prefix(nn.Module):
@@ -112,7 +113,6 @@ class Prefix(nn.Module):
         self.normalize = Normalize(model.preprocess)
         self.prefix = cut.prefix
         self.to(device)
-        self.to(memory_format=compute.memory_format)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -128,7 +128,6 @@ class FeatureNetwork(Network):
     def __init__(self, cut: CutNetwork, compute: Compute) -> None:
         super().__init__(compute)
         self.suffix = cut.suffix
-        set_layout(self, compute)
 
     def forward(self, features: Tensor) -> Tensor:
         if features.ndim == 4:
@@ -151,3 +150,17 @@ class SplitNetwork(Network):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.rest(self.prefix(images))
         return logits
+
+
+def lay_out(network: Network | Prefix) -> None:
+    """Give the parameters of a network the memory format of its `compute`, in place; a frozen part has its own.
+
+    Networks share parameters with their model, so the last call for a parameter counts.
+    """
+    if isinstance(network, SplitNetwork):
+        lay_out(network.rest)
+        lay_out(network.prefix)
+    elif isinstance(network, Prefix):
+        network.to(memory_format=network.compute.memory_format)  # it may have no parameters
+    else:
+        set_layout(network, network.compute)

@@ -40,19 +40,19 @@ class Records:
         record.train_seconds += seconds
         record.epoch_seconds += seconds
         record.seconds += seconds
-        return self._log(at, ("train", "interval"), counted, seconds)
+        return self._log(at, counted, seconds, split="train", window="interval")
 
     def add_epoch(self, at: Moment, counted: ClassificationMetrics) -> None:
         """Record an epoch of training, including the parts of it before a resume."""
         record = self._state.stages[at.stage]
         record.train_top1 = counted.compute()["top1"]
-        self._log(at, ("train", "epoch"), counted, record.epoch_seconds)
+        self._log(at, counted, record.epoch_seconds, split="train", window="epoch")
         record.epoch_seconds = 0.0
 
     def add_evaluation(self, at: Moment, counted: ClassificationMetrics, seconds: float) -> bool:
         """Record the evaluation after an epoch. Returns whether it is the best so far."""
         record = self._state.stages[at.stage]
-        line = self._log(at, ("val", "epoch"), counted, seconds)
+        line = self._log(at, counted, seconds, split="val", window="epoch")
         kept = ("split", "loss", "top1", "top5", "macro_f1", "stage", "epoch", "step")
         final = self._state.final = {key: line[key] for key in kept}
         record.epochs, record.top1 = at.epoch + 1, final["top1"]
@@ -63,14 +63,16 @@ class Records:
             return True
         return False
 
-    def _log(self, at: Moment, kind: tuple[str, str], counted: ClassificationMetrics, seconds: float) -> dict[str, Any]:
-        """Write a line of metrics.jsonl; `kind` is its split and its window."""
+    def _log(
+        self, at: Moment, counted: ClassificationMetrics, seconds: float, *, split: str, window: str
+    ) -> dict[str, Any]:
+        """Write a line of metrics.jsonl. Returns it."""
         line = {
             "step": self._state.step,
             "epoch": at.epoch + 1,
             "stage": at.stage,
-            "split": kind[0],
-            "window": kind[1],
+            "split": split,
+            "window": window,
             **counted.compute(),
             "lr": at.lr,
             "images_per_second": counted.count / seconds if seconds else None,

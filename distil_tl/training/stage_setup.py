@@ -26,6 +26,7 @@ from distil_tl.training.network import (
     Prefix,
     SplitNetwork,
     dummy_images,
+    lay_out,
     set_layout,
     try_to_fold,
 )
@@ -63,20 +64,11 @@ class _Parts:
     on_features: bool
 
     def network(self, compute: Compute) -> Network:
-        """What the stage trains, with the trained part laid out as `compute` says."""
+        """What the stage trains."""
         if self.cut is None or self.prefix is None:
             return ImageNetwork(self.model, compute, self.device, self.folded, self.image_size)
         rest = FeatureNetwork(self.cut, compute)
         return rest if self.on_features else SplitNetwork(self.prefix, rest)
-
-
-def _build_network(parts: _Parts, compute: Compute) -> Network:
-    """The network of a stage with the whole model laid out: the frozen part has a layout of its own."""
-    set_layout(parts.model.module, compute)
-    network = parts.network(compute)
-    if parts.prefix is not None:
-        parts.prefix.to(memory_format=parts.prefix.compute.memory_format)
-    return network
 
 
 def set_up_stage(
@@ -101,54 +93,50 @@ def set_up_stage(
     apply_stage(model, stage.config)
     options = candidates(stage.precision, model.module, info.device)
     set_layout(model.module, Compute(None, options[0].channels_last))
-    cut, reason = _try_to_cut(info, stage, model)
-    prefix = None
+    cut = prefix = folded = features = None
+    # A stage that began without features stays without them.
+    wants_features = stage.wants_features and (record.cached or not record.has_begun)
+    try:
+        images = Normalize(model.preprocess).to(info.device)(dummy_images(3, stage.image_size, info.device))
+        cut = cut_frozen_prefix(model.module, images)
+    except CannotCutError as error:
+        if wants_features:
+            refuse_without_features(stage, str(error))
     if cut is not None:
         compute = _prefix_compute(info, stage, model, cut, source, record, options)
         prefix = Prefix(model, cut, compute, info.device)
+        lay_out(prefix)
         record.prefix_precision = str(compute)
-    features = _open_features(info, stage, model, prefix, reason, source, record, agreement)
-    folded = None
-    if cut is None:
+        if wants_features:
+            features = _open_features(info, stage, model, prefix, source, record, agreement)
+    else:
         folded = try_to_fold(model, stage.image_size, info.device, trains=True) if record.folded is not False else None
         record.folded = folded is not None
     parts = _Parts(model, info.device, stage.image_size, cut, prefix, folded, features is not None)
     compute = _trained_compute(info, stage, parts, features, record, options, micro_batch, len(source.index("train")))
     record.precision = str(compute)
-    network = _build_network(parts, compute)
+    network = parts.network(compute)
+    set_layout(model.module, compute)
+    lay_out(network)
     if stage.compile != "none":
         _compile(stage.compile, network)
-    images = dummy_images(2, stage.image_size, info.device)
-    return StageSetup(network, features, images if features is None else features.train.example(2).to(info.device))
-
-
-def _try_to_cut(info: DistInfo, stage: Stage, model: TransferModel) -> tuple[CutNetwork | None, str]:
-    """The model cut where its frozen part ends, or None and the reason."""
-    images = dummy_images(3, stage.image_size, info.device)
-    try:
-        return cut_frozen_prefix(model.module, Normalize(model.preprocess).to(info.device)(images)), ""
-    except CannotCutError as error:
-        return None, str(error)
+    dummy = dummy_images(2, stage.image_size, info.device) if features is None else features.train.example(2)
+    return StageSetup(network, features, dummy.to(info.device))
 
 
 def _open_features(
     info: DistInfo,
     stage: Stage,
     model: TransferModel,
-    prefix: Prefix | None,
-    reason: str,
+    prefix: Prefix,
     source: ImageSource,
     record: StageRecord,
     agreement: Agreement,
 ) -> Features | None:
-    """Features for the stage; None where it trains on images. A stage that began without them does not use them."""
-    if not stage.wants_features or (record.has_begun and not record.cached):
-        return None
+    """Features for the stage; None where they are not available and the stage can train on images."""
+    limit_memory = stage.config.features == "auto" and not record.cached
+    extractor = FeatureExtractor(info, model, prefix, source, stage, agreement, limit_memory=limit_memory)
     try:
-        if prefix is None:
-            raise FeaturesUnavailableError(reason)
-        limit_memory = stage.config.features == "auto" and not record.cached
-        extractor = FeatureExtractor(info, model, prefix, source, stage, agreement, limit_memory=limit_memory)
         features = extractor.open_all()
     except FeaturesUnavailableError as error:
         refuse_without_features(stage, str(error))
@@ -176,7 +164,9 @@ def _prefix_compute(
     passes = (stage.config.views or 1) if stage.wants_features else stage.config.epochs
 
     def step(compute: Compute) -> None:
-        Prefix(model, cut, compute, info.device)(images)
+        prefix = Prefix(model, cut, compute, info.device)
+        lay_out(prefix)
+        prefix(images)
 
     return choose(
         info, options, step,
@@ -212,10 +202,13 @@ def _trained_compute(
 
     def step(compute: Compute) -> None:
         network = parts.network(compute)
-        with preserve_state(parts.model.module, info.device):
-            F.cross_entropy(network(inputs), targets).backward()  # type: ignore[no-untyped-call]
-        for parameter in network.parameters():
-            parameter.grad = None
+        lay_out(network)
+        try:
+            with preserve_state(parts.model.module, info.device):
+                F.cross_entropy(network(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        finally:
+            for parameter in network.parameters():
+                parameter.grad = None
 
     return choose(
         info, options, step,

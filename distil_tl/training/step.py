@@ -106,7 +106,7 @@ def begin_stage(
     plan: BatchPlan,
     log_every: int,
 ) -> StageTraining:
-    """Build the optimizer and wrap the network for a stage whose freezing is applied.
+    """Build the loaders and the optimizer, and wrap the network, for a stage whose freezing is applied.
 
     DDP registers the trainable parameters when it wraps a network, so each stage wraps its network again.
 
@@ -125,6 +125,7 @@ def begin_stage(
         val_loader = feature_loader(setup.features.val, source.eval_sampler("val"), source.eval_batch_size)
     network = wrap_in_ddp(info, setup.network, stage.optim.compression)
     optimizer = build_optimizer(model, stage.config, stage.optim)
+    optimizer.zero_grad(set_to_none=True)  # a trial that failed may have left gradients
     fix_bucket_order(info, network, optimizer, setup.dummy)
     return StageTraining(
         stage=stage,

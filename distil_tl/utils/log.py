@@ -86,6 +86,12 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
 
 def table(rows: list[list[str]], header: list[str]) -> str:
     """A plain-text table: first column left-aligned, the others right-aligned."""

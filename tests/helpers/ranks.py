@@ -77,6 +77,7 @@ def run_ranks(world: int, body: Callable[..., Any], *args: Any, timeout: float =
 def _rank(results: Any, rank: int, world: int, port: int, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
 
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a process that a user starts
     torch.set_num_threads(1)
     if world > 1:
         os.environ |= {

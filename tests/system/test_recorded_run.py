@@ -13,6 +13,7 @@ import yaml
 import distil_tl
 from distil_tl import evaluate, train
 from distil_tl.config import Config, load, load_saved, run_name
+from distil_tl.inference import restore_model
 from distil_tl.rundir import changes
 from distil_tl.utils.args import flatten, plain
 from tests.helpers.paths import ROOT
@@ -107,6 +108,9 @@ def test_a_key_that_the_saved_configuration_lacks_means_what_the_code_did_then(
     assert load_saved(recorded).data.hflip is False
     assert load_saved(recorded, ["data.hflip=true"]).data.hflip is True
     assert load([*ARGS, "run_dir=other"])[0].data.hflip is True, "a new run has the new default"
+    assert load([*ARGS, "run_dir=other", "resume=run"])[0].data.hflip is False
+    shutil.copytree(recorded, "moved", symlinks=True)
+    assert restore_model(Path("moved")).config.data.hflip is False
     assert train.main([*ARGS, "stages.full.epochs=0"]) == 0
     assert train.main([*ARGS, "stages.full.epochs=0", "data.hflip=true"]) == 2
     assert "data.hflip: was False, now True" in capsys.readouterr().err

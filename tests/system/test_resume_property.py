@@ -135,7 +135,7 @@ def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: S
     nothing: Any = SimpleNamespace(wait=lambda: None, path=Path(), preprocess=SimpleNamespace(crop_size=8))
     source: Any = Source(index, plan, seen)
     run = Simulated(
-        info=info, config=config, images=source, model=nothing,
+        info=info, config=config, source=source, model=nothing,
         state=RunState() if saved is None else RunState.from_json(json.loads(saved)),
         directory=nothing, checkpoints=nothing, tracker=None, stop=nothing, train_state=None,
     )  # fmt: skip
@@ -155,7 +155,7 @@ def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: S
 
 def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
     """As in distil_tl.train, but for the network, evaluations and records."""
-    info, data, index = run.info, run.config.data, run.images.index("train")
+    info, data, index = run.info, run.config.data, run.source.index("train")
     sampler = TrainSampler(
         len(index.targets), global_batch_size=data.global_batch_size, world_size=info.world_size,
         rank=info.rank, seed=stage.seed, stage=stage.name,

@@ -28,7 +28,7 @@ from distil_tl.train import main
 from distil_tl.training import feature_extraction as module
 from distil_tl.training.config import StageConfig, wants_features
 from distil_tl.training.features import Views, cache_key
-from distil_tl.training.network import Prefix, set_layout
+from distil_tl.training.network import Prefix, lay_out, set_layout
 from distil_tl.training.precision import Compute
 from distil_tl.training.stage import apply_stage
 from distil_tl.utils.errors import UserError
@@ -66,7 +66,9 @@ def built(name: str = "shufflenet_v2_x0_5", stage: StageConfig = HEAD) -> Transf
 
 
 def prefix_of(model: TransferModel, compute: Compute = FP32) -> Prefix:
-    return Prefix(model, cut_frozen_prefix(model.module, torch.randn(3, 3, 64, 64)), compute, CPU)
+    prefix = Prefix(model, cut_frozen_prefix(model.module, torch.randn(3, 3, 64, 64)), compute, CPU)
+    lay_out(prefix)
+    return prefix
 
 
 def views(**changes: Any) -> Views:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
-from distil_tl.training.network import ImageNetwork, set_layout, try_to_fold
+from distil_tl.training.network import ImageNetwork, lay_out, set_layout, try_to_fold
 from distil_tl.training.precision import Compute
 from tests.helpers.networks import gradients, random_model
 
@@ -15,12 +15,16 @@ CPU = torch.device("cpu")
 
 
 def image_network(model: TransferModel, dtype: torch.dtype | None = None) -> ImageNetwork:
-    return ImageNetwork(model, Compute(dtype, True), CPU)
+    network = ImageNetwork(model, Compute(dtype, True), CPU)
+    lay_out(network)
+    return network
 
 
 def folded_network(model: TransferModel, dtype: torch.dtype | None = None, *, trains: bool = False) -> ImageNetwork:
     set_layout(model.module, Compute(dtype, True))
-    return ImageNetwork(model, Compute(dtype, True), CPU, try_to_fold(model, 64, CPU, trains=trains), 64)
+    network = ImageNetwork(model, Compute(dtype, True), CPU, try_to_fold(model, 64, CPU, trains=trains), 64)
+    lay_out(network)
+    return network
 
 
 def pixels(size: int = 64) -> Tensor:
@@ -53,6 +57,7 @@ def test_in_bfloat16_norms_are_not_folded() -> None:
     with torch.no_grad():
         assert torch.equal(network(pixels()), image_network(model, torch.bfloat16).eval()(pixels()))
         network = ImageNetwork(model, Compute(None, True), CPU, network.folded, 64).eval()
+        lay_out(network)
         assert not torch.equal(network(pixels()), image_network(model).eval()(pixels()))
 
 
