@@ -52,7 +52,7 @@ def ask_trial(study: Any, sweep: Sweep) -> tuple[Any, Values]:
     study.sampler = _sampler(f"{sweep.seed} {len(study.get_trials(deepcopy=False))}")
     asked = study.ask()
     suggested = {key: draw_value(_Suggest(asked, key), distribution) for key, distribution in sweep.random.items()}
-    values = {**suggested, "seed": sweep.seed + asked.number}  # a seed of its own, so equal suggestions are two trials
+    values = {**suggested, "seed": sweep.seed + asked.number}  # its own seed, so equal suggestions are two trials
     asked.set_user_attr("values", values)
     return asked, values
 

@@ -9,7 +9,7 @@ from typing import Any
 
 EARLY_S = 60  # Slurm may send the signal before the time limit up to this much early
 
-# Options of sbatch that have a key of their own here, so that they are checked.
+# Options of sbatch that have their own key here, so that they are checked.
 KEY_OF = {
     **{name: name for name in ("partition", "account", "qos", "nodes", "mem", "time", "constraint", "exclude")},
     **dict.fromkeys(("gpus", "gpus-per-node", "gpus-per-task"), "gpus_per_node"),  # a task must see its node's GPUs

@@ -1,4 +1,4 @@
-"""What `[CONFIG.yaml] [key=value ...]` means, and what is said about one that means nothing."""
+"""The configuration from `[CONFIG.yaml] [key=value ...]`, and the messages for invalid arguments."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def yaml_file(text: str, name: str = "config.yaml") -> str:
 
 
 def of_file(text: str, *args: str) -> Config:
-    """The configuration of a file, where its data are beside the point."""
+    """The configuration of a file, with some data.root."""
     return config_of(yaml_file(text), "data.root=images", *args)
 
 
@@ -69,14 +69,14 @@ def test_a_base_is_found_beside_the_file_that_names_it():
     assert (config.seed, config.precision) == (7, "fp32")
 
 
-def test_a_base_that_comes_back_to_itself():
+def test_a_base_that_includes_itself():
     yaml_file("base: two.yaml", "one.yaml")
     yaml_file("base: one.yaml", "two.yaml")
-    assert "one.yaml is its own `base:`, by way of one.yaml, two.yaml" in message_of("one.yaml")
+    assert "one.yaml is its own `base:`, through one.yaml, two.yaml" in message_of("one.yaml")
     assert "is its own `base:`" in message_of(yaml_file("base: config.yaml"))
 
 
-def test_a_base_that_is_not_there_is_named_with_who_wants_it():
+def test_a_missing_base_is_named_with_its_file():
     message = message_of(yaml_file("base: nowhere.yaml"))
     assert "nowhere.yaml" in message
     assert "config.yaml)" in message
@@ -111,20 +111,20 @@ def test_unfreeze_takes_a_word_a_number_or_a_list(value: Any):
 
 
 @pytest.mark.parametrize("args", [[], ["seed=1"], ["data.root=null"]])
-def test_the_demo_is_for_those_who_name_no_data(args: list[str]):
+def test_without_data_the_demo_is_used(args: list[str]):
     data = config_of(*args).data
     assert (data.image_size, data.hflip, data.augment) == (64, False, "none")
     assert config_of(*args, "data.hflip=true").data.hflip is True
 
 
-def test_the_demo_leaves_named_data_alone():
+def test_demo_defaults_do_not_apply_to_other_data():
     named = [["data.root=."], [yaml_file("data: {root: x}", "x.yaml")], [yaml_file("seed: 1", "y.yaml"), "data.root=x"]]
     for args in (*named, ["y.yaml", "data.root=null"]):
         data = config_of(*args).data
         assert (data.image_size, data.hflip, data.augment) == (None, True, "light")
 
 
-def test_a_file_without_data_says_so():
+def test_a_file_without_data_is_refused():
     assert "config.yaml names no images: add data.root=FOLDER" in message_of(yaml_file("seed: 1"))
 
 
@@ -207,7 +207,7 @@ def test_a_files_stage_says_what_it_trains(stage: str):
 
 
 @pytest.mark.parametrize("text", ["stages: [head]", "stages: {}", "stages: ", "stages: head"])
-def test_stages_that_are_none(text: str):
+def test_invalid_stages(text: str):
     assert "`stages` must hold at least one named stage" in message_of(yaml_file(text))
 
 
@@ -236,7 +236,7 @@ def test_a_file_that_is_no_configuration(content: bytes, complaint: str):
     assert "picture.png" in message
 
 
-def test_a_file_that_is_not_there_or_a_folder():
+def test_a_missing_file_or_a_folder():
     assert "there is no configuration file" in message_of("nothing.yaml")
     assert "can't read the configuration" in message_of(".")
 
@@ -246,7 +246,7 @@ def test_a_file_that_is_not_there_or_a_folder():
     st.one_of(st.sampled_from([*flatten(plain(load(())[1])), "data", "stages"]), st.text("adt.[]{}$: ", max_size=8)),
     st.text("ae1.0[]{}$:,'\"?*&!-\n ", max_size=8),
 )
-def test_whatever_is_typed_is_either_read_or_refused(key: str, value: str):
+def test_any_value_is_either_read_or_refused(key: str, value: str):
     with contextlib.suppress(UserError):
         load([f"{key}={value}"])
 
@@ -254,7 +254,7 @@ def test_whatever_is_typed_is_either_read_or_refused(key: str, value: str):
 # Interpolation
 
 
-def test_interpolations_are_resolved_for_the_run_and_not_on_paper(monkeypatch: pytest.MonkeyPatch):
+def test_interpolations_are_resolved_in_the_run_but_not_in_the_saved_file(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TOKEN", "s3cret")
     Path("s3cret.pt").touch()
     file = yaml_file(
@@ -282,16 +282,16 @@ def test_a_missing_variable_is_named_with_its_key():
     assert config_of(file, "data.root=/here").data.root == "/here"
 
 
-def test_the_saved_file_means_the_same_again():
+def test_the_saved_file_gives_the_same_configuration():
     config, source = load(["stages.head.epochs=9", "seed=3"])
     assert config_of(yaml_file(to_yaml(source))) == config
     assert config.model.weights != "auto"
 
 
-# Names of runs, and going on with them
+# Names of runs, and changes on resume
 
 
-def test_the_run_name_is_of_what_is_trained():
+def test_the_run_name_depends_on_what_is_trained():
     name = run_name(config_of("data.root=flowers", "model.name=resnet18"))
     assert name == "flowers-resnet18-" + name[-8:]
     assert config_of("data.root=flowers", "model.name=resnet18").run_dir == f"runs/{name}"
@@ -312,13 +312,13 @@ def changes(args: list[str], started: list[str]) -> list[str]:
     return unsafe_changes(plain(load([])[1]), plain(load(["run_dir=x", *args])[1]), started)
 
 
-def test_what_may_change_when_a_run_goes_on():
+def test_changes_allowed_on_resume():
     assert changes([], ["head"]) == []
     assert changes(["data.root=moved", "data.image_size=64", "data.hflip=false", "data.augment=none"], ["head"]) == []
     assert changes(["data.workers=3", "tracking.log_every=1", "checkpoint.keep=5"], ["head", "full"]) == []
 
 
-def test_what_may_not_change_when_a_run_goes_on():
+def test_changes_refused_on_resume():
     assert changes(["stages.full.epochs=9"], ["head"]) == []
     assert changes(["stages.full.epochs=9"], ["head", "full"]) == ["stages.full.epochs: was 5, now 9"]
     assert changes(["stages.head.augment=none", "seed=1"], ["head"]) == [
@@ -327,14 +327,14 @@ def test_what_may_not_change_when_a_run_goes_on():
     ]
 
 
-def test_a_stage_may_be_added_or_taken_away_while_it_is_to_come():
+def test_a_stage_that_has_not_begun_may_be_added_or_removed():
     one = {"stages": {"head": {"lr": 1.0}}}
     two = {"stages": {"head": {"lr": 1.0}, "full": {"lr": 2.0}}}
     assert unsafe_changes(one, two, ["head"]) == unsafe_changes(two, one, ["head"]) == []
     assert unsafe_changes(two, one, ["head", "full"]) == ["stages.full.lr: was 2.0, now None"]
 
 
-def test_stages_may_not_come_before_those_that_have_begun():
+def test_new_stages_may_not_come_before_begun_ones():
     head, full, new = ({"epochs": epochs} for epochs in (1, 2, 3))
     before = {"stages": {"head": head, "full": full}}
     assert unsafe_changes(before, {"stages": {"head": head, "new": new, "full": full}}, ["head"]) == []
@@ -359,13 +359,13 @@ def test_the_default_passes():
     check(config_of(), 8)
 
 
-def test_a_batch_that_can_not_be_dealt_out_lists_what_fits():
+def test_an_indivisible_batch_lists_fitting_world_sizes():
     message = complaint_of("data.global_batch_size=30", world_size=4)
     assert "30 can't be divided evenly among 4 processes" in message
     assert "world sizes that fit are 1, 2, 3, 5, 6, 10, 15, or use data.global_batch_size=32" in message
 
 
-def test_a_root_that_is_not_there_or_lacks_a_split(tmp_path: Path):
+def test_a_missing_root_or_split_is_refused(tmp_path: Path):
     (tmp_path / "flowers" / "train").mkdir(parents=True)
     assert "flower is not a folder, did you mean `flowers`?" in complaint_of(f"data.root={tmp_path / 'flower'}")
     assert "has no val folder" in complaint_of("data.root=flowers")
@@ -401,13 +401,13 @@ def test_nothing_to_train():
         "tracking.wandb.mode=on",
     ],
 )
-def test_values_that_can_not_work_name_their_key(arg: str):
+def test_invalid_values_are_reported_with_their_key(arg: str):
     message = complaint_of(arg)
     assert arg.partition("=")[0] in message
     assert "problems" not in message  # this one alone
 
 
-def test_every_complaint_is_listed():
+def test_all_problems_of_values_are_listed():
     message = complaint_of("precision=fp8", "optim.name=adam", "data.augment=wild", world_size=5)
     assert message.startswith("4 problems:\n  - ")
 
@@ -422,11 +422,11 @@ def test_usage_shows_every_key_with_its_default_and_comment():
         shown = "null" if value is None else value
         assert any(line.startswith(f"{key}={shown}") for line in lines), key
     assert "images per optimizer step, all ranks" in next(s for s in lines if s.startswith("data.global_batch_size"))
-    assert "of the head, at its highest" in next(s for s in lines if s.startswith("stages.full.lr"))
+    assert "peak learning rate of the head" in next(s for s in lines if s.startswith("stages.full.lr"))
     assert "disabled | offline | online" in next(s for s in lines if s.startswith("tracking.wandb.mode"))
 
 
-def test_the_command_says_one_thing_and_ends_with_2():
+def test_the_command_prints_one_message_and_exits_with_2():
     command = [sys.executable, "-m", "distil_tl.train", "stages.head.lrr=1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 2
@@ -435,7 +435,7 @@ def test_the_command_says_one_thing_and_ends_with_2():
 
 
 @pytest.mark.parametrize("text", ["2024_01", "007", "1e3", "on", "12:30", "none"])
-def test_text_on_the_command_line_stays_as_it_was_typed(text: str):
+def test_text_on_the_command_line_is_kept_as_typed(text: str):
     config = config_of(f"data.root={text}", f"run_dir={text}", f"tracking.wandb.name={text}")
     assert (config.data.root, config.run_dir, config.tracking.wandb.name) == (text, text, text)
     assert config_of("run_dir=x", "data.root=null").data.root is None

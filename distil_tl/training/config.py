@@ -18,7 +18,7 @@ COMPILE = ("none", "prefix", "all")
 
 @dataclass
 class SearchConfig:
-    """A grid of heads, trained on features before the stage. An empty list stands for the stage's own value."""
+    """A grid of heads, trained on features before the stage. An empty list means the stage's own value."""
 
     lr: list[float] = field(default_factory=list)  # candidates for lr, chosen by top-1 on val; []: no search
     weight_decay: list[float] = field(default_factory=list)  # candidates for optim.weight_decay

@@ -82,7 +82,7 @@ def cache_key(model: TransferModel, prefix: Prefix, index: Index, views: Views) 
 
 
 def refuse_without_features(stage: Stage, reason: str) -> None:
-    """Log why a stage does without features.
+    """Log why a stage does not use features.
 
     Raises:
         UserError: its configuration asks for them.

@@ -78,7 +78,7 @@ class _Search:
 
 
 def grid(stage: Stage) -> list[HeadSettings]:
-    """All pairs, learning rates outermost. A list that is empty stands for the stage's own value."""
+    """All pairs, learning rates outermost. An empty list means the stage's own value."""
     search = stage.config.search
     return [
         HeadSettings(*pair)

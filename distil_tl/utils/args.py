@@ -68,7 +68,7 @@ def parse_overrides(schema: DictConfig, pairs: list[str], problems: list[str]) -
                 for part in reversed(key.split(".")):
                     parsed = {part: parsed}
             tree = overlay(tree, parsed)
-        except Exception as error:  # YAML and OmegaConf have exceptions of their own
+        except Exception as error:  # YAML and OmegaConf have their own exceptions
             problems.append(f"can't read {pair!r}: {str(error).splitlines()[0]}")
     return tree
 

@@ -34,7 +34,7 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
     """Run a command; its exit status is what `body` returns (None: 0), or what the exception that it raises means.
 
     0 done; 2 the user's input is wrong; 3 preempted and saved; 1 a fault. For an exception rank 0 prints one message;
-    a fault that has no message of its own is logged with its traceback.
+    an unexpected exception is logged with its traceback.
     """
     try:
         return body() or 0

@@ -1,4 +1,4 @@
-"""CPUs, and calls that may never return, in threads of their own."""
+"""The number of CPUs, and calls in separate threads because they may never return."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class CallTimeoutError(Exception):
 
 
 def call_with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
-    """What `work` returns or raises, from a daemon thread of its own.
+    """Call `work` in a separate daemon thread, with a timeout. Returns or raises what `work` does.
 
     A signal handler of the main thread runs during the wait, and may raise. Then, as after a timeout, the thread is
     abandoned: it may be blocked in C++ code, which nothing can interrupt.

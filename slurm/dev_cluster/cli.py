@@ -40,7 +40,7 @@ def bring_up(args: argparse.Namespace) -> Cluster:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status of the command, which has a cluster of its own."""
+    """Run a command with a new cluster. Returns its exit status."""
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         raise RefusedError("no command given: dev-cluster run [OPTIONS] -- COMMAND ...")

@@ -15,7 +15,7 @@ PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"
 def execute(command: Sequence[object], timeout: float = 30) -> str:
     """Run a command and return its standard output.
 
-    It gets pipes of its own. A daemon that it starts must not keep the pipes of this script open.
+    It gets its own pipes, because a daemon that it starts must not keep the pipes of this script open.
 
     Raises:
         FailedError: the exit status is not 0, or the command takes longer than `timeout` seconds.

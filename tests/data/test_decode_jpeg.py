@@ -86,7 +86,7 @@ def test_a_jpeg_is_decoded_no_smaller_than_enough(enough, shape):
 
 
 def test_a_jpeg_decoded_small_shows_the_same_picture():
-    # Gradients, which are no different after any sound way of making them smaller.
+    # Gradients, which look the same after any correct way of making them smaller.
     y, x = np.mgrid[:320, :400]
     data = saved(Image.fromarray(np.stack([x / 2, y / 2, (x + y) / 4], 2).astype(np.uint8)), "JPEG", quality=95)
     whole = decode_bytes(data)

@@ -1,4 +1,4 @@
-"""Scans of splits: the same images as torchvision's ImageFolder; problems are refused by name."""
+"""Scans of splits: the same images as torchvision's ImageFolder; refusals name the file or folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files in configs/ mean what they say, and docs/configuration.md lists every key as the code has it."""
+"""The files in configs/ match their headers, and docs/configuration.md lists every key as in the code."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_picture_shows_gradual() -> None:
 
 
 def usage_rows() -> dict[str, tuple[str, str]]:
-    """Default and meaning of each key, as --help says them."""
+    """Default and meaning of each key, as in --help."""
     lines = re.findall(r"^  ([\w.]+)=(\S*) *(.*)$", configuration.usage("train"), re.MULTILINE)
     return {key: (default, meaning) for key, default, meaning in lines}
 

@@ -219,7 +219,7 @@ def test_the_python_that_is_shown_is_python() -> None:
 
 
 def constant_parts() -> list[str]:
-    """What the messages in the code consist of, without the values put into them; the longest come first."""
+    """The fixed parts of the messages in the code, without inserted values; the longest first."""
     parts: set[str] = set()
     for folder in ("distil_tl", "launch"):
         for file in (ROOT / folder).rglob("*.py"):
@@ -241,7 +241,7 @@ def strange_words(message: str, parts: list[str]) -> list[str]:
 
 
 def quoted_messages() -> list[str]:
-    """What failures.md quotes and is a sentence: no key, command, path or name of a test."""
+    """The quoted sentences of failures.md, without keys, commands, paths and names of tests."""
     text = FAILURES.read_text()
     pairs = re.findall(r"(?<!`)(`{1,2})(?!`)((?:(?!\1|\n\n).|(?<!`)`(?!`))+?)\1(?!`)", text, re.DOTALL)
     quotes = [quote.strip() for _, quote in pairs]

@@ -81,7 +81,7 @@ def run_rank(
     os.setpgid(0, 0)  # its loader workers can be found by it
     torch.set_num_threads(1)
     os.environ["DISTIL_TL_CACHE"] = str(run_dir_of(args).parent / "cache")
-    multiprocessing.set_start_method("fork", force=True)  # of its loader workers, as in a process of its own
+    multiprocessing.set_start_method("fork", force=True)  # of its loader workers, as in a separate process
     out = os.open(scratch / f"out-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -172,13 +172,13 @@ def strike(fault: Fault, scratch: Path, run_dir: Path, world: int) -> None:
 def fill(run_dir: Path, chance: float) -> None:
     """Leave little space on the disk, from none to almost enough for a checkpoint."""
     checkpoint = 3 << 20
-    room = int(chance * 1.2 * checkpoint)
-    if not os.path.ismount(run_dir.parent):  # no file system of its own to fill: limit the size of files instead
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room // 2, resource.RLIM_INFINITY))
+    space = int(chance * 1.2 * checkpoint)
+    if not os.path.ismount(run_dir.parent):  # no separate file system to fill: limit the size of files instead
+        resource.setrlimit(resource.RLIMIT_FSIZE, (space // 2, resource.RLIM_INFINITY))
         return
     disk = os.statvfs(run_dir)
     with (run_dir.parent / "ballast").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, disk.f_bavail * disk.f_frsize - room))
+        os.posix_fallocate(file.fileno(), 0, max(1, disk.f_bavail * disk.f_frsize - space))
 
 
 def note_samples(path: Path) -> None:
@@ -196,7 +196,7 @@ def note_samples(path: Path) -> None:
     module.forward_backward = forward_backward
 
 
-# Around them.
+# In the test process.
 
 
 @dataclass
@@ -287,7 +287,7 @@ def damage(run_dir: Path, kind: str, rng: random.Random) -> str:
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[None]:
-    """A file system of its own at `folder`, where this user may mount one."""
+    """A separate file system at `folder`, if this user may mount one."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(folder)]
     try:

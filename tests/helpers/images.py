@@ -1,4 +1,4 @@
-"""Small images of three classes that a network can learn to tell apart."""
+"""Small images of three classes that a network can learn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CLASSES = ("circles", "noise", "stripes")
 
 
 def draw(kind: str, rng: np.random.Generator) -> Image.Image:
-    """A small picture of a class that a network can learn to tell: 40x36 pixels, RGB."""
+    """A small picture of a class that a network can learn: 40x36 pixels, RGB."""
     height, width = 36, 40
     y, x = np.mgrid[:height, :width]
     if kind == "stripes":
@@ -25,7 +25,7 @@ def draw(kind: str, rng: np.random.Generator) -> Image.Image:
 
 
 def make_folder(root: Path, splits: dict[str, int], classes: tuple[str, ...] = CLASSES) -> Path:
-    """An ImageFolder with so many images a split, dealt out to the classes in turn."""
+    """An ImageFolder with this number of images per split, divided among the classes in turn."""
     rng = np.random.default_rng(0)
     for split, count in splits.items():
         for i in range(count):

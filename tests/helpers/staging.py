@@ -98,7 +98,7 @@ def as_node_of_its_own() -> None:
 
 
 def watched_train(args: list[str], disks: list[str | None]) -> tuple[int, list[str], str]:
-    """`reading_train` with each rank on a node of its own, whose disk is `$DISK`."""
+    """`reading_train` with each rank on its own node, whose disk is `$DISK`."""
     as_node_of_its_own()
     disk = disks[rank()]
     if disk is not None:

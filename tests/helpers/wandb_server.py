@@ -42,7 +42,7 @@ def told(run):
     return found
 graphql_schema._run_to_type = told
 """
-# It checks the key at each request, which takes 0.25 s with a hash as slow as it should be. This one is fast.
+# It checks the key at each request, which takes 0.25 s with a secure hash. This hash is fast.
 SERVE = """
 import functools, bcrypt, openwandb.cli
 bcrypt.gensalt = functools.partial(bcrypt.gensalt, rounds=4)

@@ -31,7 +31,7 @@ def test_a_job_that_slurm_no_longer_knows_is_not_requeued(slurm: FakeSlurm) -> N
 
 
 def test_only_the_own_task_of_an_array_is_requeued(slurm: FakeSlurm) -> None:
-    """Also the task that has the array's number for its own, by which scontrol would requeue all of them."""
+    """Also the task whose own id is that of the array, with which scontrol would requeue all tasks."""
     for number, own in enumerate(("8", "9", "7")):
         slurm.add(f"7_{number}", "RUNNING", own=own, nodes="n1")
     environ = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}

@@ -56,7 +56,7 @@ def test_a_snapshot_is_the_code_without_caches_and_knows_its_commit(source: Path
 
 
 def test_a_snapshot_never_changes(source: Path, tmp_path: Path) -> None:
-    """Jobs that wait run it, and another submission must not take it from under them."""
+    """Waiting jobs run it, and another submission must not change it."""
     first = snapshot.take_snapshot(tmp_path / "run")
     (first / "mark").touch()
     before = content(first)
@@ -74,7 +74,7 @@ def test_a_snapshot_never_changes(source: Path, tmp_path: Path) -> None:
 def test_an_edit_during_a_submission_is_not_in_the_snapshot(
     slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[[list[str]], int]
 ) -> None:
-    """Not so that its folder has another name than the job was told, nor so that half of the edit is in it."""
+    """The folder keeps the name that the job was given, and contains no part of the edit."""
     edited = fake_training(tmp_path / "source", "return 0") / "distil_tl/train.py"
     before, read = edited.read_bytes(), Path.read_bytes
 
@@ -105,5 +105,5 @@ def test_two_submissions_at_once_share_a_snapshot(
 
     monkeypatch.setattr(Path, "rename", slower)
     code = snapshot.take_snapshot(tmp_path / "run")
-    assert list((tmp_path / "run/code").iterdir()) == [code], "nothing half made is left"
+    assert list((tmp_path / "run/code").iterdir()) == [code], "no incomplete copy is left"
     assert len(content(code)) == 5

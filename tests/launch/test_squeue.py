@@ -21,7 +21,7 @@ def test_the_queue_has_every_job_and_every_task(slurm: FakeSlurm) -> None:
     assert found["7"] == QueuedJob("7", "RUNNING", "n[1-2]", "None")
     assert found["9"] is found["8_0"]
     assert found["10"] is found["8_2"]
-    assert "8" not in found, "a task that waits has no number of its own"
+    assert "8" not in found, "a waiting task has no job id of its own"
     assert (found["8_1"].is_waiting, found["8_1"].is_active) == (True, True)
     assert (found["7"].is_waiting, found["7"].is_active) == (False, True)
     assert (found["11"].is_waiting, found["11"].is_active) == (False, False)

@@ -79,7 +79,7 @@ def test_what_a_submission_leaves_in_the_run_directory(slurm: FakeSlurm, capsys)
     assert {path.name for path in (run_dir / "slurm").iterdir() if not path.name.startswith(".")} == {
         "config.yaml", "7_submission.sh", "7_submitted.pkl"
     }  # fmt: skip
-    assert stat.S_IMODE((run_dir / "slurm").stat().st_mode) == 0o700, "pickles run what is in them"
+    assert stat.S_IMODE((run_dir / "slurm").stat().st_mode) == 0o700, "loading a pickle runs code"
     said = capsys.readouterr().out.splitlines()
     assert said == [
         f"submitted job 7: {run_dir}, 1 node x 1 GPU, time limit 24:00:00",
@@ -111,14 +111,14 @@ def test_a_run_directory_with_odd_characters(slurm: FakeSlurm, capsys) -> None:
     assert "contains %, which Slurm replaces in file names" in refusal(capsys, "run_dir=runs/%j")
 
 
-# What the job then runs
+# The code that the job runs
 
 
 @pytest.mark.parametrize("safe_path", ["", "1"])
 def test_a_queued_job_runs_the_code_that_was_submitted(
     slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe_path: str
 ) -> None:
-    """The script in a real bash, though the code was edited, and other packages of the same names are at hand.
+    """The script in a real bash, after an edit of the code, and with other packages of the same names on the path.
 
     With PYTHONSAFEPATH Python does not look in the current folder.
     """

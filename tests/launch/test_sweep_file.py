@@ -1,4 +1,4 @@
-"""What a sweep file means: which trials, of what values, under which names."""
+"""Sweep files: their trials, with values and names."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def refusal(path: Path) -> str:
 
 
 def test_a_name_is_a_hash_of_what_is_set() -> None:
-    """Pinned: a name that changed would train everything again."""
+    """Pinned: with other names all trials would be trained again."""
     values = {"stages.full.lr": 1e-3, "optim.name": "adamw", "stages.full.unfreeze": ["layer4", "head"], "seed": 0}
     assert Trial(values).name == "817cf3c1e2"
     assert Trial(values, "staged").name == "staged-817cf3c1e2"
@@ -169,7 +169,7 @@ def test_draws_cover_their_distributions() -> None:
 
 
 def test_draws_are_the_same_everywhere() -> None:
-    """Pinned, and in a process of another hash seed: names are made of them."""
+    """Pinned, also in a process with another hash seed: names of trials depend on the draws."""
     code = (
         "from launch.sweep_file import draw\n"
         "print(draw({'a': {'log_uniform': [1e-5, 1e-2]}, 'b': {'choice': [1, 2, 3]}, 'c': {'uniform': [0, 1]}}, 0, 3))"
@@ -207,7 +207,7 @@ def test_another_seed_draws_others() -> None:
 
 
 def test_equal_draws_are_one_trial() -> None:
-    """Draws are rounded, and a choice has few values: it would be luck whether a sweep could be submitted."""
+    """Draws are rounded, and a choice has few values, so equal draws are likely."""
     few = Sweep("s", random={"x": {"choice": ["a", "b"]}}, count=20)
     assert sorted(v["x"] for v in values_of(few)) == ["a", "b"]
     assert 900 < len(values_of(Sweep("s", random={"x": {"log_uniform": [0.1, 1]}}, count=1000))) < 1000
@@ -238,7 +238,7 @@ def test_drawn_numbers_are_short_to_read() -> None:
         ("stages.full.unfreeze", ["layer4", "head"]),
     ],
 )
-def test_a_value_comes_through_the_command_line_as_it_is(key: str, value: Any) -> None:
+def test_a_value_is_unchanged_by_the_command_line(key: str, value: Any) -> None:
     (argument,) = as_arguments({key: value})
     config: Any = configuration.load([argument, "model.weights=none"])[0]
     for part in key.split("."):
@@ -265,7 +265,7 @@ def test_everything_in_a_file(sweep_file, tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_a_sweep_is_called_as_its_file(sweep_file) -> None:
+def test_a_sweep_is_named_after_its_file(sweep_file) -> None:
     assert read_sweep(sweep_file("seeds: [1, 2]")).name == "sweep"
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, checked when they are read, and not too many of them."""
+"""Checkpoints: atomic, verified when they are read, and limited in number."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
 # Round trips
 
 
-def test_what_is_saved_comes_back(checkpoints: Checkpoints):
+def test_a_checkpoint_loads_as_it_was_saved(checkpoints: Checkpoints):
     module = network(1)
     path = save(checkpoints, 12, module=module)
     assert path == checkpoints.folder / "step-00000012"
@@ -140,7 +140,7 @@ def test_a_train_state_with_code_in_it_is_refused(checkpoints: Checkpoints):
         load_train_state(path)
 
 
-def test_the_hash_sees_every_byte_name_and_shape():
+def test_the_hash_depends_on_every_byte_name_and_shape():
     one, other = network(), network()
     assert weights_hash(one) == weights_hash(other)
     other.get_buffer("1.running_mean")[3] += 1e-7
@@ -189,28 +189,26 @@ def test_checksums_that_leave_out_a_file_are_a_fault(checkpoints: Checkpoints):
     assert find_damage(path)
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
-    checkpoints: Checkpoints, warnings: pytest.LogCaptureFixture
-):
-    sound = save(checkpoints, 1)
-    assert checkpoints.newest_valid() == sound
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(checkpoints: Checkpoints, warnings: pytest.LogCaptureFixture):
+    valid = save(checkpoints, 1)
+    assert checkpoints.newest_valid() == valid
     assert not warnings.records
     flip_a_bit(save(checkpoints, 2) / WEIGHTS)
-    assert checkpoints.newest_valid() == sound
+    assert checkpoints.newest_valid() == valid
     (record,) = warnings.records
     assert "step-00000002 is damaged (weights.safetensors does not match its checksum)" in record.getMessage()
-    truncate(sound / STATE)
+    truncate(valid / STATE)
     assert checkpoints.newest_valid() is None
-    assert warnings.records[-1].getMessage().endswith("; there is none before it to go back to")
+    assert warnings.records[-1].getMessage().endswith("; there is no earlier one")
 
 
-def test_there_may_be_none(checkpoints: Checkpoints):
+def test_a_new_folder_has_no_checkpoint(checkpoints: Checkpoints):
     assert checkpoints.all() == []
     assert checkpoints.newest_valid() is None
     assert checkpoints.named("last") is None
 
 
-# How many, and their links
+# Number of checkpoints, and their links
 
 
 def test_the_newest_are_kept_and_the_best(checkpoints: Checkpoints):
@@ -229,10 +227,10 @@ def test_the_newest_are_kept_and_the_best(checkpoints: Checkpoints):
     assert steps(checkpoints) == [6, 7, 8]
 
 
-def test_damaged_ones_that_were_fallen_back_from_do_not_crowd_out_sound_ones(checkpoints: Checkpoints):
+def test_damaged_checkpoints_do_not_cause_valid_ones_to_be_removed(checkpoints: Checkpoints):
     for step in (1, 2):
         save(checkpoints, step)
-    for step in (8, 9):  # damaged, and trained again from step 2 at another pace
+    for step in (8, 9):  # damaged, then trained again from step 2 with other intervals
         shutil.copytree(checkpoints.path(2), checkpoints.path(step))
         truncate(checkpoints.path(step) / WEIGHTS)
     for step in (3, 4):
@@ -265,7 +263,7 @@ def test_the_links_survive_moving_the_run(checkpoints: Checkpoints, tmp_path: Pa
     assert find_damage(moved.folder / "best") is None
 
 
-def test_a_link_to_nothing_names_nothing(checkpoints: Checkpoints):
+def test_a_broken_link_names_no_checkpoint(checkpoints: Checkpoints):
     shutil.rmtree(save(checkpoints, 1))
     assert (checkpoints.folder / "last").is_symlink()
     assert checkpoints.named("last") is None
@@ -284,7 +282,7 @@ def test_a_step_is_saved_again(checkpoints: Checkpoints):
 
 @pytest.mark.parametrize("left", ["", ".replaced"])
 def test_a_step_is_saved_again_after_a_kill_in_the_middle_of_that(checkpoints: Checkpoints, left: str):
-    """Killed once the old checkpoint was out of the way: before the new one had its name, and after."""
+    """Killed after the old checkpoint was renamed: before the new one had its name, and after."""
     path = save(checkpoints, 1, module=network(1))
     shutil.copytree(path, path.with_name("step-00000001.replaced"))
     if not left:
@@ -322,14 +320,14 @@ def test_what_is_saved_is_as_it_was_when_save_was_called(checkpoints: Checkpoint
 
 
 @pytest.mark.parametrize("next_call", ["save", "wait"])
-def test_what_went_wrong_is_raised_by_the_next_call_and_once(
+def test_an_error_of_a_save_is_raised_once_by_the_next_call(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, next_call: str
 ):
     save(checkpoints, 1)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_json", failing)
         begin_save(checkpoints, 2)
-        with pytest.raises(CheckpointError, match=r"step-00000002: no space left.*step-00000001, stays"):
+        with pytest.raises(CheckpointError, match=r"step-00000002: no space left.*step-00000001, is kept"):
             begin_save(checkpoints, 3) if next_call == "save" else checkpoints.wait()
     checkpoints.wait()
     save(checkpoints, 4)
@@ -365,7 +363,7 @@ def test_an_interrupted_save_leaves_the_old_ones(checkpoints: Checkpoints, monke
             save(checkpoints, 2)
 
     assert checkpoints.named("last") == checkpoints.named("best") == old
-    # The folder gets its name as the last thing of all, so one that has it is whole.
+    # The folder is renamed last, so a folder with this name is complete.
     assert checkpoints.newest_valid() == (checkpoints.path(2) if where == "fsync_directory" else old)
     module = network(9)
     load_weights(old, module)
@@ -377,7 +375,7 @@ def test_an_interrupted_save_leaves_the_old_ones(checkpoints: Checkpoints, monke
     assert not list(checkpoints.folder.glob(".*"))
 
 
-def test_what_a_killed_save_left_is_cleared_away(checkpoints: Checkpoints):
+def test_files_left_by_a_killed_save_are_removed(checkpoints: Checkpoints):
     partial = checkpoints.folder / ".step-00000007.partial"
     partial.mkdir(parents=True)
     (partial / WEIGHTS).write_bytes(b"half of it")
@@ -387,8 +385,8 @@ def test_what_a_killed_save_left_is_cleared_away(checkpoints: Checkpoints):
 
 
 @pytest.mark.parametrize("limit", [64, 3000], ids=["weights", "train state"])
-def test_a_disk_that_is_really_full(checkpoints: Checkpoints, limit: int):
-    """A limit on the size of files stands in for the disk: the libraries meet it in their own way."""
+def test_a_full_disk(checkpoints: Checkpoints, limit: int):
+    """A limit on file sizes simulates the full disk: each library reports it in its own way."""
     resource = pytest.importorskip("resource")
     old = save(checkpoints, 1)
     assert (old / WEIGHTS).stat().st_size < 3000 < (old / TRAIN_STATE).stat().st_size

@@ -1,4 +1,4 @@
-"""Who may write into a run directory: one attempt at a time, and the newest of them."""
+"""The lock of a run directory: only the newest attempt may write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JOB = {"SLURM_JOB_ID": "7"}
 
 
 def slow_training(args: list[str], *, world: int = 1) -> subprocess.Popen[str]:
-    """A run that takes a second for each step, in a process of its own."""
+    """A run that takes a second for each step, in a separate process."""
     code = (
         "import sys, time\n"
         "from distil_tl import train\n"
@@ -63,7 +63,7 @@ def test_a_run_directory_in_use_is_refused_by_name(small: list[str], tmp_path: P
     finally:
         first.kill()
         first.communicate()
-    assert main(args) == 0, "one that is dead is in nobody's way"
+    assert main(args) == 0, "a dead process does not block the run"
 
 
 def test_an_attempt_that_was_replaced_writes_nothing_more(small: list[str], tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_an_attempt_that_was_replaced_writes_nothing_more(small: list[str], tmp_
     try:
         wait_for_lines(run_dir, 2)
         Attempt(run_dir).begin(step=1)
-        time.sleep(1)  # what was being written is written
+        time.sleep(1)  # wait for writes in progress
         before = content(run_dir)
         said = stale.communicate(timeout=240)[1]
     finally:
@@ -101,7 +101,7 @@ def test_the_check_notices_only_another_attempt(tmp_path: Path) -> None:
     assert read_attempt(tmp_path / "attempt.json") is None
 
 
-def test_what_is_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_directories_are_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Attempt(tmp_path).begin(0, JOB)
     monkeypatch.setattr(os, "getpid", lambda: -1)
     for environ in ({}, JOB, {"SLURM_JOB_ID": "8"}):
@@ -132,7 +132,7 @@ FOREIGN = [b"", b"[1]", b"null", b'{"token": 1}', b'{"token": "a", "pid": 1, "pr
 
 
 @pytest.mark.parametrize("content", FOREIGN)
-def test_a_damaged_or_foreign_file_is_nobodys_claim(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_or_foreign_lock_file_is_ignored(tmp_path: Path, content: bytes) -> None:
     mine, path = Attempt(tmp_path), tmp_path / "attempt.json"
     path.write_bytes(content)
     mine.refuse_if_in_use({})
@@ -147,7 +147,7 @@ def test_a_damaged_or_foreign_file_is_nobodys_claim(tmp_path: Path, content: byt
 def test_of_two_that_start_at_once_the_second_is_refused(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both find the directory free; while this one looks at the images, the other one begins."""
+    """Both find the directory free; while this one scans the images, the other one begins."""
     args = [*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=1"]
     others: list[subprocess.Popen[str]] = []
     original = train.open_splits

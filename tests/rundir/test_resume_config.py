@@ -1,4 +1,4 @@
-"""Resuming a run whose configuration or images have changed: what is refused, and what is still the same run."""
+"""Resuming a run whose configuration or images have changed: refused and allowed changes."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_resuming_from_another_run_names_the_drift_as_well(
 def test_drift_is_relative_to_the_images_that_training_began_with(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A first attempt was killed before it saved anything; its images are not what a later one is held to."""
+    """A first attempt was killed before it saved anything; later attempts are not compared with its images."""
     run_dir = tmp_path / "run"
     noise = sorted((data / "train" / "noise").iterdir())
     args = [*small_args(data), f"run_dir={run_dir}"]
@@ -180,7 +180,9 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
     args.append("data.root=${oc.env:IMAGES}")
     assert run_ranks(1, with_environment, stopped_train, variables, args, 3, 0, signal.SIGTERM) == [3]
     (state,) = (run_dir / "checkpoints").glob("step-*/state.json")
-    assert list(json.loads(state.read_text())["interpolated"]) == ["optim.weight_decay"], "where images lie may change"
+    assert list(json.loads(state.read_text())["interpolated"]) == ["optim.weight_decay"], (
+        "the path of the images may change"
+    )
     assert not [path for path in run_dir.rglob("*") if path.is_file() and b"0.0123456" in path.read_bytes()]
     look_for_start(*load(args))
     monkeypatch.setenv("RATE", "0.02")
@@ -223,7 +225,7 @@ def test_a_setting_that_would_make_it_another_training_is_refused_by_name(
     assert f"{run_dir} holds a run of another configuration" in message
     assert f"\n  - {change}\n" in message
     assert message.count("  - ") == 1
-    assert "Go back to its values, or choose another run_dir." in message
+    assert "Use the old values, or choose another run_dir." in message
     assert content(run_dir) == before, "nothing was written"
 
 
@@ -260,7 +262,7 @@ STAGES = {
 def test_a_stage_can_not_move_ahead_of_one_that_has_begun(
     run_dir: Path, small: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, order: list[str], fine: bool
 ) -> None:
-    """Else a run in the middle of the one would go on with the other, and take the first for finished."""
+    """Otherwise a run in the middle of one stage would resume in the other, and count the first as finished."""
     stages = tmp_path / "stages.yaml"
     stages.write_text("stages:\n" + "".join(f"  {STAGES[name]}\n" for name in order))
     args = [str(stages), *(arg for arg in small if not arg.startswith("stages.")), f"run_dir={run_dir}"]
@@ -270,7 +272,7 @@ def test_a_stage_can_not_move_ahead_of_one_that_has_begun(
         assert f"stages: the order was head, now {', '.join(order)}" in refused(args, capsys)
 
 
-def test_what_only_says_how_may_change_and_the_end_is_the_same(
+def test_free_keys_may_change_and_the_result_is_the_same(
     uninterrupted: Path, run_dir: Path, data: Path, small: list[str]
 ) -> None:
     """The images have moved, too."""
@@ -292,7 +294,7 @@ def test_what_only_says_how_may_change_and_the_end_is_the_same(
     same_result(run_dir, uninterrupted)
 
 
-def test_what_fits_a_device_may_change_and_only_rounding_does(
+def test_the_local_batch_size_may_change_and_only_rounding_differs(
     uninterrupted: Path, run_dir: Path, small: list[str]
 ) -> None:
     assert main([*small, f"run_dir={run_dir}", "data.max_local_batch_size=3"]) == 0
@@ -301,9 +303,7 @@ def test_what_fits_a_device_may_change_and_only_rounding_does(
     assert [line["step"] for line in one] == [line["step"] for line in two]
 
 
-def test_a_stage_that_has_not_begun_may_change_as_if_it_had_always_been_so(
-    run_dir: Path, small: list[str], tmp_path: Path
-) -> None:
+def test_a_stage_that_has_not_begun_may_change_freely(run_dir: Path, small: list[str], tmp_path: Path) -> None:
     changed = [*small, "stages.full.lr=0.002", "stages.full.unfreeze=3", "stages.full.epochs=1"]
     assert main([*changed, f"run_dir={run_dir}"]) == 0
     assert main([*changed, f"run_dir={tmp_path}/whole"]) == 0

@@ -1,4 +1,4 @@
-"""A run that is killed, signalled, out of disk space or damaged at any moment ends as if nothing had happened."""
+"""A run that is killed, signalled, out of disk space or damaged at any moment ends with the same result."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def references(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     return reference
 
 
-# Each kind of end at another moment; each takes seconds.
+# Each kind of fault at another moment; each takes seconds.
 SHORT = {
     "all killed while features are computed": ((2, 2), [Fault("kill all", "start-up", 0, 0)], 0.999),
     "signal to one rank in start-up": ((2, 2), [Fault("term", "start-up", 1, 0)], 0.01),

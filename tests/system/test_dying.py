@@ -25,7 +25,7 @@ from tests.helpers.ranks import lines, processes_of, rank
 from tests.helpers.same_run import samples
 from tests.helpers.torchrun import ENVIRONMENT, TORCHRUN
 
-WITHIN = 90  # seconds, most of them for a busy machine
+WITHIN = 90  # seconds, enough for a busy machine
 
 
 def quick(small: list[str], tmp_path: Path, *more: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_the_other_ranks_end_soon_and_name_the_phase(
     said = ended.said[1 - by]
     assert "Traceback" not in said
     wanted = [f"lost contact with the other ranks during {phase}", "waited 5 s for another rank: "]
-    if region == "start-up":  # one may be out of the meeting before the other is
+    if region == "start-up":  # one rank may leave the rendezvous before the other
         wanted.append("could not connect to the other ranks")
     assert any(f"rank {1 - by} {words}" in said for words in wanted), said
     assert len(said.splitlines()) < 20, said
@@ -218,9 +218,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(small: list[str], tmp_path: Path
         if space:
             assert re.search(r"can't write the checkpoint .*; the last good one, step-\d+, is kept", ended.said[0])
         checkpoints = Checkpoints(run_dir / "checkpoints")
-        sound = checkpoints.newest_valid()
-        assert sound is not None
-        assert sound == checkpoints.named("last")
+        valid = checkpoints.newest_valid()
+        assert valid is not None
+        assert valid == checkpoints.named("last")
         assert sorted(p.name for p in checkpoints.folder.iterdir() if p.name.startswith(".")) == []
         (tmp_path / "disk" / "ballast").unlink(missing_ok=True)
         assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
@@ -239,7 +239,7 @@ sys.exit(train.main())
 """
 
 
-def test_a_full_disk_is_reported_in_a_sentence_whichever_file_it_meets(small: list[str], tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_a_sentence_for_any_file(small: list[str], tmp_path: Path) -> None:
     script = tmp_path / "full_disk.py"
     script.write_text(FULL_DISK)
     args = quick(small, tmp_path)
@@ -294,7 +294,7 @@ def test_best_is_repaired_after_a_kill_between_the_two_links(small: list[str], t
 
 
 def test_an_epoch_that_is_evaluated_again_is_written_once(small: list[str], tmp_path: Path) -> None:
-    """Stopped within an evaluation, then killed after it but before the checkpoint that knows of it."""
+    """Stopped within an evaluation, then killed after it but before the checkpoint that contains it."""
     args = quick(small, tmp_path, "stages.full.epochs=0")
     assert attempt(tmp_path / "a", args, 2, Fault("usr2", "evaluation", 1, 20)).statuses == [3, 3]
     ended = attempt(tmp_path / "b", args, 2, Fault("kill one", "checkpoint", 0, 5))

@@ -14,16 +14,16 @@ from distil_tl.rundir.checkpoint import weights_hash
 from tests.helpers.ranks import lines, rank, run_ranks, train
 from tests.helpers.runs import evaluated, traced_train
 
-# Run in the ranks. Each patches its own process, which ends with it.
+# Run in the ranks. Each patches only its own process.
 
 
 def hashed_train(args: list[str], sabotage: str | None = None) -> dict[str, Any]:
-    """Hashes of all weights after each step, and what changed of the frozen part, stage by stage."""
+    """Hashes of all weights after each step, and the changes in the frozen part of each stage."""
     train_module: Any = importlib.import_module("distil_tl.train")
 
     record: dict[str, Any] = {"hashes": [], "moved": {}}
     begin, average = train_module.begin_stage, train_module.average_statistics
-    if sabotage is not None:  # on the network as a whole, not on a folded part of it that nothing could move
+    if sabotage is not None:  # on the whole network, not on a folded part, which can't change
         ready: Any = importlib.import_module("distil_tl.training.stage_setup")
         ready.split = lambda module, images: "sabotaged"
     first: list[Any] = []

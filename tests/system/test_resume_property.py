@@ -1,4 +1,4 @@
-"""Any job, stopped and killed anywhere, going on with any number of ranks: what it trains on, seed by seed.
+"""Samples and seeds of a job that is stopped or killed anywhere and resumed on any number of ranks.
 
 No processes: ranks do not talk to each other about samples, so they can run one after the other. What is real are the
 loop over an epoch, the sampler, the loader and its seeds, the learning rates, and how a run knows where it is.
@@ -43,7 +43,7 @@ NAMES = ("head", "middle", "full")
 
 @dataclass(frozen=True)
 class Attempt:
-    """So many ranks, and what ends it after `steps` steps: a signal (saved there) or a kill (lost since the last)."""
+    """A number of ranks, and the end after `steps` steps: a signal (saves) or a kill (loses the steps since a save)."""
 
     world: int
     micro: int | None
@@ -74,7 +74,7 @@ class KilledError(Exception):
 
 
 class Clock:
-    """In the place of an Agreement: tells when the time has come."""
+    """A stand-in for Agreement: signals the end of the attempt."""
 
     def __init__(self, attempt: Attempt) -> None:
         self.left, self.signal = attempt.steps, attempt.signal
@@ -106,7 +106,7 @@ class Simulated(Run):
 
 
 class Source:
-    """In place of an ImageSource: notes what is trained on."""
+    """A stand-in for ImageSource: records the samples."""
 
     def __init__(self, index: Any, plan: Plan, seen: Seen) -> None:
         self.images, self.plan, self.seen = index, plan, seen
@@ -121,7 +121,7 @@ class Source:
 
 
 def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: Seen) -> tuple[str | None, bool]:
-    """What this rank leaves saved, and whether it came to the end; its samples go to `seen`."""
+    """The state that this rank saved, and whether it completed the job; its samples go to `seen`."""
     config = Config()
     config.data.global_batch_size = plan.batch
     config.data.max_local_batch_size = attempt.micro
@@ -183,7 +183,7 @@ def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
 
 
 class InitialSeed(nn.Module):
-    """In the place of an augmentation: what it would draw from."""
+    """A stand-in for an augmentation: returns the seed that it would use."""
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.tensor([torch.initial_seed()])
@@ -201,7 +201,7 @@ def note(loader: Any, training: StageTraining, position: Position, seen: Seen) -
 
 
 def carry_out(plan: Plan) -> tuple[Seen, dict[str, Any]]:
-    """Everything seen over all attempts, and the state of the run at its end."""
+    """The samples of all attempts, and the final state of the run."""
     seen, saved = Seen(), None
     for attempt in plan.attempts:
         now = Seen()
@@ -209,8 +209,8 @@ def carry_out(plan: Plan) -> tuple[Seen, dict[str, Any]]:
         assert len({done for _, done in ends}) == 1
         assert all(position(text) == position(ends[0][0]) for text, _ in ends)
         for key, pairs in now.samples.items():
-            assert len(pairs) == plan.batch, "a sample for each place, over all ranks"
-            assert seen.samples.setdefault(key, pairs) == pairs, "what is done again is the same again"
+            assert len(pairs) == plan.batch, "one sample for each position of the batch, over all ranks"
+            assert seen.samples.setdefault(key, pairs) == pairs, "a repeated step has the same samples"
             assert seen.rates.setdefault(key, now.rates[key]) == now.rates[key]
         saved, done = ends[0]
         if done:
@@ -248,7 +248,7 @@ def _no_files() -> Iterator[None]:
 
 @settings(max_examples=60, deadline=None)
 @given(plans())
-def test_a_job_that_is_interrupted_sees_what_one_that_is_not_does(plan: Plan) -> None:
+def test_an_interrupted_job_trains_on_the_same_samples(plan: Plan) -> None:
     whole = Plan(plan.images, plan.batch, plan.epochs, plan.seed, None, (Attempt(1, None, 10**9, False),))
     expected, end = carry_out(whole)
     steps = plan.images // plan.batch

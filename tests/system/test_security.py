@@ -1,4 +1,4 @@
-"""Nothing that a run is given may run code, leave the run directory, or learn a secret that it then tells."""
+"""Security: input files can't run code or write outside the run directory, and no secret is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEAD_ALONE = ["stages.full.epochs=0"]
 
 
 class Trap:
-    """Whoever unpickles it makes a folder."""
+    """Unpickling it creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +37,7 @@ class Trap:
 
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
-    """What is there if it fired."""
+    """The folder that exists if code was run."""
     return tmp_path / "it-fired"
 
 
@@ -59,7 +59,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "plain"])
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".safetensors"])
-def test_as_pretrained_weights(
+def test_a_pickle_as_pretrained_weights(
     small: list[str], tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str], suffix: str, legacy: bool
 ) -> None:
     evil = tmp_path / f"evil{suffix}"
@@ -71,7 +71,7 @@ def test_as_pretrained_weights(
 
 
 def reseal(checkpoint: Path) -> None:
-    """Checksums that hold: who can change a file can do this too."""
+    """Update the checksums, as an attacker could."""
     names = [line.split("  ", 1)[1] for line in (checkpoint / "checksums").read_text().splitlines()]
     (checkpoint / "checksums").write_text("".join(f"{sha256_file(checkpoint / n)}  {n}\n" for n in names))
     assert find_damage(checkpoint) is None
@@ -79,7 +79,7 @@ def reseal(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train_state.pt", "weights.safetensors"])
 @pytest.mark.parametrize("by", ["run_dir", "resume"])
-def test_in_a_checkpoint_whose_checksums_hold(
+def test_a_pickle_in_a_checkpoint_with_valid_checksums(
     finished: Path, small: list[str], tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str], name: str, by: str
 ) -> None:
     run_dir = tmp_path / "tampered"
@@ -97,7 +97,7 @@ def test_in_a_checkpoint_whose_checksums_hold(
         assert not trap.exists()
 
 
-def test_as_the_path_to_go_on_from(
+def test_a_pickle_as_the_path_to_resume_from(
     small: list[str], tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     evil = tmp_path / "evil.pth"
@@ -108,7 +108,7 @@ def test_as_the_path_to_go_on_from(
         assert not trap.exists()
 
 
-def test_in_the_list_of_images(
+def test_a_pickle_in_the_list_of_images(
     finished: Path, folder: Path, tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir, root = tmp_path / "tampered", tmp_path / "data"
@@ -128,7 +128,7 @@ SECRET, KEY, OTHER = "hunter2-is-no-password", "f" * 7 + "0123456789" * 3 + "abc
 
 
 def files_with(folder: Path, secret: str) -> list[str]:
-    """The files that hold it, or have it in their names."""
+    """The files with `secret` in their content or name."""
     found = []
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -169,13 +169,13 @@ def test_weights_and_biases_does_not_write_the_key_either(small: list[str], tmp_
     run_dir = tmp_path / "run"
     args = [*small, *HEAD_ALONE, f"run_dir={run_dir}", "tracking.wandb.mode=offline"]
     assert run_ranks(1, secretive_train, args) == [0]
-    assert list(run_dir.glob("wandb/offline-run-*/*.wandb")), "there is something of W&B's to look through"
-    assert files_with(run_dir, "macro_f1"), "the search finds what is there"
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb")), "W&B has written files"
+    assert files_with(run_dir, "macro_f1"), "the search finds text that was written"
     for secret in (SECRET, KEY, OTHER):
         assert files_with(run_dir, secret) == []
 
 
-def test_what_is_written_of_the_environment_is_no_variable(
+def test_no_environment_variable_is_written(
     finished: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     env = json.loads((finished / "env.json").read_text())
@@ -184,7 +184,7 @@ def test_what_is_written_of_the_environment_is_no_variable(
     }  # fmt: skip
     assert env["versions"].keys() == {"distil_tl", "python", "torch", "torchvision"}
     assert env["git"] is None or env["git"].keys() == {"commit", "dirty"}
-    # What the variables hold, but for words so common that versions or paths have them too.
+    # The values of the variables, without common words that versions or paths contain too.
     values = {value for value in os.environ.values() if len(value) > 12}
     text = json.dumps({key: value for key, value in env.items() if key not in ("command", "host")})
     assert not [value for value in values if value in text]
@@ -208,14 +208,14 @@ EVIL_NAMES = (
 
 
 @pytest.mark.parametrize("name", EVIL_NAMES)
-def test_a_stage_can_not_be_named_so(
+def test_unsafe_stage_names_are_refused(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(json.dumps({"stages": {name: {"unfreeze": "head", "epochs": 1}}}))  # JSON is YAML
     args = [arg for arg in small if not arg.startswith("stages.")]
     message = refused([str(config), *args, f"run_dir={tmp_path}/run"], capsys)
-    assert f"the stage name {name!r} may have letters, digits, _ and -, and begins with a letter" in message
+    assert f"the stage name {name!r} is not valid: use letters, digits, _ and -, starting with a letter" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
 
 
@@ -239,7 +239,7 @@ NASTY = (
 
 
 def test_names_from_data_stay_names(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Of classes and of files: they end in no path that is written, in no tag of the report, in no line of a log."""
+    """Names of classes and files are never part of an output path, a tag of the report, or a forged log line."""
     inside, root = tmp_path / "inside", tmp_path / "data"
     rng = np.random.default_rng(0)
     for split, count in (("train", 2), ("val", 1)):

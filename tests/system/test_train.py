@@ -35,7 +35,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_the_run_directory_is_as_promised(finished: Path) -> None:
+def test_the_files_of_a_run_directory(finished: Path) -> None:
     summary = summary_of(finished)
     assert summary["status"] == "completed"
     assert summary["world_size"] == 2
@@ -86,7 +86,7 @@ def test_metrics_have_every_field_and_rising_steps(finished: Path) -> None:
     assert [line["samples_seen"] for line in val] == [48, 96, 144]
 
 
-def test_the_same_command_again_says_so_and_trains_nothing(
+def test_the_same_command_on_a_completed_run_trains_nothing(
     finished: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
@@ -129,7 +129,7 @@ def test_evaluation_agrees_with_loading_by_hand(finished: Path, folder: Path) ->
     assert hits / n == summary_of(finished)["best"]["top1"]
 
 
-# Stopping and resuming.
+# Stop and resume.
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_exactly(
 
 
 def test_on_four_ranks_too_where_the_order_of_a_sum_matters(small: list[str], tmp_path: Path) -> None:
-    """Gradients are added in the order in which DDP packs them, which it settles after a first step."""
+    """Gradients are added in the order of DDP's buckets, which DDP fixes after a first step."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     args = [*small, "stages.full.unfreeze=all", "stages.full.epochs=1"]
     assert run_ranks(4, train, [*args, f"run_dir={whole}"]) == [0] * 4
@@ -168,7 +168,7 @@ def test_a_killed_run_resumes_from_its_last_epoch(finished: Path, small: list[st
     same_result(run_dir, finished)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over(
+def test_a_damaged_newest_checkpoint_is_skipped(
     finished: Path, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
@@ -244,7 +244,7 @@ def test_a_lost_best_checkpoint_is_reported(
     assert distil_tl.load(run_dir).classes == ["circles", "noise", "stripes"], "`best` is a valid checkpoint"
 
 
-# Refusing; more in test_refusals.py.
+# Refusals; more in test_refusals.py.
 
 
 def test_changed_images_are_refused_on_resume(
@@ -278,7 +278,7 @@ def test_a_run_can_resume_from_a_completed_run_of_another_directory(
     assert main([*small, f"run_dir={tmp_path}/run", f"resume={finished}"]) == 0
     summary = summary_of(tmp_path / "run")
     assert summary["status"] == "completed"
-    assert summary["best"]["top1"] == summary_of(finished)["final"]["top1"], "the only one there is"
+    assert summary["best"]["top1"] == summary_of(finished)["final"]["top1"], "the only checkpoint"
 
 
 def test_a_size_that_a_later_stage_cannot_take_is_refused_at_once(
@@ -307,4 +307,4 @@ def test_a_file_that_cannot_be_read_is_never_skipped(
         "0001.png of class noise: the file can't be read: Permission denied. Unreadable files are never skipped"
         in message
     )
-    assert "data.on_bad_image=skip" not in message, "it is set, and does not help"
+    assert "data.on_bad_image=skip" not in message, "it is set already, so the message does not suggest it"

@@ -1,4 +1,4 @@
-"""The tracking process: whatever it does, training continues, and the user gets one warning."""
+"""The tracking process: if it fails, training continues, and the user gets one warning."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_disabled_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("print('warn it is broken'); raise SystemExit(1)", "failed", "it is broken"),
     ],
 )
-def test_training_continues_whatever_the_process_does(
+def test_training_continues_if_the_process_fails(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     warnings: pytest.LogCaptureFixture,

@@ -80,7 +80,7 @@ def views(**changes: Any) -> Views:
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "timm/tf_efficientnet_lite0"])
 def test_training_on_features_is_training_on_images(folder: Path, tmp_path: Path, cache: Path, name: str) -> None:
-    """With a dropout before the head too, which draws the same masks."""
+    """Also with a dropout before the head, which draws the same masks."""
     for how in ("off", "on"):
         args = head_args(folder, tmp_path / how, f"model.name={name}", f"stages.head.features={how}")
         assert main(args) == 0
@@ -116,7 +116,7 @@ def test_a_second_run_computes_nothing(folder: Path, tmp_path: Path, cache: Path
     assert timeless(lines(tmp_path / "three")) == timeless(lines(tmp_path / "one"))
 
 
-def test_epochs_take_turns_with_views(tmp_path: Path) -> None:
+def test_epochs_alternate_between_views(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, 20, views=3)
     arrays = [np.full((20, 2), view, np.float32) for view in range(3)]
     dataset = FeatureDataset(cache, arrays, torch.float32, {(1, 4): "damaged"}, np.arange(20) % 5)
@@ -172,7 +172,7 @@ def damage(array: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_chunk_is_not_sound(tmp_path: Path, kind: str) -> None:
+def test_a_damaged_chunk_is_not_valid(tmp_path: Path, kind: str) -> None:
     chunks = FeatureCache(tmp_path, 5, 1)
     chunks.write(0, 0, torch.randn(5, 2), {})
     assert chunks.is_valid(0, 0)
@@ -199,7 +199,7 @@ def test_a_killed_extraction_resumes(folder: Path, tmp_path: Path) -> None:
     written = {path: path.stat().st_mtime_ns for path in chunks}
     assert 1 <= len(written) < 4 + 2
     assert run_ranks(2, in_ranks, variables, args) == [0, 0]
-    assert {path: path.stat().st_mtime_ns for path in written} == written, "what was there is not computed again"
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "existing chunks are not computed again"
     assert summary_of(tmp_path / "run")["stages"]["head"]["cached"]
 
 
@@ -276,7 +276,7 @@ def test_two_jobs_at_once(folder: Path, tmp_path: Path) -> None:
         job.join()
     assert ended == {"one": [0, 0], "two": [0, 0]}
     assert timeless(lines(tmp_path / "one")) == timeless(lines(tmp_path / "two"))
-    assert not list((tmp_path / "cache").rglob(".*")), "nothing half-written is left"
+    assert not list((tmp_path / "cache").rglob(".*")), "no incomplete file is left"
 
 
 # Keys of the cache.
@@ -302,7 +302,7 @@ def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
     with torch.no_grad():
         model.module.get_submodule(model.heads[0]).weight.add_(1)  # type: ignore[operator]
     assert key() == keys[-1], "the head may change"
-    assert key(augment="none", seed=3, hflip=False) == key(augment="none"), "where nothing is drawn"
+    assert key(augment="none", seed=3, hflip=False) == key(augment="none"), "no random numbers are drawn"
 
 
 def test_what_a_layer_does_is_part_of_the_key_even_if_its_weights_are_the_same(folder: Path) -> None:
@@ -326,7 +326,7 @@ def test_images_that_were_changed_in_place_have_other_features(data: Path) -> No
     assert keys[0] != keys[1]
 
 
-def test_a_file_that_cannot_be_read_now_may_be_later(
+def test_an_unreadable_file_may_be_readable_later(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = loader.decode  # type: ignore[attr-defined]
@@ -340,8 +340,8 @@ def test_a_file_that_cannot_be_read_now_may_be_later(
     with monkeypatch.context() as broken:
         broken.setattr(loader, "decode", decode)
         assert main(args) == 2
-    assert "see whether its disk is there" in capsys.readouterr().err
-    assert list(cache.rglob("*.npy")), "what could be read is kept"
+    assert "check the disk" in capsys.readouterr().err
+    assert list(cache.rglob("*.npy")), "complete chunks are kept"
     assert main(args) == 0
     assert not summary_of(tmp_path / "run").get("bad_images")
 
@@ -383,7 +383,7 @@ def test_a_bad_image_is_known_from_features_that_are_found(data: Path, tmp_path:
     assert main(head_args(data, tmp_path / "third", NO_FULL)) == 2
 
 
-def test_when_they_are_wanted() -> None:
+def test_when_features_are_used() -> None:
     assert wants_features(HEAD, "none")
     assert not wants_features(HEAD, "light"), "it would be another training"
     assert wants_features(StageConfig(unfreeze="head", views=2), "light")
@@ -393,8 +393,8 @@ def test_when_they_are_wanted() -> None:
     assert not wants_features(StageConfig(unfreeze="all"), "none")
 
 
-def test_a_stage_that_can_not_have_them_is_refused(folder: Path, tmp_path: Path, cache: Path, capsys) -> None:
+def test_a_stage_that_can_not_use_features_is_refused(folder: Path, tmp_path: Path, cache: Path, capsys) -> None:
     assert main(head_args(folder, tmp_path / "run", "stages.full.features=on", "stages.full.unfreeze=all")) == 2
-    assert "can't have features" in capsys.readouterr().err
+    assert "can't use features" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"stages.head.views must be at least 1"):
         check(load(["stages.head.views=0"])[0], 1)

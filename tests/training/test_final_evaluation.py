@@ -1,4 +1,4 @@
-"""The evaluation that a run ends with: of the best checkpoint, in full, and not made twice."""
+"""The final evaluation: of the best checkpoint, in full, and not repeated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def same_as_the_command(run: Path, tmp_path: Path) -> bool:
-    """Whether the run's evaluation.json is what `distil_tl.evaluate` finds of its best checkpoint."""
+    """Whether evaluation.json equals the result of `distil_tl.evaluate` for the best checkpoint."""
     again = tmp_path / "again.json"
     assert evaluate.main([str(run), "--json", str(again)]) == 0
     found, wanted = json.loads((run / "evaluation.json").read_text()), json.loads(again.read_text())

@@ -1,4 +1,4 @@
-"""The heads of a grid, trained at once, are those that the stage would train one by one, and the best is chosen."""
+"""Head search: the heads equal those that the stage would train one by one, and the best is chosen."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ GRID = ("stages.head.search.lr=[1,0.3,0.03]", "stages.head.search.weight_decay=[
 
 
 def found(run_dir: Path) -> dict[str, Any]:
-    """What the search of the head stage found, but for its time."""
+    """The result of the search of the head stage, without its time."""
     record: dict[str, Any] = summary_of(run_dir)["stages"]["head"]["search"]
     return {key: value for key, value in record.items() if key != "seconds"}
 
 
 def one(folder: Path, run_dir: Path, *more: str) -> list[str]:
-    """The head stage alone, of a network whose features tell the classes apart without having been trained."""
+    """Arguments of the head stage alone, with a random network whose features separate the classes."""
     return head_args(folder, run_dir, "stages.full.epochs=0", "model.name=resnet18", *more)
 
 
@@ -145,14 +145,14 @@ def test_the_choice_is_that_of_separate_trainings(folder: Path, tmp_path: Path) 
     assert [(head["lr"], head["weight_decay"]) for head in record["heads"]] == [
         (lr, decay) for lr in (1.0, 0.3, 0.03) for decay in (2.0, 0.3)
     ]
-    assert len({head["top1"] for head in record["heads"]}) > 2, "there was something to choose"
+    assert len({head["top1"] for head in record["heads"]}) > 2, "the heads differ"
     chosen = min(best)[2]
     assert chosen.name == f"{record['lr']}-{record['weight_decay']}"
     assert losses(tmp_path / "run") == losses(chosen), "and the stage is trained with it"
     assert "<h2>Head search" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_the_first_of_equals_wins_and_a_lower_loss_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_are_decided_by_loss_and_then_by_order(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {"top1": 0.5, "loss": 0.1},
         {"top1": 0.9, "loss": 0.3},
@@ -264,14 +264,14 @@ def test_a_resumed_run_keeps_its_choice(
         ),
     ],
 )
-def test_what_can_not_be_is_refused_at_once(args: list[str], message: str) -> None:
+def test_an_invalid_search_is_refused_at_once(args: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         check(load(args)[0], 1)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["lr=0.1", "lr=[a]", "rate=[0.1]"])
-def test_what_is_no_search_is_refused(value: str) -> None:
+def test_a_malformed_search_is_refused(value: str) -> None:
     with pytest.raises(UserError, match=r"stages\.head\.search"):
         load([f"stages.head.search.{value}"])
 
@@ -307,7 +307,7 @@ def test_a_stage_without_such_a_head_or_features_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_heads_that_diverge_lose(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diverged_heads_are_not_chosen(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unclipped = "optim.clip_norm=null"
     args = one(folder, tmp_path / "some", "stages.head.search.lr=[1e38,0.01]", unclipped)
     assert main(args) == 0

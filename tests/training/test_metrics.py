@@ -131,7 +131,7 @@ def test_samples_that_are_not_valid_do_not_count():
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(0, 40), max_size=4), st.integers(0, 1000))
 def test_the_sum_of_parts_is_the_whole(cuts: list[int], seed: int):
-    """As ranks do: each counts its own share, of whatever length, and only the sums are added."""
+    """As ranks do: each counts its own share of any length, and only the sums are added."""
     logits, targets = random_batch(40, 7, seed)
     parts = [counted(logits[a:b], targets[a:b]) for a, b in pairwise([0, *sorted(cuts), 40])]
     sums = torch.stack([part.reduce(ALONE)._sums for part in parts]).sum(dim=0)

@@ -1,4 +1,4 @@
-"""Parameter groups, the learning rate as a function of the step, and steps that must change nothing."""
+"""Parameter groups, the learning rate as a function of the step, and skipped steps."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_the_defaults_are_no_problem():
     assert OptimConfig().problems() == OptimConfig(clip_norm=None, warmup=0, momentum=0).problems() == []
 
 
-def test_a_first_step_that_is_skipped_leaves_sgd_sound():
+def test_a_skipped_first_step_leaves_sgd_valid():
     model = tiny()
     stage = StageConfig(unfreeze="all")
     apply_stage(model, stage)

@@ -38,7 +38,7 @@ def test_the_candidates() -> None:
     convolutional, other = nn.Conv2d(3, 4, 3), nn.Linear(3, 4)
     assert candidates("auto", convolutional, CPU) == WAYS
     assert candidates("auto", other, CPU) == [CONTIGUOUS, Compute(torch.bfloat16, False)]
-    assert candidates("bf16", convolutional, CPU) == [BF16], "what is set is not tried"
+    assert candidates("bf16", convolutional, CPU) == [BF16], "a configured precision has no trial"
     assert default_compute("fp32", other, CPU) == CONTIGUOUS
     assert [str(way) for way in WAYS] == ["fp32 channels_last", "fp32", "bf16 channels_last"]
     assert [Compute.parse(str(way)) for way in WAYS] == WAYS
@@ -65,25 +65,25 @@ def chosen(
         return ask(info)
 
 
-def test_the_fastest_way_is_taken_and_remembered(cache: Path) -> None:
+def test_the_fastest_candidate_is_chosen_and_cached(cache: Path) -> None:
     speeds = {FP32: 0.05, CONTIGUOUS: 0.1, BF16: 0.01}
     assert chosen(speeds) == "bf16 channels_last after 12"
-    assert chosen({FP32: 0, CONTIGUOUS: 0.1, BF16: 0.1}) == "bf16 channels_last after 0", "asked the same again"
-    assert chosen({FP32: 0, CONTIGUOUS: 0.1, BF16: 0.1}, of="y") == "fp32 channels_last after 12", "asked another thing"
+    assert chosen({FP32: 0, CONTIGUOUS: 0.1, BF16: 0.1}) == "bf16 channels_last after 0", "the same request"
+    assert chosen({FP32: 0, CONTIGUOUS: 0.1, BF16: 0.1}, of="y") == "fp32 channels_last after 12", "another request"
     for path in cache.iterdir():
         path.write_text("{")
-    assert chosen({FP32: 0, CONTIGUOUS: 0.1, BF16: 0.1}) == "fp32 channels_last after 12", "a damaged file is no answer"
+    assert chosen({FP32: 0, CONTIGUOUS: 0.1, BF16: 0.1}) == "fp32 channels_last after 12", "a damaged file is ignored"
 
 
-def test_the_first_way_is_left_for_a_clear_gain_only() -> None:
+def test_the_default_is_replaced_only_for_a_clear_gain() -> None:
     assert chosen({FP32: 0.044, CONTIGUOUS: 0.1, BF16: 0.04}) == "fp32 channels_last after 12"
 
 
-def test_no_trial_where_it_would_not_pay() -> None:
+def test_no_trial_in_a_short_stage() -> None:
     assert chosen({FP32: 0.1, CONTIGUOUS: 0, BF16: 0}, remaining=100) == "fp32 channels_last after 0"
 
 
-def test_a_way_that_does_not_work_is_left_out() -> None:
+def test_a_candidate_that_fails_is_skipped() -> None:
     assert chosen({FP32: 0.05, CONTIGUOUS: 0, BF16: -1}) == "fp32 after 9"
     assert chosen({FP32: -1, CONTIGUOUS: 0.05, BF16: -1}, of="y") == "fp32 after 6"
 
@@ -95,7 +95,7 @@ def rank_with_a_speed_of_its_own(cache: str) -> str:
         return chosen(mine, info=info)
 
 
-def test_ranks_agree_on_what_suits_the_slowest(tmp_path: Path) -> None:
+def test_ranks_agree_on_the_best_for_the_slowest(tmp_path: Path) -> None:
     assert run_ranks(2, rank_with_a_speed_of_its_own, str(tmp_path)) == ["fp32 channels_last after 12"] * 2
 
 
@@ -105,7 +105,7 @@ def preferring(way: Compute, monkeypatch: pytest.MonkeyPatch, cache: Path) -> No
     monkeypatch.setattr(autotune, "_time", lambda info, ways, step: [0.1 if w == way else 1.0 for w in ways])
 
 
-def test_a_run_keeps_what_it_began_with(
+def test_a_resumed_run_keeps_its_precision(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -122,13 +122,13 @@ def test_a_run_keeps_what_it_began_with(
     (run / "summary.json").unlink()
     preferring(FP32, monkeypatch, cache)
     assert main([*args, "checkpoint.every_steps=1", "checkpoint.keep=20"]) == 0
-    assert [line["loss"] for line in lines(run)] == whole, "it goes on in bf16"
+    assert [line["loss"] for line in lines(run)] == whole, "it continues in bf16"
 
     assert evaluate.main([str(run), "--json", str(tmp_path / "again.json")]) == 0
     found, again = (json.loads(path.read_text()) for path in (run / "evaluation.json", tmp_path / "again.json"))
-    assert again["loss"] == pytest.approx(found["loss"], rel=1e-6), "an evaluation computes as the training did"
+    assert again["loss"] == pytest.approx(found["loss"], rel=1e-6), "evaluation uses the precision of training"
     assert main([*args[:-1], f"run_dir={tmp_path / 'other'}"]) == 0
-    assert [line["loss"] for line in lines(tmp_path / "other")] != whole, "and this is fp32"
+    assert [line["loss"] for line in lines(tmp_path / "other")] != whole, "and the other run uses fp32"
 
 
 def test_a_trial_leaves_no_trace(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +137,7 @@ def test_a_trial_leaves_no_trace(folder: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(autotune, "WORTH", 0)
     monkeypatch.setattr(autotune, "MARGIN", float("inf"))
     assert main([*general, f"run_dir={tmp_path / 'with'}"]) == 0
-    assert list((tmp_path / "cache" / "precision").iterdir()), "there was one"
+    assert list((tmp_path / "cache" / "precision").iterdir()), "there was a trial"
     assert [line["loss"] for line in lines(tmp_path / "with")] == [line["loss"] for line in lines(tmp_path / "without")]
 
 

@@ -1,4 +1,4 @@
-"""Freezing, on a model small enough to see through and on a real one."""
+"""Freezing, on a small model and on a real one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def buffers(model: TransferModel) -> dict[str, Tensor]:
 
 
 def moved(before: dict[str, Tensor], model: TransferModel) -> set[str]:
-    """Names of the groups whose buffers are not byte for byte what they were."""
+    """Names of the groups whose buffers changed in any byte."""
     changed = {name for name, buffer in model.module.named_buffers() if not torch.equal(buffer, before[name])}
     return {model.groups[group].name for name in changed if (group := model.group_of(name)) is not None}
 
@@ -81,7 +81,7 @@ STAGES = [
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=str)
-def test_a_stage_is_the_same_whatever_came_before(stage: StageConfig):
+def test_a_stage_does_not_depend_on_the_stage_before(stage: StageConfig):
     fresh = tiny()
     apply_stage(fresh, stage)
     for before in STAGES:
@@ -182,7 +182,7 @@ def test_a_real_network():
 # Checking
 
 
-def test_what_only_the_model_can_tell():
+def test_problems_that_only_the_built_model_shows():
     model = tiny()
     check_stages(model, {"a": StageConfig(unfreeze=4, image_size=12), "b": StageConfig(unfreeze=["layer1"])})
     with pytest.raises(UserError, match=r"stages\.b\.unfreeze names layer9, did you mean"):
@@ -225,7 +225,7 @@ def test_problems_name_the_key(stage: StageConfig, key: str):
     assert problem.startswith(f"stages.top.{key} ")
 
 
-def test_what_is_no_problem():
+def test_valid_values_have_no_problems():
     assert [problem for name, stage in default_stages().items() for problem in stage.problems(name)] == []
     for unfreeze in ("head", "all", 1, ["stem"]):
         assert StageConfig(unfreeze=unfreeze, epochs=0, augment="none", image_size=8).problems("top") == []

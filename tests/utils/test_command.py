@@ -80,7 +80,7 @@ def work():
 atexit.register(lambda: print("atexit"))
 status = run_command("test", work)
 threading.Thread(target=time.sleep, args=(600,)).start()  # Python would wait for it at exit
-leave(status)
+exit_process(status)
 """
 
 

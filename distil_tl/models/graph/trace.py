@@ -89,7 +89,7 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
 
 
 def graph_up_to(graph: fx.Graph, node: fx.Node) -> fx.Graph:
-    """A graph of its own that computes `node`."""
+    """A separate graph that computes `node`."""
     copies: dict[fx.Node, fx.Node] = {}
     part = fx.Graph()
     kept = ancestors(node) | {node}
