@@ -68,7 +68,7 @@ def test_a_larger_number_of_trials_extends_the_search(slurm: FakeSlurm, jobs: Jo
     searched("--trials=6")
     assert states() == {"COMPLETE": 6}
     rates = [trial.user_attrs["values"]["stages.head.lr"] for trial in stored()]
-    assert len(set(rates)) == 6, "one that goes on draws no number again"
+    assert len(set(rates)) == 6, "a resumed search repeats no draw"
 
 
 def test_the_same_search_proposes_the_same_in_one_go_and_in_two(slurm: FakeSlurm, jobs: Jobs) -> None:

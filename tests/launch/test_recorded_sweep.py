@@ -89,7 +89,7 @@ def test_the_missing_trial_trains_with_the_recorded_configuration(recorded: Path
 
 
 @pytest.mark.parametrize("key", ["optim.compression", "stages.*.augment"])
-def test_a_key_that_is_newer_than_the_sweep_means_what_the_code_did_before(
+def test_a_key_newer_than_the_sweep_keeps_the_old_behaviour(
     recorded: Path, slurm: FakeSlurm, key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Simulated with a key that the recorded files lose. Its older meaning is not the default."""

@@ -197,7 +197,7 @@ def test_failed_trials_are_resubmitted_only_on_request(slurm: FakeSlurm, capsys)
     slurm.change("7_3", "FAILED")  # without a summary.json
     capsys.readouterr()
     submitted("rates.yaml")
-    assert jobs_of() == {0: "7_0", 1: "7_1", 2: "8", 3: "7_3"}, "one that was stopped goes on, as it was not wrong"
+    assert jobs_of() == {0: "7_0", 1: "7_1", 2: "8", 3: "7_3"}, "a stopped trial is resubmitted, as it did not fail"
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == ["not submitted: 1 completed, 2 failed", "to resume failed trials, add --resubmit-failed"]
     submitted("rates.yaml", "--resubmit-failed")

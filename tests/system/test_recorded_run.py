@@ -74,7 +74,7 @@ def test_another_configuration_is_refused_by_name(recorded: Path, capsys: pytest
 # Keys that are newer than a saved configuration.
 
 
-def test_each_key_that_the_recorded_configuration_lacks_says_what_it_meant_then() -> None:
+def test_each_key_missing_from_the_recorded_configuration_is_in_new_keys() -> None:
     saved = flatten(yaml.safe_load((RECORDED / "run" / "config.yaml").read_text())).keys()
     known = changes.new_keys(Config().stages).keys()
     assert [key for key in flatten(plain(load([])[1])) if key not in saved and key not in known] == []
@@ -94,7 +94,7 @@ def without_new_keys(run_dir: Path) -> None:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
 
 
-def test_a_key_that_the_saved_configuration_lacks_means_what_the_code_did_then(
+def test_a_key_missing_from_a_saved_configuration_keeps_the_old_behaviour(
     recorded: Path, new_keys: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without_new_keys(recorded)

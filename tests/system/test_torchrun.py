@@ -97,7 +97,9 @@ def test_predict_writes_a_row_an_image(run_dir: Path, folder: Path, tmp_path: Pa
     assert sum(float(rows[0][f"p({name})"]) for name in ("circles", "noise", "stripes")) == pytest.approx(1, abs=1e-4)
 
 
-def test_predict_refuses_what_is_not_there(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_refuses_missing_runs_and_files(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for args in ((tmp_path, tmp_path), (run_dir, tmp_path / "x.png"), (run_dir, tmp_path)):
         assert predict.main(list(map(str, args))) == 2
         message = capsys.readouterr().err

@@ -346,7 +346,7 @@ def test_an_unreadable_file_may_be_readable_later(
     assert not summary_of(tmp_path / "run").get("bad_images")
 
 
-def test_a_device_that_is_too_small_says_what_to_do(
+def test_too_little_device_memory_is_an_error_with_a_remedy(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = Prefix.forward

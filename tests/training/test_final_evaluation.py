@@ -52,7 +52,7 @@ def test_what_was_evaluated_in_full_is_not_evaluated_again(folder: Path, tmp_pat
     assert same_as_the_command(run, tmp_path)
 
 
-def test_a_network_with_a_frozen_part_is(folder: Path, tmp_path: Path, evaluated: list[str]) -> None:
+def test_a_network_with_a_frozen_part_is_evaluated_again(folder: Path, tmp_path: Path, evaluated: list[str]) -> None:
     run = tmp_path / "run"
     assert train.main([*small_args(folder), f"run_dir={run}", "stages.full.epochs=0"]) == 0
     assert evaluated.count("the final evaluation on val") == 1
@@ -78,7 +78,7 @@ def test_a_best_that_was_beaten_is_not_kept(
     assert same_as_the_command(run, tmp_path)
 
 
-def test_a_run_that_goes_on_evaluates_what_it_has_not(
+def test_a_resumed_run_makes_the_missing_final_evaluation(
     folder: Path, tmp_path: Path, evaluated: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"

@@ -170,7 +170,7 @@ def test_pieces_do_not_depend_on_the_ranks_and_cover_all() -> None:
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_the_grid_takes_what_is_not_searched_from_the_stage() -> None:
+def test_values_that_are_not_searched_come_from_the_stage() -> None:
     config = StageConfig(lr=0.5, search=SearchConfig(weight_decay=[0.0, 0.1]))
     assert grid(Stage("head", config, OptimConfig(), 32, "none", 0, "fp32", "none")) == [(0.5, 0.0), (0.5, 0.1)]
     config, optim = StageConfig(lr=0.5, search=SearchConfig(lr=[0.1, 0.2])), OptimConfig(weight_decay=0.3)

@@ -159,7 +159,7 @@ def test_reduced_metrics_are_a_copy():
     assert (reduced.count, metrics.count) == (10, 20)
 
 
-def test_what_was_counted_since():
+def test_counts_since_an_earlier_state():
     first, second = random_batch(10, 4, 0), random_batch(15, 4, 1)
     metrics = counted(*first)
     earlier = metrics.reduce(ALONE)._sums

@@ -204,7 +204,7 @@ def test_clipping(limit: float | None, clipped: bool):
         assert torch.equal(gradients(model), raw)
 
 
-def test_the_norm_says_when_a_gradient_is_not_finite():
+def test_the_norm_shows_when_a_gradient_is_not_finite():
     stage = StageConfig(unfreeze="head")
     model, _ = groups_of(stage)
     optimizer = build_optimizer(model, stage, OptimConfig())

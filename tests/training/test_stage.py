@@ -191,7 +191,7 @@ def test_problems_that_only_the_built_model_shows():
         check_stages(model, {"a": StageConfig(), "b": StageConfig(unfreeze=5)})
 
 
-def test_an_image_size_that_is_built_in():
+def test_a_fixed_image_size():
     model = dataclasses.replace(tiny(), fixed_image_size=True)
     check_stages(model, {"a": StageConfig(), "b": StageConfig(image_size=10)})
     with pytest.raises(UserError, match=r"stages\.b\.image_size=12, but this model is built for 10 px"):
