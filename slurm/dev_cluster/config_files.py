@@ -75,7 +75,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=0,bf_interval=2,bf_min_age_reserve=0
 SlurmctldTimeout=10
 SlurmdTimeout=10
-KillWait=10
+KillWait=30
 MinJobAge=3600
 InactiveLimit=0
 OverTimeLimit=0

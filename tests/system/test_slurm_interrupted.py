@@ -113,7 +113,7 @@ def test_a_run_whose_node_loses_its_daemon_resumes(partition: Partition, inputs:
 
 @concurrent()
 def test_a_run_that_makes_no_progress_is_ended(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
-    run = Run(partition, inputs, tmp_path / "run", [*inputs.job_args, "checkpoint.every_steps=1000"], 30)
+    run = Run(partition, inputs, tmp_path / "run", [*inputs.job_args, "checkpoint.every_steps=1000"], 100)
     path = run.run_dir / "attempt.json"
     wait_until(path.exists, run.output)
     # As if Slurm had restarted it so often already.
