@@ -342,5 +342,5 @@ def test_the_sweep_of_the_documentation_is_one_of_40_trials(tmp_path: Path) -> N
     (tmp_path / "sweeps").mkdir()
     (tmp_path / "resnet50.yaml").touch()
     (tmp_path / "sweeps/x.yaml").write_text(block.removeprefix("yaml\n"))
-    assert "= 40 trials;" in text
+    assert "= 40 trials." in text
     assert len(read_sweep(tmp_path / "sweeps/x.yaml").all_trials()) == 40
