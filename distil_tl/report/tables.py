@@ -71,7 +71,7 @@ def stage_table(run: Run) -> Markup:
         "Stage",
         "Epochs",
         "Steps",
-        "Trained parameters",
+        "Trainable",
         "Images",
         "Images/s",
         "Time",

@@ -30,7 +30,7 @@ from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.preemption import AllRanksStopError, Request
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.run import Run
-from distil_tl.rundir.state import Position, RunState
+from distil_tl.rundir.state import Position, RunState, StageRecord
 from distil_tl.train import train_one_epoch
 from distil_tl.training.config import StageConfig
 from distil_tl.training.metrics import Meter
@@ -171,6 +171,7 @@ def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
         trains_statistics=False, first_bad_step=torch.tensor(torch.inf), recent=collections.deque(maxlen=1),
         meter=Meter(info, 2),
     )  # fmt: skip
+    run.state.stages.setdefault(stage.name, StageRecord())
     position = run.enter(training)
     while position.epoch < stage.config.epochs:
         train_one_epoch(run, training, position)

@@ -257,7 +257,7 @@ def test_changed_images_are_refused_on_resume(
     next((root / "train" / "noise").iterdir()).unlink()
     message = refused([*small, f"data.root={root}", f"run_dir={run_dir}"], capsys)
     assert str(root / "train") in message
-    assert "not those" in message
+    assert "differ from those" in message
 
 
 # Regressions.
