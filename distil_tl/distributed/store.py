@@ -7,15 +7,17 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from distil_tl.distributed.launch_env import Launch
 from distil_tl.utils.errors import LostRanksError, PreemptedError
 from distil_tl.utils.threads import CallTimeoutError, call_with_timeout
+
+if TYPE_CHECKING:
+    from distil_tl.distributed.launch_env import Launch
 
 Result = TypeVar("Result")
 
