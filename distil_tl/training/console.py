@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from distil_tl.data.index import Index
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir.state import RunState, StageRecord
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.stage import trainable_groups
 from distil_tl.utils.log import logger, table
 
 if TYPE_CHECKING:
+    from distil_tl.models.transfer import TransferModel
     from distil_tl.training.step import StageTraining
 
 

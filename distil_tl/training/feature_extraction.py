@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Sampler
@@ -18,13 +19,15 @@ from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
-from distil_tl.models.transfer import TransferModel
 from distil_tl.training.features import Features, FeaturesUnavailableError, Views, cache_key
 from distil_tl.training.network import Prefix
 from distil_tl.training.stage import Stage
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import cache_dir
 from distil_tl.utils.log import Progress, logger
+
+if TYPE_CHECKING:
+    from distil_tl.models.transfer import TransferModel
 
 BATCH = 32  # images in one forward pass of the frozen part, on a CPU
 BATCH_CUDA = 256  # the same on a GPU

@@ -11,17 +11,20 @@ import json
 import re
 import sys
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from distil_tl.data.feature_cache import FeatureDataset
 from distil_tl.data.index import Index
-from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir.checkpoint import weights_hash
 from distil_tl.training.network import Prefix
 from distil_tl.training.stage import Stage
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
+
+if TYPE_CHECKING:
+    from distil_tl.models.transfer import TransferModel
 
 FORMAT = 5  # of the cache; increased when features are computed differently
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -9,9 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distil_tl.models.graph.fold_batchnorm import CannotFoldError, ConvNorm, fold_batchnorm
 from distil_tl.models.graph.frozen_prefix import CutNetwork
 from distil_tl.models.preprocess import Normalize
-from distil_tl.models.transfer import TransferModel
 from distil_tl.training.precision import Compute
 from distil_tl.utils.log import logger
+
+if TYPE_CHECKING:
+    from distil_tl.models.transfer import TransferModel
 
 
 def dummy_images(count: int, size: int, device: torch.device) -> Tensor:

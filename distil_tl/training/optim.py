@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from distil_tl.models.transfer import TransferModel
 from distil_tl.training.config import OptimConfig, StageConfig
+
+if TYPE_CHECKING:
+    from distil_tl.models.transfer import TransferModel
 
 # Parameters of torchvision models with more than one dimension that are not the weights of a layer.
 _NOT_DECAYED = ("pos_embedding", "class_token", "layer_scale", "relative_position_bias_table")

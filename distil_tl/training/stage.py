@@ -6,14 +6,16 @@ import dataclasses
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from distil_tl.models.transfer import TransferModel
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig, wants_features
 from distil_tl.utils.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from distil_tl.models.transfer import TransferModel
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,6 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.graph.equivalence import preserve_state
 from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
 from distil_tl.models.preprocess import Normalize
-from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir.state import StageRecord
 from distil_tl.training.autotune import choose
 from distil_tl.training.feature_extraction import BATCH_CUDA, FeatureExtractor
@@ -32,6 +32,9 @@ from distil_tl.training.network import (
 )
 from distil_tl.training.precision import Compute, candidates
 from distil_tl.training.stage import Stage, apply_stage
+
+if TYPE_CHECKING:
+    from distil_tl.models.transfer import TransferModel
 
 TRIAL_IMAGES = 8  # in a trial step on a CPU, where more make no difference
 

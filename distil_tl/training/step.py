@@ -7,7 +7,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from distil_tl.data.source import ImageSource
 from distil_tl.distributed.collectives import average_over_ranks, gather_objects, max_over_ranks
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.graph.equivalence import preserve_state
-from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir.state import Position
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import Network
@@ -33,6 +32,9 @@ from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup
 from distil_tl.utils.errors import NonFiniteError
 from distil_tl.utils.log import printable
+
+if TYPE_CHECKING:
+    from distil_tl.models.transfer import TransferModel
 
 # Frozen statistics do not change, and those that train are averaged after each step. Newer torch renamed the option.
 _RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
