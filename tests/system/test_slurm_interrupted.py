@@ -60,7 +60,7 @@ def test_a_run_that_is_requeued_by_hand_resumes_and_a_cancelled_one_does_not(
     cancelled.wait_for_step(8)
     partition.scancel(cancelled.job)
     by_hand.wait_until_same_as(inputs.reference(1))
-    assert partition.state(cancelled.job) == "CANCELLED"
+    partition.wait_for(cancelled.job, "CANCELLED")
     assert partition.history(cancelled.job) == ["CANCELLED"]
     status = json.loads(launched(partition, "status", tmp_path, "--json"))
     assert {Path(run["run_dir"]).name: run["state"] for run in status["runs"]} == {
