@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from distil_tl.models.graph.frozen_prefix import CannotCutError
 from distil_tl.rundir.checkpoint import weights_hash
 from tests.helpers.ranks import lines, rank, run_ranks, train
 from tests.helpers.runs import evaluated, traced_train
 
 # Run in the ranks. Each patches only its own process.
+
+
+def no_cut(module: Any, images: Any) -> Any:
+    raise CannotCutError("sabotaged")
 
 
 def hashed_train(args: list[str], sabotage: str | None = None) -> dict[str, Any]:
@@ -24,8 +29,8 @@ def hashed_train(args: list[str], sabotage: str | None = None) -> dict[str, Any]
     record: dict[str, Any] = {"hashes": [], "moved": {}}
     begin, average = train_module.begin_stage, train_module.average_statistics
     if sabotage is not None:  # on the whole network, not on a folded part, which can't change
-        ready: Any = importlib.import_module("distil_tl.training.stage_setup")
-        ready.split = lambda module, images: "sabotaged"
+        setup: Any = importlib.import_module("distil_tl.training.stage_setup")
+        setup.cut_frozen_prefix = no_cut
     first: list[Any] = []
 
     def begin_stage(info: Any, stage: Any, model: Any, *rest: Any) -> Any:
