@@ -110,6 +110,8 @@ def train(config: Config, unresolved: DictConfig) -> None:
         except BaseException as error:
             run.abandon("preempted" if isinstance(error, PreemptedError) else "failed")
             raise
+        finally:
+            run.training = None  # ends its loader processes
 
 
 def run_stage(run: Run, stage: Stage) -> None:
