@@ -7,6 +7,7 @@ counts how many there are, so that a random number is equally likely to hit each
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -99,6 +100,7 @@ def run_rank(
     status = ranks.train(args)
     sys.settrace(None)
     (scratch / f"counted-{rank}.json").write_text(json.dumps(counted))
+    atexit._run_exitfuncs()  # which a process of multiprocessing does not do by itself
     sys.exit(status)
 
 
