@@ -190,7 +190,8 @@ def test_claimed_gpus_are_granted(partition: Partition, inputs: Inputs, tmp_path
 
 
 REDUCE = """
-import os, torch, torch.distributed as dist
+import atexit, gc, os, torch, torch.distributed as dist
+atexit.register(gc.freeze)  # a quick exit
 rank, world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"])
 dist.init_process_group("gloo", init_method="tcp://FIRST:29400", rank=rank, world_size=world)
 found = torch.tensor([rank + 1])

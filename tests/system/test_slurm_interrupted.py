@@ -28,8 +28,8 @@ def preempt(partition: Partition, node: str) -> None:
 @concurrent()
 def test_a_preempted_run_resumes(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     node = partition.nodes[1]
-    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 1, gpus_per_node=2, extra=f"{{nodelist: {node}}}")
-    run.wait_for_step(8)
+    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 1.5, gpus_per_node=2, extra=f"{{nodelist: {node}}}")
+    run.wait_for_step(7)
     preempt(partition, node)
     run.wait_until_same_as(inputs.reference())
     assert partition.history(run.job) == ["PREEMPTED", "COMPLETED"]
@@ -42,8 +42,8 @@ def test_a_run_that_is_preempted_with_grace_requeues_itself(
 ) -> None:
     node = partition.nodes[1]
     extra = f"{{nodelist: {node}}}"
-    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 1, partition="grace", extra=extra)
-    run.wait_for_step(8)
+    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 1.5, partition="grace", extra=extra)
+    run.wait_for_step(7)
     preempt(partition, node)
     run.wait_until_same_as(inputs.reference(1))
     assert len(partition.history(run.job)) == 2
@@ -53,11 +53,11 @@ def test_a_run_that_is_preempted_with_grace_requeues_itself(
 def test_a_run_that_is_requeued_by_hand_resumes_and_a_cancelled_one_does_not(
     partition: Partition, inputs: Inputs, tmp_path: Path
 ) -> None:
-    by_hand = Run(partition, inputs, tmp_path / "by hand", inputs.job_args, 1)
-    cancelled = Run(partition, inputs, tmp_path / "cancelled", inputs.job_args, 1)
-    by_hand.wait_for_step(8)
+    by_hand = Run(partition, inputs, tmp_path / "by hand", inputs.job_args, 1.5)
+    cancelled = Run(partition, inputs, tmp_path / "cancelled", inputs.job_args, 1.5)
+    by_hand.wait_for_step(7)
     partition.run("scontrol", "requeue", by_hand.job)
-    cancelled.wait_for_step(8)
+    cancelled.wait_for_step(7)
     partition.scancel(cancelled.job)
     by_hand.wait_until_same_as(inputs.reference(1))
     partition.wait_for(cancelled.job, "CANCELLED")
@@ -74,13 +74,13 @@ def test_a_run_that_is_requeued_by_hand_resumes_and_a_cancelled_one_does_not(
 @concurrent(first=True)
 def test_a_run_whose_time_is_up_requeues_itself(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     """Slurm sends the signal 15 to 45 s after its time limit was lowered, as it compares times only every 30 s."""
-    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 2.5, gpus_per_node=2, signal_delay_s=45)
-    run.wait_for_step(6)
+    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 3, signal_delay_s=45)
+    run.wait_for_step(3)
     end = datetime.datetime.now() + datetime.timedelta(seconds=90)
     partition.run("scontrol", "update", f"jobid={run.job}", f"endtime={end:%Y-%m-%dT%H:%M:%S}")
     partition.wait_for(run.job, "PENDING")
     partition.run("scontrol", "update", f"jobid={run.job}", "timelimit=10")
-    run.wait_until_same_as(inputs.reference())
+    run.wait_until_same_as(inputs.reference(1))
     assert partition.history(run.job) == ["REQUEUED", "COMPLETED"]
     assert f"job {run.job} is requeued" in run.output()
 
@@ -90,7 +90,7 @@ def test_a_run_whose_node_is_cut_off_resumes_elsewhere(partition: Partition, inp
     """The ranks on the cut node keep running and still reach each other. Only the new ones may write."""
     node = partition.nodes[1]
     with partition.only_on(node):
-        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 2.5, gpus_per_node=2)
+        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 3, gpus_per_node=2)
         run.wait_for_step(6)
     partition.cut(node)
     partition.wait_for(run.job, "PENDING")
@@ -104,7 +104,7 @@ def test_a_run_whose_node_is_cut_off_resumes_elsewhere(partition: Partition, inp
 def test_a_run_whose_node_loses_its_daemon_resumes(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     node = partition.nodes[1]
     with partition.only_on(node):
-        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 2.5)
+        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 3)
         run.wait_for_step(6)
     partition.tool("kill-slurmd", node)
     partition.wait_for(run.job, "PENDING", "COMPLETING")

@@ -23,8 +23,8 @@ def test_each_node_copies_once_and_the_requeued_job_uses_the_copy(
 ) -> None:
     disks = tmp_path / "disks"
     args = [*untracked(inputs), f"data.stage_to={disks}/$SLURMD_NODENAME/scratch"]
-    run = Run(partition, inputs, tmp_path / "run", args, 1, nodes=2, gpus_per_node=1)
-    run.wait_for_step(8)
+    run = Run(partition, inputs, tmp_path / "run", args, 1.5, nodes=2, gpus_per_node=1)
+    run.wait_for_step(7)
     copies = {path: path.stat().st_ino for path in disks.glob("*/scratch/*/ready/images/*/*/*.png")}
     assert {path.relative_to(disks).parts[0] for path in copies} == set(partition.nodes)
     assert len(copies) == 2 * len(list(inputs.images.rglob("*.png")))

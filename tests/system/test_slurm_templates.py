@@ -35,8 +35,8 @@ def check_signal_and_resume(partition: Partition, inputs: Inputs, tmp_path: Path
     """Two nodes with one process each. USR2 to everything in the job: it saves and is requeued."""
     options, run_dir = ["--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1"], tmp_path / "run"
     args, path = [*inputs.job_args, f"run_dir={run_dir}"], f"{inputs.slow_steps}:{ROOT}"
-    job = submit(partition, name, options, args, tmp_path, PYTHONPATH=path, SECONDS_A_STEP="1", GPUS="1")
-    wait_until(lambda: last_step(run_dir) >= 8, lambda: [path.read_text() for path in tmp_path.glob("*.out")])
+    job = submit(partition, name, options, args, tmp_path, PYTHONPATH=path, SECONDS_A_STEP="1.5", GPUS="1")
+    wait_until(lambda: last_step(run_dir) >= 7, lambda: [path.read_text() for path in tmp_path.glob("*.out")])
     partition.run("scancel", "--signal=USR2", job)
     partition.wait_for(job, "COMPLETED")
     assert len(partition.history(job)) == 2
