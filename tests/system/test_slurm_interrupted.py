@@ -87,11 +87,14 @@ def test_a_run_whose_time_is_up_requeues_itself(partition: Partition, inputs: In
 
 @concurrent(first=True)
 def test_a_run_whose_node_is_cut_off_resumes_elsewhere(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
-    """The ranks on the cut node keep running and still reach each other. Only the new ones may write."""
+    """The ranks on the cut node keep running and still reach each other. Only the new ones may write.
+
+    Steps are so slow that the old ranks cannot finish before the new ones have started.
+    """
     node = partition.nodes[1]
     with partition.only_on(node):
-        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 3, gpus_per_node=2)
-        run.wait_for_step(6)
+        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 6, gpus_per_node=2)
+        run.wait_for_step(3)
     partition.cut(node)
     partition.wait_for(run.job, "PENDING")
     partition.wait_for(run.job, "RUNNING")
@@ -104,8 +107,8 @@ def test_a_run_whose_node_is_cut_off_resumes_elsewhere(partition: Partition, inp
 def test_a_run_whose_node_loses_its_daemon_resumes(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     node = partition.nodes[1]
     with partition.only_on(node):
-        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 3)
-        run.wait_for_step(6)
+        run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 6)
+        run.wait_for_step(3)
     partition.tool("kill-slurmd", node)
     partition.wait_for(run.job, "PENDING", "COMPLETING")
     run.wait_until_same_as(inputs.reference(1))
