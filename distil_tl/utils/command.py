@@ -29,6 +29,9 @@ from distil_tl.utils.threads import has_abandoned_threads
 # short command. Frozen objects are not searched.
 atexit.register(gc.freeze)
 
+# Read when torch is imported. Else torch prints a C++ stack trace when another rank has gone, beside our message.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 
 def run_command(name: str, body: Callable[[], int | None]) -> int:
     """Run a command; its exit status is what `body` returns (None: 0), or what the exception that it raises means.
