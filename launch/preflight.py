@@ -28,12 +28,16 @@ def check_submission(config: Config, slurm: SlurmConfig, cluster: str) -> None:
     Raises:
         UserError: lists all problems.
     """
+    refuse(submission_problems(config, slurm, cluster))
+
+
+def submission_problems(config: Config, slurm: SlurmConfig, cluster: str) -> list[str]:
+    """All problems that can be known before a job starts."""
     problems = list(slurm.problems())
     world_size = slurm.world_size if not problems else 1
     problems += configuration.problems(_without_device(config) if cluster == "slurm" else config, world_size)
     problems += _cluster_problems(config, slurm, cluster)
-    problems += _weights_problems(config, slurm, cluster)
-    refuse(problems)
+    return [*problems, *_weights_problems(config, slurm, cluster)]
 
 
 def _without_device(config: Config) -> Config:

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from distil_tl.utils.command import exit_process
 from distil_tl.utils.errors import EXIT_USER_ERROR, did_you_mean
 from distil_tl.utils.version import __version__
 
@@ -16,12 +17,19 @@ COMMANDS = {
     "predict": ("distil_tl.cli.predict", "predict the classes of image files and folders, as CSV"),
     "prepare": ("distil_tl.cli.prepare", "copy an image folder with large images made smaller, for faster reading"),
     "prefetch": ("distil_tl.cli.prefetch", "download and check pretrained weights before a job without network"),
+    "doctor": ("distil_tl.cli.doctor", "check what a run will use on this machine, and what will fail"),
     "report": ("distil_tl.report", "write a run's report.html, one self-contained file"),
 }
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if args is None else args)
+    if args is None:
+        exit_process(run(sys.argv[1:]))  # also when a call that was given up still runs
+    return run(args)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run a command with its arguments. Returns the exit status."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0

@@ -42,6 +42,7 @@ def test_help_and_refusals_import_no_torch() -> None:
         "report --nosuch": 2,
         "report nowhere": 2,
         "prefetch --nosuch": 2,
+        "doctor --nosuch": 2,
         "prefetch optim.nam=sgd": 2,
         "train --nosuch": 2,
         "train optim.nam=sgd": 2,

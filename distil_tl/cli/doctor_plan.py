@@ -1,0 +1,241 @@
+"""The run that `distil-tl doctor` examines, and the checks that need its whole configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from distil_tl import config as configuration
+from distil_tl.config import Config
+from distil_tl.data.config import default_workers
+from distil_tl.data.loader import plan_batches
+from distil_tl.data.transforms import eval_transform
+from distil_tl.distributed.config import DistributedConfig
+from distil_tl.distributed.launch_env import Launch, read_launch
+from distil_tl.doctor import machine, space
+from distil_tl.doctor.facts import Facts
+from distil_tl.doctor.images import ImagesFound, look_at_images, stage_folder
+from distil_tl.doctor.lines import Report, counted, guarded
+from distil_tl.doctor.slurm import GROUP as SLURM
+from distil_tl.doctor.slurm import judge_partition
+from distil_tl.doctor.wandb import judge_wandb
+from distil_tl.doctor.weights import ModelFound, judge_weights, look_at_model
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.preprocess import Preprocess
+from distil_tl.models.transfer import default_preprocess
+from distil_tl.run import look_for_start
+from distil_tl.utils.args import is_file
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import cache_dir
+
+GROUP = "configuration"
+SCAN_SECONDS = 900.0  # a scan of ten million images on a network file system takes minutes
+DEFAULT_IMAGE_SIZE = 224
+
+
+@dataclass
+class Plan:
+    """The run to examine.
+
+    Attributes:
+        config: that of the demo where the arguments are wrong.
+        unresolved: None where the arguments are wrong.
+        slurm: the section `slurm`, launch's SlurmConfig; None if there is none.
+        problems: of the configuration.
+    """
+
+    launch: Launch
+    title: str
+    config: Config
+    unresolved: DictConfig | None
+    slurm: Any | None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_submission(self) -> bool:
+        """Whether the run will be submitted to Slurm from this machine, which then need not have GPUs."""
+        return self.slurm is not None and self.launch.launcher == "none"
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks of the run."""
+        if self.slurm is None or not self.is_submission or list(self.slurm.problems()):
+            return self.launch.world_size
+        size: int = self.slurm.world_size
+        return size
+
+    @property
+    def distributed(self) -> DistributedConfig:
+        """The section `distributed`, with the device left open where another machine decides."""
+        section = self.config.distributed
+        if not self.is_submission or section.device == "cpu":
+            return section
+        return dataclasses.replace(section, device="auto", backend="gloo" if section.backend == "gloo" else "auto")
+
+    @property
+    def device(self) -> str:
+        return self.distributed.device
+
+    @functools.cached_property
+    def model(self) -> ModelConfig | None:
+        """The section `model`; None if it is not valid."""
+        return None if self.unresolved is None or self.config.model.problems() else self.config.model
+
+    @functools.cached_property
+    def preprocess(self) -> Preprocess | None:
+        return None if self.model is None else default_preprocess(self.model)
+
+    @property
+    def image_size(self) -> int:
+        default = DEFAULT_IMAGE_SIZE if self.preprocess is None else self.preprocess.crop_size
+        return self.config.data.image_size or default
+
+    def folders(self) -> dict[str, tuple[str, bool]]:
+        """The folders to look at on each rank: path, and whether they are written to."""
+        data, found = self.config.data, dict[str, tuple[str, bool]]()
+        assert self.config.run_dir is not None
+        if self.unresolved is not None:
+            found["run_dir"] = (self.config.run_dir, True)
+        found["cache"] = (str(cache_dir()), True)
+        if data.root is not None and not Path(data.root).is_file():
+            found["data.root"] = (data.root, False)
+        folder, _ = stage_folder(data.stage_to)
+        if folder is not None:
+            found["data.stage_to"] = (folder, True)
+        return found
+
+    def needs_folder(self, name: str) -> bool:
+        """Whether the run can't do without a folder."""
+        return name in ("run_dir", "data.root") or (name == "cache" and self.config.data.root is None)
+
+    def judge_machine(self, report: Report, everyone: Sequence[Facts]) -> None:
+        """Lines about what the machine has, against what the loader processes need."""
+        data, needs = self.config.data, {}
+        for each in everyone:
+            workers = default_workers(each.cpus) if data.workers is None else data.workers
+            needs[each.rank] = machine.loading(data, workers, self.launch.world_size, self.image_size)
+        machine.judge_machine(report, everyone, data, needs)
+
+
+def read_plan(args: Sequence[str], report: Report, environ: Mapping[str, str]) -> Plan:
+    """Read the arguments and the launch environment. What is wrong becomes failing lines, not an error."""
+    launch_args = importlib.import_module("launch.args")  # by name: launch is above this package
+    try:
+        launch = read_launch(environ)
+    except UserError as error:
+        report.fail("ranks", "environment", str(error))
+        launch = Launch()
+    pairs, rest = launch_args.split_slurm(args)
+    files = [arg for arg in rest if is_file(arg)]
+    title = f"distil-tl doctor: {files[0] if files else 'the demo' if not rest else 'without a configuration file'}"
+    try:
+        config, unresolved, slurm = launch_args.read_run(args)
+        given = bool(pairs) or (bool(files) and launch_args.load_slurm_section(Path(files[0])) is not None)
+    except UserError as error:
+        for problem in _separate(str(error)):
+            report.fail(GROUP, "arguments", problem)
+        report.warn(GROUP, "arguments", "the rest is checked with the defaults")
+        config, unresolved, slurm, given = configuration.load(["model.weights=none"])[0], None, None, False
+    return Plan(launch, title, config, unresolved, slurm if given else None)
+
+
+def _separate(message: str) -> list[str]:
+    """The problems in the message of `utils.args.refuse`."""
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    return [line for line in lines if line and not line.endswith("problems:")]
+
+
+def judge_plan(report: Report, plan: Plan, everyone: Sequence[Facts], seconds: float) -> None:
+    """Rank 0: lines about configuration, data, model, disk, tracking, Slurm, and where the run would start."""
+    images, sizes = ImagesFound(), list[ModelFound]()
+    if plan.unresolved is not None:
+        guarded(report, GROUP, "values", seconds, lambda found: judge_configuration(found, plan))
+        min_side = None
+        if plan.preprocess is not None:
+            min_side = eval_transform(plan.preprocess, plan.image_size).min_side
+        data = plan.config.data
+        guarded(report, "data", "images", SCAN_SECONDS, lambda found: look_at_images(found, data, min_side, images))
+    if plan.model is not None:
+        guarded(report, "model", "model.name", seconds, lambda found: _judge_model(found, plan, images, sizes))
+        model = plan.model
+        guarded(report, "model", "model.weights", seconds, lambda found: judge_weights(found, model, everyone))
+    guarded(report, "disk", "space", seconds, lambda found: _judge_space(found, plan, everyone[0], images, sizes))
+    guarded(report, "tracking", "W&B", seconds, lambda found: judge_wandb(found, plan.config.tracking.wandb))
+    if plan.slurm is not None:
+        guarded(report, SLURM, "slurm", seconds, lambda found: judge_slurm(found, plan))
+    if plan.unresolved is not None and not plan.problems:
+        guarded(report, "run", "start", seconds, lambda found: judge_start(found, plan))
+
+
+def judge_configuration(report: Report, plan: Plan) -> None:
+    """Lines about the values of the configuration, with those that are chosen by default."""
+    config, world = plan.config, plan.world_size
+    checked = dataclasses.replace(config, distributed=plan.distributed)
+    plan.problems = list(configuration.problems(checked, world))
+    for problem in plan.problems:
+        report.fail(GROUP, "values", problem)
+    if not plan.problems:
+        report.ok(GROUP, "values", "valid")
+        batch = plan_batches(config.data.global_batch_size, world, config.data.max_local_batch_size)
+        report.ok(
+            GROUP, "batch", f"{config.data.global_batch_size} images a step = {counted(world, 'rank')} x "
+            f"{counted(batch.accumulation, 'micro-batch')} x {counted(batch.micro, 'image')}",
+        )  # fmt: skip
+    _, unknown = stage_folder(config.data.stage_to)
+    if unknown is not None:
+        report.warn(GROUP, "data.stage_to", f"{unknown} on this machine; the images are read from data.root")
+
+
+def _judge_model(report: Report, plan: Plan, images: ImagesFound, sizes: list[ModelFound]) -> None:
+    data = plan.config.data
+    sizes.append(
+        look_at_model(
+            report, plan.config.model, plan.config.stages,
+            classes=images.classes or 2, image_size=data.image_size, augment=data.augment,
+        )
+    )  # fmt: skip
+
+
+def _judge_space(report: Report, plan: Plan, facts: Facts, images: ImagesFound, sizes: Sequence[ModelFound]) -> None:
+    config, folders = plan.config, facts.folders
+    if sizes and "run_dir" in folders:
+        space.judge_checkpoints(report, folders["run_dir"], sizes[0], config.optim, config.checkpoint.keep)
+    if sizes and "cache" in folders:
+        space.judge_features(report, folders["cache"], sizes[0], images, config.stages, config.data.augment)
+    if "data.stage_to" in folders and images.bytes:
+        space.judge_copy(report, folders["data.stage_to"], config.data, images)
+
+
+def judge_slurm(report: Report, plan: Plan) -> None:
+    """Lines about the section `slurm`, and about Slurm on this machine."""
+    assert plan.slurm is not None
+    preflight = importlib.import_module("launch.preflight")
+    slurm = plan.slurm
+    if plan.is_submission:
+        problems = preflight.submission_problems(plan.config, slurm, "slurm")
+        for problem in problems:
+            if problem not in plan.problems:
+                report.fail(SLURM, "slurm", problem)
+        if not problems:
+            report.ok(SLURM, "slurm", f"{slurm.nodes} nodes x {slurm.tasks} tasks x {slurm.cpus_per_task} CPUs")
+        report.ok(SLURM, "nodes", "not looked at: run this command with srun in a job to check the nodes themselves")
+    judge_partition(report, slurm.partition, slurm.gpus_per_node, slurm.tasks * slurm.cpus_per_task)
+
+
+def judge_start(report: Report, plan: Plan) -> None:
+    """A line about where the run would start."""
+    assert plan.unresolved is not None
+    start = look_for_start(plan.config, plan.unresolved)
+    if start.completed:
+        report.warn("run", "start", f"the run in {start.run_dir} is complete: there is nothing left to do")
+    elif start.checkpoint is not None:
+        report.ok("run", "start", f"it resumes from {start.checkpoint}")
+    else:
+        report.ok("run", "start", f"it begins in {start.run_dir}")

@@ -1,0 +1,142 @@
+"""The images: splits and classes, and whether a few of them can be decoded."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from distil_tl.data.config import SPLITS, DataConfig
+from distil_tl.data.decode import ImageError, decode
+from distil_tl.data.index import Index
+from distil_tl.data.local_folder import StagingError, expand
+from distil_tl.data.scan import scan
+from distil_tl.doctor.lines import FAIL, WARN, Report, first_line, size
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import cache_dir
+from distil_tl.utils.log import printable
+
+GROUP = "data"
+SAMPLE = 16  # images of each split that are decoded
+DIGITS = 10  # classes of the demo
+
+
+@dataclass
+class ImagesFound:
+    """The splits that could be read.
+
+    Attributes:
+        classes: number of classes; None if it is unknown.
+        images: by split.
+        bytes: of all files.
+    """
+
+    classes: int | None = None
+    images: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
+
+
+def look_at_images(report: Report, config: DataConfig, min_side: int | None, found: ImagesFound) -> None:
+    """Scan the splits as training does, and decode a few images of each. Fills in `found`.
+
+    Args:
+        min_side: length in pixels that a decoded image needs; None: decode in full.
+    """
+    root = _root(report, config, found)
+    if root is None:
+        return
+    train: Index | None = None
+    for split in SPLITS:
+        folder = root / split
+        if not folder.is_dir():  # a missing train or val is a problem of the configuration, and named there
+            continue
+        began = time.monotonic()
+        try:
+            index = scan(folder, classes=train.classes if train is not None else None)
+        except UserError as error:
+            report.fail(GROUP, split, str(error))
+            continue
+        if split == "train":
+            train = index
+            found.classes = len(index.classes)
+        found.images[split], found.bytes = len(index), found.bytes + int(index.sizes.sum())
+        _describe(report, split, index, time.monotonic() - began)
+        _decode_some(report, config, split, index, min_side)
+    if train is not None and len(train) < config.global_batch_size:
+        report.fail(
+            GROUP, "train", f"{root / 'train'} has {len(train)} images, fewer than one global batch; set "
+            f"data.global_batch_size to at most {len(train)}",
+        )  # fmt: skip
+
+
+def _root(report: Report, config: DataConfig, found: ImagesFound) -> Path | None:
+    """The folder to scan; None if there is none yet. Nothing is written."""
+    if config.root is not None:
+        root = Path(config.root)
+        if root.is_file():
+            report.ok(GROUP, "data.root", f"{root}, a tar file of {size(root.stat().st_size)}, is unpacked when a run "
+                      f"starts; its images are not looked at")  # fmt: skip
+        return root if root.is_dir() else None
+    found.classes = DIGITS
+    folder = cache_dir() / "digits-v1"
+    if folder.is_dir():
+        report.ok(GROUP, "data.root", f"none given: the embedded digits, {folder}")
+        return folder
+    if importlib.util.find_spec("sklearn") is None:
+        report.fail(GROUP, "data.root", "none given, and the embedded digits need scikit-learn: give data.root, or "
+                    "pip install 'distil_tl[demo]'")  # fmt: skip
+    else:
+        report.ok(GROUP, "data.root", f"none given: the embedded digits, which are written to {folder} when needed")
+    return None
+
+
+def _describe(report: Report, split: str, index: Index, seconds: float) -> None:
+    notes = f", {index.ignored} other files ignored" if index.ignored else ""
+    report.ok(
+        GROUP, split, f"{len(index):,} images of {len(index.classes)} classes, {size(int(index.sizes.sum()))}{notes}; "
+        f"scanned in {seconds:.1f} s, as at each start of a run",
+    )  # fmt: skip
+    if index.missing:
+        report.warn(
+            GROUP, split, f"no images of {', '.join(map(printable, index.missing[:8]))}"
+            f"{f' and {len(index.missing) - 8} more classes' if len(index.missing) > 8 else ''}: their figures will be "
+            f"missing; is that intended?",
+        )  # fmt: skip
+
+
+def _decode_some(report: Report, config: DataConfig, split: str, index: Index, min_side: int | None) -> None:
+    """Decode images from the whole range of the index, so from as many classes as possible."""
+    chosen = np.unique(np.linspace(0, len(index) - 1, min(SAMPLE, len(index))).astype(int)).tolist()
+    seconds = []
+    for i in chosen:
+        began = time.monotonic()
+        try:
+            decode(index.path(i), min_side=min_side)
+            seconds.append(time.monotonic() - began)
+        except ImageError as error:
+            status, remedy = (FAIL, "repair or remove it, or set data.on_bad_image=skip")
+            if config.on_bad_image == "skip":
+                status, remedy = WARN, "it is skipped, as data.on_bad_image says"
+            report.add(GROUP, split, status, f"{index.path(i)} can't be used: {error.reason}; {remedy}")
+        except OSError as error:
+            report.fail(GROUP, split, f"{index.path(i)} can't be read: {error.strerror or error}; correct its "
+                        f"permissions, or the disk")  # fmt: skip
+    if seconds:
+        report.ok(
+            GROUP, f"{split}, decoded", f"{len(seconds)} of {len(chosen)} images tried, "
+            f"{1000 * float(np.median(seconds)):.1f} ms each: about {1 / max(1e-6, float(np.median(seconds))):,.0f} "
+            f"images/s for each loader process, without augmentation",
+        )  # fmt: skip
+
+
+def stage_folder(stage_to: str | None) -> tuple[str | None, str | None]:
+    """The folder that `data.stage_to` means on this node, and why it can't be told."""
+    if stage_to is None:
+        return None, None
+    try:
+        return str(expand(stage_to)), None
+    except StagingError as error:
+        return None, first_line(error)

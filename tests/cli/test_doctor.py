@@ -1,0 +1,281 @@
+"""`distil-tl doctor`: planted faults are named, in one process and among real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from distil_tl.cli.doctor import main
+from distil_tl.doctor import facts, folders, gpus, group
+from tests.helpers.arguments import small_args
+from tests.helpers.fake_slurm import FakeSlurm
+from tests.helpers.paths import ROOT
+from tests.helpers.ranks import rank, run_ranks
+
+Doctor = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.fixture
+def doctor(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """Run the command on a small run with other values. Returns the exit status, and lines `fail group/name: text`."""
+
+    def run(*args: str, data: Path = folder) -> tuple[int, list[str]]:
+        status = main(["--json", *small_args(data), f"run_dir={tmp_path}/run", *args])
+        content = json.loads(capsys.readouterr().out)
+        assert content["works"] == (status == 0)
+        return status, lines_of(content)
+
+    return run
+
+
+def lines_of(content: dict[str, Any]) -> list[str]:
+    return [f"{line['status']} {line['group']}/{line['name']}: {line['text']}" for line in content["lines"]]
+
+
+def problems(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("ok ")]
+
+
+def test_a_run_that_will_work(doctor: Doctor, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    status, lines = doctor()
+    assert status == 0
+    assert problems(lines) == []
+    shown = "\n".join(lines)
+    for expected in (
+        "ok ranks/present: 1 of 1 on ",
+        "ok configuration/batch: 8 images a step = 1 rank x 1 micro-batch x 8 images",
+        "ok data/train: 52 images of 3 classes, ",
+        "ok data/val, decoded: 16 of 16 images tried, ",
+        "ok model/model.weights: none: random weights",
+        "ok disk/checkpoints: ",
+        "ok tracking/W&B: disabled",
+        f"ok run/start: it begins in {tmp_path}/run",
+    ):
+        assert expected in shown
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_wrong_keys_and_values(doctor: Doctor) -> None:
+    status, lines = doctor("optim.nam=sgd", "data.workers=many")
+    assert status == 2
+    shown = "\n".join(problems(lines))
+    assert "fail configuration/arguments: unknown key `optim.nam`, did you mean `name`?" in shown
+    assert "fail configuration/arguments: `data.workers`: " in shown
+    assert any(line.startswith("ok versions/main: distil_tl ") for line in lines), "the machine is checked anyway"
+
+    status, lines = doctor("model.name=resnet5O", "data.global_batch_size=0", "data.root=nowhere")
+    assert status == 2
+    shown = "\n".join(problems(lines))
+    assert (
+        "model.name=resnet5O is not a torchvision classifier (timm models are written timm/NAME), did you mean" in shown
+    )
+    assert "data.global_batch_size must be at least 1" in shown
+    assert "data.root=nowhere is not a folder" in shown
+
+
+def test_a_stage_or_size_that_the_model_does_not_have(doctor: Doctor) -> None:
+    status, lines = doctor("stages.full.unfreeze=[layer9]")
+    assert status == 2
+    assert "fail model/model.name: stages.full.unfreeze names layer9; the model's groups are" in "\n".join(lines)
+
+
+def test_an_empty_class_and_one_that_train_lacks(doctor: Doctor, data: Path) -> None:
+    (data / "train/thistle").mkdir()
+    (data / "val/nois").mkdir()
+    status, lines = doctor(data=data)
+    assert status == 2
+    shown = "\n".join(problems(lines))
+    assert "fail data/train: class folders without images" in shown
+    (data / "train/thistle").rmdir()
+    status, lines = doctor(data=data)
+    assert status == 2
+    assert "fail data/val: " in "\n".join(lines)
+    assert "did you mean `noise`?" in "\n".join(lines)
+
+
+def test_a_class_that_val_lacks_is_a_warning(doctor: Doctor, data: Path) -> None:
+    for image in (data / "val/noise").iterdir():
+        image.unlink()
+    status, lines = doctor(data=data)
+    assert status == 0
+    (line,) = problems(lines)
+    assert line.startswith("warn data/val: no images of noise: ")
+
+
+def test_fewer_images_than_a_batch(doctor: Doctor) -> None:
+    status, lines = doctor("data.global_batch_size=64")
+    assert status == 2
+    assert "has 52 images, fewer than one global batch; set data.global_batch_size to at most 52" in problems(lines)[0]
+
+
+def test_an_image_that_can_not_be_decoded(doctor: Doctor, data: Path) -> None:
+    first = min((data / "train/circles").iterdir())
+    first.write_bytes(first.read_bytes()[:90])
+    status, lines = doctor(data=data)
+    assert status == 2
+    (line,) = problems(lines)
+    assert line.startswith(f"fail data/train: {first} can't be used: ")
+    status, lines = doctor("data.on_bad_image=skip", data=data)
+    assert status == 0
+    assert problems(lines)[0].startswith(f"warn data/train: {first} can't be used: ")
+
+
+def test_a_run_directory_that_can_not_be_written_to(doctor: Doctor, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    status, lines = doctor(f"run_dir={tmp_path}/file/run")
+    assert status == 2
+    assert f"fail folders/run_dir: {tmp_path}/file is not a folder; choose another run_dir" in lines
+
+
+def test_a_disk_that_is_too_small(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "_free", lambda path: 2 << 20)
+    status, lines = doctor()
+    assert status == 2
+    (line,) = problems(lines)
+    assert line.startswith("fail disk/checkpoints: 2 MiB free for ")
+    assert "choose another run_dir, or lower checkpoint.keep" in line
+
+
+def test_limits_of_the_machine(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts, "free_shared_memory", lambda: 4096)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (64, 64))
+    status, lines = doctor("data.workers=2")
+    assert status == 2
+    failures = [line for line in problems(lines) if line.startswith("fail")]
+    assert [line.partition(":")[0] for line in failures] == ["fail machine//dev/shm", "fail machine/open files"]
+
+
+def test_gpus_that_torch_can_not_use(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "device_files", lambda: [Path("/dev/nvidia0")])
+    monkeypatch.setattr(gpus, "why_unavailable", lambda: "The NVIDIA driver on your system is too old")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, lines = doctor("distributed.device=auto")
+    assert status == 2
+    (line,) = problems(lines)
+    assert "torch cannot use them: The NVIDIA driver on your system is too old; repair that, or set" in line
+
+
+def test_missing_weights_without_network(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(address: tuple[str, int], timeout: float) -> None:
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", no_network)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub._hub_dir", None)
+    status, lines = doctor("model.weights=default")
+    assert status == 2
+    (line,) = problems(lines)
+    assert line.startswith("fail model/model.weights: torchvision IMAGENET1K_V1 must be downloaded on ")
+    assert "Network is unreachable" in line
+    assert "run `distil-tl prefetch` with the same arguments" in line
+
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: SimpleNamespace(close=lambda: None))
+    status, lines = doctor("model.weights=default")
+    assert status == 0
+    assert problems(lines)[0].startswith("warn model/model.weights: torchvision IMAGENET1K_V1 will be downloaded on ")
+
+
+def test_a_partition_that_does_not_exist(doctor: Doctor, slurm: FakeSlurm) -> None:
+    script = slurm.folder / "sinfo"
+    script.write_text("#!/bin/sh\necho 'gpu|up|gpu:4|64'\n")
+    script.chmod(0o755)
+    status, lines = doctor("slurm.partition=gpus", "slurm.nodes=3", "slurm.gpus_per_node=1", "slurm.time=soon")
+    assert status == 2
+    shown = "\n".join(problems(lines))
+    assert "fail configuration/values: data.global_batch_size=8 can't be divided evenly among 3 processes" in shown or (
+        "fail Slurm/slurm: slurm.time=soon is not a time limit" in shown
+    )
+    assert "fail Slurm/slurm.partition: there is no partition gpus, did you mean `gpu`?" in shown
+
+
+def test_an_incomplete_launch_environment(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, lines = doctor()
+    assert status == 2
+    assert problems(lines)[0].startswith(
+        "fail ranks/environment: the environment looks like torchrun's (WORLD_SIZE set)"
+    )
+
+
+def test_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["--jsn"])
+    assert refused.value.code == 2
+    assert "unknown option --jsn" in capsys.readouterr().err
+
+
+# Among real ranks.
+
+
+def examine_in(where: str, args: list[str], fault: str, seconds: str) -> tuple[int, dict[str, Any]]:
+    """The command on this rank, in the folder `where`/RANK. Returns its exit status, and what rank 0 printed."""
+    import contextlib
+    import io
+
+    home = Path(where) / str(rank())
+    home.mkdir()
+    os.chdir(home)
+    if fault == "absent" and rank() == 1:
+        return 0, {}
+    if fault == "hangs" and rank() == 1:
+        group.try_collectives = lambda *_: time.sleep(4) or {}  # type: ignore[func-returns-value]
+    folders.VISIBLE_SECONDS = 0.5
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = main(["--json", "--timeout", seconds, *args])
+    return status, json.loads(output.getvalue()) if rank() == 0 else {}
+
+
+def test_two_ranks_reduce_and_must_share_the_run_directory(folder: Path, tmp_path: Path) -> None:
+    args = [*small_args(folder), "data.global_batch_size=9"]
+    (status, content), (other_status, _) = run_ranks(2, examine_in, str(tmp_path), [*args, "run_dir=runs/a"], "", "60")
+    assert status == other_status == 2
+    lines = lines_of(content)
+    shown = "\n".join(lines)
+    assert "ok ranks/present: 2 of 2 on " in shown
+    assert "ok collectives/gloo: 2 ranks add up right; an all-reduce of 64 MiB runs at " in shown
+    assert "fail folders/run_dir: what rank 0 writes there is not visible to rank 1 on " in shown
+    assert "data.global_batch_size=9 can't be divided evenly among 2 processes" in shown
+    assert len(problems(lines)) == 2
+    assert [path.name for path in tmp_path.rglob("*")] in (["0", "1"], ["1", "0"]), "something was left behind"
+
+
+def test_a_rank_that_does_not_join(folder: Path, tmp_path: Path) -> None:
+    (status, content), _ = run_ranks(2, examine_in, str(tmp_path), small_args(folder), "absent", "2")
+    assert status == 2
+    assert "fail ranks/missing: rank 1 did not report in time; see their output" in "\n".join(lines_of(content))
+
+
+def test_an_all_reduce_that_hangs(folder: Path, tmp_path: Path) -> None:
+    args = [*small_args(folder), f"run_dir={tmp_path}/run"]
+    (status, content), (other_status, _) = run_ranks(2, examine_in, str(tmp_path), args, "hangs", "2")
+    assert status == other_status == 2
+    shown = "\n".join(problems(lines_of(content)))
+    assert "fail collectives/gloo: forming the process group did not end within 2 s" in shown or (
+        "fail collectives/gloo: forming the process group failed: " in shown
+    )
+
+
+def test_the_command_itself(folder: Path, tmp_path: Path) -> None:
+    arguments = [*small_args(folder), "run_dir=run", "data.workers=-1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "distil_tl.cli", "doctor", *arguments],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "\n  fail  values" in done.stdout
+    assert "data.workers must be 0 or more" in done.stdout
+    assert done.stdout.endswith("\nIt will not work: 1 failure, no warnings.\n")
+    assert list(tmp_path.iterdir()) == []
