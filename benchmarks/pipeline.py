@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -45,7 +46,11 @@ MODES = ("loader", "synthetic", "both")
 
 @dataclass(frozen=True)
 class Task:
-    """The measurement of one process: two epochs. The first one also starts the loader processes and warms up."""
+    """The measurement of one process: three epochs, of which the second counts.
+
+    In the first one the loader processes start and the network warms up. During the second one batches of the third are
+    loaded, as many as batches of the second were loaded before it began.
+    """
 
     root: str
     mode: str  # loader: batches are loaded and discarded | synthetic: training on one batch, repeated | both: training
@@ -55,7 +60,7 @@ class Task:
     batch: int
     augment: str
     precision: str
-    epochs: int = 2
+    epochs: int = 3
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -179,34 +184,31 @@ def run_one(task: Task) -> dict[str, Any]:
         setup = StageSetup(network, None, dummy_images(2, task.image_size, info.device))
         source = ImageSource(info, config, splits.as_dict(), model.preprocess, BadImages("error"))
         training = begin_stage(info, stage, model, setup, source, BatchPlan(task.batch, 1), log_every=1)
-        sampler, loader, seconds = training.sampler, training.loader, []
+        sampler, loader, marks = training.sampler, training.batches.loader, [time.monotonic()]
+        batches = iter(loader) if task.mode == "loader" else source.batches(loader, "train")
+        if task.mode == "synthetic":
+            batches = synthetic(info, task)
         for epoch in range(task.epochs):
-            sampler.set_position(epoch)
-            began = time.monotonic()
             if task.mode == "loader":
-                for _ in loader:
+                for _ in itertools.islice(batches, sampler.steps_per_epoch):
                     pass
             else:
-                batches = (
-                    source.batches(loader, "train")
-                    if task.mode == "both"
-                    else synthetic(info, task, sampler.steps_per_epoch)
-                )
                 training.meter = Meter(info, len(splits.classes))
                 for step in training.steps_left(Position("full", epoch, 0, 0)):
                     optimizer_step(training, forward_backward(info, training, next(batches), step, 0), step)
                 training.meter.total()  # waits for the device
-            seconds.append(time.monotonic() - began)
+            marks.append(time.monotonic())
+    seconds = [end - begin for begin, end in itertools.pairwise(marks)]
     return {"images": sampler.end, "epoch_seconds": seconds, "device": str(info.device)}
 
 
-def synthetic(info: DistInfo, task: Task, steps: int) -> Iterator[Batch]:
+def synthetic(info: DistInfo, task: Task) -> Iterator[Batch]:
     """The same batch again and again, on the network's device."""
     shape = (task.batch, 3, task.image_size, task.image_size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=info.device)
     zeros = torch.zeros(task.batch, dtype=torch.long, device=info.device)
     valid = torch.ones(task.batch, dtype=torch.bool, device=info.device)
-    for _ in range(steps):
+    while True:
         yield Batch(images, zeros, zeros.cpu(), valid, [])
 
 

@@ -57,9 +57,10 @@ def run(options: argparse.Namespace) -> None:
         source = ImageSource(info, config.data, {split: index}, model.preprocess, bad_images)
         compute = default_compute(restored.precision, model.module, info.device)
         network = evaluation_network(model, compute, info.device, restored.image_size)
-        loader = source.eval_loader(split, restored.image_size)
+        sampler = source.eval_batches(split)
+        batches = source.batches(source.eval_loader(split, restored.image_size, sampler), split)
         result = evaluate(
-            info, network, loader, source.batches(loader, split), len(restored.classes),
+            info, network, sampler.turns, batches, len(restored.classes),
             mistakes=options.mistakes, show=True,
         )  # fmt: skip
         bad_images.refuse_none_usable(result.metrics.count, split, index)

@@ -115,7 +115,7 @@ class Run:
         return Compute.parse(record.precision)
 
     def enter(self, training: StageTraining) -> Position:
-        """Make `training` the current stage; restore it if the checkpoint is in it. Returns where it starts."""
+        """Make `training` the current stage, restore it from a checkpoint, start to load. Returns where it starts."""
         name, at = training.stage.name, self.state.position
         if at is None or at.stage != name:
             at = Position(name, 0, 0, self.state.step)
@@ -124,6 +124,7 @@ class Run:
             training.meter.load_state(self.train_state["meter"])
         self.train_state = None
         self.training = training
+        training.batches.start(at.epoch, at.consumed)
         return at
 
     # Checkpoints.

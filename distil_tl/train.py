@@ -145,8 +145,6 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
     log_every, save_every = run.config.tracking.log_every, run.config.checkpoint.every_steps
     info.phase, info.training_started = f"stage {stage.name}, epoch {position.epoch + 1}", True
     run.state.position = position
-    sampler.set_position(position.epoch, position.consumed)
-    batches = run.source.batches(training.loader, "train")
     done, total = position.consumed // sampler.global_batch_size, sampler.steps_per_epoch
     label = f"{stage.name} {position.epoch + 1}/{stage.config.epochs}"
     training.meter.start()
@@ -155,7 +153,8 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
             set_lr(training.optimizer, lr_factor(step, training.total_steps, stage.optim.warmup, stage.optim.schedule))
             loss = torch.zeros((), device=info.device)
             for micro in range(training.accumulation):
-                loss += forward_backward(info, training, next(batches), step, micro)
+                loss += forward_backward(info, training, training.next_batch(), step, micro)
+            training.batches.start_val()  # now that the first batches of training are loaded
             optimizer_step(training, loss, step)
             average_statistics(info, training)
             position.step, position.consumed = position.step + 1, position.consumed + sampler.global_batch_size
@@ -182,8 +181,7 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
     micro-batches. An image that is left out adds nothing to the sum.
     """
     stage = training.stage
-    # A key for dropout and stochastic depth, so that a resumed run draws the same. After the batch has arrived, because
-    # a loader that starts draws random numbers too.
+    # A key for dropout and stochastic depth, so that a resumed run draws the same.
     seed_torch(info.device, stage.seed, "step", stage.name, step, micro, info.rank)
     training.recent.append((step, batch.indices))
     with reduce_gradients(training.network, now=micro == training.accumulation - 1):
@@ -208,15 +206,15 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
     # device, and what is only part of the network is evaluated as a whole at the end.)
     in_full = isinstance(training.inner, ImageNetwork) and info.device.type == "cpu"
     result = evaluate(
-        info, training.inner, training.val_loader, run.source.batches(training.val_loader, "val"), run.num_classes,
+        info, training.inner, training.batches.val_sampler.turns, training.batches.evaluation(), run.num_classes,
         agreement=run.agreement, mistakes=MISTAKES if in_full else None,
     )  # fmt: skip
     bad_images.refuse_none_usable(result.metrics.count, "val", run.source.index("val"))
-    run.records.add_epoch(training.moment(position), trained)
-    is_best = run.records.add_evaluation(training.moment(position), result.metrics, time.monotonic() - began)
+    line, moment = run.records.add_epoch(training.moment(position), trained), training.moment(position)
+    is_best = run.records.add_evaluation(moment, result.metrics, time.monotonic() - began, result.waited)
     if is_best:
         run.best_evaluation = result if in_full else None
-    console.print_epoch(info, training, run.state)
+    console.print_epoch(info, training, run.state, line)
     run.state.position = following = Position(stage.name, position.epoch + 1, 0, position.step)
     training.meter = Meter(info, run.num_classes)
     run.save(training, is_best=is_best)
@@ -251,13 +249,15 @@ def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluati
     if best is not None:  # else the best one is in the directory that this run resumed from: the last one is used
         load_weights(run.checkpoints.path(best["step"]), run.model.module)
     image_size, fold = run.stage(stage).image_size, run.state.stages[stage].folded is not False
+    samplers = {split: run.source.eval_batches(split) for split in splits}
+    loaders = {split: run.source.eval_loader(split, image_size, samplers[split]) for split in splits}
+    batches = {split: run.source.batches(loaders[split], split) for split in splits}  # loaded from now on
     network = evaluation_network(run.model, run.compute(stage), info.device, image_size, fold=fold)
     results: dict[str, Evaluation] = {}
     for split in splits:
         info.phase = f"the final evaluation on {split}"
-        loader = run.source.eval_loader(split, image_size)
         results[split] = evaluate(
-            info, network, loader, run.source.batches(loader, split), run.num_classes,
+            info, network, samplers[split].turns, batches[split], run.num_classes,
             agreement=run.agreement, mistakes=MISTAKES,
         )  # fmt: skip
         run.source.bad_images.refuse_none_usable(results[split].metrics.count, split, run.source.index(split))

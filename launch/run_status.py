@@ -15,6 +15,7 @@ from typing import Any
 from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.rundir.lock import is_alive, read_attempt
 from distil_tl.utils.args import read_yaml
+from distil_tl.utils.data_wait import wait_share
 from distil_tl.utils.errors import UserError
 from launch.local_job import is_job_alive
 from launch.records import read_json, read_record
@@ -40,6 +41,7 @@ class RunStatus:
         restarts: how often Slurm restarted the job.
         host: where it runs.
         seconds: total training time.
+        data_wait: the share of the last recorded part of training for which it waited for data.
         detail: more about the state, such as why the run failed.
     """
 
@@ -54,6 +56,7 @@ class RunStatus:
     restarts: int = 0
     host: str | None = None
     seconds: float | None = None
+    data_wait: float | None = None
     detail: str | None = None
 
 
@@ -93,6 +96,7 @@ def read_status(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> RunStat
         restarts=(attempt or {}).get("restarts", 0),
         host=job.nodes if job and job.nodes else host,
         seconds=summary.get("total_seconds"),
+        data_wait=wait_share(next((line for line in reversed(lines) if line.get("split") == "train"), {})),
         detail=detail,
     )
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.utils.command import run_command
+from distil_tl.utils.data_wait import is_notable
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_safe
 from distil_tl.utils.log import printable, setup_console, table
@@ -147,7 +148,7 @@ def to_text(overview: Overview) -> str:
     keys = list(dict.fromkeys(key for _, values in overview.rows for key in values))
     short = _short_names(keys)
     head = ["", "run", "state", "done", overview.metric, *(short[key] for key in keys)]
-    head += ["at", "job", "restarts", "where"]
+    head += ["at", "data wait", "job", "restarts", "where"]
     rows = [_cells(overview, rank, run, [values.get(key) for key in keys])
             for rank, (run, values) in enumerate(overview.rows, start=1)]  # fmt: skip
     used = [i for i in range(len(head)) if i < 5 or any(row[i] for row in rows)]
@@ -178,6 +179,7 @@ def _cells(overview: Overview, rank: int, run: RunStatus, values: Sequence[Any])
         f"{metric:.4f}" if metric is not None else "",
         *("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in values),
         f"{run.stage} {run.epoch}" if run.stage else "",
+        f"{run.data_wait:.0%}" if run.data_wait is not None and is_notable(run.data_wait) else "",
         run.job_id or "",
         str(run.restarts or ""),
         printable(run.host or reason),

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.scale.files import synthetic_index
 from distil_tl.data.loader import ImageDataset, make_loader
-from distil_tl.data.sampler import TrainSampler
+from distil_tl.data.sampler import TrainSampler, in_batches
 from distil_tl.data.splits import share_indexes
 from distil_tl.data.transforms import eval_transform
 from distil_tl.distributed.collectives import gather_objects
@@ -53,13 +53,13 @@ def measure(info: DistInfo, files: int, batches: int) -> dict[str, Any]:
 
     sampler = TrainSampler(
         len(index), global_batch_size=BATCH * info.world_size, world_size=info.world_size, rank=info.rank, seed=0,
-        stage="full",
+        stage="full", epochs=1,
     )  # fmt: skip
     began = time.monotonic()
     next(iter(sampler))
     order = time.monotonic() - began
     dataset = ImageDataset(index, eval_transform(Preprocess(), SIZE), SIZE)
-    loader = make_loader(dataset, sampler, batch_size=BATCH, workers=WORKERS, pin_memory=False)
+    loader = make_loader(dataset, in_batches(sampler, BATCH), workers=WORKERS, ahead=4, pin_memory=False)
     began = time.monotonic()
     steps = iter(loader)
     next(steps)

@@ -23,6 +23,7 @@ class DataConfig:
     max_local_batch_size: int | None = None  # images that fit one device; a larger share of a rank is accumulated
     image_size: int | None = None  # pixels; null: that of the pretrained weights
     workers: int | None = None  # loader processes per rank; null: from the number of available CPUs
+    prefetch_mib: int = 2048  # MiB of batches that a rank loads ahead, for training and again for evaluation
     augment: str = "light"  # none | light | strong
     hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class
     on_bad_image: str = "error"  # error: stop with an error | skip: do not train on it, and list it in summary.json
@@ -37,6 +38,8 @@ class DataConfig:
             found.append("data.image_size must be at least 8 pixels")
         if self.workers is not None and self.workers < 0:
             found.append("data.workers must be 0 or more, or null to choose by the available CPUs")
+        if self.prefetch_mib < 1:
+            found.append("data.prefetch_mib must be at least 1")
         if self.augment not in AUGMENTATIONS:
             found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
         if self.on_bad_image not in ON_BAD_IMAGE:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator
 
 import torch
 
 from distil_tl.data.loader import Batch
 
 
-def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """The same batches, with images, targets and validity on `device`; `indices` stay on the CPU.
 
     On CUDA, batches are copied on a separate stream. The training process runs ahead of its GPU, so it requests a
@@ -19,13 +20,19 @@ def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
     if device.type != "cuda":
         yield from batches
         return
-    copy_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = copy_stream(device)
     for batch in batches:
-        with torch.cuda.stream(copy_stream):
+        with torch.cuda.stream(stream):
             moved = [part.to(device, non_blocking=True) for part in (batch.images, batch.targets, batch.valid)]
         compute_stream = torch.cuda.current_stream(device)
-        compute_stream.wait_stream(copy_stream)
+        compute_stream.wait_stream(stream)
         for part in moved:
             part.record_stream(compute_stream)  # else its memory could be reused for the next copy while in use
         images, targets, valid = moved
         yield batch._replace(images=images, targets=targets, valid=valid)
+
+
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream for copies to a device. One for all loaders: torch keeps freed memory apart for each stream."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

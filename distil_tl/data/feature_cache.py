@@ -13,17 +13,20 @@ import os
 import secrets
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from distil_tl.data.loader import Batch, Loader
+from distil_tl.data.prefetch import plan_prefetch
+from distil_tl.data.read_ahead import PinnedLoader
 from distil_tl.data.sampler import SampleKey
+from distil_tl.distributed.launch_env import Launch
 from distil_tl.utils.files import sha256_file, write_json
 
 # Before Python 3.13, its mmap keeps a file descriptor open for each mapping.
@@ -161,6 +164,10 @@ class FeatureDataset(Dataset[Batch]):
         """A dummy batch [count, ...] with the shape and type of these features."""
         return torch.randn(count, *self.arrays[0].shape[1:], generator=torch.Generator().manual_seed(0)).to(self.dtype)
 
+    @property
+    def bytes_per_image(self) -> int:
+        return int(self.arrays[0][0].nbytes)
+
     def __getitems__(self, keys: list[SampleKey]) -> Batch:
         """The batch of these samples. Epoch `e` uses view `e` modulo the number of views."""
         pairs = [(key.epoch % self.cache.views, key.image) for key in keys]
@@ -177,11 +184,24 @@ class FeatureDataset(Dataset[Batch]):
         )
 
 
-def feature_loader(dataset: FeatureDataset, sampler: Sampler[SampleKey], batch_size: int) -> Loader:
-    """A loader of features, in the order of a sampler of images."""
-    ordered: Any = sampler
-    loader: Loader = DataLoader(dataset, batch_size=batch_size, sampler=ordered, collate_fn=_identity)
-    return loader
+def feature_loader(
+    dataset: FeatureDataset,
+    batches: Iterable[list[SampleKey]],
+    batch_size: int,
+    *,
+    device: torch.device,
+    limit_mib: int,
+) -> Iterable[Batch]:
+    """A loader of features in the given batches, of at most `batch_size` images.
+
+    On CUDA a thread reads ahead into pinned memory, as far as `limit_mib` (`data.prefetch_mib`) permits.
+    """
+    given: Any = batches
+    loader: Loader = DataLoader(dataset, batch_sampler=given, collate_fn=_identity, generator=torch.Generator())
+    if device.type != "cuda":
+        return loader
+    _, ahead = plan_prefetch(Launch(), 1, batch_size * dataset.bytes_per_image, limit_mib=limit_mib, pinned=True)
+    return PinnedLoader(loader, device, max(1, ahead))
 
 
 def _identity(batch: Any) -> Any:
@@ -193,20 +213,3 @@ def free_space(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def available_memory() -> int:
-    """Bytes of memory that this process can still use: limited by the machine and by its control group (Slurm job)."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
-        group = Path("/proc/self/cgroup").read_text().strip().rpartition(":")[2].lstrip("/")
-        for folder in (Path("/sys/fs/cgroup") / group, *(Path("/sys/fs/cgroup") / group).parents):
-            limit = folder / "memory.max"
-            if limit.exists() and limit.read_text().strip() != "max":
-                limits.append(int(limit.read_text()) - int((folder / "memory.current").read_text()))
-    except (OSError, ValueError, IndexError):  # not Linux, or without version 2 of control groups
-        pass
-    return max(0, min(limits))

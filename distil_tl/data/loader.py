@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -19,6 +20,7 @@ from distil_tl.data.index import Index
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import ImageTransform
 from distil_tl.distributed.launch_env import Launch, cpus_of_rank
+from distil_tl.distributed.shared_memory import SharedArrays
 from distil_tl.utils.log import logger
 from distil_tl.utils.rng import keyed_seed
 from distil_tl.utils.threads import available_cpus
@@ -69,6 +71,24 @@ class Item:
     bad_reason: str | None
 
 
+def _reduced(batch: Batch) -> tuple[Any, ...]:
+    """How a loader process sends a batch to its rank: in anonymous memory, as one open file.
+
+    torch would write a file in /dev/shm for each tensor. Docker limits /dev/shm to 64 MB, and what no longer fits there
+    ends a loader process with a bus error. Anonymous memory has no such limit.
+    """
+    *tensors, faults = batch
+    shared = SharedArrays.copied({name: tensor.numpy() for name, tensor in zip(Batch._fields, tensors, strict=False)})
+    return (Batch, tuple(batch)) if shared is None else (_received, (shared, faults))
+
+
+def _received(shared: SharedArrays, faults: list[tuple[int, str]]) -> Batch:
+    images, targets, indices, valid = (torch.from_numpy(array) for array in shared.values())
+    return Batch(images, targets, indices, valid, faults)
+
+
+ForkingPickler.register(Batch, _reduced)
+
 Loader: TypeAlias = "DataLoader[Batch]"
 
 
@@ -86,6 +106,11 @@ class ImageDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Of a batch."""
+        return 3 * self.image_size**2 + 17  # with the target, the position in the index and the validity
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for loader processes that are not forked; the index is put into shared memory for them."""
@@ -140,29 +165,22 @@ def warn_of_few_cpus(launch: Launch, workers: int | None) -> None:
 
 
 def make_loader(
-    dataset: ImageDataset,
-    sampler: Sampler[SampleKey] | Sampler[list[SampleKey]],
-    *,
-    batch_size: int | None,
-    workers: int,
-    pin_memory: bool,
+    dataset: ImageDataset, batches: Sampler[list[SampleKey]], *, workers: int, ahead: int, pin_memory: bool
 ) -> Loader:
-    """A loader of the samples of `sampler`; with `batch_size=None`, `sampler` yields whole batches.
-
-    Worker processes are kept between epochs. Set the position of the sampler before iterating.
-    """
+    """A loader of batches, of which each loader process makes up to `ahead` before they are asked for."""
     if workers:
         atexit.unregister(_kill_workers)
         atexit.register(_kill_workers)
     loader: Loader = DataLoader(
         dataset,  # type: ignore[arg-type]  # typed by the batches, not by the items
-        **({"batch_sampler": sampler} if batch_size is None else {"sampler": sampler, "batch_size": batch_size}),
+        batch_sampler=batches,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
         collate_fn=dataset.collate,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=ahead if workers else None,
+        generator=torch.Generator(),  # else a loader that starts draws from the generator of the training
     )
     return loader
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from torch.utils.data import DistributedSampler
+from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from distil_tl.utils.rng import keyed_seed
 
@@ -30,32 +31,34 @@ def epoch_order(length: int, seed: int, stage: str, epoch: int) -> np.ndarray:
 
 
 class TrainSampler(DistributedSampler[SampleKey]):
-    """The training order; global batches do not depend on the world size.
+    """The training order of a stage, from a position to its end; global batches do not depend on the world size.
 
     Global batch `s` is `order[s * B : (s + 1) * B]`. Rank `r` of `W` takes every `W`-th sample of it, beginning with
     sample `r`, as `DistributedSampler` does. The last samples, which do not fill a batch, are dropped; these are
-    different samples in each epoch, as the order changes.
+    different samples in each epoch, as the order changes. So no batch has samples of two epochs.
 
     Args:
         length: number of images.
         global_batch_size: `B`; must be divisible by `world_size` and at most `length`.
         seed, stage: determine the order, together with the epoch.
+        epochs: of the stage.
     """
 
     def __init__(
-        self, length: int, *, global_batch_size: int, world_size: int, rank: int, seed: int, stage: str
+        self, length: int, *, global_batch_size: int, world_size: int, rank: int, seed: int, stage: str, epochs: int
     ) -> None:
         if global_batch_size % world_size or global_batch_size > length:
             raise ValueError(f"global batch {global_batch_size}, world {world_size}, {length} images")
         super().__init__(cast(Any, range(length)), num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
         self.length = length
         self.stage = stage
+        self.epochs = epochs
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = length // global_batch_size
         self.consumed = 0
 
     def set_position(self, epoch: int, consumed: int = 0) -> None:
-        """Continue in `epoch` after `consumed` samples over all ranks, a multiple of the global batch size."""
+        """Begin in `epoch` after `consumed` samples over all ranks, a multiple of the global batch size."""
         if consumed % self.global_batch_size:
             raise ValueError(f"{consumed} samples are not a whole number of global batches")
         self.set_epoch(epoch)
@@ -67,12 +70,19 @@ class TrainSampler(DistributedSampler[SampleKey]):
         return self.steps_per_epoch * self.global_batch_size
 
     def __len__(self) -> int:
-        return (self.end - self.consumed) // self.num_replicas
+        return ((self.epochs - self.epoch) * self.end - self.consumed) // self.num_replicas
 
     def __iter__(self) -> Iterator[SampleKey]:
-        order = epoch_order(self.length, self.seed, self.stage, self.epoch)
-        for position in range(self.consumed + self.rank, self.end, self.num_replicas):
-            yield SampleKey(int(order[position]), self.epoch, position)
+        consumed = self.consumed
+        for epoch in range(self.epoch, self.epochs):
+            yield from self.keys(epoch, consumed)
+            consumed = 0
+
+    def keys(self, epoch: int, consumed: int = 0) -> Iterator[SampleKey]:
+        """The samples of one epoch, after `consumed` samples over all ranks."""
+        order = epoch_order(self.length, self.seed, self.stage, epoch)
+        for position in range(consumed + self.rank, self.end, self.num_replicas):
+            yield SampleKey(int(order[position]), epoch, position)
 
 
 class EvalSampler(DistributedSampler[SampleKey]):
@@ -88,3 +98,42 @@ class EvalSampler(DistributedSampler[SampleKey]):
     def __iter__(self) -> Iterator[SampleKey]:
         for index in range(self.rank, self.length, self.num_replicas):
             yield SampleKey(index, 0, index)
+
+
+def in_batches(sampler: Sampler[SampleKey], batch_size: int) -> Sampler[list[SampleKey]]:
+    """The samples of a sampler in batches; only the last one may be smaller."""
+    batches: Any = BatchSampler(cast(Any, sampler), batch_size, drop_last=False)  # which is typed for indices
+    return cast(Sampler[list[SampleKey]], batches)
+
+
+class EvalBatches(Sampler[list[SampleKey]]):
+    """The batches of an evaluation, several times in a row. None has samples of two passes.
+
+    Args:
+        batch_size: at most, of this rank.
+
+    Attributes:
+        passes: how often every sample comes.
+    """
+
+    def __init__(self, sampler: EvalSampler, batch_size: int) -> None:
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.passes = 1
+
+    @property
+    def turns(self) -> int:
+        """Batches of rank 0 in one pass; no rank has more."""
+        return math.ceil(math.ceil(self.sampler.length / self.sampler.num_replicas) / self.batch_size)
+
+    @property
+    def per_pass(self) -> int:
+        """Batches of this rank in one pass."""
+        return math.ceil(len(self.sampler) / self.batch_size)
+
+    def __len__(self) -> int:
+        return self.passes * self.per_pass
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for _ in range(self.passes):
+            yield from in_batches(self.sampler, self.batch_size)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch.utils.data import Sampler
 
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import DataConfig
 from distil_tl.data.device import to_device
+from distil_tl.data.feature_cache import FeatureDataset, feature_loader
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, ImageDataset, Loader, choose_workers, make_loader
-from distil_tl.data.sampler import EvalSampler, TrainSampler
+from distil_tl.data.prefetch import plan_prefetch
+from distil_tl.data.sampler import EvalBatches, EvalSampler, SampleKey, TrainSampler, in_batches
 from distil_tl.data.transforms import eval_transform, train_transform
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.preprocess import Preprocess
@@ -46,7 +50,7 @@ class ImageSource:
         transform = train_transform(self.preprocess, image_size, augment, self.config.hflip)
         return ImageDataset(self.index(split), transform, image_size, seed=seed, stage=stage)
 
-    def sampler(self, *, seed: int, stage: str) -> TrainSampler:
+    def sampler(self, *, seed: int, stage: str, epochs: int) -> TrainSampler:
         """The training order of a stage, for this rank."""
         return TrainSampler(
             len(self.index("train")),
@@ -55,19 +59,22 @@ class ImageSource:
             rank=self.info.rank,
             seed=seed,
             stage=stage,
+            epochs=epochs,
         )
 
     def train_loader(self, dataset: ImageDataset, sampler: TrainSampler, micro_batch: int) -> Loader:
-        """Batches of `micro_batch` images; set the sampler's position before each epoch."""
-        return self._loader(dataset, sampler, micro_batch)
+        """Batches of `micro_batch` images; set the position of the sampler before iterating."""
+        return self.loader(dataset, in_batches(sampler, micro_batch), micro_batch)
 
-    def eval_loader(self, split: str, image_size: int) -> Loader:
-        """Every image of a split once, over all ranks."""
+    def eval_loader(self, split: str, image_size: int, batches: EvalBatches) -> Loader:
+        """The images of a split in the given batches."""
         dataset = ImageDataset(self.index(split), eval_transform(self.preprocess, image_size), image_size)
-        return self._loader(dataset, self.eval_sampler(split), self.eval_batch_size)
+        return self.loader(dataset, batches, batches.batch_size)
 
-    def eval_sampler(self, split: str) -> EvalSampler:
-        return EvalSampler(len(self.index(split)), world_size=self.info.world_size, rank=self.info.rank)
+    def eval_batches(self, split: str) -> EvalBatches:
+        """The batches of this rank, with every image of a split once over all ranks."""
+        sampler = EvalSampler(len(self.index(split)), world_size=self.info.world_size, rank=self.info.rank)
+        return EvalBatches(sampler, self.eval_batch_size)
 
     @property
     def eval_batch_size(self) -> int:
@@ -75,15 +82,29 @@ class ImageSource:
         share = max(1, self.config.global_batch_size // self.info.world_size)
         return min(share, self.config.max_local_batch_size or share)
 
-    def batches(self, loader: Loader, split: str) -> Iterator[Batch]:
+    def batches(self, loader: Iterable[Batch], split: str) -> Iterator[Batch]:
         """The batches of a loader, on the device, with the policy applied to bad images.
+
+        Loader processes start now, and load ahead. A batch counts as taken when it is asked for.
 
         Raises:
             UserError: an image can't be used, and the policy is `error`.
         """
-        return self.bad_images.check(to_device(loader, self.info.device), split, self.index(split))
+        return self.bad_images.check(to_device(iter(loader), self.info.device), split, self.index(split))
 
-    def _loader(self, dataset: ImageDataset, sampler: TrainSampler | EvalSampler, batch_size: int) -> Loader:
-        workers = choose_workers(self.info.launch, self.config.workers)
-        pin_memory = self.info.device.type == "cuda"
-        return make_loader(dataset, sampler, batch_size=batch_size, workers=workers, pin_memory=pin_memory)
+    def loader(self, dataset: ImageDataset, batches: Sampler[list[SampleKey]], batch_size: int) -> Loader:
+        """A loader of these batches, of at most `batch_size` images, with the loader processes of this rank."""
+        launch, pinned = self.info.launch, self.info.device.type == "cuda"
+        plan = plan_prefetch(
+            launch, choose_workers(launch, self.config.workers), batch_size * dataset.bytes_per_image,
+            limit_mib=self.config.prefetch_mib, pinned=pinned,
+        )  # fmt: skip
+        return make_loader(dataset, batches, workers=plan.workers, ahead=plan.batches, pin_memory=pinned)
+
+    def feature_loader(
+        self, features: FeatureDataset, batches: Iterable[list[SampleKey]], batch_size: int
+    ) -> Iterable[Batch]:
+        """A loader of features in these batches, of at most `batch_size` images."""
+        return feature_loader(
+            features, batches, batch_size, device=self.info.device, limit_mib=self.config.prefetch_mib
+        )

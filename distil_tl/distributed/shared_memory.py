@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +94,7 @@ def _received(file: Any, places: Sequence[Place]) -> SharedArrays:
 def new_memory(size: int) -> int | None:
     """A descriptor of `size` bytes of anonymous memory; None if the system has no memfd or not enough memory."""
     try:
-        made = os.memfd_create("distil_tl")
+        made = _memory_file()
     except (AttributeError, OSError):  # not Linux
         return None
     try:
@@ -101,6 +103,26 @@ def new_memory(size: int) -> int | None:
         os.close(made)
         return None
     return made
+
+
+def _memory_file() -> int:
+    """A descriptor of an empty file in anonymous memory."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("distil_tl")
+    libc = ctypes.CDLL(None, use_errno=True)  # Python built for an older system, as conda's, lacks the function
+    made: int = libc.memfd_create(b"distil_tl", 1)  # closed in programs that are started
+    if made < 0:
+        raise OSError(ctypes.get_errno(), "memfd_create")
+    return made
+
+
+@functools.cache
+def has_memory_files() -> bool:
+    """Whether the system has files in anonymous memory."""
+    file = new_memory(1)
+    if file is not None:
+        os.close(file)
+    return file is not None
 
 
 def mapped(file: int, size: int, access: int) -> np.ndarray:

@@ -9,24 +9,24 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from distil_tl.data.feature_cache import available_memory
+from distil_tl.data.prefetch import free_shared_memory
 from distil_tl.distributed.launch_env import Launch, cpus_of_rank
+from distil_tl.distributed.shared_memory import has_memory_files
 from distil_tl.doctor.folders import FolderFacts, probe_folder
 from distil_tl.doctor.gpus import GpuFacts, find_gpus
 from distil_tl.doctor.lines import first_line
 from distil_tl.models.config import ModelConfig
+from distil_tl.utils.memory import available_memory
 from distil_tl.utils.threads import CallTimeoutError, available_cpus, call_with_timeout
 from distil_tl.utils.version import __version__
 
 PACKAGES = ("torchvision", "omegaconf", "numpy", "pillow", "safetensors")  # without these nothing works
 OPTIONAL_PACKAGES = ("timm", "wandb", "submitit", "scikit-learn")
-SHM = "/dev/shm"
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Facts:
         allowed_cpus: that this process may run on.
         machine_cpus: of the machine.
         shm: free bytes in /dev/shm; None if there is none.
+        memory_files: whether loader processes can return batches in anonymous memory, and do not need /dev/shm.
         open_files: how many files this process may open.
         memory: free bytes of the node, limited by the control group.
         folders: by name.
@@ -60,6 +61,7 @@ class Facts:
     allowed_cpus: int = 1
     machine_cpus: int = 1
     shm: int | None = None
+    memory_files: bool = True
     open_files: int = 1024
     memory: int = 0
     folders: dict[str, FolderFacts] = field(default_factory=dict)
@@ -141,14 +143,6 @@ def versions() -> dict[str, str]:
 
 def _describe_machine(facts: Facts, launch: Launch) -> None:
     facts.cpus, facts.allowed_cpus, facts.machine_cpus = cpus_of_rank(launch), available_cpus(), os.cpu_count() or 1
-    facts.shm = free_shared_memory()
+    facts.shm, facts.memory_files = free_shared_memory(), has_memory_files()
     facts.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     facts.memory = available_memory()
-
-
-def free_shared_memory() -> int | None:
-    """Free bytes in /dev/shm, through which loader processes return batches; None if there is none."""
-    if not Path(SHM).is_dir():
-        return None
-    status = os.statvfs(SHM)
-    return status.f_bavail * status.f_frsize

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 from distil_tl.data.config import DataConfig
 from distil_tl.data.loader import plan_batches
+from distil_tl.data.prefetch import MOST, SHM, batches_ahead
 from distil_tl.distributed.config import DistributedConfig
-from distil_tl.doctor.facts import OPTIONAL_PACKAGES, SHM, Facts
+from distil_tl.doctor.facts import OPTIONAL_PACKAGES, Facts
 from distil_tl.doctor.gpus import driver_problem
 from distil_tl.doctor.lines import FAIL, OK, WARN, Report, alike, counted, name_ranks, size
 
-PREFETCH = 4  # batches of each loader process, as in `data.loader.make_loader`
-TENSORS = 4  # of a batch; each is a file in /dev/shm, and an open one in the rank
 OTHER_FILES = 128  # that a rank opens: libraries, sockets, logs
 RANK_MEMORY = 2 << 30  # bytes of a rank and its libraries, roughly
 SKEW_SECONDS = 2.0
@@ -129,25 +128,27 @@ class Loading:
     Attributes:
         workers: loader processes.
         batch_bytes: bytes of one batch.
+        limit_mib: `data.prefetch_mib`.
     """
 
     workers: int
     batch_bytes: int
+    limit_mib: int
 
     @property
-    def shared_memory(self) -> int:
-        """Bytes in /dev/shm of the batches that wait, for training and evaluation."""
-        return 2 * self.workers * PREFETCH * self.batch_bytes
+    def waiting_bytes(self) -> int:
+        """Bytes of the batches that wait, for training and evaluation."""
+        return 2 * self.workers * batches_ahead(self.workers, self.batch_bytes, self.limit_mib) * self.batch_bytes
 
     @property
     def open_files(self) -> int:
-        return OTHER_FILES + 2 * self.workers * (PREFETCH * TENSORS + 4)
+        return OTHER_FILES + 2 * self.workers * (MOST + 4)  # a batch that waits is one
 
 
 def loading(config: DataConfig, workers: int, world_size: int, image_size: int) -> Loading:
     """What a rank with this number of loader processes needs."""
     micro = plan_batches(max(config.global_batch_size, world_size), world_size, config.max_local_batch_size).micro
-    return Loading(workers, micro * 3 * image_size * image_size)
+    return Loading(workers, micro * 3 * image_size * image_size, config.prefetch_mib)
 
 
 def judge_machine(report: Report, facts: Sequence[Facts], config: DataConfig, needs: Mapping[int, Loading]) -> None:
@@ -168,18 +169,20 @@ def judge_machine(report: Report, facts: Sequence[Facts], config: DataConfig, ne
                                f"training will wait for images; {_MORE_CPUS}")  # fmt: skip
         else:
             cpus[each.rank] = (OK, text)
-        if each.shm is not None:
-            wanted = need.shared_memory * ranks
+        if each.shm is not None and each.memory_files:
+            shm[each.rank] = (OK, f"{size(each.shm)} free; loader processes do not need it")
+        elif each.shm is not None:
+            wanted = need.waiting_bytes * ranks
             text = f"{size(each.shm)} free, up to {size(wanted)} needed"
             shm[each.rank] = (OK, text) if each.shm >= wanted else (
-                FAIL, f"{text} by {ranks} x {need.workers} loader processes, which would be killed (bus error); start "
-                f"the container with a larger --shm-size, or reduce data.workers or data.max_local_batch_size",
+                WARN, f"{text} by {ranks} x {need.workers} loader processes; there may be fewer of them. Start the "
+                f"container with a larger --shm-size, or reduce data.workers or data.max_local_batch_size",
             )  # fmt: skip
         text = f"{each.open_files} allowed, up to {need.open_files} needed"
         files[each.rank] = (OK, text) if each.open_files < 0 or each.open_files >= need.open_files else (
             FAIL, f"{text}; raise the limit with `ulimit -n {max(4096, need.open_files)}`, or reduce data.workers",
         )  # fmt: skip
-        needed = ranks * (RANK_MEMORY + need.shared_memory)
+        needed = ranks * (RANK_MEMORY + need.waiting_bytes)
         text = f"{size(each.memory)} free for {counted(ranks, 'rank')}"
         memory[each.rank] = (OK, text) if each.memory >= needed else (
             WARN, f"{text}, which may need {size(needed)}; request more memory, or reduce data.workers",

@@ -27,6 +27,8 @@ class Metric(NamedTuple):
     images_per_second: float | None
     samples_seen: float | None
     time: float | None
+    seconds: float | None
+    data_wait_seconds: float | None
 
 
 class Band(NamedTuple):
@@ -198,4 +200,6 @@ def _metric(line: str) -> Metric | None:
         number(raw.get("images_per_second")),
         number(raw.get("samples_seen")),
         number(raw.get("time")),
+        number(raw.get("seconds")),
+        number(raw.get("data_wait_seconds")),
     )

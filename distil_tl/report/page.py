@@ -13,6 +13,7 @@ from distil_tl.report.head_search import search_maps
 from distil_tl.report.load import Run, mapping
 from distil_tl.report.markup import Child, Markup, h, join
 from distil_tl.report.text import number
+from distil_tl.utils.data_wait import is_notable
 
 STATES = {
     "completed": ("\u2713", "good"),
@@ -186,6 +187,16 @@ def _notes(run: Run) -> Markup | None:
         notes.append("No metrics yet: the run has not completed its first logging interval.")
     elif not run.summary:
         notes.append("No summary.json: the run is in progress or was killed. The figures come from metrics.jsonl.")
+    for band in run.bands:
+        share, cached = (
+            tables.data_wait(run, band.name),
+            mapping(mapping(run.summary, "stages"), band.name).get("cached"),
+        )
+        if is_notable(share) and cached is not True:
+            notes.append(
+                f"Stage {band.name} waited for images during {text.percent(share, 0)} of its training. More CPUs for "
+                "loader processes, or smaller image files, make it faster."
+            )
     for key in ("error", "reason", "message"):
         if isinstance(run.summary.get(key), str):
             notes.append(str(run.summary[key]))

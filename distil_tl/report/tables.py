@@ -14,6 +14,7 @@ from distil_tl.report import text
 from distil_tl.report.load import Band, Metric, Run, mapping
 from distil_tl.report.markup import Child, Markup, h, join
 from distil_tl.report.text import number
+from distil_tl.utils.data_wait import wait_share
 
 WORST_CLASSES = 25  # shown at once; the others unfold
 MAX_CLASSES = 1000
@@ -58,6 +59,8 @@ def stage_table(run: Run) -> Markup:
         return h("p", "No stage has started.", class_="empty")
     total = sum(number(mapping(stages, name).get("seconds")) or 0.0 for name in names)
     best: float | None = None
+    waits = {name: data_wait(run, name) for name in names}
+    has_waits = any(share is not None for share in waits.values())
     rows: list[list[Child]] = []
     for name in names:
         lines = [m for m in run.metrics if m.stage == name]
@@ -65,7 +68,8 @@ def stage_table(run: Run) -> Markup:
         top1 = max(scores, default=number(mapping(stages, name).get("top1")))
         gain = None if top1 is None or best is None else top1 - best
         cost = _stage_cost(name, mapping(stages, name), lines, bands.get(name), total)
-        rows.append([*cost, text.percent(top1), text.percentage_points(gain)])
+        waited: list[Child] = [text.percent(waits[name])] if has_waits else []
+        rows.append([*cost, *waited, text.percent(top1), text.percentage_points(gain)])
         best = max((v for v in (best, top1) if v is not None), default=None)
     head = [
         "Stage",
@@ -75,10 +79,22 @@ def stage_table(run: Run) -> Markup:
         "Images",
         "Images/s",
         "Time",
+        *(["Data wait"] if has_waits else []),
         "Best val top-1",
         "Gain (points)",
     ]
     return table(head, rows, label="Stages")
+
+
+def data_wait(run: Run, stage: str) -> float | None:
+    """The share of its training for which a stage waited for data; None for a run of earlier code."""
+    share = wait_share(mapping(mapping(run.summary, "stages"), stage), "train_seconds")
+    if share is not None:
+        return share
+    lines = [m for m in run.lines("train", "interval") if m.stage == stage]
+    known = [(m.data_wait_seconds, m.seconds) for m in lines if m.data_wait_seconds is not None and m.seconds]
+    waited, seconds = (sum(column) for column in zip(*known, strict=True)) if known else (None, None)
+    return wait_share({"data_wait_seconds": waited, "seconds": seconds})
 
 
 def _stage_cost(

@@ -20,6 +20,7 @@ FREE_ON_RESUME = (
     "data.root",  # a folder may be moved; the fingerprint of its index is compared
     "data.stage_to",
     "data.workers",
+    "data.prefetch_mib",
     "data.on_bad_image",  # without bad images it has no effect, and with one `error` ended the run
     "data.max_local_batch_size",
     "checkpoint.",
@@ -29,7 +30,9 @@ FREE_ON_RESUME = (
 
 # Keys that are newer than some saved runs, as `data.KEY` or `stages.*.KEY`, with the value for the behaviour before. A
 # saved configuration without the key gets this value, and this value is not part of a run's name.
-NEW_KEYS: dict[str, Any] = {}
+NEW_KEYS: dict[str, Any] = {
+    "data.prefetch_mib": 2048,  # it had no limit; what is computed does not depend on it
+}
 
 
 def new_keys(stages: Iterable[str]) -> dict[str, Any]:

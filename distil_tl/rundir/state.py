@@ -31,6 +31,8 @@ class StageRecord:
     seconds: float = 0.0
     train_seconds: float = 0.0
     epoch_seconds: float = 0.0  # of training in the current epoch
+    data_wait_seconds: float = 0.0  # of `train_seconds`, for which training waited for a batch
+    epoch_data_wait_seconds: float = 0.0  # the same of `epoch_seconds`
     train_images: int = 0
     cached: bool = False  # it trains on features
     precision: str | None = None  # of the trained part; set once the stage has begun
@@ -47,7 +49,7 @@ class StageRecord:
 
     def summary(self) -> dict[str, Any]:
         fields = asdict(self)
-        del fields["epoch_seconds"]
+        del fields["epoch_seconds"], fields["epoch_data_wait_seconds"]
         speed = self.train_images / self.train_seconds if self.train_seconds else 0.0
         return {**fields, "images_per_second": speed}
 

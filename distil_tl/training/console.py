@@ -11,6 +11,7 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import RunState, StageRecord
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.stage import trainable_groups
+from distil_tl.utils.data_wait import is_notable, wait_share
 from distil_tl.utils.log import logger, table
 
 if TYPE_CHECKING:
@@ -43,18 +44,24 @@ def interval_line(line: dict[str, Any], step: int, steps: int) -> str:
     """A log interval of training, as one line of text. `step` and `steps` are of the epoch."""
     return (
         f"step {step}/{steps}  loss {line['loss']:.4f}  top1 {line['top1']:.4f}  lr {line['lr']:.2e}  "
-        f"{line['images_per_second']:.0f} images/s"
+        f"{line['images_per_second']:.0f} images/s{waiting(line)}"
     )
 
 
-def print_epoch(info: DistInfo, training: StageTraining, state: RunState) -> None:
-    """Figures of the evaluation after an epoch."""
+def waiting(line: dict[str, Any]) -> str:
+    """How long training waited for data in the time of a line, if that is notable."""
+    share = wait_share(line)
+    return f"  waited for data {share:.0%} of the time" if share is not None and is_notable(share) else ""
+
+
+def print_epoch(info: DistInfo, training: StageTraining, state: RunState, trained: dict[str, Any]) -> None:
+    """Figures of the evaluation after an epoch. `trained` is the line of its training in metrics.jsonl."""
     if info.is_main and state.final is not None:
         final = state.final
         logger.info(
-            "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s",
+            "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s%s",
             training.stage.name, final["epoch"], training.stage.config.epochs, final["loss"], final["top1"],
-            final["macro_f1"], "  (best)" if final is state.best else "",
+            final["macro_f1"], "  (best)" if final is state.best else "", waiting(trained),
         )  # fmt: skip
 
 
@@ -82,6 +89,8 @@ def evaluation_json(split: str, index: Index, result: Evaluation) -> dict[str, A
 
 def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     """A table of the stages, the best result, and where the files are."""
+    shares = {name: wait_share(stage, "train_seconds") for name, stage in summary["stages"].items()}
+    shown = any(map(is_notable, shares.values()))
     rows = [
         [
             name,
@@ -89,12 +98,14 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
             f"{stage['trainable_parameters']:,}",
             f"{stage['images_per_second']:.0f}",
             f"{stage['seconds']:.1f}",
+            *([f"{shares[name] or 0.0:.0%}"] if shown else []),
             "-" if stage["train_top1"] is None else f"{stage['train_top1']:.4f}",
             "-" if stage["top1"] is None else f"{stage['top1']:.4f}",
         ]
         for name, stage in summary["stages"].items()
     ]
     header = ["stage", "epochs", "trainable", "images/s", "seconds", "train top-1", "val top-1"]
+    header[5:5] = ["data wait"] if shown else []
     logger.info("\n%s\n", table(rows, header))
     best = summary["best"]
     logger.info(

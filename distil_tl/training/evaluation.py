@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distil_tl.data.loader import Batch, Loader
-from distil_tl.distributed.collectives import gather_rows
+from distil_tl.data.loader import Batch
+from distil_tl.distributed.collectives import gather_rows, max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.training.metrics import ClassificationMetrics
@@ -26,17 +26,19 @@ class Evaluation:
     Attributes:
         metrics: counts.
         mistakes: the most confident wrong predictions: (index, target, prediction, probability).
+        waited: seconds for which the rank waited for batches that waited longest.
     """
 
     metrics: ClassificationMetrics
     mistakes: list[tuple[int, int, int, float]]
+    waited: float
 
 
 @torch.no_grad()
 def evaluate(
     info: DistInfo,
     network: Network,
-    loader: Loader,
+    turns: int,
     batches: Iterator[Batch],
     num_classes: int,
     *,
@@ -47,7 +49,8 @@ def evaluate(
     """Evaluate every sample once. Each rank runs its own share; only counts are combined.
 
     Args:
-        batches: those of `loader`, on the device, without bad images.
+        turns: batches of rank 0, which has the most. All ranks loop equally often, so that they can agree each time.
+        batches: of this rank, on the device.
         agreement: lets the ranks agree to stop before the end.
         mistakes: most confident mistakes to keep, beside a confusion matrix; None for metrics alone.
         show: show progress on rank 0.
@@ -58,14 +61,14 @@ def evaluate(
     was_training = network.training
     network.eval()
     metrics = ClassificationMetrics(num_classes, info.device, confusion=mistakes is not None)
-    kept = torch.empty(0, 4, dtype=torch.float64)
-    # Rank 0 has the most batches. The others loop equally often, so that all ranks can agree each time.
-    turns = math.ceil(math.ceil(len(loader.dataset) / info.world_size) / (loader.batch_size or 1))  # type: ignore[arg-type]
+    kept, waited = torch.empty(0, 4, dtype=torch.float64), 0.0
     with Progress("evaluate", turns, show=show and info.is_main) as bar:
         for _ in range(turns):
             if agreement is not None:
                 agreement.raise_if_stopping()
+            began = time.monotonic()
             batch = next(batches, None)
+            waited += time.monotonic() - began
             if batch is None:
                 continue
             logits = network(batch.images)
@@ -77,7 +80,7 @@ def evaluate(
     if mistakes:
         kept = _most_confident(gather_rows(info, kept, mistakes), mistakes)
     rows = [(int(i), int(t), int(p), probability) for i, t, p, probability in kept.tolist()]
-    return Evaluation(metrics.reduce(info), rows)
+    return Evaluation(metrics.reduce(info), rows, max_over_ranks(info, waited))
 
 
 def _mistakes(logits: Tensor, batch: Batch) -> Tensor:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Sampler
 
-from distil_tl.data.feature_cache import FeatureCache, FeatureDataset, available_memory, free_space
+from distil_tl.data.feature_cache import FeatureCache, FeatureDataset, free_space
 from distil_tl.data.index import Index
-from distil_tl.data.loader import Batch, ImageDataset, choose_workers, make_loader
+from distil_tl.data.loader import Batch, ImageDataset
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.source import ImageSource
 from distil_tl.distributed.collectives import max_over_ranks
@@ -25,6 +25,7 @@ from distil_tl.training.stage import Stage
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import cache_dir
 from distil_tl.utils.log import Progress, logger
+from distil_tl.utils.memory import available_memory
 
 if TYPE_CHECKING:
     from distil_tl.models.transfer import TransferModel
@@ -132,10 +133,7 @@ class FeatureExtractor:
         batch_size = BATCH_CUDA if info.device.type == "cuda" else BATCH
         batch_size = min(batch_size, config.max_local_batch_size or batch_size)
         sampler = _ChunkBatches(cache, mine, batch_size)
-        workers = choose_workers(info.launch, config.workers) if mine else 0
-        pin_memory = info.device.type == "cuda"
-        loader = make_loader(dataset, sampler, batch_size=None, workers=workers, pin_memory=pin_memory)
-        batches = self.source.batches(loader, split)
+        batches = self.source.batches(self.source.loader(dataset, sampler, batch_size), split) if mine else iter(())
         turns = math.ceil(len(missing) / info.world_size)
         failed: OSError | None = None
         with Progress(f"features of {split} for stage {self.stage.name}", turns, show=info.is_main) as bar:

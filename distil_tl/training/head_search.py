@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distil_tl.data.device import to_device
 from distil_tl.data.feature_cache import FeatureDataset
 from distil_tl.data.loader import Batch
+from distil_tl.data.read_ahead import PinnedLoader
 from distil_tl.data.sampler import SampleKey, TrainSampler
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.preemption import Agreement
@@ -51,23 +53,24 @@ class _Search:
     sampler: TrainSampler
     device: torch.device
 
-    def read(self, dataset: FeatureDataset, keys: list[SampleKey]) -> tuple[Tensor, Batch]:
-        """Features float32 [N, D] on the device, and the batch they belong to."""
-        batch = dataset.__getitems__(keys)
-        return batch.images.to(self.device).float(), batch
+    def load(self, dataset: FeatureDataset, blocks: Iterable[list[SampleKey]]) -> Iterator[Batch]:
+        """The features of these images on the device. On CUDA a thread reads the next block meanwhile."""
+        batches: Iterable[Batch] = map(dataset.__getitems__, blocks)
+        if self.device.type == "cuda":
+            batches = PinnedLoader(batches, self.device, ahead=2)
+        return to_device(iter(batches), self.device)
 
     def with_ones(self, features: Tensor) -> Tensor:
         """A column of ones for the bias, where the head has one."""
         return features if self.head.bias is None else F.pad(features, (0, 1), value=1.0)
 
-    def batches(self, epoch: int, keys: list[SampleKey], first: int) -> list[HeadBatch]:
-        """The global batches of `keys`, which start at step `first` of the epoch."""
+    def batches(self, epoch: int, block: Batch, first: int) -> list[HeadBatch]:
+        """The global batches of a block, which start at step `first` of the epoch."""
         size, classes = self.sampler.global_batch_size, self.head.out_features
         optim, stage = self.stage.optim, self.stage
         smooth, total = optim.label_smoothing, stage.config.epochs * self.sampler.steps_per_epoch
-        features, batch = self.read(self.features.train, keys)
-        targets = F.one_hot(batch.targets, classes).float() * (1 - smooth) + smooth / classes
-        columns = (features, targets.to(self.device), batch.valid.to(self.device).float() / size)
+        targets = F.one_hot(block.targets, classes).float() * (1 - smooth) + smooth / classes
+        columns = (block.images.float(), targets, block.valid.float() / size)
         parts = zip(*(torch.split(column, size) for column in columns), strict=True)
         found = []
         for step, (part, target, share) in enumerate(parts, start=epoch * self.sampler.steps_per_epoch + first):
@@ -110,7 +113,7 @@ def search_head(
     assert setup.features is not None
     sampler = TrainSampler(
         len(setup.features.train), global_batch_size=global_batch_size, world_size=1, rank=0,
-        seed=stage.seed, stage=stage.name,
+        seed=stage.seed, stage=stage.name, epochs=stage.config.epochs,
     )  # fmt: skip
     search = _Search(stage, setup.features, dropout, head, sampler, info.device)
     result = search_heads(info, search, agreement)
@@ -171,8 +174,8 @@ def _groups(heads: int, size: int, device: torch.device) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
-def _blocks(keys: Iterable[SampleKey], multiple: int) -> Iterator[list[SampleKey]]:
-    size, left = max(1, BLOCK // multiple) * multiple, iter(keys)
+def _blocks(keys: Iterable[SampleKey], size: int) -> Iterator[list[SampleKey]]:
+    left = iter(keys)
     while block := list(itertools.islice(left, size)):
         yield block
 
@@ -180,33 +183,35 @@ def _blocks(keys: Iterable[SampleKey], multiple: int) -> Iterator[list[SampleKey
 def _train(search: _Search, groups: list[BatchedHeads], agreement: Agreement, *, show: bool) -> None:
     """All epochs. A rank without heads runs them too, so that all ranks can agree to stop."""
     epochs, sampler = search.stage.config.epochs, search.sampler
+    steps = max(1, BLOCK // sampler.global_batch_size)  # of a block
+    blocks = (
+        keys for epoch in range(epochs) for keys in _blocks(sampler.keys(epoch), steps * sampler.global_batch_size)
+    )
+    loaded = search.load(search.features.train, blocks) if groups else iter(())
     with Progress(f"search for {search.stage.name}", epochs, show=show) as bar:
         for epoch in range(epochs):
-            sampler.set_position(epoch)
-            done = 0
-            for keys in _blocks(sampler, sampler.global_batch_size):
+            for first in range(0, sampler.steps_per_epoch, steps):
                 agreement.raise_if_stopping()
-                batches = search.batches(epoch, keys, done) if groups else []
+                batches = search.batches(epoch, next(loaded), first) if groups else []
                 for heads in groups:
                     for batch in batches:
                         heads.step(batch)
-                done += len(keys) // sampler.global_batch_size
             bar.advance()
 
 
 def _scores(search: _Search, groups: list[BatchedHeads], agreement: Agreement) -> list[list[dict[str, float | None]]]:
     """For each group and head, top-1 and mean loss on val, from counts; None where a number is not finite."""
     sums = [torch.zeros(2, len(heads.weight), dtype=torch.float64, device=search.device) for heads in groups]
-    count = 0
-    for keys in _blocks((SampleKey(i, 0, i) for i in range(len(search.features.val))), 1):
+    count, val = 0, search.features.val
+    loaded = search.load(val, _blocks((SampleKey(i, 0, i) for i in range(len(val))), BLOCK)) if groups else iter(())
+    for _ in range(0, len(val), BLOCK):
         agreement.raise_if_stopping()
         if groups:
-            features, batch = search.read(search.features.val, keys)
-            features, targets = search.with_ones(features), batch.targets.to(search.device)
-            valid = batch.valid.to(search.device)
-            count += int(batch.valid.sum())
+            block = next(loaded)
+            count += len(block.indices) - len(block.faults)
+            features = search.with_ones(block.images.float())
             for heads, total in zip(groups, sums, strict=True):
-                total += heads.score(features, targets, valid)
+                total += heads.score(features, block.targets, block.valid)
     return [
         [_score(top1, loss, finite) for top1, loss, finite in zip(*means, heads.finite.tolist(), strict=True)]
         for heads, means in zip(groups, [(total / max(1, count)).tolist() for total in sums], strict=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_tl.distributed.collectives import sum_over_ranks
+from distil_tl.distributed.collectives import max_over_ranks, sum_over_ranks
 from distil_tl.distributed.process_group import DistInfo
 
 # A confusion matrix grows with the square of the number of classes: 128 MiB for 4,096 classes.
@@ -123,6 +123,9 @@ class Meter:
     """Training metrics of the current epoch and of the current log interval; both survive a restart.
 
     All methods except `start`, `update` and `load_state` are collectives.
+
+    Attributes:
+        waited: seconds of the current interval in which this rank waited for a batch.
     """
 
     def __init__(self, info: DistInfo, num_classes: int) -> None:
@@ -131,6 +134,7 @@ class Meter:
         self._interval_start = self._metrics._sums.cpu().clone()
         self._since = time.monotonic()
         self._carried = 0.0
+        self.waited = 0.0
         self.update = self._metrics.update
 
     def start(self) -> None:
@@ -142,16 +146,25 @@ class Meter:
         """The counts since the start of the epoch, over all ranks."""
         return self._metrics.reduce(self._info)
 
-    def interval(self) -> tuple[ClassificationMetrics, float]:
-        """The counts and seconds since the last call. Starts a new interval."""
+    def interval(self) -> tuple[ClassificationMetrics, float, float]:
+        """The counts and seconds since the last call, and for how many the rank waited that waited longest.
+
+        Starts a new interval.
+        """
         total, now = self.total(), time.monotonic()
         counted, seconds = total.since(self._interval_start), now - self._since
-        self._interval_start, self._since = total._sums, now
-        return counted, seconds
+        waited = max_over_ranks(self._info, self.waited)
+        self._interval_start, self._since, self.waited = total._sums, now, 0.0
+        return counted, seconds, waited
 
     def state(self) -> dict[str, Any]:
         seconds = time.monotonic() - self._since
-        return {"total": self.total()._sums, "interval_start": self._interval_start.clone(), "seconds": seconds}
+        return {
+            "total": self.total()._sums,
+            "interval_start": self._interval_start.clone(),
+            "seconds": seconds,
+            "data_wait_seconds": self.waited,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume counting. The saved sums are over all ranks, of any number, so rank 0 alone takes them."""
@@ -159,3 +172,4 @@ class Meter:
             self._metrics._sums.copy_(state["total"])
         self._interval_start = state["interval_start"].clone()
         self._carried = state["seconds"]
+        self.waited = state.get("data_wait_seconds", 0.0)  # checkpoints of earlier code have none

@@ -33,26 +33,29 @@ class Records:
         self._write = write
         self._global_batch_size = global_batch_size
 
-    def add_interval(self, at: Moment, counted: ClassificationMetrics, seconds: float) -> dict[str, Any]:
-        """Record a log interval of training. Returns the line written."""
+    def add_interval(self, at: Moment, counted: ClassificationMetrics, seconds: float, waited: float) -> dict[str, Any]:
+        """Record a log interval of training, in which a rank waited for batches. Returns the line written."""
         record = self._state.stages[at.stage]
         record.train_images += counted.count
         record.train_seconds += seconds
         record.epoch_seconds += seconds
         record.seconds += seconds
-        return self._log(at, counted, seconds, split="train", window="interval")
+        record.data_wait_seconds += waited
+        record.epoch_data_wait_seconds += waited
+        return self._log(at, counted, seconds, waited, split="train", window="interval")
 
-    def add_epoch(self, at: Moment, counted: ClassificationMetrics) -> None:
-        """Record an epoch of training, including the parts of it before a resume."""
+    def add_epoch(self, at: Moment, counted: ClassificationMetrics) -> dict[str, Any]:
+        """Record an epoch of training, including the parts of it before a resume. Returns the line written."""
         record = self._state.stages[at.stage]
         record.train_top1 = counted.compute()["top1"]
-        self._log(at, counted, record.epoch_seconds, split="train", window="epoch")
-        record.epoch_seconds = 0.0
+        seconds, waited = record.epoch_seconds, record.epoch_data_wait_seconds
+        record.epoch_seconds = record.epoch_data_wait_seconds = 0.0
+        return self._log(at, counted, seconds, waited, split="train", window="epoch")
 
-    def add_evaluation(self, at: Moment, counted: ClassificationMetrics, seconds: float) -> bool:
+    def add_evaluation(self, at: Moment, counted: ClassificationMetrics, seconds: float, waited: float) -> bool:
         """Record the evaluation after an epoch. Returns whether it is the best so far."""
         record = self._state.stages[at.stage]
-        line = self._log(at, counted, seconds, split="val", window="epoch")
+        line = self._log(at, counted, seconds, waited, split="val", window="epoch")
         kept = ("split", "loss", "top1", "top5", "macro_f1", "stage", "epoch", "step")
         final = self._state.final = {key: line[key] for key in kept}
         record.epochs, record.top1 = at.epoch + 1, final["top1"]
@@ -64,7 +67,7 @@ class Records:
         return False
 
     def _log(
-        self, at: Moment, counted: ClassificationMetrics, seconds: float, *, split: str, window: str
+        self, at: Moment, counted: ClassificationMetrics, seconds: float, waited: float, *, split: str, window: str
     ) -> dict[str, Any]:
         """Write a line of metrics.jsonl. Returns it."""
         line = {
@@ -77,6 +80,7 @@ class Records:
             "lr": at.lr,
             "images_per_second": counted.count / seconds if seconds else None,
             "seconds": seconds,
+            "data_wait_seconds": waited,
             "samples_seen": self._state.step * self._global_batch_size,
         }
         if self._write is not None:

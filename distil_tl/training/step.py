@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import inspect
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from distil_tl.data.feature_cache import feature_loader
 from distil_tl.data.index import Index
-from distil_tl.data.loader import BatchPlan, Loader
-from distil_tl.data.sampler import TrainSampler
+from distil_tl.data.loader import Batch, BatchPlan
+from distil_tl.data.sampler import TrainSampler, in_batches
 from distil_tl.data.source import ImageSource
+from distil_tl.data.stage_batches import StageBatches
 from distil_tl.distributed.collectives import average_over_ranks, gather_objects, max_over_ranks
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.graph.equivalence import preserve_state
@@ -48,6 +49,7 @@ class StageTraining:
     Attributes:
         inner: the network that is trained.
         network: the same, under DDP when there are several ranks.
+        batches: of training and of the evaluations.
         images: index of the training images, to name them in messages.
         accumulation: micro-batches of a step.
         total_steps: of the stage.
@@ -60,9 +62,7 @@ class StageTraining:
     stage: Stage
     inner: Network
     network: nn.Module
-    sampler: TrainSampler
-    loader: Loader
-    val_loader: Loader
+    batches: StageBatches
     images: Index
     accumulation: int
     optimizer: torch.optim.Optimizer
@@ -73,11 +73,22 @@ class StageTraining:
     recent: collections.deque[tuple[int, Tensor]]
     meter: Meter = field(repr=False)
 
+    @property
+    def sampler(self) -> TrainSampler:
+        return self.batches.sampler
+
     def steps_left(self, position: Position) -> range:
         """Steps of the stage that its current epoch has left, from `position` on."""
         first = position.epoch * self.sampler.steps_per_epoch
         done = position.consumed // self.sampler.global_batch_size
         return range(first + done, first + self.sampler.steps_per_epoch)
+
+    def next_batch(self) -> Batch:
+        """The next micro-batch. The time until it is there counts as waiting."""
+        began = time.monotonic()
+        batch = self.batches.next()
+        self.meter.waited += time.monotonic() - began
+        return batch
 
     def moment(self, position: Position) -> Moment:
         return Moment(self.stage.name, position.epoch, current_lr(self.optimizer))
@@ -115,16 +126,7 @@ def begin_stage(
     Args:
         log_every: steps between two calls of `check_finite`, at most.
     """
-    sampler = source.sampler(seed=stage.seed, stage=stage.name)
-    if setup.features is None:
-        dataset = source.train_dataset("train", stage.image_size, stage.augment, seed=stage.seed, stage=stage.name)
-        loader, val_loader = (
-            source.train_loader(dataset, sampler, plan.micro),
-            source.eval_loader("val", stage.image_size),
-        )
-    else:
-        loader = feature_loader(setup.features.train, sampler, plan.micro)
-        val_loader = feature_loader(setup.features.val, source.eval_sampler("val"), source.eval_batch_size)
+    batches = build_loaders(stage, setup, source, plan)
     network = wrap_in_ddp(info, setup.network, stage.optim.compression)
     optimizer = build_optimizer(model, stage.config, stage.optim)
     optimizer.zero_grad(set_to_none=True)  # a trial that failed may have left gradients
@@ -133,19 +135,33 @@ def begin_stage(
         stage=stage,
         inner=setup.network,
         network=network,
-        sampler=sampler,
-        loader=loader,
-        val_loader=val_loader,
+        batches=batches,
         images=source.index("train"),
         accumulation=plan.accumulation,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(info.device.type, enabled=setup.network.compute.dtype == torch.float16),
-        total_steps=stage.config.epochs * sampler.steps_per_epoch,
+        total_steps=stage.config.epochs * batches.sampler.steps_per_epoch,
         trains_statistics=stage.config.batch_norm == "train" and info.world_size > 1,
         first_bad_step=torch.full((), torch.inf, device=info.device),
         recent=collections.deque(maxlen=log_every * plan.accumulation),
         meter=Meter(info, len(source.index("train").classes)),
     )
+
+
+def build_loaders(stage: Stage, setup: StageSetup, source: ImageSource, plan: BatchPlan) -> StageBatches:
+    """The loaders of a stage, of features or images. Nothing is loaded yet."""
+    sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs)
+    val_sampler = source.eval_batches("val")
+    if setup.features is None:
+        dataset = source.train_dataset("train", stage.image_size, stage.augment, seed=stage.seed, stage=stage.name)
+        return StageBatches(
+            source, sampler, source.train_loader(dataset, sampler, plan.micro),
+            val_sampler, source.eval_loader("val", stage.image_size, val_sampler),
+        )  # fmt: skip
+    return StageBatches(
+        source, sampler, source.feature_loader(setup.features.train, in_batches(sampler, plan.micro), plan.micro),
+        val_sampler, source.feature_loader(setup.features.val, val_sampler, val_sampler.batch_size),
+    )  # fmt: skip
 
 
 def wrap_in_ddp(info: DistInfo, network: nn.Module, compression: str) -> nn.Module:

@@ -11,23 +11,37 @@ from hypothesis import strategies as st
 
 from distil_tl.data.config import fitting_world_sizes
 from distil_tl.data.loader import plan_batches
-from distil_tl.data.sampler import EvalSampler, SampleKey, TrainSampler, epoch_order
+from distil_tl.data.sampler import EvalBatches, EvalSampler, SampleKey, TrainSampler, epoch_order, in_batches
 
 
-def samplers(length: int, batch: int, world: int, *, seed: int = 0, stage: str = "head") -> list[TrainSampler]:
+def samplers(
+    length: int, batch: int, world: int, *, seed: int = 0, stage: str = "head", epochs: int = 1
+) -> list[TrainSampler]:
     return [
-        TrainSampler(length, global_batch_size=batch, world_size=world, rank=rank, seed=seed, stage=stage)
+        TrainSampler(
+            length, global_batch_size=batch, world_size=world, rank=rank, seed=seed, stage=stage, epochs=epochs
+        )
         for rank in range(world)
     ]
 
 
 def global_batches(ranks: list[TrainSampler], epoch: int, consumed: int = 0) -> list[list[SampleKey]]:
-    """What the optimizer sees, step by step: the ranks' shares of each global batch, in order of position."""
+    """What the optimizer sees in one epoch, step by step."""
+    return steps_of(ranks, [list(sampler.keys(epoch, consumed)) for sampler in ranks])
+
+
+def stage_batches(ranks: list[TrainSampler], epoch: int, consumed: int = 0) -> list[list[SampleKey]]:
+    """What the optimizer sees from a position to the end of the stage, step by step."""
     yielded = []
     for sampler in ranks:
         sampler.set_position(epoch, consumed)
         yielded.append(list(sampler))
         assert len(sampler) == len(yielded[-1])
+    return steps_of(ranks, yielded)
+
+
+def steps_of(ranks: list[TrainSampler], yielded: list[list[SampleKey]]) -> list[list[SampleKey]]:
+    """The ranks' shares of each global batch, in order of position."""
     share = ranks[0].global_batch_size // len(ranks)
     assert len({len(keys) for keys in yielded}) == 1
     assert len(yielded[0]) % share == 0
@@ -71,17 +85,33 @@ def test_a_killed_run_is_resumed_exactly_on_another_world_size(
     assert whole[:killed] + rest == whole
 
 
-@given(trainings())
-def test_the_next_epoch_starts_at_its_first_sample(training: tuple[int, int, int, int]):
+@given(trainings(), st.integers(1, 4), st.data())
+def test_a_stage_continues_over_its_epochs_from_any_position(
+    training: tuple[int, int, int, int], epochs: int, data: st.DataObject
+):
     length, batch, world, _ = training
-    ranks = samplers(length, batch, world)
-    global_batches(ranks, 0, consumed=length // batch * batch)
-    assert len(global_batches(ranks, 1)) == length // batch
+    ranks, steps = samplers(length, batch, world, epochs=epochs), length // batch
+    epoch = data.draw(st.integers(0, epochs - 1), label="epoch")
+    done = data.draw(st.integers(0, steps), label="steps done")
+    expected = [step for e in range(epochs) for step in global_batches(ranks, e)]
+    assert stage_batches(ranks, epoch, done * batch) == expected[epoch * steps + done :]
 
 
-def test_no_samples_are_left_at_the_end_of_an_epoch():
-    (sampler,) = samplers(10, 4, 1)
-    sampler.set_position(0, sampler.end)
+@given(trainings(), st.integers(1, 3), st.data())
+def test_no_micro_batch_has_samples_of_two_epochs(
+    training: tuple[int, int, int, int], epochs: int, data: st.DataObject
+):
+    length, batch, world, _ = training
+    micro = plan_batches(batch, world, data.draw(st.none() | st.integers(1, batch))).micro
+    for sampler in samplers(length, batch, world, epochs=epochs):
+        batches = list(in_batches(sampler, micro))
+        assert {len(keys) for keys in batches} == {micro}
+        assert all(len({key.epoch for key in keys}) == 1 for keys in batches)
+
+
+def test_no_samples_are_left_at_the_end_of_a_stage():
+    (sampler,) = samplers(10, 4, 1, epochs=3)
+    sampler.set_position(2, sampler.end)
     assert sampler.end == 8
     assert list(sampler) == []
     assert len(sampler) == 0
@@ -127,6 +157,20 @@ def test_evaluation_covers_every_sample_once(world: int):
         assert all(key == SampleKey(key.image, 0, key.image) for share in shares for key in share)
         assert [len(sampler) for sampler in ranks] == [len(share) for share in shares]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@given(st.integers(0, 60), st.integers(1, 6), st.integers(1, 9), st.integers(1, 3))
+def test_every_pass_of_an_evaluation_has_its_own_batches(length: int, world: int, size: int, passes: int):
+    for rank in range(world):
+        batches = EvalBatches(EvalSampler(length, world_size=world, rank=rank), size)
+        once = list(batches)
+        assert [key for keys in once for key in keys] == list(batches.sampler)
+        assert all(1 <= len(keys) <= size for keys in once)
+        assert len(once) == batches.per_pass <= batches.turns
+        assert rank > 0 or len(once) == batches.turns
+        batches.passes = passes
+        assert list(batches) == once * passes
+        assert len(batches) == len(once) * passes
 
 
 @given(st.integers(1, 512), st.data())

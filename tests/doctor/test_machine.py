@@ -119,10 +119,14 @@ def test_device_files_and_answers_of_nvidia_smi(tmp_path: Path, monkeypatch: pyt
 
 def test_shared_memory_that_is_too_small() -> None:
     ranks = [gpu_rank(0, shm=64 << 20), gpu_rank(1, shm=64 << 20)]
-    (line,) = found(judged_machine(ranks), FAIL)
-    assert line.startswith("machine//dev/shm: 64 MiB free, up to 2.01 GiB needed by 2 x 7 loader processes")
+    (line,) = [line for line in found(judged_machine(ranks), OK) if "/dev/shm" in line]
+    assert line == "machine//dev/shm: 64 MiB free; loader processes do not need it"
+    for each in ranks:
+        each.memory_files = False
+    (line,) = found(judged_machine(ranks), WARN)
+    assert line.startswith("machine//dev/shm: 64 MiB free, up to 4.02 GiB needed by 2 x 7 loader processes")
     assert "--shm-size" in line
-    assert found(judged_machine(ranks, workers=0), FAIL) == []
+    assert found(judged_machine(ranks, workers=0), WARN) == []
 
 
 def test_too_few_cpus_and_little_memory() -> None:
@@ -139,7 +143,7 @@ def test_too_few_cpus_and_little_memory() -> None:
 def test_too_few_open_files() -> None:
     (line,) = found(judged_machine([gpu_rank(0), gpu_rank(1, open_files=256)]), FAIL)
     assert line.startswith(
-        "machine/open files: rank 1: 256 allowed, up to 408 needed; raise the limit with `ulimit -n 4096`"
+        "machine/open files: rank 1: 256 allowed, up to 296 needed; raise the limit with `ulimit -n 4096`"
     )
     assert found(judged_machine([gpu_rank(0, open_files=-1)]), FAIL) == []  # unlimited
 

@@ -91,8 +91,11 @@ def compare(run_dir: Path, reference: Reference, folder: Path, *, exact: bool) -
     return [*found[:20], f"and {len(found) - 20} more"] if len(found) > 20 else found
 
 
+TIMES = ("seconds", "data_wait_seconds")  # of a saved meter
+
+
 def timeless(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    rates = ("time", "seconds", "images_per_second")
+    rates = ("time", "seconds", "data_wait_seconds", "images_per_second")
     return [{key: value for key, value in line.items() if key not in rates} for line in found]
 
 
@@ -101,7 +104,7 @@ def differing(name: str, one: Any, two: Any) -> list[str]:
     if isinstance(one, dict) and isinstance(two, dict):
         if one.keys() != two.keys():
             return [f"{name}: other keys"]
-        return [d for key in one if key != "seconds" for d in differing(f"{name}/{key}", one[key], two[key])]
+        return [d for key in one if key not in TIMES for d in differing(f"{name}/{key}", one[key], two[key])]
     if isinstance(one, (list, tuple)):
         if len(one) != len(two):
             return [f"{name}: other length"]

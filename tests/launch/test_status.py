@@ -254,6 +254,18 @@ def test_a_note_says_that_slurm_does_not_answer(slurm: FakeSlurm, tmp_path: Path
     )
 
 
+def test_a_run_that_waits_for_data(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    for name, seconds in (("a", None), ("b", 0.4), ("c", 4.1)):
+        line = {"step": 1, "epoch": 1, "stage": "head", "split": "train", "seconds": 10.0}
+        finished(tmp_path / name)
+        more = {} if seconds is None else {"data_wait_seconds": seconds}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps({**line, **more}) + "\n")
+    text = shown(capsys, tmp_path)
+    assert column(text, "data wait") == ["", "", "41%"]
+    found = json.loads(shown(capsys, tmp_path, "--json"))["runs"]
+    assert [run["data_wait"] for run in found] == [None, 0.04, 0.41]
+
+
 # For programs
 
 
@@ -268,7 +280,7 @@ def test_json(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
         "run_dir": f"{folder}/a", "state": "completed", "progress": 1.0,
         "best": {"stage": "full", "epoch": 2, "step": 20, "top1": 0.5, "loss": None},
         "stage": None, "epoch": None, "step": None, "job_id": "7", "restarts": 0, "host": None, "seconds": 12.5,
-        "detail": None, "values": {"stages.head.lr": 0.1}, "earlier": False,
+        "data_wait": None, "detail": None, "values": {"stages.head.lr": 0.1}, "earlier": False,
     }  # fmt: skip
     assert missing["state"] == "missing"
     assert missing.keys() == done.keys()

@@ -24,7 +24,8 @@ from distil_tl.config import Config
 from distil_tl.data import loader as loading
 from distil_tl.data.config import fitting_world_sizes
 from distil_tl.data.loader import Batch, ImageDataset, make_loader
-from distil_tl.data.sampler import TrainSampler
+from distil_tl.data.sampler import EvalBatches, EvalSampler, TrainSampler, in_batches
+from distil_tl.data.stage_batches import StageBatches
 from distil_tl.data.transforms import ImageTransform
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.preemption import AllRanksStopError, Request
@@ -116,8 +117,7 @@ class Source:
         return self.images
 
     def batches(self, loader: Any, split: str) -> Iterator[Batch]:
-        training, position = self.run.training, self.run.state.position
-        return note(loader, training, position, self.seen)
+        return note(loader, self.run, self.seen) if split == "train" else iter(())
 
 
 def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: Seen) -> tuple[str | None, bool]:
@@ -158,14 +158,16 @@ def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
     info, data, index = run.info, run.config.data, run.source.index("train")
     sampler = TrainSampler(
         len(index.targets), global_batch_size=data.global_batch_size, world_size=info.world_size,
-        rank=info.rank, seed=stage.seed, stage=stage.name,
+        rank=info.rank, seed=stage.seed, stage=stage.name, epochs=stage.config.epochs,
     )  # fmt: skip
     dataset = ImageDataset(index, ImageTransform([InitialSeed()], 8), 8, seed=stage.seed, stage=stage.name)
-    loader = make_loader(dataset, sampler, batch_size=run.plan.micro, workers=0, pin_memory=False)
+    loader = make_loader(dataset, in_batches(sampler, run.plan.micro), workers=0, ahead=0, pin_memory=False)
+    val_sampler = EvalBatches(EvalSampler(0, world_size=1, rank=0), 1)
     network: Any = Tiny()
     group = {"params": list(network.parameters()), "peak_lr": stage.config.lr}
     training = StageTraining(
-        stage=stage, inner=network, network=network, sampler=sampler, loader=loader, val_loader=loader, images=index,
+        stage=stage, inner=network, network=network, images=index,
+        batches=StageBatches(run.source, sampler, loader, val_sampler, loader),
         accumulation=run.plan.accumulation, optimizer=torch.optim.SGD([group], lr=stage.config.lr, fused=True),
         scaler=torch.amp.GradScaler("cpu", enabled=False), total_steps=stage.config.epochs * sampler.steps_per_epoch,
         trains_statistics=False, first_bad_step=torch.tensor(torch.inf), recent=collections.deque(maxlen=1),
@@ -175,7 +177,7 @@ def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
     position = run.enter(training)
     while position.epoch < stage.config.epochs:
         train_one_epoch(run, training, position)
-        run.records.add_evaluation(training.moment(position), training.meter.total(), 0.0)
+        run.records.add_evaluation(training.moment(position), training.meter.total(), 0.0, 0.0)
         position = run.state.position = Position(stage.name, position.epoch + 1, 0, position.step)
         training.meter = Meter(info, 2)
         run.save(training)
@@ -190,10 +192,13 @@ class InitialSeed(nn.Module):
         return torch.tensor([torch.initial_seed()])
 
 
-def note(loader: Any, training: StageTraining, position: Position, seen: Seen) -> Iterator[Batch]:
-    first = position.consumed // training.sampler.global_batch_size
-    for number, batch in enumerate(loader):
-        key = (training.stage.name, position.epoch, first + number // training.accumulation)
+def note(loader: Any, run: Run, seen: Seen) -> Iterator[Batch]:
+    training = run.training
+    assert training is not None
+    for batch in loader:
+        position = run.state.position  # of the step that asks for this batch
+        assert position is not None
+        key = (training.stage.name, position.epoch, position.consumed // training.sampler.global_batch_size)
         pairs = list(zip(batch.indices.tolist(), batch.images.flatten().tolist(), strict=True))
         seen.samples.setdefault(key, set()).update(pairs)
         rate = current_lr(training.optimizer)

@@ -48,6 +48,7 @@ def test_the_files_of_a_run_directory(finished: Path) -> None:
     assert full["cached"] is False
     assert full["trainable_parameters"] > summary["stages"]["head"]["trainable_parameters"]
     assert {"seconds", "images_per_second"} <= full.keys()
+    assert 0 < full["data_wait_seconds"] < full["train_seconds"]
     assert summary["total_seconds"] > 0
     assert summary["peak_memory_mb"] > 0
     assert json.loads((finished / "classes.json").read_text()) == ["circles", "noise", "stripes"]
@@ -72,7 +73,7 @@ def test_metrics_have_every_field_and_rising_steps(finished: Path) -> None:
     every = lines(finished)
     promised = {
         "step", "epoch", "stage", "split", "loss", "top1", "top5", "macro_f1", "lr", "images_per_second",
-        "seconds", "samples_seen", "time",
+        "seconds", "samples_seen", "time", "data_wait_seconds",
     }  # fmt: skip
     assert all(promised <= line.keys() for line in every)
     steps = [line["step"] for line in every]

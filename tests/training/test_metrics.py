@@ -193,12 +193,12 @@ def test_a_meter_counts_intervals_and_the_epoch(clock: list[float]):
     meter.start()
     add(meter, *first)
     clock[0] += 2
-    interval, seconds = meter.interval()
+    interval, seconds, _ = meter.interval()
     assert_same(interval, counted(*first))
     assert seconds == 2
     add(meter, *second)
     clock[0] += 3
-    interval, seconds = meter.interval()
+    interval, seconds, _ = meter.interval()
     assert_same(interval, counted(*second))
     assert seconds == 3
     whole = ClassificationMetrics(4, CPU)
@@ -228,7 +228,7 @@ def test_a_meter_survives_a_restart_in_the_middle_of_an_interval(clock: list[flo
     add(resumed, *batches[2])
     clock[0] += 3
     assert_same(resumed.total(), meter.total())
-    interval, seconds = resumed.interval()
+    interval, seconds, _ = resumed.interval()
     assert_same(interval, meter.interval()[0])
     assert seconds == 5
     clock[0] += 1
