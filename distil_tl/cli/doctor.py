@@ -90,40 +90,58 @@ def lead(meeting: Meeting, plan: Plan, facts: Facts, report: Report, seconds: fl
     from distil_tl.cli.doctor_plan import judge_plan
     from distil_tl.doctor import machine
     from distil_tl.doctor.facts import Facts
-    from distil_tl.doctor.folders import Marks, judge_folders
+    from distil_tl.doctor.folders import judge_folders
     from distil_tl.doctor.group import backends_of, judge_collectives
-    from distil_tl.doctor.lines import name_ranks, named_if_slow
+    from distil_tl.doctor.lines import guarded, named_if_slow
 
     world = range(meeting.launch.world_size)
     with named_if_slow(f"waiting for the other ranks (at most {seconds:g} s)", show=report.show and len(world) > 1):
         arrived = meeting.from_ranks("facts", world, seconds)
     everyone = [Facts.from_json(arrived[rank]) for rank in sorted(arrived)]
-    present = [each.rank for each in everyone]
     judge_ranks(report, plan, everyone)
-    devices = {each.device for each in everyone}
-    complete = len(present) == len(world) > 1 and len(devices) == 1
-    can_compute = facts.device == "cpu" or all(e.gpu.index is not None and e.gpu.fault is None for e in everyone)
-    backends = backends_of(facts.device, plan.config.distributed.backend) if complete and can_compute else []
-    marks = Marks({name: folder for name, folder in facts.folders.items() if name in ("run_dir", "cache")})
-    try:
-        meeting.tell("go", {"time": time.time(), "marks": marks.names, "backends": backends})
-        own = take_part(meeting, facts, marks.names, backends, seconds)
-        with named_if_slow(f"waiting for {name_ranks(present[1:])}", show=report.show and len(present) > 1):
-            answers = {0: own, **meeting.from_ranks("answer", present[1:], 2 * seconds)}
-    finally:
-        marks.remove()
-    machine.judge_versions(report, everyone)
-    machine.judge_gpus(report, everyone, plan.distributed, plan.config.precision)
-    plan.judge_machine(report, everyone)
-    offsets = {rank: answer["offset"] for rank, answer in answers.items() if rank > 0}
-    machine.judge_clocks(report, offsets, {each.rank: each.host for each in everyone})
-    judge_folders(report, everyone, {rank: answer["unseen"] for rank, answer in answers.items()}, plan.needs_folder)
-    if backends:
-        judge_collectives(report, backends, {r: a["collectives"] for r, a in answers.items()}, len(world))
-    elif len(world) > 1:
-        report.warn("collectives", "ranks", "not tried, because not all ranks are there and able to compute")
+    able = len(everyone) == len(world) > 1 and len({each.device for each in everyone}) == 1
+    if facts.device == "cuda":
+        able = able and all(each.gpu.index is not None and each.gpu.fault is None for each in everyone)
+    backends = backends_of(facts.device, plan.config.distributed.backend) if able else []
+    answers = ask_all(meeting, facts, [each.rank for each in everyone], backends, report, seconds)
+
+    def judge_machines(found: Report) -> None:
+        machine.judge_versions(found, everyone)
+        machine.judge_gpus(found, everyone, plan.distributed, plan.config.precision)
+        plan.judge_machine(found, everyone)
+        offsets = {rank: answer["offset"] for rank, answer in answers.items() if rank > 0}
+        machine.judge_clocks(found, offsets, {each.rank: each.host for each in everyone})
+
+    def judge_communication(found: Report) -> None:
+        unseen = {rank: answer["unseen"] for rank, answer in answers.items()}
+        judge_folders(found, everyone, unseen, plan.needs_folder)
+        if backends:
+            judge_collectives(found, backends, {r: a["collectives"] for r, a in answers.items()}, len(world))
+        elif len(world) > 1:
+            found.warn("collectives", "ranks", "not tried, because not all ranks are there and able to compute")
+
+    guarded(report, "machine", "all", seconds, judge_machines)
+    guarded(report, "folders", "all", seconds, judge_communication)
     limit_all(LONGEST)
     judge_plan(report, plan, everyone, seconds)
+
+
+def ask_all(
+    meeting: Meeting, facts: Facts, present: Sequence[int], backends: Sequence[str], report: Report, seconds: float
+) -> dict[int, dict[str, Any]]:
+    """Rank 0: let all ranks look for its files and reduce together. Returns their answers by rank."""
+    from distil_tl.doctor.folders import Marks
+    from distil_tl.doctor.lines import name_ranks, named_if_slow
+
+    others = [rank for rank in present if rank > 0]
+    marks = Marks({name: folder for name, folder in facts.folders.items() if name in ("run_dir", "cache")})
+    try:
+        meeting.tell("go", {"time": time.time(), "marks": marks.names, "backends": list(backends)})
+        own = take_part(meeting, facts, marks.names, backends, seconds)
+        with named_if_slow(f"waiting for {name_ranks(others)}", show=report.show and bool(others)):
+            return {0: own, **meeting.from_ranks("answer", others, 2 * seconds)}
+    finally:
+        marks.remove()
 
 
 def limit_all(seconds: float) -> None:
@@ -143,6 +161,7 @@ def follow(meeting: Meeting, facts: Facts, seconds: float) -> int:
         offset = time.time() - go["time"]
         answer = take_part(meeting, facts, go["marks"], go["backends"], seconds)
         meeting.tell_as_rank("answer", {**answer, "offset": offset})
+        limit_all(2 * LONGEST)
         status: int | None = meeting.hear("status", LONGEST)
         if status is not None:
             meeting.tell_as_rank("bye", True)

@@ -23,7 +23,10 @@ class DistributedConfig:
         if self.backend not in BACKENDS:
             found.append(f"distributed.backend is {self.backend!r}; choose one of {', '.join(BACKENDS)}")
         if self.device == "cuda" and not cuda_is_available():
-            found.append("distributed.device is cuda, but torch sees no CUDA device; use distributed.device=cpu")
+            found.append(
+                "distributed.device is cuda, but torch sees no CUDA device; `distil-tl doctor` says why, or use "
+                "distributed.device=cpu"
+            )
         if self.backend == "nccl" and self.device != "cuda" and (self.device == "cpu" or not cuda_is_available()):
             found.append("distributed.backend=nccl needs CUDA devices; use gloo, or distributed.device=cuda")
         for name in ("timeout_seconds", "prepare_timeout_seconds"):
