@@ -77,9 +77,9 @@ def _describe(facts: GpuFacts, index: int) -> None:
     properties = torch.cuda.get_device_properties(index)
     facts.name, facts.memory = properties.name, properties.total_memory
     facts.capability = f"{properties.major}.{properties.minor}"
-    facts.uuid = str(getattr(properties, "uuid", ""))
+    facts.uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-")
     facts.bf16 = properties.major >= 8
-    facts.others = [text for uuid, text in other_processes() if facts.uuid and uuid.removeprefix("GPU-") == facts.uuid]
+    facts.others = [text for uuid, text in other_processes() if uuid.removeprefix("GPU-") == facts.uuid]
     try:
         facts.free = torch.cuda.mem_get_info(index)[0]
         ones = torch.ones(8, 8, device=torch.device("cuda", index))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -19,6 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.store import Store, within
+from distil_tl.doctor.lines import first_line
 from distil_tl.utils.errors import UserError
 
 POLL_SECONDS = 0.05
@@ -100,22 +102,40 @@ def _connect(launch: Launch, seconds: float) -> Store:
     serves = launch.rank == 0 and not by_agent
 
     def connect() -> TCPStore:
+        if not serves:
+            _wait_for_server(host, port, seconds)  # torch itself would print a C++ stack trace
         return TCPStore(
             host, port, launch.world_size, serves,
             timeout=timedelta(seconds=seconds), wait_for_workers=False, multi_tenant=True,
         )  # fmt: skip
 
     try:
-        inner = within(seconds + 1, connect, peer=f"{host}:{port}")
-    except (RuntimeError, ValueError) as error:  # also dist.DistError
-        reason = str(error).strip().partition("\n")[0]
-        what = "serve" if serves else "reach"
-        remedy = "is that port free, and is it this machine's address?" if serves else (
-            "is rank 0 running, and can this machine reach that address (firewall, name resolution)?"
-        )  # fmt: skip
+        inner = within(2 * seconds + 1, connect, peer=f"{host}:{port}")
+    except (OSError, RuntimeError, ValueError) as error:  # also dist.DistError
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        what, remedy = (
+            "reach",
+            "is rank 0 running, and can this machine reach that address (firewall, name resolution)?",
+        )
+        if serves:
+            what, remedy = "serve", "is that port free, and is it an address of this machine?"
         raise UserError(
             f"rank {launch.rank} can't {what} the store of the ranks at {host}:{port} ({reason}): {remedy}",
             one_rank=True,
         ) from None
     # A restart by torchrun uses the same store again.
     return Store(inner, seconds).below(f"doctor {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}")
+
+
+def _wait_for_server(host: str, port: int, seconds: float) -> None:
+    """Wait until a process listens at an address. Raises the last OSError if none does within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(5.0, seconds)).close()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
+        else:
+            return

@@ -1,0 +1,65 @@
+"""What a rank finds out about its GPU, with torch's functions replaced."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from distil_tl.distributed.launch_env import Launch
+from distil_tl.doctor import gpus
+from distil_tl.doctor.facts import Facts, gather
+from distil_tl.doctor.folders import FolderFacts
+from tests.helpers.doctor import GIB, gpu_rank
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two GPUs that can be described, but do not compute."""
+    properties = [
+        SimpleNamespace(name=name, total_memory=16 * GIB, major=major, minor=5, uuid=f"{name}-1")
+        for name, major in (("A10", 8), ("T4", 7))
+    ]
+
+    def no_ones(*shape: int, device: torch.device) -> torch.Tensor:
+        raise RuntimeError(f"CUDA error: no kernel image is available\non {device}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: properties[index].name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties[index])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (3 * GIB, 16 * GIB))
+    monkeypatch.setattr(torch, "ones", no_ones)
+    rows = [("GPU-T4-1", "process 4711"), ("GPU-A10-1", "process 5")]
+    monkeypatch.setattr(gpus, "other_processes", lambda: rows)
+
+
+def test_each_rank_describes_its_own_gpu(two_gpus: None) -> None:
+    facts = gpus.find_gpus(Launch(1, 2, 1, 2))
+    assert (facts.visible, facts.index, facts.name, facts.uuid) == (["A10", "T4"], 1, "T4", "T4-1")
+    assert (facts.free, facts.capability, facts.bf16) == (3 * GIB, "7.5", False)
+    assert facts.others == ["process 4711"]
+    assert facts.fault == "CUDA error: no kernel image is available"
+    assert gpus.find_gpus(Launch(0, 2, 0, 2)).bf16
+    assert gpus.find_gpus(Launch(0, 3, 0, 3)).index is None
+
+
+def test_the_device_of_a_rank(two_gpus: None) -> None:
+    assert gather(Launch(0, 2, 0, 2), "auto", {}, None, 60).device == "cuda"
+    assert gather(Launch(0, 2, 0, 2), "cpu", {}, None, 60).device == "cpu"
+
+
+def test_a_probe_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(launch: Launch) -> gpus.GpuFacts:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("distil_tl.doctor.facts.find_gpus", broken)
+    facts = gather(Launch(), "auto", {}, None, 60)
+    assert facts.failed == {"GPUs": "could not be checked: OSError: [Errno 5] Input/output error"}
+    assert facts.device == "cpu"
+
+
+def test_facts_survive_the_way_to_rank_zero() -> None:
+    facts = gpu_rank(3, folders={"cache": FolderFacts("c", "/", None, 5)}, failed={"x": "y"})
+    assert Facts.from_json(facts.to_json()) == facts
