@@ -14,6 +14,8 @@ if __name__ == "__main__":  # before torch is imported, so that a wrong argument
     configuration.evaluation_parser().parse_intermixed_args()
 
 from distil_tl.data.bad_images import BadImages
+from distil_tl.data.index import Index
+from distil_tl.data.pixels import agree_on_pixels
 from distil_tl.data.scan import scan
 from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import data_root, share_indexes
@@ -50,9 +52,13 @@ def run(options: argparse.Namespace) -> None:
     config, model, split = restored.config, restored.model, options.split
     configuration.check_evaluation(config)
     with init_distributed(launch, config.distributed) as info:
-        index = share_indexes(info, lambda: {split: scan(data_root(config.data) / split, classes=restored.classes)})[
-            split
-        ]
+        agree_on_pixels(info, config.data)
+
+        def scanned() -> dict[str, Index]:
+            folder = data_root(config.data) / split
+            return {split: scan(folder, classes=restored.classes, extensions=config.data.image_extensions)}
+
+        index = share_indexes(info, scanned)[split]
         bad_images = BadImages(config.data.on_bad_image)
         source = ImageSource(info, config.data, {split: index}, model.preprocess, bad_images)
         compute = default_compute(restored.precision, model.module, info.device)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from distil_tl.config import Config
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import BatchPlan, plan_batches
+from distil_tl.data.pixels import pixel_digests
 from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import Splits
 from distil_tl.distributed.preemption import Agreement, Request, StopSignal
@@ -162,6 +163,7 @@ class Run:
                 "global_batch_size": self.config.data.global_batch_size,
                 "interpolated": self.interpolated,
                 "data": {split: self.source.index(split).fingerprint for split in ("train", "val")},
+                "pixels": pixel_digests(self.config.data),
                 "weights": asdict(self.model.weights),
                 "preprocess": asdict(self.model.preprocess),
                 "classes": list(self.source.index("train").classes),

@@ -47,8 +47,8 @@ def predict(
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device")
-    files = find_images(paths)
     restored = restore_model(run_dir, checkpoint)
+    files = find_images(paths, restored.config.data.image_extensions)
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     compute = default_compute(restored.precision, restored.model.module, where)
     network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
@@ -70,8 +70,8 @@ def predict(
         raise UserError("none of the files is a readable image")
 
 
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files in `paths`, with any extension, and the images inside its folders, sorted by name.
+def find_images(paths: Sequence[Path], extensions: tuple[str, ...] = IMG_EXTENSIONS) -> list[Path]:
+    """The files in `paths`, with any extension, and those inside its folders with one of `extensions`, sorted by name.
 
     Raises:
         UserError: a path does not exist, or there is no image at all.
@@ -81,13 +81,13 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             for folder, folders, names in os.walk(path):
                 folders.sort()
-                files += [Path(folder, name) for name in sorted(names) if name.lower().endswith(IMG_EXTENSIONS)]
+                files += [Path(folder, name) for name in sorted(names) if name.lower().endswith(extensions)]
         elif path.exists():
             files.append(path)
         else:
             raise UserError(f"there is no file or folder {path}")
     if not files:
-        raise UserError(f"no image in {', '.join(map(str, paths))}; image files end in {', '.join(IMG_EXTENSIONS)}")
+        raise UserError(f"no image in {', '.join(map(str, paths))}; image files end in {', '.join(extensions)}")
     return files
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distil_tl.data.config import DataConfig
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import printable, setup_console
@@ -23,6 +24,8 @@ def main(args: Sequence[str] | None = None) -> int:
                         "or a copy to resume")  # fmt: skip
     parser.add_argument("--resize", type=int, required=True, metavar="N", help="maximum shorter side in pixels")
     parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEGs, 1 to 100 (default: 95)")
+    parser.add_argument("--extensions", nargs="+", default=[], metavar="EXT", help="files to read besides those of "
+                        "ImageFolder, as in: --extensions heic avif")  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all CPUs)")
     options = parser.parse_args(args)
     return run_command("distil-tl prepare", lambda: run(options))
@@ -41,6 +44,10 @@ def run(options: argparse.Namespace) -> None:
         problems.append("--resize must be at least 8 pixels")
     if not 1 <= options.quality <= 100:
         problems.append("--quality must be 1 to 100")
+    problems += [
+        problem.replace("data.extensions", "--extensions")
+        for problem in DataConfig(extensions=options.extensions).problems()
+    ]
     if (options.workers or 0) < 0:
         problems.append("--workers must be at least 0")
     if out.is_relative_to(root) or root.is_relative_to(out):
@@ -52,7 +59,14 @@ def run(options: argparse.Namespace) -> None:
     setup_console(True)
     from distil_tl.data.resized_copy import copy_resized  # imports torch, which takes seconds; --help does not need it
 
-    copy_resized(root, out, resize=options.resize, quality=options.quality, workers=options.workers)
+    copy_resized(
+        root,
+        out,
+        resize=options.resize,
+        quality=options.quality,
+        workers=options.workers,
+        extensions=options.extensions,
+    )
 
 
 if __name__ == "__main__":

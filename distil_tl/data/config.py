@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
 # The same as in torchvision.datasets.ImageFolder, so that both see the same images.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Those of data.extensions: not in ImageFolder, with the format of the content.
+MORE_EXTENSIONS = {"avif": "AVIF", "gif": "GIF", "heic": "HEIF", "heif": "HEIF", "jp2": "JPEG2000"}
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 AUGMENTATIONS = ("none", "light", "strong")
 ON_BAD_IMAGE = ("error", "skip")
@@ -27,6 +29,12 @@ class DataConfig:
     augment: str = "light"  # none | light | strong
     hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class
     on_bad_image: str = "error"  # error: stop with an error | skip: do not train on it, and list it in summary.json
+    extensions: list[str] = field(default_factory=list)  # files to read besides those of ImageFolder, as in [heic,avif]
+
+    @property
+    def image_extensions(self) -> tuple[str, ...]:
+        """How the names of images end, in lower case."""
+        return IMG_EXTENSIONS + tuple(f".{extension}" for extension in self.extensions)
 
     def problems(self) -> list[str]:
         found = []
@@ -44,6 +52,9 @@ class DataConfig:
             found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
         if self.on_bad_image not in ON_BAD_IMAGE:
             found.append(f"data.on_bad_image is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}")
+        if unknown := sorted(set(self.extensions) - set(MORE_EXTENSIONS)):
+            known = ", ".join(MORE_EXTENSIONS)
+            found.append(f"data.extensions has {', '.join(map(repr, unknown))}; it may have some of {known}")
         return found
 
 

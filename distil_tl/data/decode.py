@@ -9,32 +9,39 @@
 - Of several frames or pages, the first is used.
 - A JPEG much larger than needed (`min_side`) is decoded at 1/2, 1/4 or 1/8 of its size in the frequency domain: its
   shorter side stays at least `min_side`, and the pixels are a function of the file and `min_side`.
-- JPEGs with one or three channels are decoded by torchvision if possible. That is faster and gives the same pixels
-  as Pillow, as both use libjpeg-turbo. If it fails, Pillow decodes the file or reports the damage.
+- JPEGs with one or three channels, and WebP images without transparency, EXIF data and animation, are decoded by
+  TorchCodec if it is installed, such JPEGs else by torchvision. That is faster and gives the same pixels as Pillow, as
+  all use libjpeg-turbo and libwebp. If it fails, Pillow decodes the file or reports the damage.
+- HEIC is decoded by Pillow with the plugin pi-heif or pillow-heif. AVIF needs Pillow 11.3, or the plugin.
+
+Pillow reads the header of every file first: the size, which is limited before anything is decoded, and the EXIF
+orientation, which is applied here, once, whichever decoder is used.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
+import PIL
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # deprecated in torchvision, to be removed
-    decode_jpeg = None
+from distil_tl.data.fast_decoders import fast_decoder
 
 # Pillow's own default limit: half a gigabyte as uint8 RGB; three times the size of a 60-megapixel photo.
 MAX_PIXELS = 178_956_970
 
 # The formats found in files with image extensions. Few on purpose: some other plugins of Pillow start programs.
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
+
+INSTALL = "pip install 'distil_tl[decode]'"  # what reads all formats
 
 
 class ImageError(Exception):
@@ -75,7 +82,7 @@ def decode_bytes(
     try:
         image = _open(io.BytesIO(data))
         if image is None:
-            raise ImageError(path, f"not a readable image ({', '.join(_plugins())})")
+            raise ImageError(path, _unknown_format(data))
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(
@@ -86,7 +93,7 @@ def decode_bytes(
                 None, (min_side, min_side)
             )  # sets `image.size` of a JPEG to the size that it will be decoded to
         if image.size == (width, height):
-            pixels = _decode_with_torchvision(data, image)
+            pixels = _decode_fast(data, image)
             if pixels is not None:
                 return _upright(pixels, image).permute(2, 0, 1)
         return to_tensor(image)
@@ -104,7 +111,8 @@ def read_size(path: str | Path) -> tuple[int, int]:
         except Exception as error:
             raise ImageError(path, f"damaged image: {error or type(error).__name__}") from error
         if image is None:
-            raise ImageError(path, f"not a readable image ({', '.join(_plugins())})")
+            file.seek(0)
+            raise ImageError(path, _unknown_format(file.read(32)))
         return image.size
 
 
@@ -114,18 +122,35 @@ def to_tensor(image: Image.Image) -> Tensor:
     return _upright(torch.from_numpy(np.array(_rgb(image))), image).permute(2, 0, 1)
 
 
-def _decode_with_torchvision(data: bytes, image: Image.Image) -> Tensor | None:
-    """The pixels [H, W, 3] of a JPEG whose header is `image`; None if Pillow must decode it."""
-    if decode_jpeg is None or image.format != "JPEG" or image.mode not in ("RGB", "L"):
+def decoder_name(kind: str) -> str:
+    """The decoder of a format, with its version."""
+    fast = fast_decoder(kind) if kind in ("JPEG", "WEBP") else None
+    if fast is not None:
+        return fast.name
+    plugin = _heif_plugin() if kind == "HEIF" else None
+    return f"Pillow {PIL.__version__}" + (f" with {plugin}" if plugin else "")
+
+
+def _decode_fast(data: bytes, image: Image.Image) -> Tensor | None:
+    """The pixels [H, W, 3], as stored, of a file whose header is `image`; None if Pillow must decode it."""
+    decoder = fast_decoder(str(image.format)) if _is_plain(image) else None
+    if decoder is None:
         return None
     try:
-        pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        pixels = decoder.decode(data).permute(1, 2, 0)
     except MemoryError:
         raise
-    except Exception:  # damaged, or a torchvision without libjpeg
+    except Exception:  # damaged, or a library without libjpeg
         return None
-    pixels = pixels.permute(1, 2, 0)
     return pixels if pixels.shape == (image.height, image.width, 3) else None
+
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether all decoders give the same pixels for a JPEG or WebP file."""
+    if image.format == "JPEG":
+        return image.mode in ("RGB", "L")
+    still = image.format == "WEBP" and not getattr(image, "is_animated", False)
+    return still and image.mode == "RGB" and "exif" not in image.info  # TorchCodec would apply the EXIF orientation
 
 
 def _open(file: IO[bytes]) -> Image.Image | None:
@@ -147,7 +172,28 @@ def _open(file: IO[bytes]) -> Image.Image | None:
 @functools.cache
 def _plugins() -> tuple[str, ...]:
     Image.init()
+    _heif_plugin()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@functools.cache
+def _heif_plugin() -> str | None:
+    """Register a plugin of Pillow that reads HEIC. Returns its name with its version; None if there is none."""
+    for module in ("pi_heif", "pillow_heif"):
+        with suppress(ImportError):
+            plugin = importlib.import_module(module)
+            plugin.register_heif_opener()
+            return f"{module} {plugin.__version__}"
+    return None
+
+
+def _unknown_format(data: bytes) -> str:
+    """Why the content of a file is not an image that `_open` knows."""
+    if data[4:8] == b"ftyp":
+        for name, brands in (("AVIF", (b"avif", b"avis")), ("HEIC", (b"heic", b"heix", b"heim", b"heis", b"mif1"))):
+            if any(brand in data[8:32] for brand in brands):
+                return f"{name}, for which no decoder is installed: {INSTALL}"
+    return f"not a readable image ({', '.join(_plugins())})"
 
 
 def _upright(pixels: Tensor, source: Image.Image) -> Tensor:

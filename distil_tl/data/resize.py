@@ -20,7 +20,14 @@ from distil_tl.data.index import Index
 
 TEMPORARY = r"\.shrink-[0-9a-f]{16}\.tmp"  # left over if the process is killed
 LONGEST = 65_500  # pixels, the maximal side of a JPEG
-_JPEG = (".jpg", ".jpeg", ".webp")  # resized as JPEG; all other formats are lossless, and are resized as PNG
+_JPEG = (
+    ".jpg",
+    ".jpeg",
+    ".webp",
+    ".avif",
+    ".heic",
+    ".heif",
+)  # resized as JPEG; all others, as PNG
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +21,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from distil_tl.data.config import SPLITS
+from distil_tl.data.config import SPLITS, DataConfig
 from distil_tl.data.decode import ImageError, read_size
 from distil_tl.data.index import Index
 from distil_tl.data.loader import ignore_signals
+from distil_tl.data.pixels import refuse_missing_decoders, unusual_pixels
 from distil_tl.data.resize import TEMPORARY, Outcome, ShrinkDataset
 from distil_tl.data.scan import scan
 from distil_tl.data.transforms import min_crop_side
@@ -53,7 +55,9 @@ class Manifest:
             raise UserError(f"can't write {printable(self.path)}: {error.strerror or error}") from error
 
 
-def copy_resized(root: Path, out: Path, *, resize: int, quality: int, workers: int | None) -> None:
+def copy_resized(
+    root: Path, out: Path, *, resize: int, quality: int, workers: int | None, extensions: Sequence[str] = ()
+) -> None:
     """Copy the splits of `root` to `out`, or resume such a copy.
 
     Args:
@@ -61,26 +65,30 @@ def copy_resized(root: Path, out: Path, *, resize: int, quality: int, workers: i
         resize: maximum shorter side in pixels.
         quality: of JPEGs, 1 to 100.
         workers: processes; None: as many as there are CPUs.
+        extensions: as in `data.extensions`.
 
     Raises:
-        UserError: `root` has no images, `out` holds something else, the disk is too full, or a file can't be read or
-            written.
+        UserError: `root` has no images, a format has no decoder, `out` holds something else, the disk is too full, or
+            a file can't be read or written.
         PreemptedError: Ctrl-C; what is written stays.
     """
-    splits = scan_splits(root)
+    config = DataConfig(extensions=list(extensions))
+    refuse_missing_decoders(config)
+    splits = scan_splits(root, config.image_extensions)
     settings = {
         "version": 1,
         "source": {split: index.fingerprint for split, index in splits.items()},
         "resize": resize,
         "quality": quality,
+        **({"pixels": pixels} if (pixels := unusual_pixels(config)) else {}),
     }
     manifest = open_manifest(out, settings, splits)
-    if not is_complete(out, splits):
+    if not is_complete(out, splits, config.image_extensions):
         manifest.write()
         make_folders(out, splits)
         datasets = {split: ShrinkDataset(index, out / split, resize, quality) for split, index in splits.items()}
         done = copy_images(datasets, manifest, available_cpus() if workers is None else workers)
-        copies = finish(out, splits, manifest)
+        copies = finish(out, splits, manifest, config.image_extensions)
         logger.info("resized: %s; copied unchanged: %s; already done: %s",
                     f"{done['resized']:,}", f"{done['copied']:,}", f"{done['there']:,}")  # fmt: skip
         for split, index in splits.items():
@@ -89,11 +97,11 @@ def copy_resized(root: Path, out: Path, *, resize: int, quality: int, workers: i
     log_next_steps(out, manifest, resize)
 
 
-def scan_splits(root: Path) -> dict[str, Index]:
-    splits = {"train": scan(root / "train")}
+def scan_splits(root: Path, extensions: tuple[str, ...]) -> dict[str, Index]:
+    splits = {"train": scan(root / "train", extensions=extensions)}
     for split in SPLITS[1:]:
         if (root / split).is_dir():
-            splits[split] = scan(root / split, classes=splits["train"].classes)
+            splits[split] = scan(root / split, classes=splits["train"].classes, extensions=extensions)
     return splits
 
 
@@ -112,7 +120,8 @@ def open_manifest(out: Path, settings: dict[str, Any], splits: dict[str, Index])
     try:
         saved = json.loads(manifest.path.read_text())
         manifest.bad = {split: dict(bad) for split, bad in saved["bad"].items()}
-        changed = [key for key in settings if saved[key] != settings[key]]
+        changed = [key for key in ("version", "source", "resize", "quality") if saved[key] != settings[key]]
+        same_pixels = saved.get("pixels") == settings.get("pixels")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise UserError(
             f"{printable(manifest.path)} can't be read; delete {printable(out)}, or choose another --out"
@@ -120,6 +129,11 @@ def open_manifest(out: Path, settings: dict[str, Any], splits: dict[str, Index])
     if changed:
         what = "from other images" if "source" in changed else f"with another {' and '.join(f'--{k}' for k in changed)}"
         raise UserError(f"{printable(out)} was made {what}; delete it, or choose another --out")
+    if not same_pixels:
+        raise UserError(
+            f"{printable(out)} was made with an image decoder that gives other pixels than the one now installed; "
+            f"install the same again, delete the copy, or choose another --out"
+        )
     return manifest
 
 
@@ -214,7 +228,7 @@ def settle(outcome: Outcome, split: str, dataset: ShrinkDataset, manifest: Manif
     return outcome.done
 
 
-def finish(out: Path, splits: dict[str, Index], manifest: Manifest) -> dict[str, Index]:
+def finish(out: Path, splits: dict[str, Index], manifest: Manifest, extensions: tuple[str, ...]) -> dict[str, Index]:
     """Scan the copy as training will, and mark the manifest complete.
 
     Raises:
@@ -226,7 +240,7 @@ def finish(out: Path, splits: dict[str, Index], manifest: Manifest) -> dict[str,
                 if re.fullmatch(TEMPORARY, name):
                     Path(folder, name).unlink(missing_ok=True)
     os.sync()
-    copies = {split: scan(out / split, classes=index.classes) for split, index in splits.items()}
+    copies = {split: scan(out / split, classes=index.classes, extensions=extensions) for split, index in splits.items()}
     for split, index in splits.items():
         if len(copies[split]) != len(index):
             raise UserError(
@@ -244,12 +258,12 @@ def finish(out: Path, splits: dict[str, Index], manifest: Manifest) -> dict[str,
     return copies
 
 
-def is_complete(out: Path, splits: dict[str, Index]) -> bool:
+def is_complete(out: Path, splits: dict[str, Index], extensions: tuple[str, ...]) -> bool:
     """Whether an earlier call has finished the copy, and its files have not changed since."""
     try:
         saved = json.loads((out / MANIFEST).read_text())
         return bool(saved["complete"]) and all(
-            scan(out / split, classes=index.classes).fingerprint == saved["copy"][split]
+            scan(out / split, classes=index.classes, extensions=extensions).fingerprint == saved["copy"][split]
             for split, index in splits.items()
         )
     except (OSError, ValueError, KeyError, UserError):

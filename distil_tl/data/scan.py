@@ -17,7 +17,12 @@ from distil_tl.data.index import Array, Index, bytes_array, fingerprint_of, list
 from distil_tl.utils.errors import UserError, did_you_mean
 
 
-def scan(split: str | Path, classes: Sequence[str] | None = None, threads: int = 8) -> Index:
+def scan(
+    split: str | Path,
+    classes: Sequence[str] | None = None,
+    threads: int = 8,
+    extensions: tuple[str, ...] = IMG_EXTENSIONS,
+) -> Index:
     """The index of all images in the folder `split`, which has one sub-folder per class; no image is opened.
 
     Samples are in ImageFolder's order: by class name, by folder, by file name. Symbolic links are followed.
@@ -27,6 +32,7 @@ def scan(split: str | Path, classes: Sequence[str] | None = None, threads: int =
             `Index.missing` lists such classes. None: the sorted names of the sub-folders, each of which must contain
             an image.
         threads: number of class folders read in parallel, to hide the latency of a network file system.
+        extensions: how the names of images end, in lower case.
 
     Raises:
         UserError: the folder does not exist, has no class folders or no images, or may not be read; a class folder
@@ -35,7 +41,7 @@ def scan(split: str | Path, classes: Sequence[str] | None = None, threads: int =
         ValueError: `classes` contains a name twice.
     """
     split = Path(split)
-    folders, other_files = _class_folders(split)
+    folders, other_files = _class_folders(split, extensions)
     all_required = classes is None
     classes = tuple(folders if classes is None else classes)
     target_of = {name: target for target, name in enumerate(classes)}
@@ -45,10 +51,10 @@ def scan(split: str | Path, classes: Sequence[str] | None = None, threads: int =
         raise UserError(_unknown_classes_message(split, unknown, classes))
 
     with ThreadPoolExecutor(threads) as pool:
-        parts = list(pool.map(lambda name: _scan_class(split, name), folders))
+        parts = list(pool.map(lambda name: _scan_class(split, name, extensions), folders))
     empty = [name for name, part in zip(folders, parts, strict=True) if not len(part.sizes)]
     if len(empty) == len(folders) or (empty and all_required):
-        raise UserError(_empty_classes_message(split, empty, len(folders)))
+        raise UserError(_empty_classes_message(split, empty, len(folders), extensions))
 
     targets = np.repeat(
         np.array([target_of[name] for name in folders], dtype=np.int32), [len(part.sizes) for part in parts]
@@ -79,7 +85,7 @@ class _ClassImages(NamedTuple):
     ignored: int
 
 
-def _class_folders(split: Path) -> tuple[list[str], int]:
+def _class_folders(split: Path, extensions: tuple[str, ...]) -> tuple[list[str], int]:
     """Sorted names of the sub-folders, and the number of files beside them."""
     if not split.is_dir():
         problem = "is not a folder" if split.exists() else "does not exist"
@@ -90,16 +96,16 @@ def _class_folders(split: Path) -> tuple[list[str], int]:
         if _is_folder(entry):
             folders.append(entry.name)
         else:
-            _refuse_broken_link(entry)
+            _refuse_broken_link(entry, extensions)
             files.append(entry.name)
     if not folders:
-        images = sum(map(_is_image, files))
+        images = sum(name.lower().endswith(extensions) for name in files)
         content = f"{images} images but no sub-folder" if images else "no sub-folder"
         raise UserError(f"{quoted(split)} must contain one sub-folder per class with its images; it has {content}")
     return sorted(folders), len(files)
 
 
-def _scan_class(split: Path, name: str) -> _ClassImages:
+def _scan_class(split: Path, name: str, extensions: tuple[str, ...]) -> _ClassImages:
     """All images at any depth below one class folder, in the order of a sorted `os.walk` that follows links."""
     ignored = 0
     scanned: list[tuple[str, list[tuple[str, int, int]]]] = []
@@ -113,10 +119,10 @@ def _scan_class(split: Path, name: str) -> _ClassImages:
         for entry in _entries(f"{split}/{folder}"):
             if _is_folder(entry):
                 pending.append((f"{folder}/{entry.name}", (*ancestors, identity)))
-            elif _is_image(entry.name):
+            elif entry.name.lower().endswith(extensions):
                 images.append((entry.name, *_size_and_time(entry)))
             else:
-                _refuse_broken_link(entry)
+                _refuse_broken_link(entry, extensions)
                 ignored += 1
         scanned.append((folder, sorted(images)))
     # Sorted by the whole path as a string, like the folders of os.walk: "a-b" comes before "a/b".
@@ -152,10 +158,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
-
-
 def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
     try:
         status = entry.stat()
@@ -167,12 +169,13 @@ def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _refuse_broken_link(entry: os.DirEntry[str]) -> None:
+def _refuse_broken_link(entry: os.DirEntry[str], extensions: tuple[str, ...]) -> None:
     """Raise UserError for a broken link that may have been an image or a folder of images.
 
     Broken links with another extension are ignored: editors create such links as lock files.
     """
-    if entry.is_symlink() and (_is_image(entry.name) or not Path(entry.name).suffix) and not Path(entry.path).exists():
+    may_matter = entry.name.lower().endswith(extensions) or not Path(entry.name).suffix
+    if may_matter and entry.is_symlink() and not Path(entry.path).exists():
         raise UserError(_broken_link_message(entry))
 
 
@@ -189,13 +192,13 @@ def _unknown_classes_message(split: Path, unknown: Sequence[str], classes: Seque
     )
 
 
-def _empty_classes_message(split: Path, empty: Sequence[str], total: int) -> str:
+def _empty_classes_message(split: Path, empty: Sequence[str], total: int, extensions: Sequence[str]) -> str:
     if len(empty) == total:
         problem = f"no images in any of the {total} class folders of {quoted(split)}"
     else:
         folders = listed([quoted(name) + _hidden_folder_note(name) for name in empty], 8)
         problem = f"class folders without images in {quoted(split)}: {folders}; add images or remove the folders"
-    return f"{problem}. Images are files with one of the extensions {', '.join(IMG_EXTENSIONS)}"
+    return f"{problem}. Images are files with one of the extensions {', '.join(extensions)}"
 
 
 def _hidden_folder_note(name: str) -> str:

@@ -19,6 +19,7 @@ from distil_tl.data.loader import (
     warn_of_few_cpus,
 )
 from distil_tl.data.local_copy import stage_folder
+from distil_tl.data.pixels import agree_on_pixels
 from distil_tl.data.scan import scan
 from distil_tl.data.tar_archive import stage_archive
 from distil_tl.distributed.collectives import share_arrays
@@ -91,9 +92,10 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
     """The splits train, val and, if it exists, test, scanned on rank 0. A tar file is unpacked on every node first.
 
     Raises:
-        UserError: on all ranks: a class without images, a class that train does not have, fewer images than one global
-            batch, a tar file that a node cannot unpack.
+        UserError: on all ranks: they decode images differently, a class without images, a class that train does not
+            have, fewer images than one global batch, a tar file that a node cannot unpack.
     """
+    agree_on_pixels(info, config)
     archive = Path(config.root) if config.root is not None and Path(config.root).is_file() else None
     unpacked = stage_archive(info, config.stage_to, archive) if archive and config.stage_to else None
 
@@ -113,11 +115,11 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
 
 def _scan_splits(config: DataConfig, root: Path, archive: Path | None) -> dict[str, Index]:
     """The indexes of the splits in `root`, to which `archive` was unpacked if it is given."""
-    train = scan(root / "train")
+    train = scan(root / "train", extensions=config.image_extensions)
     indexes = {"train": train}
     for split in SPLITS[1:]:
         if split == "val" or (root / split).is_dir():
-            indexes[split] = scan(root / split, classes=train.classes)
+            indexes[split] = scan(root / split, classes=train.classes, extensions=config.image_extensions)
     if len(train) < config.global_batch_size:
         raise UserError(
             f"{root / 'train'} has {len(train)} images, fewer than one global batch; set data.global_batch_size to "

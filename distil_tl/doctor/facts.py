@@ -26,7 +26,7 @@ from distil_tl.utils.threads import CallTimeoutError, available_cpus, call_with_
 from distil_tl.utils.version import __version__
 
 PACKAGES = ("torchvision", "omegaconf", "numpy", "pillow", "safetensors")  # without these nothing works
-OPTIONAL_PACKAGES = ("timm", "wandb", "submitit", "scikit-learn")
+OPTIONAL_PACKAGES = ("timm", "wandb", "submitit", "scikit-learn", "torchcodec", "pi-heif")
 
 
 @dataclass

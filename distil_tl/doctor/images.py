@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_tl.data.config import SPLITS, DataConfig
-from distil_tl.data.decode import ImageError, decode
+from distil_tl.data.config import MORE_EXTENSIONS, SPLITS, DataConfig
+from distil_tl.data.decode import ImageError, decode, decoder_name
 from distil_tl.data.index import Index
 from distil_tl.data.local_folder import StagingError, expand
+from distil_tl.data.pixels import refuse_missing_decoders
 from distil_tl.data.scan import scan
 from distil_tl.doctor.lines import FAIL, WARN, Report, first_line, size
 from distil_tl.utils.errors import UserError
@@ -45,6 +46,12 @@ def look_at_images(report: Report, config: DataConfig, min_side: int | None, fou
     Args:
         min_side: length in pixels that a decoded image needs; None: decode in full.
     """
+    try:
+        refuse_missing_decoders(config)
+        names = {decoder_name(kind) for kind in ("JPEG", *(MORE_EXTENSIONS[name] for name in config.extensions))}
+        report.ok(GROUP, "decoders", ", ".join(sorted(names, reverse=True)))
+    except UserError as error:
+        report.fail(GROUP, "decoders", str(error))
     root = _root(report, config, found)
     if root is None:
         return
@@ -55,7 +62,8 @@ def look_at_images(report: Report, config: DataConfig, min_side: int | None, fou
             continue
         began = time.monotonic()
         try:
-            index = scan(folder, classes=train.classes if train is not None else None)
+            classes = train.classes if train is not None else None
+            index = scan(folder, classes=classes, extensions=config.image_extensions)
         except UserError as error:
             report.fail(GROUP, split, str(error))
             continue

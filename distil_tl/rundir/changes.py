@@ -31,6 +31,7 @@ FREE_ON_RESUME = (
 # Keys that are newer than some saved runs, as `data.KEY` or `stages.*.KEY`, with the value for the behaviour before. A
 # saved configuration without the key gets this value, and this value is not part of a run's name.
 NEW_KEYS: dict[str, Any] = {
+    "data.extensions": [],
     "data.prefetch_mib": 2048,  # it had no limit; what is computed does not depend on it
 }
 
@@ -62,8 +63,9 @@ def unsafe_changes(
         digests: `interpolation_digests` of both.
     """
     before, after = flatten(saved), flatten(now)
-    for key, value in new_keys(saved.get("stages") or {}).items():
-        before.setdefault(key, value)
+    for leaves, tree in ((before, saved), (after, now)):
+        for key, value in new_keys(tree.get("stages") or {}).items():
+            leaves.setdefault(key, value)
     changes = []
     for key in sorted(before.keys() | after.keys()):
         parts = key.split(".")

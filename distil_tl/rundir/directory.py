@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
 import torchvision
 from omegaconf import DictConfig
 
+from distil_tl.data.pixels import installed_decoders
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.lock import Attempt
@@ -125,7 +127,9 @@ def environment(info: DistInfo) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
+            "pillow": PIL.__version__,
         },
+        "decoders": installed_decoders(),
         "git": git_state(),
         "command": sys.argv,
         "host": socket.gethostname(),

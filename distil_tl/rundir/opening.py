@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from distil_tl.data.pixels import refuse_changed_pixels
 from distil_tl.data.splits import Splits
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.transfer import TransferModel
@@ -23,7 +24,7 @@ def restore_state(
     """The state that `start` names, with the weights loaded into `model`, and the optimizer's state. Writes nothing.
 
     Raises:
-        UserError: the images are not those of the checkpoint, or a rank does not see it.
+        UserError: the images or their decoded pixels are not those of the checkpoint, or a rank does not see it.
     """
     if start.checkpoint is None or start.saved is None or start.saved_run_dir is None:
         return RunState(), None
@@ -31,6 +32,7 @@ def restore_state(
     check_shared(info, path, path.is_dir)
     state = RunState.from_json(start.saved["run"])
     splits.refuse_changed_images(start.saved["data"], start.saved_run_dir)
+    refuse_changed_pixels(start.saved.get("pixels", {}), start.saved_run_dir)
     checkpoints = Checkpoints(Path(start.run_dir) / "checkpoints")
     if state.best is not None and find_damage(checkpoints.path(state.best["step"])) is not None:
         # Removed, damaged, or in the directory of another run that this one resumes from.

@@ -13,6 +13,7 @@ from torch.utils.data import Sampler
 from distil_tl.data.feature_cache import FeatureCache, FeatureDataset, free_space
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, ImageDataset
+from distil_tl.data.pixels import unusual_pixels
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.source import ImageSource
 from distil_tl.distributed.collectives import max_over_ranks
@@ -77,7 +78,8 @@ class FeatureExtractor:
     def open(self, split: str, augment: str, count: int) -> FeatureDataset:
         """The images of a split as features, in `count` views of each. Raises as `open_all` does."""
         index, stage = self.source.index(split), self.stage
-        views = Views(stage.image_size, augment, self.source.config.hflip, stage.seed, count)
+        config = self.source.config
+        views = Views(stage.image_size, augment, config.hflip, stage.seed, count, unusual_pixels(config))
         key = on_rank_zero(
             self.info,
             f"naming the features of {split} for stage {stage.name}",

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,6 +51,7 @@ class Views:
         hflip: whether augmentation may mirror an image.
         seed: of the augmentation.
         count: views of each image.
+        pixels: by format, the digests of a decoder that gives unusual pixels.
     """
 
     image_size: int
@@ -58,6 +59,7 @@ class Views:
     hflip: bool
     seed: int
     count: int
+    pixels: dict[str, str] = field(default_factory=dict)
 
 
 def cache_key(model: TransferModel, prefix: Prefix, index: Index, views: Views) -> str:
@@ -80,6 +82,7 @@ def cache_key(model: TransferModel, prefix: Prefix, index: Index, views: Views) 
         "compute": str(prefix.compute),
         "device": next(model.module.parameters()).device.type,
         "torch": torch.__version__,
+        **({"pixels": views.pixels} if views.pixels else {}),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 

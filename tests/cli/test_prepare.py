@@ -20,6 +20,7 @@ from PIL import Image
 
 from distil_tl.cli.main import main as distil_tl
 from distil_tl.cli.prepare import main
+from distil_tl.data import pixels
 from distil_tl.data import resize as shrink
 from distil_tl.data.decode import decode
 from distil_tl.data.resize import resized_name
@@ -103,6 +104,31 @@ def test_large_images_are_made_smaller_and_all_others_copied(source: Path, tmp_p
     assert f"data.root={out}" in output
     assert "can't be decoded, copied unchanged: " + str(source / "train/a/bad.jpg") in output
     assert "resized: 8; copied unchanged: 4; already done: 0" in output
+
+
+def test_more_extensions(source: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "copy"
+    image = picture(300, 200)
+    image.save(source / "train" / "b" / "moving.GIF")
+    assert main(arguments(source, out)) == 0
+    assert not (out / "train/b/moving.GIF.png").exists()
+    assert "made from other images" in refused(capsys, *arguments(source, out, "--extensions", "gif"))
+    shutil.rmtree(out)
+    assert main(arguments(source, out, "--extensions", "gif")) == 0
+    assert (out / "train/b/moving.GIF.png").exists()
+    assert manifest(out)["images"]["train"] == 10
+    assert "--extensions has 'xcf'" in refused(capsys, *arguments(source, out, "--extensions", "xcf"))
+    assert resized_name(tmp_path, "a/x.heic") == "a/x.heic.jpg"
+
+
+def test_a_copy_is_not_continued_with_other_pixels(source: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    out = tmp_path / "copy"
+    assert main(arguments(source, out)) == 0
+    assert "pixels" not in manifest(out), "usual pixels: copies made before there were digests are continued"
+    monkeypatch.setattr(pixels, "digest", lambda _: "0123456789abcdef")
+    before = contents(out)
+    assert "decoder that gives other pixels" in refused(capsys, *arguments(source, out))
+    assert contents(out) == before
 
 
 def test_the_copy_shows_the_same_images(source: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder, folder
 
-from distil_tl.data.config import IMG_EXTENSIONS
+from distil_tl.data.config import IMG_EXTENSIONS, DataConfig
 from distil_tl.data.index import Index
 from distil_tl.data.scan import scan
 from distil_tl.utils.errors import UserError
@@ -162,6 +162,22 @@ def test_long_lists_of_names_are_shortened(tmp_path: Path):
     plant(tmp_path, "a/1.jpg", *(f"empty{i:02d}/x.txt" for i in range(20)))
     with pytest.raises(UserError, match=r"'empty07' and 12 more;"):
         scan(tmp_path)
+
+
+def test_more_extensions(tmp_path: Path):
+    plant(tmp_path, "a/1.HEIC", "a/2.jpg", "b/3.avif", "b/4.heif")
+    config = DataConfig(extensions=["heic", "avif"])
+    index = scan(tmp_path, extensions=config.image_extensions)
+    assert [index.relative_path(i) for i in range(len(index))] == ["a/1.HEIC", "a/2.jpg", "b/3.avif"]
+    assert index.ignored == 1
+    assert config.problems() == []
+    (problem,) = DataConfig(extensions=["heic", ".jxl", "tga"]).problems()
+    assert problem == "data.extensions has '.jxl', 'tga'; it may have some of avif, gif, heic, heif, jp2"
+    with pytest.raises(UserError, match=r"class folders without images.*'b'.*\.webp, \.jp2"):
+        scan(tmp_path, extensions=DataConfig(extensions=["jp2"]).image_extensions)
+    (tmp_path / "b" / "lost.heic").symlink_to("nowhere")
+    with pytest.raises(UserError, match="broken"):
+        scan(tmp_path, extensions=config.image_extensions)
 
 
 def test_one_class_is_allowed(tmp_path: Path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from distil_tl.config import load
+from distil_tl.data import pixels
 from distil_tl.data.scan import scan
 from distil_tl.data.splits import Splits
 from distil_tl.run import look_for_start
@@ -151,6 +152,16 @@ def test_a_damaged_list_of_images_names_no_differences_and_is_written_again(
     splits.save(run_dir)
     with pytest.raises(UserError, match="removed"):
         other.refuse_changed_images(state["data"], run_dir)
+
+
+def test_a_decoder_that_gives_other_pixels_is_refused(
+    run_dir: Path, small: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = content(run_dir)
+    monkeypatch.setattr(pixels, "digest", lambda name: f"another {name}")
+    message = refused([*small, f"run_dir={run_dir}"], capsys)
+    assert f"gives other pixels than the one that {run_dir} was trained with; its env.json has the versions" in message
+    assert content(run_dir) == before, "nothing was written"
 
 
 # Settings that have changed.

@@ -83,7 +83,7 @@ def test_each_key_missing_from_the_recorded_configuration_is_in_new_keys() -> No
 @pytest.fixture
 def new_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if `data.hflip` and `stages.*.layer_decay` had been added now, with other defaults than before."""
-    monkeypatch.setattr(changes, "NEW_KEYS", {"data.hflip": False, "stages.*.layer_decay": 0.5})
+    monkeypatch.setattr(changes, "NEW_KEYS", changes.NEW_KEYS | {"data.hflip": False, "stages.*.layer_decay": 0.5})
 
 
 def without_new_keys(run_dir: Path) -> None:
@@ -119,8 +119,8 @@ def test_a_key_missing_from_a_saved_configuration_keeps_the_old_behaviour(
 def test_a_new_key_is_part_of_the_name_of_a_run_only_when_it_is_set(
     recorded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(changes, "NEW_KEYS", {"data.hflip": True})
+    monkeypatch.setattr(changes, "NEW_KEYS", changes.NEW_KEYS | {"data.hflip": True})
     as_before, otherwise = (run_name(load([*ARGS, f"data.hflip={value}"])[0]) for value in ("true", "false"))
     assert as_before != otherwise
-    monkeypatch.setattr(changes, "NEW_KEYS", {"data.hflip": False})
+    monkeypatch.setattr(changes, "NEW_KEYS", changes.NEW_KEYS | {"data.hflip": False})
     assert as_before == run_name(load([*ARGS, "data.hflip=false"])[0]), "then the key is not in the hash"

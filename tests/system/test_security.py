@@ -181,8 +181,9 @@ def test_no_environment_variable_is_written(
     env = json.loads((finished / "env.json").read_text())
     assert env.keys() == {
         "versions", "git", "command", "host", "launcher", "world_size", "device", "cpus", "start_time",
+        "decoders",
     }  # fmt: skip
-    assert env["versions"].keys() == {"distil_tl", "python", "torch", "torchvision"}
+    assert env["versions"].keys() == {"distil_tl", "python", "torch", "torchvision", "pillow"}
     assert env["git"] is None or env["git"].keys() == {"commit", "dirty"}
     # The values of the variables, without common words that versions or paths contain too.
     values = {value for value in os.environ.values() if len(value) > 12}

@@ -290,6 +290,7 @@ def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
         return cache_key(model, prefix_of(model), index, dataclasses.replace(light, **changes))
 
     keys = [key(), key(image_size=32), key(augment="none"), key(hflip=False), key(seed=1), key(count=2)]
+    keys.append(key(pixels={"JPEG": "0123456789abcdef"}))
     keys.append(cache_key(model, prefix_of(model), scan(folder / "val"), light))
     keys.append(cache_key(model, prefix_of(model, Compute(torch.bfloat16, True)), index, light))
     apply_stage(model, StageConfig(unfreeze=2))
