@@ -20,6 +20,7 @@ from torch import Tensor
 from distil_tl.utils.log import logger
 
 TORCHCODEC = (0, 16)  # the first version that decodes images
+START_OF_SCAN = 0xDA
 
 
 @dataclass(frozen=True)
@@ -103,17 +104,22 @@ def without_app1(data: bytes) -> bytearray:
     Raises:
         ValueError: the segments are damaged, or there is an APP1 segment after the start of the pixels.
     """
-    copy, at = bytearray(data), 2
+    copy, at, channels = bytearray(data), 2, 0
     try:
-        while copy[at + 1] != 0xDA:  # start of the pixels
+        while copy[at + 1] != START_OF_SCAN:
             if copy[at] != 0xFF or not 0xC0 <= copy[at + 1] <= 0xFE:
                 raise ValueError("no segment where one must begin")
-            if copy[at + 1] == 0xE1:
+            if copy[at + 1] in (0xC0, 0xC1):  # not progressive
+                channels = copy[at + 9]
+            elif copy[at + 1] == 0xE1:
                 copy[at + 1] = 0xEF
             at += 2 + int.from_bytes(copy[at + 2 : at + 4], "big")
+        if copy[at + 4] == channels:  # the only scan: libjpeg reads no segments after it
+            return copy
     except IndexError:
         raise ValueError("the pixels are missing") from None
-    end = copy.find(b"\xff\xd9", at)  # of the image; phones append others, and videos
-    if copy.find(b"\xff\xe1", at, end if end >= 0 else len(copy)) >= 0:
+    late = copy.find(b"\xff\xe1", at)
+    end = copy.find(b"\xff\xd9", at) if late >= 0 else -1  # phones append other images and videos
+    if late >= 0 and not 0 <= end < late:
         raise ValueError("an APP1 segment after the start of the pixels")
     return copy

@@ -142,6 +142,16 @@ def test_the_orientation_in_xmp_data_is_applied_once(monkeypatch, used):
     assert len(used) == 2
 
 
+def test_an_orientation_between_two_scans_is_not_applied(monkeypatch, used):
+    """Pillow reads no segment after the first scan; TorchCodec would apply this one, so it must not decode the file."""
+    plain = photo(40, 24, progressive=True)
+    at = plain.index(b"\xff\xc4", plain.index(b"\xff\xda"))
+    data = plain[:at] + app1(b"", b"Exif\0\0" + turned(3).tobytes().removeprefix(b"Exif\0\0")) + plain[at:]
+    assert torch.equal(decode_bytes(data), decode_bytes(plain))
+    assert torch.equal(by_pillow(monkeypatch, data), by_pillow(monkeypatch, plain))
+    assert len(used) == (1 if "torchcodec" in module.decoder_name("JPEG") else 2)
+
+
 def test_an_orientation_that_the_decoder_sees_would_be_applied_twice(monkeypatch, used):
     monkeypatch.setattr(fast_decoders, "without_app1", bytearray)
     data = photo(40, 24, exif=turned(3))
@@ -158,6 +168,8 @@ def test_segments_and_pixels_stay_when_app1_is_hidden():
     assert fast_decoders.without_app1(plain) == plain
     video = data + app1(plain, XMP)  # after the end of the image, as phones append it
     assert fast_decoders.without_app1(video)[len(data) :] == video[len(data) :]
+    single = photo(61, 47)  # in one scan, after which no decoder looks for segments
+    assert fast_decoders.without_app1(single[:-2] + b"\xff\xe1" + single[-2:])[2:4] == single[2:4]
     for damaged in (plain[:50], b"", plain[:2] + b"junk" + plain[2:], plain[:-2] + b"\xff\xe1" + plain[-2:]):
         with pytest.raises(ValueError, match="segment|missing"):
             fast_decoders.without_app1(damaged)
