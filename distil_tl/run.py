@@ -28,6 +28,7 @@ from distil_tl.rundir.opening import open_outputs, restore_state
 from distil_tl.rundir.start import Start, find_start
 from distil_tl.rundir.state import Position, RunState
 from distil_tl.tracking.tracker import Tracker
+from distil_tl.training.console import print_start
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.precision import Compute, default_compute
 from distil_tl.training.records import Records
@@ -186,6 +187,7 @@ class Run:
         """
         if self.unsaved and self.training is not None:
             self.save(self.training)
+        self.info.leave(orderly=True, seconds=None)  # what is written now must not be cut off
         # If a rank exited earlier, its launcher would kill the rank that writes.
         on_rank_zero(self.info, f"writing the checkpoint of step {self.state.step}", self.checkpoints.wait)
         on_rank_zero(self.info, "ending the tracking", lambda: self.abandon("preempted"))
@@ -203,6 +205,7 @@ class Run:
 
     def abandon(self, status: str) -> None:
         """Close the records of a run that does not complete. Errors here must not hide the reason for that."""
+        self.info.leave(orderly=status != "failed", seconds=120 + self.config.tracking.wandb.finish_timeout_seconds)
         if self.tracker is None or self.tracker.closed:
             return
         try:
@@ -269,8 +272,8 @@ def open_run(
             tracker.open(after_step=state.step, within_epoch=within_epoch)
 
     on_rank_zero(info, "opening metrics.jsonl", open_tracker)
-    add_rank_file(run_dir, info.rank)
-    _print_start(start, state)
+    info.log_to(add_rank_file(run_dir, info.rank))
+    print_start(start.run_dir, state)
     bad_images = BadImages(config.data.on_bad_image, state.bad_images)
     model.module.to(info.device)
     return Run(
@@ -289,12 +292,3 @@ def open_run(
         saved_at=began,
         ticked_at=began,
     )
-
-
-def _print_start(start: Start, state: RunState) -> None:
-    if state.position is None:
-        logger.info("run directory %s", start.run_dir)
-        return
-    at = state.position
-    where = f"{at.consumed:,} samples into epoch {at.epoch + 1}" if at.consumed else f"after epoch {at.epoch}"
-    logger.info("run directory %s, resuming from step %d (stage %s, %s)", start.run_dir, at.step, at.stage, where)

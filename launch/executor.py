@@ -39,6 +39,8 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
     if cluster == "slurm":
         # Since Slurm 22.05, srun no longer takes --cpus-per-task from sbatch.
         parameters["slurm_setup"] = [*setup, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
+        # First, so that an option of the user counts. Without it the other tasks of a failed one could run on.
+        parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1", *parameters.get("slurm_srun_args", [])]
     else:
         parameters = {k: v for k, v in parameters.items() if not k.startswith("slurm_")}
         if cluster == "local":

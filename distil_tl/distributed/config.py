@@ -14,6 +14,7 @@ class DistributedConfig:
     backend: str = "auto"  # auto | gloo | nccl
     timeout_seconds: float = 600.0  # of a collective, and of the rendezvous
     prepare_timeout_seconds: float = 14400.0  # while one rank scans, downloads, copies or writes the demo data
+    heartbeat_seconds: float | None = 60.0  # time to end if a rank freezes or its node is lost; null: no such check
 
     def problems(self) -> list[str]:
         """One message for each value that is not valid. Imports torch only when a value depends on CUDA."""
@@ -32,6 +33,8 @@ class DistributedConfig:
         for name in ("timeout_seconds", "prepare_timeout_seconds"):
             if getattr(self, name) <= 0:
                 found.append(f"distributed.{name} must be positive")
+        if self.heartbeat_seconds is not None and self.heartbeat_seconds <= 0:
+            found.append("distributed.heartbeat_seconds must be positive, or null for no check of frozen ranks")
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import signal
+import time
 import types
 from collections.abc import Callable
 
@@ -14,6 +15,8 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.utils.errors import PreemptedError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+EXCHANGE_SECONDS = 0.05  # aimed at between two exchanges of requests; several times what one takes on many nodes
+MOST_STEPS = 16  # between two exchanges: they come late when steps suddenly get slower
 
 
 class Request(enum.IntEnum):
@@ -66,8 +69,10 @@ class StopSignal:
 class Agreement:
     """Turns the request of one rank into the same action of all ranks after the same step.
 
-    Every rank calls `exchange` once a step. The requests of one step are reduced while the next step computes, so that
-    no rank waits; the result is one step late, and equal on all ranks.
+    Every rank calls `exchange` once a step. The requests of one step are reduced while the next steps compute, so that
+    no rank waits; the result is late, and equal on all ranks. For steps of a few milliseconds a reduction each would
+    take longer than the step. So the ranks exchange only every few steps: as many as take EXCHANGE_SECONDS on the
+    slowest rank. That number is agreed with the requests, and used after the next exchange.
 
     Args:
         request: what this rank requests now.
@@ -76,22 +81,29 @@ class Agreement:
     def __init__(self, info: DistInfo, request: Callable[[], Request]) -> None:
         self._alone = info.world_size == 1
         self._request = request
-        self._highest = torch.zeros(1, dtype=torch.int32)
+        self._reduced = torch.zeros(2, dtype=torch.int32)  # the highest request; minus the smallest number of steps
         self._pending: dist.Work | None = None
+        self._steps = 1  # between two exchanges
+        self._left = 0  # until the next one
+        self._began = time.monotonic()
 
     def exchange(self) -> Request:
-        """The highest request of the call before, and start to reduce that of now."""
+        """The highest request of the exchange before, and start to reduce that of now; or CONTINUE between two."""
         if self._alone:
             return self._request()
-        agreed = self._result()
-        self._highest.fill_(self._request())
-        self._pending = dist.all_reduce(self._highest, op=dist.ReduceOp.MAX, async_op=True)
-        return agreed
+        self._left -= 1
+        if self._left > 0:
+            return Request.CONTINUE
+        return self._exchange()
 
     def exchange_now(self) -> Request:
         """The highest request of now. Waits for the other ranks: for places such as the end of an epoch."""
-        earlier = self.exchange()
-        return max(self._result(), earlier)
+        if self._alone:
+            return self._request()
+        earlier = self._exchange()
+        highest = max(self._result(), earlier)
+        self._steps, self._left = 1, 0  # what follows may have slower steps
+        return highest
 
     def raise_if_stopping(self) -> None:
         """Like `exchange`, for work that can be repeated from its beginning.
@@ -102,12 +114,25 @@ class Agreement:
         if self.exchange() is Request.STOP:
             raise AllRanksStopError
 
+    def _exchange(self) -> Request:
+        taken, agreed = self._steps - max(self._left, 0), self._result()
+        now = time.monotonic()
+        fit = int(EXCHANGE_SECONDS * max(taken, 1) / max(now - self._began, 1e-9))
+        request = self._request()
+        if request is Request.SAVE and agreed is Request.SAVE:  # it is saved next
+            request = Request.CONTINUE
+        self._reduced[0] = int(request)
+        self._reduced[1] = -max(1, min(fit, MOST_STEPS, 2 * self._steps))
+        self._pending = dist.all_reduce(self._reduced, op=dist.ReduceOp.MAX, async_op=True)
+        self._left, self._began = self._steps, now
+        return agreed
+
     def _result(self) -> Request:
         """The result of the reduction that runs, if one does."""
-        if self._alone:
-            return self._request()
         if self._pending is None:
             return Request.CONTINUE
         self._pending.wait()
         self._pending = None
-        return Request(int(self._highest.item()))
+        highest, steps = self._reduced.tolist()
+        self._steps = -steps
+        return Request(highest)

@@ -1,4 +1,4 @@
-"""Set-up of this process among the ranks: its device, the store and torch's process group."""
+"""Set-up of this process among the ranks: its device, the store, its watchdog and torch's process group."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
 from distil_tl.distributed.config import DistributedConfig
+from distil_tl.distributed.device import choose_device, describe, say_device
 from distil_tl.distributed.launch_env import Launch
-from distil_tl.distributed.store import Store, connect, within
-from distil_tl.utils.errors import LostRanksError, PreemptedError, UserError
+from distil_tl.distributed.meeting import meet
+from distil_tl.distributed.store import LEAVE_SECONDS, Store, connect, within
+from distil_tl.distributed.watchdog.client import RankWatchdog
+from distil_tl.utils.errors import LostRanksError, NonFiniteError, PreemptedError, UserError
+from distil_tl.utils.threads import CallTimeoutError, call_with_timeout
 
 NCCL_INIT_SECONDS = 600  # NCCL's initialisation may take longer than a collective
-LEAVE_SECONDS = 10  # for the other ranks to notice that one leaves
+END_SECONDS = 180  # for this rank to end by itself, after an error or when it is done
+VERDICT_SECONDS = 3  # in which the watchdogs find out which rank is the reason for a lost connection
+REQUEUE_SECONDS = 120  # for rank 0 to requeue the job and exit; a launcher may kill it when another rank exits first
+SAME_ERROR_SECONDS = 15  # for rank 0 to print the error that all ranks have, and exit
 
 
 @dataclass
@@ -33,6 +41,7 @@ class DistInfo:
     device: torch.device
     prepare_timeout: float  # seconds that the other ranks wait for work of one rank
     store: Store | None = None  # None for a single rank
+    watchdog: RankWatchdog | None = None  # None for a single rank
     phase: str = "start-up"
     training_started: bool = False  # all ranks have started to train; from then on they stop together
     _calls: int = field(default=0, repr=False)
@@ -49,6 +58,20 @@ class DistInfo:
     def is_main(self) -> bool:
         return self.launch.rank == 0
 
+    def leave(self, *, orderly: bool, seconds: float | None) -> None:
+        """Tell the watchdogs that this rank is about to end by itself, within `seconds`; None: without a limit.
+
+        Args:
+            orderly: the other ranks need not end because of it.
+        """
+        if self.watchdog is not None:
+            self.watchdog.leave(orderly=orderly, seconds=seconds)
+
+    def log_to(self, path: Path) -> None:
+        """Tell the watchdog the log file of this rank."""
+        if self.watchdog is not None:
+            self.watchdog.log_to(path)
+
     def next_call(self) -> str:
         """A new key for the store. It is equal on all ranks that have called this equally often."""
         self._calls += 1
@@ -63,24 +86,32 @@ def init_distributed(launch: Launch, config: DistributedConfig) -> Iterator[Dist
     this process exits.
 
     Raises:
-        UserError: there are not enough GPUs.
+        UserError: the devices that the configuration names are not there, or those of the ranks do not fit together.
         LostRanksError: another rank does not connect, exits or hangs.
         PreemptedError: a signal stopped another rank before training began.
     """
-    cuda = config.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", _gpu(launch, torch.cuda.device_count())) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
+    device, problem = choose_device(launch, config)
     info = DistInfo(launch, device, config.prepare_timeout_seconds)
     if launch.url is None:
+        if problem:
+            raise UserError(problem)
+        say_device(launch, device, "none", 1)
         yield info
         return
-    _join(info, config)
+    info.watchdog = watchdog = RankWatchdog()
     try:
-        yield info
-        dist.barrier()
+        _join(info, config, problem)
+        with _told_to_watchdog(watchdog, connected=True):
+            yield info
+            dist.barrier()
     except PreemptedError as error:
         _leave(info, error)
+        raise
+    except (UserError, NonFiniteError) as error:
+        if isinstance(error, NonFiniteError) or not error.one_rank:
+            _exit_after_rank_zero(info, SAME_ERROR_SECONDS)
+            if isinstance(error, UserError):
+                error.rank_zero_ended = watchdog.process is not None
         raise
     except RuntimeError as error:
         if not _is_lost_connection(error):
@@ -88,23 +119,51 @@ def init_distributed(launch: Launch, config: DistributedConfig) -> Iterator[Dist
         if (preempted := _preemption_behind(info, error)) is not None:
             _leave(info, preempted)
             raise preempted from error
+        lost = watchdog.lost(wait=VERDICT_SECONDS) or (
+            f"{str(error).splitlines()[0]}. A rank exited, or did not answer within "
+            f"distributed.timeout_seconds={config.timeout_seconds:g}"
+        )
         raise LostRanksError(
-            f"rank {info.rank} lost contact with the other ranks during {info.phase}: {str(error).splitlines()[0]}. A "
-            f"rank exited, or did not answer within distributed.timeout_seconds={config.timeout_seconds:g}; see the "
-            f"logs of the others"
+            f"rank {info.rank} lost contact with the other ranks during {info.phase}: {lost}; see the logs of the "
+            f"others"
         ) from error
+    watchdog.leave(orderly=True, seconds=END_SECONDS)
     dist.destroy_process_group()
+    watchdog.close()
 
 
-def _join(info: DistInfo, config: DistributedConfig) -> None:
-    """Connect to the other ranks: set `info.store`, and form torch's process group.
+@contextmanager
+def _told_to_watchdog(watchdog: RankWatchdog, *, connected: bool) -> Iterator[None]:
+    """Tell the watchdog of an exception first of all: from then on it lets this rank end by itself.
+
+    Args:
+        connected: the other ranks can learn from the store that a signal stopped this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if connected and isinstance(error, PreemptedError):
+            watchdog.leave(orderly=True, seconds=None)  # rank 0 may have to requeue the job
+        else:
+            watchdog.leave(orderly=False, seconds=END_SECONDS)
+        raise
+
+
+def _join(info: DistInfo, config: DistributedConfig, problem: str) -> None:
+    """Connect to the other ranks: set `info.store`, start the watchdog, and form torch's process group.
+
+    Args:
+        problem: with the device of this rank; empty if there is none.
 
     Raises:
+        UserError: on all ranks, if the device of one has a problem, or their devices do not fit together.
         LostRanksError: another rank does not connect in time, or exits before all are connected.
     """
-    launch, device = info.launch, info.device
+    launch, device, watchdog = info.launch, info.device, info.watchdog
     backend = config.backend if config.backend != "auto" else ("nccl" if device.type == "cuda" else "gloo")
     assert launch.url is not None
+    assert watchdog is not None
+    address = _store_address(launch.url)
 
     def form_group(store: Store) -> None:
         if device.type == "cuda":
@@ -120,30 +179,57 @@ def _join(info: DistInfo, config: DistributedConfig) -> None:
         )
 
     try:
-        store = connect(launch, config.timeout_seconds)
-        # Longer than torch's own timeout, whose error says which ranks are missing.
-        timeout = max(2 * config.timeout_seconds, NCCL_INIT_SECONDS if backend == "nccl" else 0)
-        within(timeout, lambda: form_group(store), peer="the other ranks, while forming the process group")
+        with _told_to_watchdog(watchdog, connected=False):
+            store = connect(launch, config.timeout_seconds)
+            mine = describe(launch, device, problem)
+            nodes = meet(store.below("devices"), mine, launch, config, watchdog, address[0])
+            store.watchdog = watchdog
+            # Longer than torch's own timeout, whose error says which ranks are missing.
+            timeout = max(2 * config.timeout_seconds, NCCL_INIT_SECONDS if backend == "nccl" else 0)
+            peer = "the other ranks, while forming the process group"
+            within(timeout, lambda: form_group(store), peer=peer, watchdog=watchdog)
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        address = ":".join(map(str, _store_address(launch.url)))
+        lost = watchdog.lost(wait=VERDICT_SECONDS) or str(error).splitlines()[0]
         raise LostRanksError(
-            f"rank {launch.rank} could not connect to the other ranks at {address}: {str(error).splitlines()[0]}. All "
+            f"rank {launch.rank} could not connect to the other ranks at {':'.join(map(str, address))}: {lost}. All "
             f"{launch.world_size} must start, and connect there, within "
             f"distributed.timeout_seconds={config.timeout_seconds:g}; see the logs of the others"
         ) from error
     info.store = store.below("distil_tl")
+    say_device(launch, device, backend, nodes)
 
 
 def _leave(info: DistInfo, error: PreemptedError) -> None:
-    """Destroy the group on this rank first, and tell the others, which may not know yet that a signal stopped it."""
-    assert info.store is not None
+    """End the group on this rank first, and tell the others, which may not know yet that a signal stopped it."""
+    if info.store is None:  # it came before all were connected
+        return
     store = info.store.with_timeout(LEAVE_SECONDS)
     with suppress(dist.DistError):  # a store in another process may be gone as soon as all ranks are counted
         store.set_preempted(error)
-        dist.destroy_process_group()  # ranks that wait for this one in a collective get an error, and read the store
+        _end_group(info.device)  # ranks that wait for this one in a collective get an error, and read the store
         store.count_ranks("leaving", info.world_size, LEAVE_SECONDS, leaving=True)  # this process may serve the store
+    _exit_after_rank_zero(info, REQUEUE_SECONDS)
+
+
+def _end_group(device: torch.device) -> None:
+    """End torch's process group without waiting for the collectives that run.
+
+    With NCCL, to destroy the group would wait for them, and they for the other ranks. To abort it ends them.
+    """
+    if device.type == "cuda" and "nccl" in str(dist.get_backend_config()):
+        group = dist.group.WORLD
+        with suppress(CallTimeoutError, RuntimeError):
+            call_with_timeout(LEAVE_SECONDS, lambda: group._get_backend(device).abort())  # type: ignore[union-attr]
+    with suppress(CallTimeoutError):
+        call_with_timeout(LEAVE_SECONDS, dist.destroy_process_group)
+
+
+def _exit_after_rank_zero(info: DistInfo, seconds: float) -> None:
+    """Let rank 0 exit first. It prints the message and requeues the job; a launcher would end it with this rank."""
+    if not info.is_main and info.watchdog is not None:
+        info.watchdog.wait_for_end_of_rank_zero(seconds)
 
 
 def _preemption_behind(info: DistInfo, error: RuntimeError) -> PreemptedError | None:
@@ -179,18 +265,6 @@ def _store_address(url: str) -> tuple[str, int]:
     parts = urlsplit(url)
     host, port = parts.hostname or os.environ.get("MASTER_ADDR"), parts.port or os.environ.get("MASTER_PORT")
     return str(host), int(port or 0)
-
-
-def _gpu(launch: Launch, visible: int) -> int:
-    """The index of this process's GPU among the visible ones."""
-    if launch.launcher == "slurm" and visible == 1:  # with srun --gpus-per-task each task sees only its own
-        return 0
-    if launch.local_world_size > visible:  # the same on all ranks of the node, so that none waits for another
-        raise UserError(
-            f"{launch.local_world_size} processes on a node where torch sees {visible} GPUs; start at most that many, "
-            f"or use distributed.device=cpu"
-        )
-    return launch.local_rank
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

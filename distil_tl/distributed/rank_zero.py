@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from distil_tl.distributed.process_group import LEAVE_SECONDS, DistInfo
-from distil_tl.distributed.store import POLL_SECONDS, Store
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.store import LEAVE_SECONDS, POLL_SECONDS, Store
 from distil_tl.utils.errors import LostRanksError, PreemptedError, UserError
 
 
@@ -112,7 +112,7 @@ def _receive(info: DistInfo, key: str, what: str) -> Any:
     assert info.store is not None
     store, deadline = info.store, time.monotonic() + info.prepare_timeout
     while not store.check(key):
-        store.raise_if_preempted()
+        store.raise_if_ended()
         if time.monotonic() > deadline:
             raise LostRanksError(
                 f"rank {info.rank} waited {info.prepare_timeout:g} s for another rank: {what}; "

@@ -18,38 +18,61 @@ from distil_tl.utils.threads import CallTimeoutError, call_with_timeout
 
 if TYPE_CHECKING:
     from distil_tl.distributed.launch_env import Launch
+    from distil_tl.distributed.watchdog.client import RankWatchdog
 
 Result = TypeVar("Result")
 
 POLL_SECONDS = 0.05
+LEAVE_SECONDS = 10  # for the other ranks to notice that one leaves
 _PREEMPTED = "preempted"  # the key under which a rank writes that a signal stopped it
 
 
-def within(seconds: float, work: Callable[[], Result], *, peer: str = "the store of the ranks") -> Result:
+def within(
+    seconds: float,
+    work: Callable[[], Result],
+    *,
+    peer: str = "the store of the ranks",
+    watchdog: RankWatchdog | None = None,
+) -> Result:
     """Call `work`, which needs another process, with a timeout. Returns or raises what `work` does.
 
     One of the processes serves the store. If that process is frozen, torch ignores its own timeout and waits without
     end: while it connects, while it forms a process group, and for the answer to each request.
 
+    Args:
+        watchdog: of this rank; the wait ends when it reports a lost rank.
+
     Raises:
-        DistStoreError: no answer from `peer` in that time.
+        DistStoreError: no answer from `peer` in that time, or a rank is lost.
     """
+
+    def check() -> None:
+        raise_if_lost(watchdog)
+
     try:
-        return call_with_timeout(seconds, work)
+        return call_with_timeout(seconds, work, check if watchdog is not None else None)
     except CallTimeoutError:
         raise dist.DistStoreError(f"no answer in {seconds:g} s from {peer}") from None
 
 
+def raise_if_lost(watchdog: RankWatchdog | None) -> None:
+    """Raise a DistStoreError that names the rank that the watchdog reports as lost, if there is one."""
+    lost = None if watchdog is None else watchdog.lost()
+    if lost is not None:
+        raise dist.DistStoreError(lost)
+
+
 class Store:
-    """A torch store with a timeout for every request.
+    """A torch store with a timeout for every request. `watchdog` is that of this rank, once it has one.
 
     Raises:
         DistStoreError: by every method, when there is no answer in `seconds`.
     """
 
-    def __init__(self, inner: Any, seconds: float) -> None:
+    def __init__(self, inner: Any, seconds: float, watchdog: RankWatchdog | None = None) -> None:
         self.inner = inner
         self.seconds = seconds
+        self.watchdog = watchdog
 
     def set(self, key: str, value: str) -> None:
         within(self.seconds, lambda: self.inner.set(key, value))
@@ -70,29 +93,35 @@ class Store:
 
     def with_timeout(self, seconds: float) -> Store:
         """The same store, with at most this timeout."""
-        return Store(self.inner, min(seconds, self.seconds))
+        return Store(self.inner, min(seconds, self.seconds), self.watchdog)
 
     def below(self, prefix: str) -> Store:
         """The same store, with its keys under `prefix`."""
-        return Store(PrefixStore(prefix, self.inner), self.seconds)
+        return Store(PrefixStore(prefix, self.inner), self.seconds, self.watchdog)
 
     def count_ranks(self, key: str, expected: int, timeout: float, *, leaving: bool = False) -> None:
         """Count this rank under `key`, and wait until `expected` ranks are counted or the timeout ends.
 
         Raises:
             PreemptedError: a signal stopped another rank, unless this rank is itself `leaving`.
+            DistStoreError: another rank is lost, with the same exception.
         """
         deadline = time.monotonic() + timeout
         counted = self.add(key, 1)
         while counted < expected and time.monotonic() < deadline:
             if not leaving:
-                self.raise_if_preempted()
+                self.raise_if_ended()
             time.sleep(POLL_SECONDS)
             counted = self.add(key, 0)
 
     def set_preempted(self, error: PreemptedError) -> None:
         """Tell the other ranks that a signal stopped this one."""
         self.set(_PREEMPTED, str(error))
+
+    def raise_if_ended(self) -> None:
+        """Raise the PreemptedError of another rank, or a DistStoreError if the watchdog reports a lost rank."""
+        self.raise_if_preempted()
+        raise_if_lost(self.watchdog)
 
     def raise_if_preempted(self) -> None:
         """Raise the PreemptedError of another rank, if a signal stopped one."""

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from distil_tl.training.step import StageTraining
 
 
+def print_start(run_dir: str, state: RunState) -> None:
+    """Where a run starts."""
+    if state.position is None:
+        logger.info("run directory %s", run_dir)
+        return
+    at = state.position
+    where = f"{at.consumed:,} samples into epoch {at.epoch + 1}" if at.consumed else f"after epoch {at.epoch}"
+    logger.info("run directory %s, resuming from step %d (stage %s, %s)", run_dir, at.step, at.stage, where)
+
+
 def print_stage(info: DistInfo, model: TransferModel, training: StageTraining, record: StageRecord) -> None:
     """What a stage trains, and with which settings."""
     if not info.is_main:

@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
@@ -25,6 +26,9 @@ from distil_tl.utils.errors import (
 from distil_tl.utils.log import logger
 from distil_tl.utils.threads import has_abandoned_threads
 
+# Only rank 0 prints a message that all ranks have. It exits first, because a launcher ends the others when one exits.
+GIVE_WAY_SECONDS = 10.0
+
 # At exit Python searches all objects for reference cycles. With torch imported this takes a third of the CPU time of a
 # short command. Frozen objects are not searched.
 atexit.register(gc.freeze)
@@ -43,6 +47,8 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
         return body() or 0
     except UserError as error:
         _print_error(f"{name}: {error}", every_rank=error.one_rank)
+        if not (_is_rank_zero() or error.one_rank or error.rank_zero_ended):
+            time.sleep(GIVE_WAY_SECONDS)
         return EXIT_USER_ERROR
     except PreemptedError as error:
         _print_error(f"{name}: {error}")
@@ -79,8 +85,12 @@ def exit_process(status: int) -> NoReturn:
         os._exit(status)
 
 
+def _is_rank_zero() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def _print_error(message: str, *, every_rank: bool = False) -> None:
     """Print to standard error: on rank 0, or on every rank."""
-    if every_rank or os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if every_rank or _is_rank_zero():
         sys.stderr.write(message + "\n")
         sys.stderr.flush()

@@ -15,11 +15,15 @@ class UserError(Exception):
 
     The message names what is wrong and how to correct it. With `one_rank`, other ranks may not have the same error, so
     this one prints it even if it is not rank 0.
+
+    Attributes:
+        rank_zero_ended: this rank has already waited until rank 0 had ended.
     """
 
     def __init__(self, message: str, *, one_rank: bool = False) -> None:
         super().__init__(message)
         self.one_rank = one_rank
+        self.rank_zero_ended = False
 
 
 class PreemptedError(BaseException):

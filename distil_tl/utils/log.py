@@ -44,8 +44,8 @@ def setup_console(is_main: bool) -> None:
     logger.addHandler(console)
 
 
-def add_rank_file(run_dir: Path, rank: int) -> None:
-    """Also append this rank's log to RUN_DIR/logs/rank-N.log. A full disk later is not an error.
+def add_rank_file(run_dir: Path, rank: int) -> Path:
+    """Also append this rank's log to RUN_DIR/logs/rank-N.log, and return that path. A full disk later is no error.
 
     Raises:
         WriteError: the file can't be opened.
@@ -56,6 +56,7 @@ def add_rank_file(run_dir: Path, rank: int) -> None:
         file = _RankFile(path, encoding="utf-8")
     file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
+    return path
 
 
 class Progress:

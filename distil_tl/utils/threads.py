@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -16,11 +17,14 @@ class CallTimeoutError(Exception):
     """A call took too long. Its thread still runs, and is abandoned."""
 
 
-def call_with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
+def call_with_timeout(seconds: float, work: Callable[[], Result], check: Callable[[], None] | None = None) -> Result:
     """Call `work` in a separate daemon thread, with a timeout. Returns or raises what `work` does.
 
     A signal handler of the main thread runs during the wait, and may raise. Then, as after a timeout, the thread is
     abandoned: it may be blocked in C++ code, which nothing can interrupt.
+
+    Args:
+        check: called about once a second; what it raises ends the wait too.
 
     Raises:
         CallTimeoutError: `work` takes more than `seconds`.
@@ -35,7 +39,13 @@ def call_with_timeout(seconds: float, work: Callable[[], Result]) -> Result:
 
     thread = threading.Thread(target=run, name=_NAME, daemon=True)
     thread.start()
-    thread.join(seconds)
+    if check is None:
+        thread.join(seconds)
+    deadline = time.monotonic() + seconds
+    while check is not None and thread.is_alive() and time.monotonic() < deadline:
+        thread.join(min(1.0, seconds))
+        if thread.is_alive():
+            check()
     if errors:
         raise errors[0]
     if not results:

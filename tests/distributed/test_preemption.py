@@ -1,19 +1,25 @@
-"""A signal before training: the run ends at once, wherever it is."""
+"""Signals: before training the run ends at once, wherever it is; later all ranks stop after the same step."""
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
-from distil_tl.distributed.preemption import StopSignal
+from distil_tl.distributed.config import DistributedConfig
+from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.preemption import MOST_STEPS, Agreement, Request, StopSignal
+from distil_tl.distributed.process_group import init_distributed
 from distil_tl.models import timm_models
 from distil_tl.train import main
 from distil_tl.utils.errors import PreemptedError
+from tests.helpers.ranks import rank, run_ranks
 
 
 def raise_signal(*_args: object, **_options: object) -> NoReturn:
@@ -41,3 +47,63 @@ def test_a_signal_in_start_up_ends_the_run_with_status_3(
     assert "stopped by SIGTERM before training started; run the same command to start again" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+class Steps:
+    """Runs steps of some seconds until all ranks stop. Rank `by` asks for it at `stop_at`."""
+
+    def __init__(self, by: int, stop_at: int, seconds: float) -> None:
+        self.by, self.stop_at, self.seconds, self.step = by, stop_at, seconds, 0
+        self.exchanges: list[int] = []
+
+    def request(self) -> Request:
+        self.exchanges.append(self.step)
+        return Request.STOP if rank() == self.by and self.step >= self.stop_at else Request.CONTINUE
+
+
+def stop_together(by: int, stop_at: int, seconds: float) -> tuple[int, list[int]]:
+    steps = Steps(by, stop_at, seconds)
+    with init_distributed(read_launch(os.environ), DistributedConfig(device="cpu", timeout_seconds=60)) as info:
+        agreement = Agreement(info, steps.request)
+        for steps.step in range(1, 10_000):
+            time.sleep(steps.seconds)
+            if agreement.exchange() is Request.STOP:
+                break
+        first = steps.step
+        agreement.exchange_now()
+        assert agreement.exchange_now() is Request.STOP  # of now
+    return first, steps.exchanges[:-2]
+
+
+def test_fast_steps_exchange_rarely_and_stop_together() -> None:
+    found = run_ranks(2, stop_together, 1, 60, 0.001)
+    stopped, exchanged = found[0]
+    assert [one[0] for one in found] == [stopped] * 2
+    assert found[1][1] == exchanged  # the same steps on all ranks
+    assert 60 <= stopped <= 60 + 2 * MOST_STEPS
+    gaps = {after - before for before, after in itertools.pairwise(exchanged)}
+    assert max(gaps) > 1, exchanged
+    assert max(gaps) <= MOST_STEPS
+
+
+def test_slow_steps_exchange_each_time() -> None:
+    stopped, exchanged = run_ranks(2, stop_together, 0, 3, 0.06)[0]
+    assert exchanged == list(range(1, stopped + 1))
+    assert stopped == 4
+
+
+def test_a_checkpoint_that_is_due_is_asked_for_once() -> None:
+    assert run_ranks(2, saves) == [[False, True, False]] * 2
+
+
+def saves() -> list[bool]:
+    with init_distributed(read_launch(os.environ), DistributedConfig(device="cpu", timeout_seconds=60)) as info:
+        due = [True]
+        agreement = Agreement(info, lambda: Request.SAVE if due[0] and info.is_main else Request.CONTINUE)
+        found = []
+        for _ in range(3):
+            time.sleep(0.06)
+            found.append(agreement.exchange() is Request.SAVE)
+            due[0] = not any(found)
+        agreement.exchange_now()
+    return found

@@ -34,6 +34,7 @@ def test_a_dry_run_prints_the_script_and_creates_nothing(slurm: FakeSlurm, capsy
     setup = text.partition("# setup\n")[2]
     assert setup.index("module load cuda") < setup.index("export PYTHONPATH=") < setup.index("cd ")
     assert "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK" in text
+    assert re.search("^srun .*--kill-on-bad-exit=1 ", text, re.MULTILINE)
     assert "wckey" not in text
     assert not list(Path().iterdir())
     assert not slurm.calls("sbatch")

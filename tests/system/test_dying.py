@@ -59,6 +59,8 @@ def test_the_other_ranks_end_soon_and_name_the_phase(
         wanted.append("could not connect to the other ranks")
     assert any(f"rank {1 - by} {words}" in said for words in wanted), said
     assert len(said.splitlines()) < 20, said
+    if kind == "kill one":
+        assert re.search(rf"rank {by} \(host \S+, pid \d+\) was killed or exited", said)
     assert left_over_processes(tmp_path) == []
 
 

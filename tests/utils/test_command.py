@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -53,9 +54,13 @@ def test_an_exception_becomes_a_message_and_an_exit_status(
     ranks: str,
     rank: str,
 ) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("RANK", rank)
     assert run_command("test", lambda: fails_with(error)) == status
     assert capsys.readouterr().err == ("test: message\n" if rank in ranks else "")
+    # A launcher would end rank 0, which prints the message, as soon as another rank exits.
+    assert bool(waited) == (isinstance(error, UserError) and rank not in ranks)
 
 
 def test_an_exception_that_is_not_expected_has_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
