@@ -77,7 +77,7 @@ def _body(run: Run) -> Markup:
             wide=True,
         ),
         _section("Mistakes", "The most confident wrong predictions.", tables.mistake_table(run)),
-        h("section", h("h2", "Throughput"), curves.throughput_chart(run)),
+        h("section", h("h2", "Throughput"), curves.throughput_chart(run), tables.data_waits(run)),
         h(
             "section",
             h("h2", "Environment and configuration"),

@@ -59,8 +59,6 @@ def stage_table(run: Run) -> Markup:
         return h("p", "No stage has started.", class_="empty")
     total = sum(number(mapping(stages, name).get("seconds")) or 0.0 for name in names)
     best: float | None = None
-    waits = {name: data_wait(run, name) for name in names}
-    has_waits = any(share is not None for share in waits.values())
     rows: list[list[Child]] = []
     for name in names:
         lines = [m for m in run.metrics if m.stage == name]
@@ -68,8 +66,7 @@ def stage_table(run: Run) -> Markup:
         top1 = max(scores, default=number(mapping(stages, name).get("top1")))
         gain = None if top1 is None or best is None else top1 - best
         cost = _stage_cost(name, mapping(stages, name), lines, bands.get(name), total)
-        waited: list[Child] = [text.percent(waits[name])] if has_waits else []
-        rows.append([*cost, *waited, text.percent(top1), text.percentage_points(gain)])
+        rows.append([*cost, text.percent(top1), text.percentage_points(gain)])
         best = max((v for v in (best, top1) if v is not None), default=None)
     head = [
         "Stage",
@@ -79,11 +76,21 @@ def stage_table(run: Run) -> Markup:
         "Images",
         "Images/s",
         "Time",
-        *(["Data wait"] if has_waits else []),
         "Best val top-1",
         "Gain (points)",
     ]
     return table(head, rows, label="Stages")
+
+
+def data_waits(run: Run) -> Markup | None:
+    """How long each stage waited for data; None for a run of earlier code."""
+    shares = {name: data_wait(run, name) for name in (band.name for band in run.bands)}
+    known = [(name, text.percent(share)) for name, share in shares.items() if share is not None]
+    if not known:
+        return None
+    return h(
+        "dl", [h("div", h("dt", f"Waiting for data, {name}"), h("dd", share)) for name, share in known], class_="line"
+    )
 
 
 def data_wait(run: Run, stage: str) -> float | None:

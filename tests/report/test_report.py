@@ -138,13 +138,13 @@ def test_a_run_in_progress(tmp_path, kept):
 
 
 def test_waiting_for_data_is_shown_where_it_was_measured(run):
-    assert "Data wait" not in report(run)[1]
+    assert "Waiting for data" not in report(run)[1]
     summary = json.loads((run / "summary.json").read_text())
     summary["stages"]["full"] |= {"data_wait_seconds": 30.0, "train_seconds": 100.0}
     (run / "summary.json").write_text(json.dumps(summary))
     _, words = report(run)
-    table = words[words.index("Data wait Best val top-1") : words.index("Evaluation")]
-    assert table.count("30.0 %") == 1
+    assert "Waiting for data, full 30.0 %" in words
+    assert "Waiting for data, head" not in words
     assert "Stage full waited for images during 30 % of its training." in words
 
 
@@ -152,7 +152,7 @@ def test_waiting_for_data_of_a_run_in_progress(tmp_path):
     lines = [line | {"data_wait_seconds": 0.5 * line.get("seconds", 0)} for line in build_metrics()]
     write_lines(tmp_path, lines)
     _, words = report(tmp_path)
-    assert words.count("50.0 %") == 3
+    assert words.count("Waiting for data") == words.count("50.0 %") == 3
     assert "Stage layer4 waited for images during 50 % of its training." in words
 
 

@@ -137,7 +137,12 @@ def page() -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = [EVIL, "a-class-with-a-very-long-name-and-no-spaces", "rose", "tulip"]
-    return write_report(build_run(tmp_path_factory.mktemp("runs") / "browser", names))
+    run = build_run(tmp_path_factory.mktemp("runs") / "browser", names)
+    summary = json.loads((run / "summary.json").read_text())
+    for i, stage in enumerate(summary["stages"].values()):
+        stage |= {"train_seconds": 100.0, "data_wait_seconds": 20.0 * i}
+    (run / "summary.json").write_text(json.dumps(summary))
+    return write_report(run)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
