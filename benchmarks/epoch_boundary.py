@@ -3,6 +3,7 @@
 Trains on generated JPEGs with real loader processes. A step sleeps instead of computing, like a training process that
 waits for a GPU: so loading has all CPUs, and either loading or training can be made the slower one. The times at which
 batches are asked for and arrive are recorded. With `--against`, other code is measured in turns with this one.
+With `--image-ms`, an image is not decoded either, but sleeps: then the figures do not depend on the machine.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Task:
     batch: int
     image_size: int
     epochs: int
+    image_ms: float | None
     step_seconds: float
 
 
@@ -56,6 +58,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default: 224)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
     parser.add_argument("--epochs", type=int, default=4, help="default: 4; the first one is not counted")
+    parser.add_argument("--image-ms", type=float, help="milliseconds of an image, instead of decoding it")
     parser.add_argument("--repeats", type=int, default=3, help="default: 3")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/epoch_boundary.json"), help="file of results")
     parser.add_argument("--fresh", action="store_true", help="start again and replace --out")
@@ -69,7 +72,7 @@ def benchmark(options: argparse.Namespace) -> None:
     from benchmarks.images import write_images
     from benchmarks.measure import ROOT, Results, interleaved, log, run_process
 
-    keys = ("steps", "batch", "image_size", "workers", "epochs")
+    keys = ("steps", "batch", "image_size", "workers", "epochs", "image_ms")
     results = Results(options.out, {key: getattr(options, key) for key in keys}, fresh=options.fresh)
     codes = {"this code": ROOT} | ({"other code": options.against.resolve()} if options.against else {})
     with tempfile.TemporaryDirectory(prefix="distil-tl-boundary-") as temporary:
@@ -79,7 +82,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
         def measure(name: str, code: Path, step_seconds: float) -> tuple[Any, dict[str, Any]]:
             task = Task(str(root), str(work / name), options.workers, options.batch, options.image_size,
-                        options.epochs, step_seconds)  # fmt: skip
+                        options.epochs, options.image_ms, step_seconds)  # fmt: skip
             (work / "task.json").write_text(json.dumps(asdict(task)))
             command = [sys.executable, __file__, "--one", str(work / "task.json"), str(work / "result.json")]
             env = {"PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "DISTIL_TL_CACHE": str(work / "cache")}
@@ -87,6 +90,8 @@ def benchmark(options: argparse.Namespace) -> None:
             return measured, json.loads((work / "result.json").read_text())
 
         def loader_seconds() -> float:
+            if options.image_ms is not None:
+                return float(options.image_ms / 1000 * options.batch / options.workers)
             epochs = measure("pace", ROOT, 0.0)[1]["epochs"]
             return float(min(epoch["seconds"] for epoch in epochs) / options.steps)
 
@@ -126,20 +131,30 @@ def run_one(task: Task) -> dict[str, Any]:
             waits[split].append(time.monotonic() - asked)
             yield batch
 
-    def evaluated(info: Any, network: Any, *args: Any, **more: Any) -> Any:
-        result = evaluate(info, Sleep(), *args, **more)
+    def evaluated(info: Any, network: Any, turns: Any, batches: Any, classes: int, **more: Any) -> Any:
+        result = evaluate(info, Sleep(classes), turns, batches, classes, **more)
         ends.append(time.monotonic())
         return result
 
     class Sleep(nn.Module):
+        def __init__(self, classes: int) -> None:
+            super().__init__()
+            self.classes = classes
+
         def forward(self, images: Tensor) -> Tensor:
             time.sleep(task.step_seconds / 3)  # a forward pass alone
-            return torch.zeros(len(images), 10)
+            return torch.zeros(len(images), self.classes)
 
     def step(info: Any, training: Any, batch: Any, *args: Any) -> Tensor:
         time.sleep(task.step_seconds)
         return torch.zeros(())
 
+    def wait(*args: Any, **more: Any) -> Tensor:
+        time.sleep(task.image_ms / 1000 if task.image_ms else 0.0)
+        return torch.zeros(3, task.image_size, task.image_size, dtype=torch.uint8)
+
+    if task.image_ms is not None:
+        importlib.import_module("distil_tl.data.loader").decode = wait  # type: ignore[attr-defined]
     bad_images.check = check
     train.forward_backward = step
     train.optimizer_step = lambda *args: None
