@@ -28,15 +28,16 @@ from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build
-from distil_tl.rundir.state import Position
+from distil_tl.rundir.state import Position, StageRecord
 from distil_tl.train import forward_backward
 from distil_tl.training.config import OptimConfig, StageConfig
 from distil_tl.training.metrics import Meter
-from distil_tl.training.network import ImageNetwork, dummy_images, lay_out, set_layout, try_to_fold
+from distil_tl.training.network import ImageNetwork, lay_out, set_layout, try_to_fold
 from distil_tl.training.precision import default_compute
 from distil_tl.training.stage import Stage, apply_stage
 from distil_tl.training.stage_setup import StageSetup
-from distil_tl.training.step import begin_stage, optimizer_step
+from distil_tl.training.stage_start import begin_stage
+from distil_tl.training.step import optimizer_step
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.threads import available_cpus
@@ -181,9 +182,9 @@ def run_one(task: Task) -> dict[str, Any]:
         folded = try_to_fold(model, task.image_size, info.device, trains=True)
         network = ImageNetwork(model, compute, info.device, folded, task.image_size)
         lay_out(network)
-        setup = StageSetup(network, None, dummy_images(2, task.image_size, info.device))
+        setup = StageSetup(network, None, task.image_size)
         source = ImageSource(info, config, splits.as_dict(), model.preprocess, BadImages("error"))
-        training = begin_stage(info, stage, model, setup, source, BatchPlan(task.batch, 1), log_every=1)
+        training = begin_stage(info, stage, model, setup, source, BatchPlan(task.batch, 1), StageRecord(), log_every=1)
         sampler, loader, marks = training.sampler, training.batches.loader, [time.monotonic()]
         batches = iter(loader) if task.mode == "loader" else source.batches(loader, "train")
         if task.mode == "synthetic":
@@ -195,7 +196,10 @@ def run_one(task: Task) -> dict[str, Any]:
             else:
                 training.meter = Meter(info, len(splits.classes))
                 for step in training.steps_left(Position("full", epoch, 0, 0)):
-                    optimizer_step(training, forward_backward(info, training, next(batches), step, 0), step)
+                    training.begin_step()
+                    loss = forward_backward(info, training, next(batches), step, 0)
+                    training.end_step()
+                    optimizer_step(training, loss, step)
                 training.meter.total()  # waits for the device
             marks.append(time.monotonic())
     seconds = [end - begin for begin, end in itertools.pairwise(marks)]

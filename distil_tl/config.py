@@ -21,7 +21,15 @@ from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.rundir.changes import is_free_on_resume, new_keys
 from distil_tl.rundir.config import CheckpointConfig
 from distil_tl.tracking.config import TrackingConfig
-from distil_tl.training.config import COMPILE, PRECISIONS, OptimConfig, StageConfig, default_stages, wants_features
+from distil_tl.training.config import (
+    COMPILE,
+    COMPILE_MODES,
+    PRECISIONS,
+    OptimConfig,
+    StageConfig,
+    default_stages,
+    wants_features,
+)
 from distil_tl.utils.args import (
     apply,
     explain,
@@ -44,6 +52,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     precision: str = "auto"  # auto (chosen by a trial in long stages) | fp32 | bf16 | fp16
     compile: str = "none"  # torch.compile, which takes about a minute: none | prefix (the frozen part) | all
+    compile_mode: str = "default"  # of torch.compile: default | reduce-overhead (CUDA graphs) | max-autotune
+    tf32: bool = True  # on CUDA, round float32 convolutions to TF32, which is faster; matrix products never are
+    deterministic: bool = False  # on CUDA, use only algorithms that repeat bit by bit; slower
     seed: int = 0  # of the new head, the order of the images and the augmentations
     run_dir: str | None = None  # null: runs/DATA-MODEL-HASH, so that the same command resumes its run
     resume: str = "auto"  # auto: from the last checkpoint in run_dir | never | the path of a run or checkpoint
@@ -208,6 +219,8 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
         yield f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}"
     if config.compile not in COMPILE:
         yield f"compile is {config.compile!r}; choose one of {', '.join(COMPILE)}"
+    if config.compile_mode not in COMPILE_MODES:
+        yield f"compile_mode is {config.compile_mode!r}; choose one of {', '.join(COMPILE_MODES)}"
     batch = config.data.global_batch_size
     if batch >= 1 and batch % world_size:
         fit = [str(n) for n in fitting_world_sizes(batch) if n <= 4 * world_size]

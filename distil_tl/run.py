@@ -20,12 +20,13 @@ from distil_tl.distributed.preemption import Agreement, Request, StopSignal
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.models.transfer import TransferModel
-from distil_tl.rundir.changes import interpolation_digests, refuse_changes
+from distil_tl.report import write_report
+from distil_tl.rundir.changes import interpolation_digests
 from distil_tl.rundir.checkpoint import Checkpoints
 from distil_tl.rundir.directory import RunDirectory, check_shared
 from distil_tl.rundir.lock import read_attempt
 from distil_tl.rundir.opening import open_outputs, restore_state
-from distil_tl.rundir.start import Start, find_start
+from distil_tl.rundir.start import Start
 from distil_tl.rundir.state import Position, RunState
 from distil_tl.tracking.tracker import Tracker
 from distil_tl.training.console import print_start
@@ -107,6 +108,7 @@ class Run:
             seed=config.seed,
             precision=config.precision,
             compile=config.compile,
+            compile_mode=config.compile_mode,
         ).with_search_result(None if record is None else record.search)
 
     def compute(self, name: str) -> Compute:
@@ -203,6 +205,21 @@ class Run:
         self.tick()
         return self.directory.write_summary(status, self.state, self.info, **more) if self.info.is_main else {}
 
+    def complete(self, **more: Any) -> dict[str, Any]:
+        """Write summary.json and report.html on rank 0, and end the tracking. Returns the summary.
+
+        Args:
+            more: fields of the summary.
+        """
+        summary = self.write_summary("completed", **more)
+        try:
+            write_report(self.directory.path)
+        except Exception as error:  # the run is complete without its report
+            logger.warning("can't write report.html: %s", error)
+        if self.tracker is not None:
+            self.tracker.close("completed")
+        return summary
+
     def abandon(self, status: str) -> None:
         """Close the records of a run that does not complete. Errors here must not hide the reason for that."""
         self.info.leave(orderly=status != "failed", seconds=120 + self.config.tracking.wandb.finish_timeout_seconds)
@@ -218,20 +235,6 @@ class Run:
         except OSError as error:
             logger.error("%s", error)
         self.tracker.close(status)
-
-
-def look_for_start(config: Config, unresolved: DictConfig) -> Start:
-    """Where a run starts. Writes nothing.
-
-    Raises:
-        UserError: the run directory can't be used, or holds a run that this configuration can't resume.
-    """
-    assert config.run_dir is not None
-    epochs = {name: stage.epochs for name, stage in config.stages.items()}
-    start = find_start(Path(config.run_dir), config.resume, epochs)
-    if start.saved is not None and start.saved_run_dir is not None:
-        refuse_changes(dataclasses.asdict(config), unresolved, start.saved, start.saved_run_dir)
-    return start
 
 
 def open_run(

@@ -6,13 +6,12 @@ after another, evaluate.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -29,34 +28,40 @@ from torch import Tensor
 
 from distil_tl.data.loader import Batch
 from distil_tl.data.splits import copy_to_local_disk, open_splits
+from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.leaving import cause_of
 from distil_tl.distributed.preemption import AllRanksStopError, Request, StopSignal
 from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero, once_per_node
 from distil_tl.models.transfer import build, download_weights
 from distil_tl.report import write_report
-from distil_tl.run import Run, look_for_start, open_run
+from distil_tl.run import Run, open_run
 from distil_tl.rundir.checkpoint import load_weights
+from distil_tl.rundir.directory import peak_memory_mb, reset_peak_memory
+from distil_tl.rundir.opening import look_for_start
 from distil_tl.rundir.start import Start
 from distil_tl.rundir.state import Position, StageRecord
 from distil_tl.training import console
 from distil_tl.training.evaluation import Evaluation, evaluate
 from distil_tl.training.head_search import search_head
+from distil_tl.training.memory import PartSize, replayed, until_memory_suffices
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import ImageNetwork, evaluation_network
 from distil_tl.training.optim import lr_factor, set_lr
+from distil_tl.training.precision import set_rounding
 from distil_tl.training.stage import Stage, check_stages, count_trainable
 from distil_tl.training.stage_setup import set_up_stage
+from distil_tl.training.stage_start import begin_stage
 from distil_tl.training.step import (
     StageTraining,
     average_statistics,
-    begin_stage,
     check_finite,
     optimizer_step,
     reduce_gradients,
 )
-from distil_tl.utils.errors import PreemptedError
-from distil_tl.utils.log import Progress, logger, setup_console
+from distil_tl.utils.errors import PreemptedError, RestartError
+from distil_tl.utils.log import Progress, setup_console
 from distil_tl.utils.rng import seed_torch
 
 MISTAKES = 50  # most confident mistakes kept in evaluation.json
@@ -84,9 +89,10 @@ def train(config: Config, unresolved: DictConfig) -> None:
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
     configuration.check(config, launch.world_size)
+    set_rounding(tf32=config.tf32, deterministic=config.deterministic)
     with StopSignal() as stop, init_distributed(launch, config.distributed) as info:
         # Rank 0 looks, and sends what it finds to the other ranks as JSON.
-        start = Start(**on_rank_zero(info, "start", lambda: dataclasses.asdict(look_for_start(config, unresolved))))
+        start = Start(**on_rank_zero(info, "start", lambda: asdict(look_for_start(asdict(config), unresolved))))
         if start.completed:
             if info.is_main and not (Path(start.run_dir) / "report.html").exists():  # killed just before it
                 write_report(Path(start.run_dir))
@@ -108,7 +114,8 @@ def train(config: Config, unresolved: DictConfig) -> None:
             except AllRanksStopError:
                 raise run.preempt() from None
         except BaseException as error:
-            run.abandon("preempted" if isinstance(error, PreemptedError) else "failed")
+            stopped = isinstance(cause_of(info, error), (PreemptedError, RestartError))
+            run.abandon("preempted" if stopped else "failed")
             raise
         finally:
             run.training = None  # ends its loader processes
@@ -125,7 +132,8 @@ def run_stage(run: Run, stage: Stage) -> None:
         batch = run.config.data.global_batch_size
         stage = search_head(info, stage, setup, batch, record, run.agreement)
     log_every = run.config.tracking.log_every
-    training = begin_stage(info, stage, model, setup, run.source, run.plan, log_every)
+    training = begin_stage(info, stage, model, setup, run.source, run.plan, record, log_every)
+    reset_peak_memory(info)  # trials need more than training
     record.seconds += time.monotonic() - began
     record.trainable_parameters = count_trainable(model.module)
     console.print_stage(info, model, training, record)
@@ -151,9 +159,7 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
     with Progress(label, total, done=done, show=info.is_main) as bar:
         for step in training.steps_left(position):
             set_lr(training.optimizer, lr_factor(step, training.total_steps, stage.optim.warmup, stage.optim.schedule))
-            loss = torch.zeros((), device=info.device)
-            for micro in range(training.accumulation):
-                loss += forward_backward(info, training, training.next_batch(), step, micro)
+            loss = accumulate_gradients(info, training, step)
             training.batches.start_val()  # now that the first batches of training are loaded
             optimizer_step(training, loss, step)
             average_statistics(info, training)
@@ -174,8 +180,25 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
                     raise AllRanksStopError
 
 
+def accumulate_gradients(info: DistInfo, training: StageTraining, step: int) -> Tensor:
+    """Forward and backward passes of a step, repeated in smaller parts where memory runs out. Returns its loss."""
+    taken: list[Batch] = []
+    training.begin_step()
+
+    def attempt() -> Tensor:
+        loss = torch.zeros((), device=info.device)
+        for micro, batch in enumerate(replayed(training.next_batch, training.accumulation, taken)):
+            loss += forward_backward(info, training, batch, step, micro)
+        return loss
+
+    loss = until_memory_suffices(attempt, training.recover)
+    training.end_step()
+    training.recent.extend((step, batch.indices) for batch in taken)
+    return loss
+
+
 def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step: int, micro: int) -> Tensor:
-    """Forward, loss and backward of a micro-batch. Returns its loss, on the device.
+    """Forward, loss and backward of a micro-batch, in parts where memory is short. Returns its loss, on the device.
 
     The gradient is that of the sum of losses over the global batch divided by its size, for any number of ranks and
     micro-batches. An image that is left out adds nothing to the sum.
@@ -183,16 +206,21 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
     stage = training.stage
     # A key for dropout and stochastic depth, so that a resumed run draws the same.
     seed_torch(info.device, stage.seed, "step", stage.name, step, micro, info.rank)
-    training.recent.append((step, batch.indices))
-    with reduce_gradients(training.network, now=micro == training.accumulation - 1):
-        logits = training.network(batch.images)
-        smoothing = stage.optim.label_smoothing
-        losses = F.cross_entropy(logits, batch.targets, label_smoothing=smoothing, reduction="none")
-        # DDP averages over the ranks, so each rank divides by its share of the global batch.
-        loss = (losses * batch.valid).sum() / (training.sampler.global_batch_size // info.world_size)
-        training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    training.meter.update(logits.detach(), batch.targets, losses.detach(), batch.valid)
-    return loss.detach()
+    total = torch.zeros((), device=info.device)
+    parts = training.part_size.split(batch)
+    for i, part in enumerate(parts):
+        is_last = micro == training.accumulation - 1 and i == len(parts) - 1
+        with reduce_gradients(training.network, now=is_last):
+            logits = training.network(part.images)
+            smoothing = stage.optim.label_smoothing
+            losses = F.cross_entropy(logits, part.targets, label_smoothing=smoothing, reduction="none")
+            # DDP averages over the ranks, so each rank divides by its share of the global batch.
+            loss = (losses * part.valid).sum() / (training.sampler.global_batch_size // info.world_size)
+            training.reducing = is_last and info.world_size > 1
+            training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        training.add_output(logits.detach(), part, losses.detach())
+        total += loss.detach()
+    return total
 
 
 def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Position:
@@ -202,18 +230,20 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
     bad_images.refuse_none_usable(trained.count, "train", run.source.index("train"))
     info.phase = f"the evaluation after epoch {position.epoch + 1} of stage {stage.name}"
     began = time.monotonic()
-    # On CPU, collect mistakes now, so that the best epoch needs no second evaluation. (On CUDA that would wait for the
-    # device, and what is only part of the network is evaluated as a whole at the end.)
-    in_full = isinstance(training.inner, ImageNetwork) and info.device.type == "cpu"
+    # Collect mistakes now, so that the best epoch needs no second evaluation. A network of which only a part trains is
+    # evaluated as a whole at the end.
+    in_full = isinstance(training.inner, ImageNetwork)
     result = evaluate(
         info, training.inner, training.batches.val_sampler.turns, training.batches.evaluation(), run.num_classes,
-        agreement=run.agreement, mistakes=MISTAKES if in_full else None,
+        part_size=training.val_part_size, agreement=run.agreement, mistakes=MISTAKES if in_full else None,
     )  # fmt: skip
     bad_images.refuse_none_usable(result.metrics.count, "val", run.source.index("val"))
     line, moment = run.records.add_epoch(training.moment(position), trained), training.moment(position)
     is_best = run.records.add_evaluation(moment, result.metrics, time.monotonic() - began, result.waited)
     if is_best:
         run.best_evaluation = result if in_full else None
+    record = run.state.stages[stage.name]
+    record.peak_memory_mb = max(record.peak_memory_mb, max_over_ranks(info, peak_memory_mb(info)))
     console.print_epoch(info, training, run.state, line)
     run.state.position = following = Position(stage.name, position.epoch + 1, 0, position.step)
     training.meter = Meter(info, run.num_classes)
@@ -238,7 +268,7 @@ def finish(run: Run) -> None:
     state.best = shown
     more = {"test": results["test"].metrics.compute()} if "test" in results else {}
     # The others wait without a collective: W&B may take longer to finish than a collective may last.
-    summary = on_rank_zero(info, "closing the run", lambda: close(run, more))
+    summary = on_rank_zero(info, "closing the run", lambda: run.complete(**more))
     if info.is_main:
         console.print_result(run.directory.path, summary)
 
@@ -256,24 +286,13 @@ def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluati
     results: dict[str, Evaluation] = {}
     for split in splits:
         info.phase = f"the final evaluation on {split}"
+        part_size = PartSize("evaluation", f"the evaluation on {split}", run.state.stages[stage].part_sizes)
         results[split] = evaluate(
             info, network, samplers[split].turns, batches[split], run.num_classes,
-            agreement=run.agreement, mistakes=MISTAKES,
+            part_size=part_size, agreement=run.agreement, mistakes=MISTAKES,
         )  # fmt: skip
         run.source.bad_images.refuse_none_usable(results[split].metrics.count, split, run.source.index(split))
     return results
-
-
-def close(run: Run, more: dict[str, Any]) -> dict[str, Any]:
-    """Write summary.json and report.html of a completed run, and end its tracking. Returns the summary."""
-    summary = run.write_summary("completed", **more)
-    try:
-        write_report(run.directory.path)
-    except Exception as error:  # the run is complete without its report
-        logger.warning("can't write report.html: %s", error)
-    if run.tracker is not None:
-        run.tracker.close("completed")
-    return summary
 
 
 if __name__ == "__main__":

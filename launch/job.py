@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from distil_tl.utils.command import restart_process
+from distil_tl.utils.errors import EXIT_RESTART
 from launch.task import train_and_requeue
 
 
@@ -33,10 +35,11 @@ class Training:
         os.chdir(self.cwd)
         export_ranks()
         # A local job may run inside a Slurm job, such as that of a notebook, which it must not requeue.
-        if submitit.JobEnvironment().cluster != "slurm":
-            return train([self.config])
-        status = train_and_requeue([self.config])
-        if status != 0:
+        local = submitit.JobEnvironment().cluster != "slurm"
+        status = train([self.config]) if local else train_and_requeue([self.config])
+        if status == EXIT_RESTART:
+            restart_process()
+        if status != 0 and not local:
             raise SystemExit(status)
         return status
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from distil_tl.utils.args import to_yaml
@@ -45,14 +46,14 @@ def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False
     """
     setup_console(True)
     config, unresolved, slurm = read_run(args)  # before torch is imported, so that a typo is refused at once
-    from distil_tl.run import look_for_start
+    from distil_tl.rundir.opening import look_for_start
 
     assert config.run_dir is not None
     run_dir = Path(config.run_dir).absolute()
     unresolved.run_dir = str(run_dir)
     check_submission(config, slurm, cluster)
     refuse_active_run(run_dir)
-    if look_for_start(config, unresolved).completed and not dry_run:
+    if look_for_start(asdict(config), unresolved).completed and not dry_run:
         print_line(f"the run in {run_dir} is already completed; for another run change seed or run_dir")
         return 0
     if config.resume == "never":  # is checked above; a requeued job must resume from its own checkpoints

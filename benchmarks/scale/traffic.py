@@ -25,7 +25,7 @@ from distil_tl.training.network import ImageNetwork, lay_out
 from distil_tl.training.optim import build_optimizer
 from distil_tl.training.precision import default_compute
 from distil_tl.training.stage import apply_stage, count_trainable
-from distil_tl.training.step import wrap_in_ddp
+from distil_tl.training.stage_start import wrap_in_ddp
 
 CLASSES = 10
 

@@ -30,7 +30,7 @@ from distil_tl.doctor.weights import ModelFound, judge_weights, look_at_model
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.transfer import default_preprocess
-from distil_tl.run import look_for_start
+from distil_tl.rundir.opening import look_for_start
 from distil_tl.utils.args import is_file
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import cache_dir
@@ -232,7 +232,7 @@ def judge_slurm(report: Report, plan: Plan) -> None:
 def judge_start(report: Report, plan: Plan) -> None:
     """A line about where the run would start."""
     assert plan.unresolved is not None
-    start = look_for_start(plan.config, plan.unresolved)
+    start = look_for_start(dataclasses.asdict(plan.config), plan.unresolved)
     if start.completed:
         report.warn("run", "start", f"the run in {start.run_dir} is complete: there is nothing left to do")
     elif start.checkpoint is not None:

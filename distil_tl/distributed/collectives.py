@@ -112,11 +112,17 @@ def sum_over_ranks(info: DistInfo, tensor: Tensor) -> Tensor:
 
 def max_over_ranks(info: DistInfo, value: float) -> float:
     """The largest `value` of all ranks."""
+    return max_of_each_over_ranks(info, [value])[0]
+
+
+def max_of_each_over_ranks(info: DistInfo, values: Sequence[float]) -> list[float]:
+    """The largest of each of `values` over all ranks."""
     if info.store is None:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor)
+    largest: list[float] = tensor.tolist()
+    return largest
 
 
 def gather_objects(info: DistInfo, value: Any) -> list[Any]:

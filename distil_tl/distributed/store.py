@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from distil_tl.utils.errors import LostRanksError, PreemptedError
+from distil_tl.utils.errors import LostRanksError, PreemptedError, RestartError
 from distil_tl.utils.threads import CallTimeoutError, call_with_timeout
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Result = TypeVar("Result")
 
 POLL_SECONDS = 0.05
 LEAVE_SECONDS = 10  # for the other ranks to notice that one leaves
-_PREEMPTED = "preempted"  # the key under which a rank writes that a signal stopped it
+_DEPARTURE = "departure"  # the key under which a rank writes why it leaves before the others know
 
 
 def within(
@@ -103,7 +104,7 @@ class Store:
         """Count this rank under `key`, and wait until `expected` ranks are counted or the timeout ends.
 
         Raises:
-            PreemptedError: a signal stopped another rank, unless this rank is itself `leaving`.
+            PreemptedError, RestartError: of another rank that leaves, unless this rank is itself `leaving`.
             DistStoreError: another rank is lost, with the same exception.
         """
         deadline = time.monotonic() + timeout
@@ -114,19 +115,20 @@ class Store:
             time.sleep(POLL_SECONDS)
             counted = self.add(key, 0)
 
-    def set_preempted(self, error: PreemptedError) -> None:
-        """Tell the other ranks that a signal stopped this one."""
-        self.set(_PREEMPTED, str(error))
+    def set_departure(self, error: PreemptedError | RestartError) -> None:
+        """Tell the other ranks why this one leaves: a signal stopped it, or all must start again."""
+        self.set(_DEPARTURE, json.dumps([str(error), error.settings if isinstance(error, RestartError) else None]))
 
     def raise_if_ended(self) -> None:
-        """Raise the PreemptedError of another rank, or a DistStoreError if the watchdog reports a lost rank."""
-        self.raise_if_preempted()
+        """Raise the error of another rank that leaves, or a DistStoreError if the watchdog reports a lost rank."""
+        self.raise_departure()
         raise_if_lost(self.watchdog)
 
-    def raise_if_preempted(self) -> None:
-        """Raise the PreemptedError of another rank, if a signal stopped one."""
-        if self.check(_PREEMPTED):
-            raise PreemptedError(self.get(_PREEMPTED))
+    def raise_departure(self) -> None:
+        """Raise the PreemptedError or RestartError of another rank, if one leaves."""
+        if self.check(_DEPARTURE):
+            message, settings = json.loads(self.get(_DEPARTURE))
+            raise PreemptedError(message) if settings is None else RestartError(message, settings)
 
 
 def connect(launch: Launch, timeout: float) -> Store:

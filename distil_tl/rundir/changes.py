@@ -23,6 +23,7 @@ FREE_ON_RESUME = (
     "data.prefetch_mib",
     "data.on_bad_image",  # without bad images it has no effect, and with one `error` ended the run
     "data.max_local_batch_size",
+    "deterministic",  # it only rounds in another order
     "checkpoint.",
     "distributed.",
     "tracking.",
@@ -33,6 +34,9 @@ FREE_ON_RESUME = (
 NEW_KEYS: dict[str, Any] = {
     "data.extensions": [],
     "data.prefetch_mib": 2048,  # it had no limit; what is computed does not depend on it
+    "compile_mode": "default",
+    "tf32": True,
+    "deterministic": False,
 }
 
 

@@ -85,7 +85,7 @@ class RunDirectory:
                 for split, images in state.bad_images.items()
             },
             "total_seconds": state.seconds,
-            "peak_memory_mb": peak_memory_mb(info),
+            "peak_memory_mb": max([peak_memory_mb(info), *(stage.peak_memory_mb for stage in state.stages.values())]),
         }
         self.write("summary.json", summary)
         with writing(self.attempt.path):
@@ -116,6 +116,12 @@ def peak_memory_mb(info: DistInfo) -> float:
         return torch.cuda.max_memory_allocated(info.device) / 2**20
     unit = 1 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def reset_peak_memory(info: DistInfo) -> None:
+    """Measure the peak from now on; only possible on a GPU."""
+    if info.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(info.device)
 
 
 def environment(info: DistInfo) -> dict[str, Any]:

@@ -11,11 +11,29 @@ from distil_tl.data.pixels import refuse_changed_pixels
 from distil_tl.data.splits import Splits
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.transfer import TransferModel
+from distil_tl.rundir.changes import refuse_changes
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_train_state, load_weights
 from distil_tl.rundir.directory import RunDirectory, check_shared
-from distil_tl.rundir.start import Start
+from distil_tl.rundir.start import Start, find_start
 from distil_tl.rundir.state import RunState
 from distil_tl.utils.log import logger
+
+
+def look_for_start(values: dict[str, Any], unresolved: DictConfig) -> Start:
+    """Where a run starts. Writes nothing.
+
+    Args:
+        values: the configuration as nested dicts.
+        unresolved: the same with its interpolations unresolved.
+
+    Raises:
+        UserError: the run directory can't be used, or holds a run that this configuration can't resume.
+    """
+    epochs = {name: stage["epochs"] for name, stage in values["stages"].items()}
+    start = find_start(Path(values["run_dir"]), values["resume"], epochs)
+    if start.saved is not None and start.saved_run_dir is not None:
+        refuse_changes(values, unresolved, start.saved, start.saved_run_dir)
+    return start
 
 
 def restore_state(

@@ -42,6 +42,8 @@ class StageRecord:
     train_top1: float | None = None  # running average over the last epoch
     top1: float | None = None  # on val, after the last epoch
     search: dict[str, Any] | None = None  # result of the head search
+    peak_memory_mb: float = 0.0  # of the rank with the highest peak: GPU memory, else memory of the process
+    part_sizes: dict[str, int] = field(default_factory=dict)  # images at once, by work, after memory ran out
 
     @property
     def has_begun(self) -> bool:

@@ -20,6 +20,7 @@ import torch
 from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
+from distil_tl.training.memory import free_memory
 from distil_tl.training.precision import Compute
 from distil_tl.utils.files import cache_dir, write_json
 from distil_tl.utils.log import logger
@@ -33,7 +34,7 @@ WORTH = 20  # a trial of n images is made if at least this many times n images f
 def choose(
     info: DistInfo,
     options: Sequence[Compute],
-    step: Callable[[Compute], None],
+    step: Callable[[Compute, int], None],
     *,
     what: str,
     images: int,
@@ -45,8 +46,9 @@ def choose(
     The result is cached in a file, so that it is the same each time on the same machine.
 
     Args:
-        step: one step of `images` images, without side effects.
+        step: one step of so many images, without side effects.
         what: for the log.
+        images: of a step; fewer where memory does not suffice.
         remaining: images that this rank will process with the result.
         depends_on: what may change the result, other than machine and software.
     """
@@ -59,7 +61,11 @@ def choose(
     cached = on_rank_zero(info, f"looking up the precision of {what}", lambda: _read(path))
     if cached in names:
         return Compute.parse(cached)
-    seconds = [max_over_ranks(info, found) for found in _time(info, options, step)]
+    while True:
+        seconds = [max_over_ranks(info, found) for found in _time(info, options, step, images)]
+        if images == 1 or min(seconds) < float("inf"):
+            break
+        images //= 2
     fastest = min(range(len(options)), key=seconds.__getitem__)
     chosen = options[fastest] if seconds[0] > MARGIN * seconds[fastest] else options[0]
     speeds = ", ".join(f"{name} {images / s:.0f}" for name, s in zip(names, seconds, strict=True))
@@ -68,7 +74,7 @@ def choose(
     return chosen
 
 
-def _time(info: DistInfo, options: Sequence[Compute], step: Callable[[Compute], None]) -> list[float]:
+def _time(info: DistInfo, options: Sequence[Compute], step: Callable[[Compute, int], None], images: int) -> list[float]:
     """Seconds of the fastest step of each option, tried in turn; infinite for one that does not work here."""
     best = [float("inf")] * len(options)
     broken = set[int]()
@@ -78,9 +84,11 @@ def _time(info: DistInfo, options: Sequence[Compute], step: Callable[[Compute], 
                 continue
             began = time.perf_counter()
             try:
-                step(option)
+                step(option, images)
             except RuntimeError:  # out of memory, or an operator without this precision
                 broken.add(i)
+            if i in broken:
+                free_memory()
                 continue
             if info.device.type == "cuda":
                 torch.cuda.synchronize(info.device)

@@ -14,6 +14,7 @@ COMPRESSIONS = ("none", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPILE = ("none", "prefix", "all")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 @dataclass

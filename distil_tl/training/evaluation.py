@@ -14,6 +14,7 @@ from distil_tl.data.loader import Batch
 from distil_tl.distributed.collectives import gather_rows, max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
+from distil_tl.training.memory import PartSize
 from distil_tl.training.metrics import ClassificationMetrics
 from distil_tl.training.network import Network
 from distil_tl.utils.log import Progress
@@ -42,6 +43,7 @@ def evaluate(
     batches: Iterator[Batch],
     num_classes: int,
     *,
+    part_size: PartSize | None = None,
     agreement: Agreement | None = None,
     mistakes: int | None = None,
     show: bool = False,
@@ -51,6 +53,7 @@ def evaluate(
     Args:
         turns: batches of rank 0, which has the most. All ranks loop equally often, so that they can agree each time.
         batches: of this rank, on the device.
+        part_size: how many images of a batch go through the network at once; all, if memory suffices.
         agreement: lets the ranks agree to stop before the end.
         mistakes: most confident mistakes to keep, beside a confusion matrix; None for metrics alone.
         show: show progress on rank 0.
@@ -58,10 +61,11 @@ def evaluate(
     Raises:
         AllRanksStopError: the ranks agreed to stop before the end; on all ranks alike.
     """
+    part_size = part_size or PartSize("evaluation", "the evaluation")
     was_training = network.training
     network.eval()
     metrics = ClassificationMetrics(num_classes, info.device, confusion=mistakes is not None)
-    kept, waited = torch.empty(0, 4, dtype=torch.float64), 0.0
+    kept, waited = torch.empty(0, 4, dtype=torch.float64, device=info.device), 0.0
     with Progress("evaluate", turns, show=show and info.is_main) as bar:
         for _ in range(turns):
             if agreement is not None:
@@ -71,27 +75,33 @@ def evaluate(
             waited += time.monotonic() - began
             if batch is None:
                 continue
-            logits = network(batch.images)
+            logits = part_size.apply(network, batch.images)
             metrics.update(logits, batch.targets, F.cross_entropy(logits, batch.targets, reduction="none"), batch.valid)
             if mistakes:
                 kept = _most_confident(torch.cat([kept, _mistakes(logits, batch)]), mistakes)
             bar.advance()
     network.train(was_training)
+    part_size.agree(info)
     if mistakes:
-        kept = _most_confident(gather_rows(info, kept, mistakes), mistakes)
+        kept = kept.cpu()
+        kept = _most_confident(gather_rows(info, kept[kept[:, 3] > 0], mistakes), mistakes)
     rows = [(int(i), int(t), int(p), probability) for i, t, p, probability in kept.tolist()]
     return Evaluation(metrics.reduce(info), rows, max_over_ranks(info, waited))
 
 
 def _mistakes(logits: Tensor, batch: Batch) -> Tensor:
-    """Rows (index, target, prediction, probability) of the wrong predictions, float64 [M, 4] on the CPU."""
+    """Rows (index, target, prediction, probability), float64 [N, 4]; the probability of a right prediction is 0.
+
+    All on the device: to select the wrong predictions would wait for it.
+    """
     probability, predicted = logits.softmax(dim=1).max(dim=1)
-    columns = (batch.indices.to(predicted.device), batch.targets, predicted, probability)
-    rows = torch.stack([column.double() for column in columns], dim=1)
-    return rows[(predicted != batch.targets) & batch.valid].cpu()
+    wrong = (predicted != batch.targets) & batch.valid
+    indices = batch.indices.to(predicted.device, non_blocking=True)
+    columns = (indices, batch.targets, predicted, probability * wrong)
+    return torch.stack([column.double() for column in columns], dim=1)
 
 
 def _most_confident(rows: Tensor, count: int) -> Tensor:
-    # By probability, then by index, so that the order of ties is the same on any number of ranks.
-    order = sorted(range(len(rows)), key=lambda i: (-rows[i, 3].item(), rows[i, 0].item()))
-    return rows[order[:count]]
+    """By probability, then by index, so that the order of ties is the same on any number of ranks."""
+    rows = rows[rows[:, 0].argsort(stable=True)]
+    return rows[rows[:, 3].argsort(descending=True, stable=True)[:count]]

@@ -20,10 +20,11 @@ from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
+from distil_tl.rundir.state import StageRecord
 from distil_tl.training.features import Features, FeaturesUnavailableError, Views, cache_key
+from distil_tl.training.memory import PartSize
 from distil_tl.training.network import Prefix
 from distil_tl.training.stage import Stage
-from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import cache_dir
 from distil_tl.utils.log import Progress, logger
 from distil_tl.utils.memory import available_memory
@@ -41,6 +42,7 @@ class FeatureExtractor:
 
     Args:
         prefix: the frozen part, whose freezing is applied.
+        record: of the stage.
         limit_memory: feature maps must fit in memory; pooled features may always be used.
     """
 
@@ -51,6 +53,7 @@ class FeatureExtractor:
         prefix: Prefix,
         source: ImageSource,
         stage: Stage,
+        record: StageRecord,
         agreement: Agreement,
         *,
         limit_memory: bool,
@@ -62,6 +65,7 @@ class FeatureExtractor:
         self.stage = stage
         self.agreement = agreement
         self.limit_memory = limit_memory
+        self.part_size = PartSize("features", f"the frozen part of stage {stage.name}", record.part_sizes)
 
     def open_all(self) -> Features:
         """The training and validation images as features. A collective.
@@ -143,8 +147,9 @@ class FeatureExtractor:
                 self.agreement.raise_if_stopping()
                 if turn < len(mine) and failed is None:
                     own = itertools.islice(batches, sampler.batches_of(mine[turn]))
-                    failed = _compute_chunk(info, self.prefix, cache, mine[turn], own)
+                    failed = _compute_chunk(info, self.prefix, cache, mine[turn], own, self.part_size)
                 bar.advance()
+        self.part_size.agree(info)
         any_failed = max_over_ranks(info, float(failed is not None))
         if any_failed:
             reason = (failed.strerror or failed) if failed else "another rank could not write"
@@ -184,20 +189,17 @@ class _ChunkBatches(Sampler[list[SampleKey]]):
 
 
 def _compute_chunk(
-    info: DistInfo, prefix: Prefix, cache: FeatureCache, chunk: tuple[int, int], batches: Iterator[Batch]
+    info: DistInfo,
+    prefix: Prefix,
+    cache: FeatureCache,
+    chunk: tuple[int, int],
+    batches: Iterator[Batch],
+    part_size: PartSize,
 ) -> OSError | None:
     """Compute a chunk and write it. Returns the error if it can't be written."""
     features, faults = [], dict[int, str]()
     for batch in batches:
-        try:
-            features.append(prefix(batch.images.to(info.device, non_blocking=True)).cpu())
-        except torch.OutOfMemoryError:
-            count = len(batch.images)
-            raise UserError(
-                f"the frozen part of the network needs more memory than the device has for {count} images; use a "
-                f"smaller batch, for example data.max_local_batch_size={max(1, count // 4)}",
-                one_rank=True,
-            ) from None
+        features.append(part_size.apply(prefix, batch.images.to(info.device, non_blocking=True)).cpu())
         faults |= dict(batch.faults)
     try:
         cache.write(*chunk, torch.cat(features), faults)

@@ -7,12 +7,13 @@ stage then trains with it as with any other settings.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +24,13 @@ from distil_tl.data.feature_cache import FeatureDataset
 from distil_tl.data.loader import Batch
 from distil_tl.data.read_ahead import PinnedLoader
 from distil_tl.data.sampler import SampleKey, TrainSampler
-from distil_tl.distributed.collectives import gather_objects
+from distil_tl.distributed.collectives import gather_objects, max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import StageRecord
 from distil_tl.training.batched_heads import BatchedHeads, HeadBatch, HeadSettings
 from distil_tl.training.features import Features
+from distil_tl.training.memory import free_memory, is_out_of_memory
 from distil_tl.training.network import FeatureNetwork, Network
 from distil_tl.training.optim import lr_factor
 from distil_tl.training.stage import Stage
@@ -39,6 +41,7 @@ from distil_tl.utils.rng import seed_torch
 
 # Weights that train together. On a CPU they fit its cache with their moments; a GPU is best with few, large kernels.
 GROUP_SIZE = {"cpu": 200_000, "cuda": 1 << 26}
+Scores: TypeAlias = "list[dict[str, float | None]]"  # of each head of a group: top1 and loss
 BLOCK = 2048  # images whose features are read at once
 
 
@@ -133,14 +136,15 @@ def search_heads(info: DistInfo, search: _Search, agreement: Agreement) -> dict[
     Groups of heads are divided among the ranks. They are the same for any number of ranks, and so is the result, on
     all ranks alike: `lr`, `weight_decay`, `top1` and `loss` of the best, and the same of each in `heads`.
     """
-    settings = grid(search.stage)
-    groups = _groups(len(settings), (search.head.in_features + 1) * search.head.out_features, info.device)
-    mine = [
-        BatchedHeads(search.head, settings[group], search.stage.optim, info.device)
-        for group in groups[info.rank :: info.world_size]
-    ]
-    _train(search, mine, agreement, show=info.is_main)
-    parts = gather_objects(info, _scores(search, mine, agreement))
+    settings, rounds = grid(search.stage), 1
+    while True:
+        groups = _groups(len(settings), rounds * (search.head.in_features + 1) * search.head.out_features, info.device)
+        mine = [settings[group] for group in groups[info.rank :: info.world_size]]
+        own = _train_and_score(search, mine, rounds, agreement, show=info.is_main)
+        if not max_over_ranks(info, float(own is None)):
+            break
+        rounds = _more_rounds(search, rounds, groups)
+    parts = gather_objects(info, own)
     scores = [row for i in range(len(groups)) for row in parts[i % info.world_size][i // info.world_size]]
     heads = [{**each._asdict(), **score} for each, score in zip(settings, scores, strict=True)]
     best = min((head for head in heads if head["loss"] is not None), key=_rank, default=None)
@@ -180,41 +184,103 @@ def _blocks(keys: Iterable[SampleKey], size: int) -> Iterator[list[SampleKey]]:
         yield block
 
 
-def _train(search: _Search, groups: list[BatchedHeads], agreement: Agreement, *, show: bool) -> None:
-    """All epochs. A rank without heads runs them too, so that all ranks can agree to stop."""
+def _more_rounds(search: _Search, rounds: int, groups: list[slice]) -> int:
+    """The number of rounds after memory ran out with `rounds`: twice as many, with half the heads in a group.
+
+    Raises:
+        UserError: memory does not suffice for a single head.
+    """
+    free_memory()
+    if rounds >= len(groups) and all(group.stop - group.start == 1 for group in groups):
+        raise UserError(
+            f"the device has too little memory for a single head of stages.{search.stage.name}.search; use a device "
+            f"with more free memory, or remove the search"
+        )
+    logger.warning(
+        "out of memory in the search for stage %s: it begins again, in %d rounds with fewer heads each; the results "
+        "are the same up to rounding", search.stage.name, 2 * rounds,
+    )  # fmt: skip
+    return 2 * rounds
+
+
+def _train_and_score(
+    search: _Search, settings: list[list[HeadSettings]], rounds: int, agreement: Agreement, *, show: bool
+) -> list[Scores] | None:
+    """The scores of some groups of heads, trained in `rounds` rounds one after another; None if memory ran out.
+
+    A rank without heads, or without memory, runs all epochs too, so that all ranks can agree to stop.
+    """
+    scores, complete = dict[int, Scores](), True
+    for first in range(rounds):
+        chosen = list(range(first, len(settings), rounds)) if complete else []
+        groups = _Groups(search, [settings[i] for i in chosen])
+        _train(search, groups, agreement, show=show)
+        found = _score_heads(search, groups, agreement)
+        scores |= dict(zip(chosen, found, strict=False))
+        complete = complete and not groups.out_of_memory
+    return [scores[i] for i in range(len(settings))] if complete else None
+
+
+class _Groups:
+    """Groups of heads that train together; none from the moment when memory has run out."""
+
+    def __init__(self, search: _Search, settings: list[list[HeadSettings]]) -> None:
+        self.heads: list[BatchedHeads] = []
+        self.out_of_memory = False
+        with self.unless_out_of_memory():
+            self.heads = [BatchedHeads(search.head, group, search.stage.optim, search.device) for group in settings]
+
+    @contextlib.contextmanager
+    def unless_out_of_memory(self) -> Iterator[None]:
+        """End the block at an out-of-memory error, and drop the heads."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.out_of_memory = True
+            self.heads = []
+
+
+def _train(search: _Search, groups: _Groups, agreement: Agreement, *, show: bool) -> None:
+    """All epochs."""
     epochs, sampler = search.stage.config.epochs, search.sampler
     steps = max(1, BLOCK // sampler.global_batch_size)  # of a block
     blocks = (
         keys for epoch in range(epochs) for keys in _blocks(sampler.keys(epoch), steps * sampler.global_batch_size)
     )
-    loaded = search.load(search.features.train, blocks) if groups else iter(())
+    loaded = search.load(search.features.train, blocks) if groups.heads else iter(())
     with Progress(f"search for {search.stage.name}", epochs, show=show) as bar:
         for epoch in range(epochs):
             for first in range(0, sampler.steps_per_epoch, steps):
                 agreement.raise_if_stopping()
-                batches = search.batches(epoch, next(loaded), first) if groups else []
-                for heads in groups:
-                    for batch in batches:
-                        heads.step(batch)
+                with groups.unless_out_of_memory():
+                    batches = search.batches(epoch, next(loaded), first) if groups.heads else []
+                    for heads in groups.heads:
+                        for batch in batches:
+                            heads.step(batch)
             bar.advance()
 
 
-def _scores(search: _Search, groups: list[BatchedHeads], agreement: Agreement) -> list[list[dict[str, float | None]]]:
+def _score_heads(search: _Search, groups: _Groups, agreement: Agreement) -> list[Scores]:
     """For each group and head, top-1 and mean loss on val, from counts; None where a number is not finite."""
-    sums = [torch.zeros(2, len(heads.weight), dtype=torch.float64, device=search.device) for heads in groups]
+    sums = [torch.zeros(2, len(heads.weight), dtype=torch.float64, device=search.device) for heads in groups.heads]
     count, val = 0, search.features.val
-    loaded = search.load(val, _blocks((SampleKey(i, 0, i) for i in range(len(val))), BLOCK)) if groups else iter(())
+    blocks = _blocks((SampleKey(i, 0, i) for i in range(len(val))), BLOCK)
+    loaded = search.load(val, blocks) if groups.heads else iter(())
     for _ in range(0, len(val), BLOCK):
         agreement.raise_if_stopping()
-        if groups:
+        if not groups.heads:
+            continue
+        with groups.unless_out_of_memory():
             block = next(loaded)
             count += len(block.indices) - len(block.faults)
             features = search.with_ones(block.images.float())
-            for heads, total in zip(groups, sums, strict=True):
+            for heads, total in zip(groups.heads, sums, strict=True):
                 total += heads.score(features, block.targets, block.valid)
     return [
         [_score(top1, loss, finite) for top1, loss, finite in zip(*means, heads.finite.tolist(), strict=True)]
-        for heads, means in zip(groups, [(total / max(1, count)).tolist() for total in sums], strict=True)
+        for heads, means in zip(groups.heads, [(total / max(1, count)).tolist() for total in sums], strict=False)
     ]
 
 

@@ -30,7 +30,7 @@ class Stage:
         augment: name of the augmentation.
         seed: of the run.
         precision: `precision` of the run.
-        compile: `compile` of the run.
+        compile, compile_mode: of the run.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Stage:
     seed: int
     precision: str
     compile: str
+    compile_mode: str = "default"
 
     @property
     def wants_features(self) -> bool:

@@ -30,7 +30,7 @@ from distil_tl.training.network import (
     set_layout,
     try_to_fold,
 )
-from distil_tl.training.precision import Compute, candidates
+from distil_tl.training.precision import Compute, candidates, use_benchmark
 from distil_tl.training.stage import Stage, apply_stage
 
 if TYPE_CHECKING:
@@ -46,12 +46,18 @@ class StageSetup:
     Attributes:
         network: takes what the loader yields: features, or images where there are none.
         features: None where the stage trains on images.
-        dummy: a batch of two, of the right size and type.
+        image_size: pixels.
     """
 
     network: Network
     features: Features | None
-    dummy: Tensor
+    image_size: int
+
+    def dummy(self, count: int, device: torch.device) -> Tensor:
+        """A batch of `count`, of the right size and type, on the device."""
+        if self.features is not None:
+            return self.features.train.example(count).to(device)
+        return dummy_images(count, self.image_size, device)
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,10 @@ def set_up_stage(
     network = parts.network(compute)
     set_layout(model.module, compute)
     lay_out(network)
+    use_benchmark(compute)
     if stage.compile != "none":
-        _compile(stage.compile, network)
-    dummy = dummy_images(2, stage.image_size, info.device) if features is None else features.train.example(2)
-    return StageSetup(network, features, dummy.to(info.device))
+        _compile(stage, network)
+    return StageSetup(network, features, stage.image_size)
 
 
 def _open_features(
@@ -138,7 +144,7 @@ def _open_features(
 ) -> Features | None:
     """Features for the stage; None where they are not available and the stage can train on images."""
     limit_memory = stage.config.features == "auto" and not record.cached
-    extractor = FeatureExtractor(info, model, prefix, source, stage, agreement, limit_memory=limit_memory)
+    extractor = FeatureExtractor(info, model, prefix, source, stage, record, agreement, limit_memory=limit_memory)
     try:
         features = extractor.open_all()
     except FeaturesUnavailableError as error:
@@ -166,10 +172,11 @@ def _prefix_compute(
     images = dummy_images(batch, stage.image_size, info.device)
     passes = (stage.config.views or 1) if stage.wants_features else stage.config.epochs
 
-    def step(compute: Compute) -> None:
+    def step(compute: Compute, count: int) -> None:
         prefix = Prefix(model, cut, compute, info.device)
         lay_out(prefix)
-        prefix(images)
+        use_benchmark(compute)
+        prefix(images[:count])
 
     return choose(
         info, options, step,
@@ -203,12 +210,13 @@ def _trained_compute(
             return options[0]  # a layer or two, which take little time
     targets = torch.zeros(len(inputs), dtype=torch.int64, device=info.device)
 
-    def step(compute: Compute) -> None:
+    def step(compute: Compute, count: int) -> None:
         network = parts.network(compute)
         lay_out(network)
+        use_benchmark(compute)
         try:
             with preserve_state(parts.model.module, info.device):
-                F.cross_entropy(network(inputs), targets).backward()  # type: ignore[no-untyped-call]
+                F.cross_entropy(network(inputs[:count]), targets[:count]).backward()  # type: ignore[no-untyped-call]
         finally:
             for parameter in network.parameters():
                 parameter.grad = None
@@ -233,9 +241,14 @@ def _depends_on(stage: Stage, model: TransferModel, direction: str) -> dict[str,
     }
 
 
-def _compile(what: str, network: Network) -> None:
-    """Compile in place. The first batch of each size takes longer."""
-    if what == "all":
-        network.compile(dynamic=False)
+def _compile(stage: Stage, network: Network) -> None:
+    """Compile in place. The first batch of each size takes longer.
+
+    torch compiles a function for a limited number of sizes and modes; another stage does not count towards it.
+    """
+    torch.compiler.reset()
+    mode = None if stage.compile_mode == "default" else stage.compile_mode
+    if stage.compile == "all":
+        network.compile(dynamic=False, mode=mode)
     elif isinstance(network, SplitNetwork):
-        network.prefix.compile(dynamic=False)
+        network.prefix.compile(dynamic=False, mode=mode)

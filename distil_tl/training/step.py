@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import inspect
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,34 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
 from distil_tl.data.index import Index
-from distil_tl.data.loader import Batch, BatchPlan
-from distil_tl.data.sampler import TrainSampler, in_batches
-from distil_tl.data.source import ImageSource
+from distil_tl.data.loader import Batch
+from distil_tl.data.sampler import TrainSampler
 from distil_tl.data.stage_batches import StageBatches
-from distil_tl.distributed.collectives import average_over_ranks, gather_objects, max_over_ranks
+from distil_tl.distributed.collectives import average_over_ranks, gather_objects, max_of_each_over_ranks
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.models.graph.equivalence import preserve_state
 from distil_tl.rundir.state import Position
+from distil_tl.training.memory import (
+    PartSize,
+    SavedStatistics,
+    restart_settings,
+    until_memory_suffices,
+)
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import Network
-from distil_tl.training.optim import build_optimizer, clip_gradients, current_lr
+from distil_tl.training.optim import clip_gradients, current_lr
 from distil_tl.training.records import Moment
 from distil_tl.training.stage import Stage
-from distil_tl.training.stage_setup import StageSetup
-from distil_tl.utils.errors import NonFiniteError
+from distil_tl.utils.errors import NonFiniteError, RestartError
 from distil_tl.utils.log import printable
 
 if TYPE_CHECKING:
-    from distil_tl.models.transfer import TransferModel
-
-# Frozen statistics do not change, and those that train are averaged after each step. Newer torch renamed the option.
-_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-_NO_BUFFER_SYNC: dict[str, Any] = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
+    pass
 
 
 @dataclass
@@ -51,12 +48,17 @@ class StageTraining:
         network: the same, under DDP when there are several ranks.
         batches: of training and of the evaluations.
         images: index of the training images, to name them in messages.
+        micro: images of a micro-batch.
         accumulation: micro-batches of a step.
         total_steps: of the stage.
         trains_statistics: BatchNorm statistics are updated, and averaged over the ranks after each step.
         first_bad_step: of the stage, on the device; infinite if there is none. The optimizer skips steps from it on.
         recent: (step of the stage, image indices) of the last micro-batches, to name those of a bad step.
         meter: training metrics of the current epoch.
+        part_size: how many images of a micro-batch go through the network at once.
+        val_part_size: the same in evaluation.
+        outputs: logits, targets, losses and validity of the current step, for the meter.
+        reducing: the ranks are reducing gradients, or the weights change: this rank can't repeat the step alone.
     """
 
     stage: Stage
@@ -72,6 +74,12 @@ class StageTraining:
     first_bad_step: Tensor
     recent: collections.deque[tuple[int, Tensor]]
     meter: Meter = field(repr=False)
+    micro: int = 1
+    part_size: PartSize = field(default_factory=lambda: PartSize("training", "training"))
+    val_part_size: PartSize = field(default_factory=lambda: PartSize("evaluation", "the evaluation"))
+    statistics: SavedStatistics = field(default_factory=lambda: SavedStatistics([]))
+    outputs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    reducing: bool = False
 
     @property
     def sampler(self) -> TrainSampler:
@@ -89,6 +97,40 @@ class StageTraining:
         batch = self.batches.next()
         self.meter.waited += time.monotonic() - began
         return batch
+
+    def begin_step(self) -> None:
+        self.reducing = False
+        self.statistics.save()
+
+    def recover(self) -> None:
+        """Undo the forward and backward passes of the current step, and halve the parts of its micro-batches.
+
+        Raises:
+            UserError: the parts can't be smaller.
+            RestartError: the ranks are reducing gradients or the weights change, so the step can't be repeated.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self.outputs.clear()
+        self.statistics.restore()
+        self.part_size.halve(self.micro)
+        if self.reducing:
+            raise RestartError(
+                f"out of memory in {self.part_size.what}, where the step can't be repeated: the run starts again from "
+                f"its last checkpoint, with at most {self.part_size.images} images at once on each rank",
+                restart_settings(self.stage.name, self.part_size),
+            )
+
+    def add_output(self, logits: Tensor, part: Batch, losses: Tensor) -> None:
+        """Keep the output of a part for the meter, until the step is complete."""
+        if self.stage.compile_mode == "reduce-overhead":  # CUDA graphs write each output to the same memory
+            logits, losses = logits.clone(), losses.clone()
+        self.outputs.append((logits, part.targets, losses, part.valid))
+
+    def end_step(self) -> None:
+        """Count the predictions of the step."""
+        for output in self.outputs:
+            self.meter.update(*output)
+        self.outputs.clear()
 
     def moment(self, position: Position) -> Moment:
         return Moment(self.stage.name, position.epoch, current_lr(self.optimizer))
@@ -110,88 +152,6 @@ class StageTraining:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def begin_stage(
-    info: DistInfo,
-    stage: Stage,
-    model: TransferModel,
-    setup: StageSetup,
-    source: ImageSource,
-    plan: BatchPlan,
-    log_every: int,
-) -> StageTraining:
-    """Build the loaders and the optimizer, and wrap the network, for a stage whose freezing is applied.
-
-    DDP registers the trainable parameters when it wraps a network, so each stage wraps its network again.
-
-    Args:
-        log_every: steps between two calls of `check_finite`, at most.
-    """
-    batches = build_loaders(stage, setup, source, plan)
-    network = wrap_in_ddp(info, setup.network, stage.optim.compression)
-    optimizer = build_optimizer(model, stage.config, stage.optim)
-    optimizer.zero_grad(set_to_none=True)  # a trial that failed may have left gradients
-    fix_bucket_order(info, network, optimizer, setup.dummy)
-    return StageTraining(
-        stage=stage,
-        inner=setup.network,
-        network=network,
-        batches=batches,
-        images=source.index("train"),
-        accumulation=plan.accumulation,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler(info.device.type, enabled=setup.network.compute.dtype == torch.float16),
-        total_steps=stage.config.epochs * batches.sampler.steps_per_epoch,
-        trains_statistics=stage.config.batch_norm == "train" and info.world_size > 1,
-        first_bad_step=torch.full((), torch.inf, device=info.device),
-        recent=collections.deque(maxlen=log_every * plan.accumulation),
-        meter=Meter(info, len(source.index("train").classes)),
-    )
-
-
-def build_loaders(stage: Stage, setup: StageSetup, source: ImageSource, plan: BatchPlan) -> StageBatches:
-    """The loaders of a stage, of features or images. Nothing is loaded yet."""
-    sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs)
-    val_sampler = source.eval_batches("val")
-    if setup.features is None:
-        dataset = source.train_dataset("train", stage.image_size, stage.augment, seed=stage.seed, stage=stage.name)
-        return StageBatches(
-            source, sampler, source.train_loader(dataset, sampler, plan.micro),
-            val_sampler, source.eval_loader("val", stage.image_size, val_sampler),
-        )  # fmt: skip
-    return StageBatches(
-        source, sampler, source.feature_loader(setup.features.train, in_batches(sampler, plan.micro), plan.micro),
-        val_sampler, source.feature_loader(setup.features.val, val_sampler, val_sampler.batch_size),
-    )  # fmt: skip
-
-
-def wrap_in_ddp(info: DistInfo, network: nn.Module, compression: str) -> nn.Module:
-    """The network under DDP, or itself on a single rank. `compression` is `optim.compression`."""
-    if info.world_size == 1:
-        return network
-    wrapped = DistributedDataParallel(
-        network,
-        device_ids=[info.device] if info.device.type == "cuda" else None,
-        **_NO_BUFFER_SYNC,
-        gradient_as_bucket_view=True,
-    )
-    if compression == "bf16":
-        wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
-    return wrapped
-
-
-def fix_bucket_order(info: DistInfo, network: nn.Module, optimizer: torch.optim.Optimizer, dummy: Tensor) -> None:
-    """Let DDP arrange its gradient buckets now, by a step on a dummy batch without side effects.
-
-    DDP rearranges them after its first step, in the order in which gradients arrive. With more than two ranks the order
-    of a sum depends on it, and a resumed run must add in the same order as one that was never interrupted.
-    """
-    if not isinstance(network, DistributedDataParallel):
-        return
-    with preserve_state(network, info.device):
-        network(dummy).sum().backward()
-    optimizer.zero_grad(set_to_none=True)
-
-
 @contextlib.contextmanager
 def reduce_gradients(network: nn.Module, *, now: bool) -> Iterator[None]:
     """Let backward average the gradients over the ranks, or only accumulate them here: once a step is enough."""
@@ -209,6 +169,11 @@ def optimizer_step(training: StageTraining, loss: Tensor, step: int) -> None:
         loss: of the step, on the device.
         step: of the stage.
     """
+    training.reducing = True  # if memory runs out, weights may be changed in part: only a checkpoint has good ones
+    until_memory_suffices(lambda: _clip_and_step(training, loss, step), training.recover)
+
+
+def _clip_and_step(training: StageTraining, loss: Tensor, step: int) -> None:
     optimizer, scaler = training.optimizer, training.scaler
     scaler.unscale_(optimizer)
     norm = clip_gradients(optimizer, training.stage.optim.clip_norm)
@@ -217,6 +182,8 @@ def optimizer_step(training: StageTraining, loss: Tensor, step: int) -> None:
     bad = training.first_bad_step
     bad.copy_(torch.where(healthy, bad, bad.clamp(max=step)))
     if scaler.is_enabled():
+        for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+            found.copy_(torch.maximum(found, bad.isfinite().to(found.device, found.dtype)))
         scaler.step(optimizer)
         scaler.update()
     else:
@@ -238,12 +205,16 @@ def trained_statistics(network: nn.Module) -> list[Tensor]:
 
 
 def check_finite(info: DistInfo, training: StageTraining) -> None:
-    """Read from the device whether a loss or gradient was not finite since the last call.
+    """Read from the device whether a loss or gradient was not finite since the last call. A collective.
+
+    The ranks also agree on the size of parts, which may be smaller on one that ran out of memory.
 
     Raises:
         NonFiniteError: on all ranks alike, naming the first such step and its images. The weights are those before it.
     """
-    bad = -max_over_ranks(info, -float(training.first_bad_step))
+    first_bad, part_size = max_of_each_over_ranks(info, [-float(training.first_bad_step), -training.part_size.limit])
+    training.part_size.adopt(-part_size)
+    bad = -first_bad
     if bad == float("inf"):
         return
     index, stage = training.images, training.stage.name

@@ -9,16 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 from distil_tl.utils.errors import (
     EXIT_FAULT,
     EXIT_PREEMPTED,
+    EXIT_RESTART,
     EXIT_USER_ERROR,
     LostRanksError,
     NonFiniteError,
     NoProgressError,
     PreemptedError,
+    RestartError,
     SupersededError,
     UserError,
     WriteError,
@@ -40,7 +43,8 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 def run_command(name: str, body: Callable[[], int | None]) -> int:
     """Run a command; its exit status is what `body` returns (None: 0), or what the exception that it raises means.
 
-    0 done; 2 the user's input is wrong; 3 preempted and saved; 1 a fault. For an exception rank 0 prints one message;
+    0 done; 2 the user's input is wrong; 3 preempted and saved; 1 a fault; 4 the caller must call it again, or
+    `restart_process`. For an exception rank 0 prints one message;
     an unexpected exception is logged with its traceback.
     """
     try:
@@ -53,6 +57,10 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
     except PreemptedError as error:
         _print_error(f"{name}: {error}")
         return EXIT_PREEMPTED
+    except RestartError as error:
+        _print_error(f"{name}: {error}")
+        os.environ.update(error.settings)
+        return EXIT_RESTART
     except (NonFiniteError, NoProgressError) as error:
         _print_error(f"{name}: {error}")
         return EXIT_FAULT
@@ -62,7 +70,11 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
         return 0
-    except Exception:
+    except Exception as error:
+        if "does not have a deterministic implementation" in str(error):
+            operation = str(error).partition(",")[0]
+            _print_error(f"{name}: deterministic=true: {operation}; use deterministic=false, or another model")
+            return EXIT_USER_ERROR
         if not logger.handlers:
             raise
         logger.exception("%s: internal error", name)
@@ -72,8 +84,11 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
 def exit_process(status: int) -> NoReturn:
     """End the process with `status`, also when a thread is abandoned in a call that does not return.
 
-    If such a call returned while Python finalizes, the process would abort, with another exit status.
+    If such a call returned while Python finalizes, the process would abort, with another exit status. A process that
+    must start again does not end: see `restart_process`.
     """
+    if status == EXIT_RESTART:
+        restart_process()
     if not has_abandoned_threads():
         sys.exit(status)
     try:
@@ -87,6 +102,22 @@ def exit_process(status: int) -> NoReturn:
 
 def _is_rank_zero() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def restart_process() -> NoReturn:
+    """Replace this process by a new one with the same command.
+
+    The process id stays the same, so the launcher does not notice. All memory is freed, on the GPU too.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader has exited
+            stream.flush()
+    with suppress(OSError):  # not Linux
+        for path in list(Path("/proc/self/fd").iterdir()):
+            with suppress(OSError):  # the descriptor of the list itself
+                os.set_inheritable(int(path.name), int(path.name) <= 2)
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _print_error(message: str, *, every_rank: bool = False) -> None:

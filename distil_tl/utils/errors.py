@@ -8,6 +8,7 @@ from collections.abc import Iterable
 EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 3
+EXIT_RESTART = 4  # within a process only: a command replaces itself by a new process instead
 
 
 class UserError(Exception):
@@ -36,6 +37,18 @@ class PreemptedError(BaseException):
 
 class LostRanksError(RuntimeError):
     """Another rank exited or does not respond: exit status 1."""
+
+
+class RestartError(Exception):
+    """The device ran out of memory while the ranks were reducing gradients: the process must start again.
+
+    Attributes:
+        settings: environment variables for the new process.
+    """
+
+    def __init__(self, message: str, settings: dict[str, str]) -> None:
+        super().__init__(message)
+        self.settings = settings
 
 
 class SupersededError(RuntimeError):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from distil_tl.distributed import process_group
+from distil_tl.distributed import leaving
 from distil_tl.distributed.store import Store, within
 from distil_tl.utils.errors import PreemptedError
 
@@ -31,23 +31,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_nccl_is_aborted_before_the_group_is_destroyed(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """To destroy it would wait for collectives that the other ranks have not joined."""
     monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:nccl")
-    process_group._end_group(torch.device("cuda", 0))
+    leaving.end_group(torch.device("cuda", 0))
     assert calls == ["abort", "destroy"]
 
 
 def test_gloo_is_destroyed(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_backend_config", lambda: "cpu:gloo,cuda:gloo")
-    process_group._end_group(torch.device("cuda", 0))
-    process_group._end_group(torch.device("cpu"))
+    leaving.end_group(torch.device("cuda", 0))
+    leaving.end_group(torch.device("cpu"))
     assert calls == ["destroy", "destroy"]
 
 
 def test_a_group_that_does_not_end_is_left(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    monkeypatch.setattr(process_group, "LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr(leaving, "LEAVE_SECONDS", 0.1)
     monkeypatch.setattr(dist, "destroy_process_group", release.wait)
     monkeypatch.setattr(dist, "get_backend_config", lambda: "gloo")
-    process_group._end_group(torch.device("cpu"))
+    leaving.end_group(torch.device("cpu"))
     release.set()
 
 
@@ -72,6 +72,6 @@ def test_waiting_ends_when_a_rank_is_lost() -> None:
     for waiting in (store, store.below("x"), store.with_timeout(3)):
         with pytest.raises(dist.DistStoreError, match="^rank 1 was killed"):
             waiting.count_ranks("all", 9, 600)
-    store.set_preempted(PreemptedError("stopped"))
+    store.set_departure(PreemptedError("stopped"))
     with pytest.raises(PreemptedError):  # the reason, if there is one
         store.raise_if_ended()

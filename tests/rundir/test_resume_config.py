@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -17,7 +18,8 @@ from distil_tl.config import load
 from distil_tl.data import pixels
 from distil_tl.data.scan import scan
 from distil_tl.data.splits import Splits
-from distil_tl.run import look_for_start
+from distil_tl.rundir.opening import look_for_start
+from distil_tl.rundir.start import Start
 from distil_tl.train import main
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import setup_console
@@ -25,6 +27,11 @@ from tests.helpers.arguments import small_args
 from tests.helpers.images import draw
 from tests.helpers.ranks import lines, run_ranks, train
 from tests.helpers.runs import refused, same_result, stopped_train
+
+
+def start_of(args: list[str]) -> Start:
+    config, unresolved = load(args)
+    return look_for_start(dataclasses.asdict(config), unresolved)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +183,7 @@ def test_a_missing_configuration_is_reported(
     saved.unlink()
     (run_dir / "summary.json").write_text("[]")
     setup_console(True)
-    look_for_start(*load([*small, f"run_dir={run_dir}"]))
+    start_of([*small, f"run_dir={run_dir}"])
     assert f"{saved} is missing; cannot check for changes" in capsys.readouterr().out
 
 
@@ -195,7 +202,7 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
         "the path of the images may change"
     )
     assert not [path for path in run_dir.rglob("*") if path.is_file() and b"0.0123456" in path.read_bytes()]
-    look_for_start(*load(args))
+    start_of(args)
     monkeypatch.setenv("RATE", "0.02")
     message = refused(args, capsys)
     assert "optim.weight_decay: ${oc.env:RATE} has another value than before" in message
@@ -278,7 +285,7 @@ def test_a_stage_can_not_move_ahead_of_one_that_has_begun(
     stages.write_text("stages:\n" + "".join(f"  {STAGES[name]}\n" for name in order))
     args = [str(stages), *(arg for arg in small if not arg.startswith("stages.")), f"run_dir={run_dir}"]
     if fine:
-        assert look_for_start(*load(args)).checkpoint == str(run_dir / "checkpoints" / "step-00000003")
+        assert start_of(args).checkpoint == str(run_dir / "checkpoints" / "step-00000003")
     else:
         assert f"stages: the order was head, now {', '.join(order)}" in refused(args, capsys)
 

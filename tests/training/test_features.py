@@ -347,23 +347,6 @@ def test_an_unreadable_file_may_be_readable_later(
     assert not summary_of(tmp_path / "run").get("bad_images")
 
 
-def test_too_little_device_memory_is_an_error_with_a_remedy(
-    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = Prefix.forward
-
-    def forward(self: Prefix, images: torch.Tensor) -> torch.Tensor:
-        if len(images) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, images)
-
-    monkeypatch.setattr(Prefix, "forward", forward)
-    args = head_args(folder, tmp_path / "run", "precision=fp32", NO_FULL)
-    assert main(args) == 2
-    assert "data.max_local_batch_size=2" in capsys.readouterr().err
-    assert main([*args, "data.max_local_batch_size=4"]) == 0
-
-
 def test_features_that_cannot_be_mapped_are_not_used(
     folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

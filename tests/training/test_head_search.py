@@ -105,18 +105,18 @@ def test_a_head_of_the_search_is_the_one_that_the_stage_trains(
     for path in [*sorted((data / "train" / "noise").iterdir())[:2], next((data / "val" / "noise").iterdir())]:
         path.write_bytes(b"broken")
     trained: list[BatchedHeads] = []
-    original = module._scores
+    original = module._score_heads
 
-    def scores(search: Any, pieces: list[BatchedHeads], agreement: Any) -> Any:
-        trained.extend(pieces)
-        return original(search, pieces, agreement)
+    def scores(search: Any, groups: Any, agreement: Any) -> Any:
+        trained.extend(groups.heads)
+        return original(search, groups, agreement)
 
     def with_dropout(*args: Any, **settings: Any) -> TransferModel:
         model = build(*args, **settings)
         model.module.fc = nn.Sequential(nn.Dropout(0.3), model.module.get_submodule("fc"))
         return dataclasses.replace(model)
 
-    monkeypatch.setattr(module, "_scores", scores)
+    monkeypatch.setattr(module, "_score_heads", scores)
     if dropout:
         monkeypatch.setattr(train_module, "build", with_dropout)
     args = one(data, tmp_path / "run", f"optim.name={optim}", "data.on_bad_image=skip")

@@ -49,7 +49,7 @@ def chosen(
 ) -> str:
     steps: list[Compute] = []
 
-    def step(way: Compute) -> None:
+    def step(way: Compute, images: int) -> None:
         steps.append(way)
         if seconds[way] < 0:
             raise RuntimeError("this operator is not there in bfloat16")
@@ -102,7 +102,7 @@ def test_ranks_agree_on_the_best_for_the_slowest(tmp_path: Path) -> None:
 def preferring(way: Compute, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     shutil.rmtree(cache, ignore_errors=True)
     monkeypatch.setattr(autotune, "WORTH", 0)
-    monkeypatch.setattr(autotune, "_time", lambda info, ways, step: [0.1 if w == way else 1.0 for w in ways])
+    monkeypatch.setattr(autotune, "_time", lambda info, ways, step, images: [0.1 if w == way else 1.0 for w in ways])
 
 
 def test_a_resumed_run_keeps_its_precision(
