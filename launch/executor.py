@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from distil_tl.distributed.config import has_gpu_files
 from distil_tl.utils.errors import UserError
 from launch.slurm_config import SlurmConfig
 from launch.snapshot import snapshot_path
@@ -54,6 +55,8 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
 def _bash_command(setup: Sequence[str], folder: Path, gpus: int) -> str:
     """The command of a local job. submitit starts it with sh; `setup` needs bash, as in a batch script."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None and not has_gpu_files():
+        visible = ""  # else submitit would give the job GPUs that do not exist, and training would miss them
     lines = [
         "trap '' INT",  # Ctrl-C is for the training processes; submitit's controller would kill them after a second
         *([f"export CUDA_VISIBLE_DEVICES={shlex.quote(visible)}"] if gpus and visible is not None else []),

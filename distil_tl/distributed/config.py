@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 DEVICES = ("auto", "cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
@@ -43,3 +44,8 @@ def cuda_is_available() -> bool:
     import torch  # takes seconds; most configurations are checked without it
 
     return torch.cuda.is_available()
+
+
+def has_gpu_files() -> bool:
+    """Whether this machine has the device file of a GPU, of NVIDIA or AMD, whether or not torch can use it."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()

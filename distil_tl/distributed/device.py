@@ -6,11 +6,10 @@ import os
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from distil_tl.distributed.config import DistributedConfig
+from distil_tl.distributed.config import DistributedConfig, has_gpu_files
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.utils.log import logger
 
@@ -56,8 +55,8 @@ def choose_device(
         return cpu, f"distributed.{key}, but torch sees no CUDA device: {_why_no_cuda()}; {go_on}"
     if given := gpus_given(environ):
         return cpu, f"this job was given GPUs ({given}), but torch sees none: {_why_no_cuda()}; {go_on}"
-    if Path("/dev/nvidia0").exists():
-        logger.warning("this machine has a GPU (/dev/nvidia0), but the CPU is used: %s", _why_no_cuda())
+    if has_gpu_files():
+        logger.warning("this machine has a GPU, but the CPU is used: %s", _why_no_cuda())
     return cpu, ""
 
 

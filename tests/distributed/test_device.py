@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from distil_tl.distributed import device
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.device import RankDevice, choose_device, describe, gpus_given, problem_of
 from distil_tl.distributed.launch_env import Launch, read_launch
@@ -41,8 +41,8 @@ def fake(number: int, patch: Any = setattr) -> None:
 
 
 def chosen(launch: Launch, environ: dict[str, str] | None = None, **config: Any) -> tuple[str, str]:
-    device, problem = choose_device(launch, DistributedConfig(**config), environ or {})
-    return str(device), problem
+    found, problem = choose_device(launch, DistributedConfig(**config), environ or {})
+    return str(found), problem
 
 
 def test_each_rank_of_a_node_gets_its_own_gpu(gpus) -> None:
@@ -72,8 +72,8 @@ def test_each_rank_of_a_node_gets_its_own_gpu(gpus) -> None:
 )
 def test_gpus_that_torch_does_not_see_are_refused(gpus, environ: dict[str, str], config: Any, words: str) -> None:
     gpus(0)
-    device, problem = chosen(FOUR, environ, **config)
-    assert device == "cpu"
+    kind, problem = chosen(FOUR, environ, **config)
+    assert kind == "cpu"
     assert problem.startswith(words)
     assert problem.endswith("; repair that, or set distributed.device=cpu to use the CPU")
     assert chosen(FOUR, environ, device="cpu") == ("cpu", "")
@@ -103,11 +103,11 @@ def test_a_gpu_that_torch_does_not_use_is_a_warning(
     gpus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpus(0)
-    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidia0")
+    monkeypatch.setattr(device, "has_gpu_files", lambda: True)
     monkeypatch.setattr(logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
         assert chosen(Launch()) == ("cpu", "")
-    assert "this machine has a GPU (/dev/nvidia0), but the CPU is used: " in caplog.text
+    assert "this machine has a GPU, but the CPU is used: " in caplog.text
 
 
 def test_a_single_process_is_refused_too(gpus) -> None:

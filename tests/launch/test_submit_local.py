@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch import executor, snapshot, submit
 from launch import run_status as states
-from launch import snapshot, submit
 from launch.records import read_record
 from tests.helpers.arguments import small_args
 from tests.helpers.fake_slurm import FakeSlurm, fake_training
@@ -80,13 +80,20 @@ def test_a_local_run_that_dies(slurm: FakeSlurm, folder: Path, capsys, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("given", "gpus", "seen"),
-    [(None, 2, "0,1"), ("3", 0, ""), ("GPU-a b,7", 2, "GPU-a b,7"), ("", 1, "")],
+    ("given", "gpus", "seen", "has_gpus"),
+    [
+        (None, 2, "0,1", True),
+        (None, 2, "", False),
+        ("3", 0, "", True),
+        ("GPU-a b,7", 2, "GPU-a b,7", True),
+        ("", 1, "", True),
+    ],
 )
 def test_a_local_run_is_set_up_as_by_sbatch(
-    slurm: FakeSlurm, folder: Path, tmp_path: Path, monkeypatch, given: str | None, gpus: int, seen: str
+    slurm: FakeSlurm, folder: Path, tmp_path: Path, monkeypatch, given: str | None, gpus: int, seen: str, has_gpus: bool
 ) -> None:
-    """In bash, where a line that fails is not the end; and on the GPUs that the user chose."""
+    """In bash, where a line that fails is not the end; and on the GPUs that the user chose, if there are any."""
+    monkeypatch.setattr(executor, "has_gpu_files", lambda: has_gpus)
     if given is None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     else:
