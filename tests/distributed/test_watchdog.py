@@ -200,8 +200,8 @@ def test_signals_to_the_whole_job_do_not_end_a_watchdog(star: Callable[..., Star
 
 
 def test_a_stranger_is_not_heard(star: Callable[..., Star]) -> None:
-    ranks = star(2)
-    guess = b'{"token": "guessed", "rank": 1, "host": "x", "pid": 1}\n'
+    ranks = star(2, world_size=9)
+    guess = b'{"token": "guessed", "rank": 5, "host": "x", "pid": 1}\n'
     for first in (b"GET / HTTP/1.0\r\n\r\n", guess, b"[1]\n", b"\xff" * 99999):
         with socket.create_connection(("127.0.0.1", ranks.hub["port"]), timeout=WITHIN) as stranger:
             stranger.sendall(first + b'{"lost": "gone"}\n')
