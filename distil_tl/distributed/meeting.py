@@ -36,8 +36,10 @@ def meet(
     """
     keys = [f"device {rank}" for rank in range(launch.world_size)]
     store.set(keys[launch.rank], json.dumps(dataclasses.asdict(mine)))
+    heartbeat = config.heartbeat_seconds
     own = {
-        "rank": launch.rank, "world_size": launch.world_size, "host": mine.host, "heartbeat": config.heartbeat_seconds
+        "rank": launch.rank, "world_size": launch.world_size, "host": mine.host, "heartbeat": heartbeat,
+        "tick": seconds_between_heartbeats(launch.world_size, heartbeat),
     }  # fmt: skip
     if launch.rank == 0:
         _wait(store, keys)
@@ -58,6 +60,11 @@ def meet(
         hosts = ["127.0.0.1"] if answer["nodes"] == 1 else [store_host, answer["hub"]["hub_host"]]
         _start_other(watchdog, {**answer["hub"], **own}, hosts)
     return int(answer["nodes"])
+
+
+def seconds_between_heartbeats(world_size: int, heartbeat: float | None) -> float:
+    """One, but more for many ranks, as all send to one watchdog; and several within the time that a rank has."""
+    return min(max(1.0, world_size / 256), float("inf") if heartbeat is None else heartbeat / 10)
 
 
 _UNWATCHED = "so a dead or frozen rank is noticed only after distributed.timeout_seconds"

@@ -190,6 +190,13 @@ def test_only_time_in_which_the_observer_ran_counts(monkeypatch: pytest.MonkeyPa
     assert clock.now == 4.0
 
 
+def test_many_ranks_send_fewer_heartbeats_and_several_come_in_time() -> None:
+    assert meeting.seconds_between_heartbeats(2, 60.0) == 1.0
+    assert meeting.seconds_between_heartbeats(1024, None) == 4.0
+    assert meeting.seconds_between_heartbeats(4096, 60.0) == 6.0
+    assert meeting.seconds_between_heartbeats(2, 2.0) == 0.2
+
+
 def test_signals_to_the_whole_job_do_not_end_a_watchdog(star: Callable[..., Star]) -> None:
     ranks = star(2)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):

@@ -21,7 +21,6 @@ from distil_tl.distributed.watchdog.forced_exit import arm
 CLOSE = 5.0  # seconds for the process to exit
 CONNECT = 5.0  # seconds in which that of rank 0 must be reached
 TIMES = {  # seconds
-    "tick": 1.0,  # between two heartbeats
     "grace": 7.0,  # in which a rank may notice by itself that another one is lost
     "forced_exit": 3.0,  # after which a rank that is told to exit is killed
     "doubt": 1.0,  # in which another rank's death may turn out to be the reason for a rank's error

@@ -47,7 +47,8 @@ class Watchdog:
         settings: from `client.py`. `rank`, `world_size`, `host`, `pid`: of its rank. `heartbeat`: seconds, or None.
             `exit_pipe`: a descriptor, see `forced_exit.py`; or None. `token`: a secret that all watchdogs of the run
             know. `socket`: a descriptor, to which the others connect, or that is connected to the hub; None if that
-            could not be reached. `hub_host`, `hub_pid`: the process of rank 0. And those of `client.TIMES`.
+            could not be reached. `hub_host`, `hub_pid`: the process of rank 0. `tick`: seconds between heartbeats. And
+            those of `client.TIMES`.
 
     Attributes:
         verdict: which rank is lost, in words.
