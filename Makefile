@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Processes that run tests side by side; 0 for none. One of three mostly waits for Slurm. On a large machine use more.
 WORKERS ?= 3
-PYTEST := $(BIN)/python -m pytest --durations=20 --dist=loadgroup --no-loadscope-reorder
+# Processes side by side are fastest with one thread each, and compile Python files only once.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --durations=20 --dist=loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-fast durations lint format clean
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distil_tl.utils.log import logger
+logger = logging.getLogger(__name__)
 
 TORCHCODEC = (0, 16)  # the first version that decodes images
 START_OF_SCAN = 0xDA

@@ -9,15 +9,17 @@ import json
 import mmap
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.shared_memory import Place, SharedArrays, fill, mapped, new_memory, places_of, size_of, views
+
+if TYPE_CHECKING:
+    from distil_tl.distributed.process_group import DistInfo
 
 PIECE = 64 << 20  # bytes of one broadcast
 

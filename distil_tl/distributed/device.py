@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,8 @@ import torch
 
 from distil_tl.distributed.config import DistributedConfig, has_gpu_files
 from distil_tl.distributed.launch_env import Launch
-from distil_tl.utils.log import logger
+
+logger = logging.getLogger(__name__)
 
 # Variables of Slurm that say how many GPUs a job has, or which.
 _SLURM_GPUS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS")

@@ -12,13 +12,15 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.store import LEAVE_SECONDS, POLL_SECONDS, Store
 from distil_tl.utils.errors import LostRanksError, PreemptedError, UserError
+
+if TYPE_CHECKING:
+    from distil_tl.distributed.process_group import DistInfo
 
 
 def on_rank_zero(info: DistInfo, what: str, work: Callable[[], Any]) -> Any:

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch
 from distil_tl.data.sampler import TrainSampler
-from distil_tl.data.stage_batches import StageBatches
 from distil_tl.distributed.collectives import average_over_ranks, gather_objects, max_of_each_over_ranks
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import Position
@@ -36,7 +35,7 @@ from distil_tl.utils.errors import NonFiniteError, RestartError
 from distil_tl.utils.log import printable
 
 if TYPE_CHECKING:
-    pass
+    from distil_tl.data.stage_batches import StageBatches
 
 
 @dataclass
