@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -17,7 +18,8 @@ from benchmarks.measure import Measured, Results, Spread, interleaved, markdown,
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import chart, comparison, installs, ours, parity, plain, shared, summary, trial, with_timm
 from benchmarks.peers.job import Events, Job, Speed, lr_factor, read_events
-from distil_tl.training import optim
+from distil_tl.distributed import preemption
+from distil_tl.training import metrics, optim
 from distil_tl.utils.errors import UserError
 
 
@@ -321,9 +323,34 @@ def test_synthetic_images_are_as_large_as_imagenets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", pipeline.MODES)
-def test_the_pipeline_counts_its_images(mode: str, folder: Path) -> None:
+def test_the_pipeline_measures_the_loop_of_the_trainer(
+    mode: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = pipeline.Task(str(folder), mode, 0, "shufflenet_v2_x0_5", 32, 8, "light", "fp32")
-    found = pipeline.run_one(task)
+    train: Any = importlib.import_module("distil_tl.train")
+    source: Any = importlib.import_module("distil_tl.data.source")
+    calls = []
+
+    def counted(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(*args: Any, **more: Any) -> Any:
+            calls.append(name)
+            return original(*args, **more)
+
+        monkeypatch.setattr(module, name, call)
+
+    for module, name in (
+        (train, "check_finite"), (preemption.Agreement, "exchange"), (metrics.ClassificationMetrics, "update"),
+        (source, "to_device"),
+    ):  # fmt: skip
+        counted(module, name)
+    found = pipeline.run_one(task, tmp_path)
+    steps, computed = 3 * 6, 0 if mode == "loader" else 3 * 6
+    assert calls.count("exchange") == steps
+    assert calls.count("check_finite") == 3  # once in an epoch of so few steps
+    assert calls.count("update") == computed
+    assert ("to_device" in calls) == (mode != "synthetic")
     assert found["images"] == 48  # of 52, in whole batches
     assert len(found["epoch_seconds"]) == 3
     assert min(found["epoch_seconds"]) > 0

@@ -1,0 +1,1 @@
+"""One check of the package on a GPU: see tests/gpu_check.sh."""
