@@ -14,7 +14,7 @@ import torch.distributed as dist
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.device import RankDevice, problem_of, some_ranks
 from distil_tl.distributed.launch_env import Launch
-from distil_tl.distributed.store import LEAVE_SECONDS, POLL_SECONDS, Store
+from distil_tl.distributed.store import LEAVE_SECONDS, POLL_SECONDS, Store, pause
 from distil_tl.distributed.watchdog.client import RankWatchdog, connect_to_hub, open_hub
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
@@ -42,13 +42,13 @@ def meet(
         "tick": seconds_between_heartbeats(launch.world_size, heartbeat),
     }  # fmt: skip
     if launch.rank == 0:
-        _wait(store, keys)
+        _wait(store, keys, POLL_SECONDS + launch.world_size / 2000)
         devices = [RankDevice(**json.loads(text)) for text in store.get_all(keys)]
         problem, nodes = problem_of(devices, config.backend), len({device.host for device in devices})
         hub = {} if problem else _start_hub(watchdog, own, everywhere=nodes > 1)
         store.set(_RESULT, json.dumps({"problem": problem, "nodes": nodes, "hub": hub}))
     else:
-        _wait(store, [_RESULT])
+        _wait(store, [_RESULT], pause(launch.world_size))
     answer = json.loads(store.get(_RESULT))
     if answer["problem"]:
         # Rank 0 may serve the store: the others must read the answer before it exits.
@@ -98,12 +98,12 @@ def _start_other(watchdog: RankWatchdog, settings: dict[str, Any], hosts: list[s
         logger.error("can't start the watchdog of rank %d (%s), %s", rank, error, _UNWATCHED)
 
 
-def _wait(store: Store, keys: list[str]) -> None:
-    """Wait until all keys are set, for as long as the timeout of the store."""
+def _wait(store: Store, keys: list[str], seconds: float) -> None:
+    """Wait until all keys are set, for as long as the timeout of the store. Looks every few `seconds`."""
     deadline = time.monotonic() + store.seconds
     while not store.check(*keys):
         store.raise_if_ended()
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(keys[:1000]) if not store.check(key)] if len(keys) > 1 else [0]
             raise dist.DistStoreError(f"{some_ranks(missing)} did not answer in {store.seconds:g} s")
-        time.sleep(POLL_SECONDS + len(keys) / 2000)
+        time.sleep(seconds)

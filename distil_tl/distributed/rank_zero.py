@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from distil_tl.distributed.store import LEAVE_SECONDS, POLL_SECONDS, Store
+from distil_tl.distributed.store import LEAVE_SECONDS, POLL_SECONDS, Store, pause
 from distil_tl.utils.errors import LostRanksError, PreemptedError, UserError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _receive(info: DistInfo, key: str, what: str) -> Any:
                 f"rank {info.rank} waited {info.prepare_timeout:g} s for another rank: {what}; "
                 f"raise distributed.prepare_timeout_seconds if this work takes longer"
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause(info.world_size))
     answer = json.loads(store.get(key))
     if "result" not in answer:
         store.add(f"{key}: read", 1)

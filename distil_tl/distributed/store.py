@@ -23,9 +23,15 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05  # at least, between two requests of a rank that waits
+POLLS_PER_SECOND = 5000  # at most, of all ranks: one process serves them
 LEAVE_SECONDS = 10  # for the other ranks to notice that one leaves
 _DEPARTURE = "departure"  # the key under which a rank writes why it leaves before the others know
+
+
+def pause(ranks: int) -> float:
+    """Seconds between two requests of each of the ranks that wait."""
+    return POLL_SECONDS + ranks / POLLS_PER_SECOND
 
 
 def within(
@@ -78,6 +84,9 @@ class Store:
     def set(self, key: str, value: str) -> None:
         within(self.seconds, lambda: self.inner.set(key, value))
 
+    def set_all(self, keys: Sequence[str], values: Sequence[str]) -> None:
+        within(self.seconds, lambda: self.inner.multi_set(list(keys), list(values)))
+
     def get(self, key: str) -> str:
         return self.get_all([key])[0]
 
@@ -112,7 +121,7 @@ class Store:
         while counted < expected and time.monotonic() < deadline:
             if not leaving:
                 self.raise_if_ended()
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause(expected))
             counted = self.add(key, 0)
 
     def set_departure(self, error: PreemptedError | RestartError) -> None:
@@ -154,19 +163,45 @@ def _agree_on_name(store: Store, launch: Launch, timeout: float) -> str:
     """A name for this start of the ranks, equal on all of them and different from that of an earlier start.
 
     After a restart torchrun's store still holds the keys of earlier ranks, and its count of restarts may differ
-    between nodes. So each rank contributes a random value; values of earlier ranks can't lead to an equal name.
+    between nodes. So each rank contributes a random value, and rank 0 makes a name of all of them. A rank confirms a
+    name only if its own value is part of it, and the name is decided when all have confirmed it. Only rank 0 requests
+    the keys of all.
     """
-    random, agreed = ([f"{key} {rank}" for rank in range(launch.world_size)] for key in ("random", "agreed"))
-    store.set(random[launch.rank], secrets.token_hex(8))
+    own = secrets.token_hex(8)
+    store.set(f"random {launch.rank}", own)
     deadline = time.monotonic() + timeout
+    names: list[str] = []  # that this rank has confirmed; only the last, unless a rank of an earlier start interferes
+    answer, mine = f"answer {launch.rank}", f"confirmed {launch.rank}"
     while time.monotonic() < deadline:
-        if store.check(*random):
-            name = hashlib.sha256("".join(store.get_all(random)).encode()).hexdigest()
-            store.set(agreed[launch.rank], name)
-            if store.check(*agreed) and set(store.get_all(agreed)) == {name}:
+        if launch.rank == 0:
+            _name_ranks(store, own, launch.world_size)
+        if store.check(answer):
+            value, name = store.get(answer).split()
+            if value == own and name not in names[-1:]:
+                store.set(mine, name)
+                names.append(name)
+        for name in names:
+            if store.check(f"decided {name}"):
                 return name
-        time.sleep(POLL_SECONDS + launch.world_size / 2000)  # every rank requests the keys of all
+        time.sleep(pause(launch.world_size))
     raise LostRanksError(
         f"rank {launch.rank} did not connect to the other ranks within distributed.timeout_seconds={timeout:g}; "
         f"see the logs of the others"
     )
+
+
+def _name_ranks(store: Store, own: str, ranks: int) -> None:
+    """On rank 0: answer each rank with its random value and the name, or decide a name that all have confirmed."""
+    random, confirmed, answers = (
+        [f"{key} {rank}" for rank in range(ranks)] for key in ("random", "confirmed", "answer")
+    )
+    if not store.check(*random):
+        return
+    values = store.get_all(random)
+    if values[0] != own:  # another rank 0 has just started
+        return
+    name = hashlib.sha256("".join(values).encode()).hexdigest()
+    if store.check(*confirmed) and set(store.get_all(confirmed)) == {name}:
+        store.set(f"decided {name}", "")
+    elif not store.check(answers[0]) or store.get(answers[0]) != f"{own} {name}":
+        store.set_all(answers, [f"{value} {name}" for value in values])

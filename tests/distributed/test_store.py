@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
 
 from distil_tl.distributed.launch_env import Launch
-from distil_tl.distributed.store import Store, connect, within
+from distil_tl.distributed.store import Store, _agree_on_name, connect, pause, within
 from distil_tl.utils.errors import LostRanksError
 from tests.helpers.ranks import free_port
 
@@ -53,6 +54,66 @@ def test_keys_below_a_prefix_are_separate(store: Store) -> None:
     assert store.below("x").get("a") == "2"
     assert store.with_timeout(1).get("a") == "1"
     assert (store.with_timeout(1).seconds, store.with_timeout(9).seconds) == (1, 5)
+
+
+class View:
+    """Another count of the same store, for one rank."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.keys, self.requests = inner, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        work = getattr(self.inner, name)
+
+        def request(keys: Any, *args: Any) -> Any:
+            self.keys += len(keys) if isinstance(keys, list) else 1
+            self.requests += 1
+            return work(keys, *args)
+
+        return request
+
+
+def names_of_start(ranks: int, inner: Any, late: frozenset[int] = frozenset()) -> tuple[dict[int, str], list[View]]:
+    """The names by rank on which ranks in threads agree, and the requests of each. Those in `late` never come."""
+    views = [View(inner) for _ in range(ranks)]
+    names: dict[int, str] = {}
+
+    def agree(rank: int) -> None:
+        with suppress(LostRanksError):
+            timeout = 0.5 if late else 60.0
+            names[rank] = _agree_on_name(Store(views[rank], 60.0), Launch(rank, ranks, rank, ranks), timeout)
+
+    threads = [threading.Thread(target=agree, args=(rank,)) for rank in range(ranks) if rank not in late]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return names, views
+
+
+def test_each_start_gets_its_own_name_though_the_store_keeps_the_keys() -> None:
+    inner = HashStore()
+    first, _ = names_of_start(4, inner)
+    assert len(first) == 4
+    assert len(set(first.values())) == 1
+    broken, _ = names_of_start(4, inner, late=frozenset({2}))  # a start that does not become complete
+    assert broken == {}
+    again, _ = names_of_start(4, inner)
+    assert len(again) == 4
+    assert len(set(again.values())) == 1
+    assert set(again.values()).isdisjoint(first.values())
+
+
+def test_only_rank_0_requests_the_keys_of_all_ranks() -> None:
+    names, views = names_of_start(16, HashStore())
+    assert len(set(names.values())) == 1
+    assert views[0].keys > 16
+    assert max(view.keys / view.requests for view in views[1:]) == 1
+
+
+def test_waiting_ranks_do_not_overload_the_store() -> None:
+    assert pause(8) < 0.06
+    assert all(ranks / pause(ranks) <= 5000 for ranks in (1, 256, 4096, 100_000))
 
 
 def host(port: int, ready: Connection) -> None:
