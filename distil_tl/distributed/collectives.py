@@ -41,11 +41,12 @@ def share_arrays(info: DistInfo, arrays: Mapping[str, np.ndarray] | None) -> Map
     dist.broadcast_object_list(header, src=0, device=torch.device("cpu"))
     places = [Place(*fields) for fields in json.loads(header[0])]
     size = size_of(places)
-    file, memory = _memory_of_node(info, size)
+    file, memory, filling = _memory_of_node(info, size)
     try:
         if memory is not None and arrays is not None:
             fill(memory, places, arrays)
-        _broadcast(memory, size)
+        if memory is not None:
+            _send_along_tree(memory, filling.index(info.rank), filling)
         gather_objects(info, None)  # now the memory is filled on every node
     except BaseException:
         if file is not None:
@@ -57,10 +58,11 @@ def share_arrays(info: DistInfo, arrays: Mapping[str, np.ndarray] | None) -> Map
     return views(memory, places)
 
 
-def _memory_of_node(info: DistInfo, size: int) -> tuple[int | None, np.ndarray | None]:
-    """The file descriptor of the memory that the node shares, and the memory that this rank fills, uint8 [size].
+def _memory_of_node(info: DistInfo, size: int) -> tuple[int | None, np.ndarray | None, list[int]]:
+    """The file descriptor of the memory that the node shares, the memory that this rank fills, uint8 [size], and ranks.
 
     Without shared memory the descriptor is None, and every rank fills its own. With it, the rank that made it fills it.
+    The ranks are those that fill memory, rank 0 first.
     """
     leads = info.launch.local_rank == 0 and info.launch.local_world_size > 1
     file = new_memory(size) if leads else None
@@ -70,20 +72,31 @@ def _memory_of_node(info: DistInfo, size: int) -> tuple[int | None, np.ndarray |
         offer = next((offer[1:] for offer in offers if offer and offer[0] == info.launch.node), None)
         file = None if offer is None or info.is_main else _opened(offer, size)
         fill = np.empty(size, np.uint8) if file is None else None
-    gather_objects(info, None)  # a rank that fails must not close its file before the others have opened it
-    return file, fill
+    # A rank that fails must not close its file before the others have opened it: it is open once all have answered.
+    filling = [rank for rank, fills in enumerate(gather_objects(info, fill is not None)) if fills]
+    return file, fill, filling
 
 
-def _broadcast(fill: np.ndarray | None, size: int) -> None:
-    """Copy rank 0's bytes to all ranks that fill memory. The other ranks take part, and discard the bytes.
+def _send_along_tree(memory: np.ndarray, place: int, ranks: Sequence[int]) -> None:
+    """Copy the bytes of the first of `ranks`, which is rank 0, to the others: one rank of each node, in most cases.
 
-    A process group of the ranks that fill memory would avoid that. But torch creates a group with other code than
-    a collective uses: on CUDA, in some versions, with code that waits for every rank (pytorch#197568).
+    A rank receives from one other and sends to at most log2(len(ranks)) others. A broadcast would take the bytes
+    to every rank, and rank 0's node would send them eight times with eight ranks a node. A process group of these
+    ranks would avoid that too. But torch creates a group with other code than a collective uses: on CUDA, in some
+    versions, with code that waits for every rank (pytorch#197568).
+
+    Args:
+        place: of this rank among `ranks`.
     """
-    spare = np.empty(min(size, PIECE), np.uint8)
-    for start in range(0, size, PIECE):
-        piece = spare if fill is None else fill[start:]
-        dist.broadcast(torch.from_numpy(piece[: min(PIECE, size - start)]), src=0)
+    for start in range(0, len(memory), PIECE):
+        piece = torch.from_numpy(memory[start : start + PIECE])
+        distance = 1
+        while distance < len(ranks):
+            if place < distance and place + distance < len(ranks):
+                dist.send(piece, ranks[place + distance])
+            elif distance <= place < 2 * distance:
+                dist.recv(piece, ranks[place - distance])
+            distance *= 2
 
 
 def _address(file: int) -> tuple[int, int, int, int]:

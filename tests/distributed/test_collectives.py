@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from distil_tl.distributed import collectives
 from distil_tl.distributed.collectives import gather_objects, share_arrays
@@ -71,6 +74,31 @@ def test_ranks_that_can_not_share_memory_have_their_own_copies(fault: str, shari
     found = run_ranks(4, shared, [0, 0, 1, 1], fault)
     assert all(equal for equal, _, _ in found)
     assert sum(bool(files) for _, _, files in found) == sharing
+
+
+def messages(nodes: list[int]) -> tuple[int, int]:
+    """Bytes of the arrays that this rank sends, and receives."""
+    counted = {"send": 0, "recv": 0}
+
+    def count(name: str, real: Any, tensor: Any, other: int) -> None:
+        counted[name] += tensor.nbytes
+        real(tensor, other)
+
+    for name in counted:
+        setattr(dist, name, partial(count, name, getattr(dist, name)))
+    equal, *_ = shared(nodes)
+    assert equal
+    return counted["send"], counted["recv"]
+
+
+@LINUX
+def test_each_node_receives_the_arrays_once() -> None:
+    nodes = [0, 0, 1, 1, 2]
+    found = run_ranks(len(nodes), messages, nodes)
+    size = found[2][1]
+    assert size > 8 << 20
+    assert [received for _, received in found] == [0, 0, size, 0, size]
+    assert [sent for sent, _ in found] == [2 * size, 0, 0, 0, 0]
 
 
 def test_a_single_rank_gets_its_own_arrays() -> None:
