@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scale`: start-up and memory by files and ranks, gradient traffic by stage, a slow link."""
+"""`python -m benchmarks.scale`: start-up and memory by files and ranks, gradients, a slow link, many stand-in ranks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from typing import Any
 from benchmarks.measure import Results, Spread, end_on_sigterm, log, markdown
 from benchmarks.scale import link
 from benchmarks.scale.files import write_tree
+from benchmarks.scale.many_ranks import stand_ins
 from benchmarks.scale.ranks import run_ranks
 from distil_tl.data.scan import scan
 from distil_tl.utils.command import run_command
 from distil_tl.utils.threads import available_cpus
 
-PARTS = ("startup", "tree", "traffic", "link")
+PARTS = ("startup", "tree", "traffic", "link", "stand-ins")
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -40,13 +41,19 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--unfreeze", nargs="+", default=["head", "2", "3", "all"], help="as stages.NAME.unfreeze")
     parser.add_argument("--mbit", type=int, nargs="+", default=[100, 1000, 10_000], help="bandwidth, megabits/s")
     parser.add_argument("--steps", type=int, default=6, help="training steps over the link, 8 images per rank")
+    parser.add_argument("--stand-ins", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="numbers of ranks")
+    parser.add_argument("--modelled", type=int, default=4096, help="number of ranks of the extrapolation")
+    parser.add_argument("--per-node", type=int, default=8, help="stand-in ranks of a node")
+    parser.add_argument("--node-mbit", type=int, default=10_000, help="bandwidth of such a node, megabits/s")
+    parser.add_argument("--index", type=int, default=100_000, help="files of the index that stand-in ranks share")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/scale.json"), help="file of results")
     parser.add_argument("--fresh", action="store_true", help="start again and replace --out")
     options = parser.parse_args(args)
     numbers = [*options.files, *options.ranks, *options.mbit, options.tree, options.repeats, options.batches]
-    if min(numbers) < 1 or options.steps < 2:
-        parser.error("all numbers must be at least 1, and --steps at least 2")
+    numbers += [*options.stand_ins, options.modelled, options.per_node, options.node_mbit, options.index]
+    if min(numbers) < 1 or options.steps < 2 or min(options.stand_ins) < 2:
+        parser.error("all numbers must be at least 1, and --steps and --stand-ins at least 2")
     if min(options.files) < 512 * max(options.ranks):
         parser.error(f"--files must be at least one batch of 512 per rank, {512 * max(options.ranks)}")
     return options
@@ -54,10 +61,10 @@ def parse(args: list[str]) -> argparse.Namespace:
 
 def benchmark(options: argparse.Namespace) -> None:
     end_on_sigterm()
-    keys = ("batches", "tree", "model", "image_size", "steps", "repeats")
+    keys = ("batches", "tree", "model", "image_size", "steps", "repeats", "per_node", "node_mbit", "index")
     results = Results(options.out, {key: getattr(options, key) for key in keys}, fresh=options.fresh)
     with tempfile.TemporaryDirectory(prefix="distil-tl-scale-") as temporary:
-        parts = {"startup": startup, "tree": tree, "traffic": traffic, "link": slow_link}
+        parts = {"startup": startup, "tree": tree, "traffic": traffic, "link": slow_link, "stand-ins": stand_ins}
         text = "\n".join(parts[name](options, results, Path(temporary)) for name in options.parts)
     path = results.write_report(text)
     sys.stdout.write(f"{text}\n{results.path}\n{path}\n")

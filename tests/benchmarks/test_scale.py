@@ -15,7 +15,8 @@ import pytest
 
 from benchmarks.measure import ROOT
 from benchmarks.scale import __main__ as scale
-from benchmarks.scale import files, link, ranks, startup, traffic
+from benchmarks.scale import extrapolation, files, link, many_ranks, ranks, stand_in, startup, traffic
+from benchmarks.scale.stand_ins import stand_ins
 from distil_tl.data.scan import scan
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
@@ -90,6 +91,59 @@ def namespaces() -> str:
 
 NO_LINK = link.missing()
 needs_link = pytest.mark.skipif(NO_LINK is not None, reason=f"no link: {NO_LINK}")
+
+
+def test_stand_in_ranks_meet_agree_to_stop_and_end() -> None:
+    """Each rank ends as a preempted one, else it is an error."""
+    (found,) = run_ranks(1, stand_ins, {"ranks": 8, "per_node": 4, "files": 1000})
+    parts = found["parts"]
+    assert next(iter(parts)) == "name of the start"
+    assert list(parts)[-1] == "agreement to stop"
+    # Rank 0 writes a result and the seven others read it.
+    assert parts["work of rank 0"]["requests"] >= 15
+    assert found["private_mb"] > 1
+    assert found["descriptors"] > 8
+    runs = {8: [found], 16: [found]}
+    text = many_ranks.measured(runs, "no root") + many_ranks.modelled(runs, {10.0: runs, 50.0: runs}, 4096)
+    assert "| gloo group |" in text
+
+
+def test_stand_in_ranks_end_when_one_is_killed() -> None:
+    (found,) = run_ranks(1, stand_ins, {"ranks": 3, "lost": True})
+    assert found["end_seconds"] > 0
+
+
+def _failing_stand_ins() -> None:
+    stand_in.run = lambda task, report: 1 // int(os.environ["LOCAL_RANK"])
+    stand_ins({"ranks": 2})
+
+
+def test_a_stand_in_rank_that_fails_is_an_error() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank \d ended with status .*its last output"):
+        run_ranks(1, _failing_stand_ins)
+
+
+@needs_link
+@pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="no /dev/net/tun")
+def test_stand_in_ranks_on_nodes_behind_a_slow_network() -> None:
+    task = {"ranks": 2, "per_node": 1, "files": 100, "network": {"delay_ms": 20.0, "mbit": 100}}
+    (found,) = run_ranks(1, stand_ins, task)
+    polls = found["parts"][f"{stand_in.POLLS} polls"]
+    assert polls["seconds"] > stand_in.POLLS * 0.02  # each waits for a message of the other
+    assert polls["sent"] > 20 * stand_in.POLLS
+    assert "distil-tl-" + str(os.getpid()) not in namespaces()
+
+
+def test_a_law_is_found_and_its_error_is_that_at_the_largest_size() -> None:
+    sizes = (8, 16, 32, 64, 128)
+    law = extrapolation.fit(sizes, [5 + 2 * n * n for n in sizes])
+    assert law(4096) == pytest.approx(5 + 2 * 4096**2)
+    assert law.grows_like(4096) == "n²"
+    assert extrapolation.fit(sizes, [3.0] * 5).factors == pytest.approx({"1": 3.0})
+    assert extrapolation.fit(sizes, [0.0] * 5)(4096) == 0
+    found, wrong = many_ranks.checked_law({**{n: 2.0 * n for n in sizes}, 256: 1024.0})
+    assert found(4096) == pytest.approx(2 * 4096)
+    assert wrong == pytest.approx(-0.5)
 
 
 @needs_link
