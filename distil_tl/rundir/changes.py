@@ -34,6 +34,7 @@ FREE_ON_RESUME = (
 NEW_KEYS: dict[str, Any] = {
     "data.extensions": [],
     "data.prefetch_mib": 2048,  # it had no limit; what is computed does not depend on it
+    "distributed.heartbeat_seconds": None,  # frozen ranks were not looked for
     "compile_mode": "default",
     "tf32": True,
     "deterministic": False,

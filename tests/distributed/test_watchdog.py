@@ -130,7 +130,7 @@ def test_ranks_that_end_in_an_orderly_way_end_nobody(star: Callable[..., Star]) 
 
 def test_an_error_is_not_blamed_if_another_rank_was_killed(star: Callable[..., Star]) -> None:
     """The killed rank's watchdog reports later than the rank that got an error because of it."""
-    ranks = star(3, doubt=20.0)
+    ranks = star(3, doubt=120.0)
     os.kill(ranks.watchdog_pid(2), signal.SIGSTOP)
     ranks.processes[2].kill()
     ranks.watchdogs[1].leave(orderly=False, seconds=60)
