@@ -12,7 +12,10 @@ from benchmarks.scale.extrapolation import Law, error, fit
 from benchmarks.scale.ranks import run_ranks
 
 DELAYS = (10.0, 50.0)  # milliseconds, one way
-MOST_DELAYED = 64  # ranks behind the delaying switch, which is a process
+MOST_DELAYED = 32  # ranks behind the delaying switch, which is a process
+MOST_CONNECTED = (
+    64  # ranks that gloo connects all at once, and of which one is killed: the machine is too busy with more
+)
 SMALL_INDEX = 1000  # files, where the latency is measured
 LATENCY, BANDWIDTH = 50e-6, 1.25e9  # of the model: seconds one way, bytes/s
 CPU = ("cpu_rank_zero", "cpu_other")
@@ -30,16 +33,29 @@ def stand_ins(options: argparse.Namespace, results: Results, work: Path) -> str:
         few = [n for n in options.stand_ins if n <= MOST_DELAYED]
         task: dict[str, Any] = {"network": {"delay_ms": delay}, "files": SMALL_INDEX}
         delayed[delay] = {n: _repeated(options, results, work, n, **task) for n in few}
-    lost = {
-        n: _repeated(options, results, work, n, network=network, lost=True) for n in options.stand_ins if n % 8 == 0
-    }
-    ends = [[n, *(Spread.of([run["end_seconds"] for run in lost[n]]).text(1),)] for n in lost]
+    few = [n for n in options.stand_ins if n <= MOST_CONNECTED]
+    mesh = {n: _repeated(options, results, work, n, network=network, files=SMALL_INDEX, lazy=False) for n in few}
+    lost = {n: _repeated(options, results, work, n, network=network, lost=True) for n in few}
     return "\n".join([
         text,
+        "**All ranks connected at once**, as gloo does unless `TORCH_GLOO_LAZY_INIT=1`:\n\n"
+        + markdown(["ranks", "s", "CPU s of rank 0", "CPU s of another rank", "KB sent", "descriptors"], _mesh(mesh)),
         "**A killed rank**: seconds from its end to that of the last other rank, all with status 1:\n\n"
-        + markdown(["ranks", "s"], ends),
+        + markdown(["ranks", "s"], [[n, Spread.of([run["end_seconds"] for run in lost[n]]).text(1)] for n in lost]),
         modelled(runs, delayed, options.modelled),
     ])  # fmt: skip
+
+
+def _mesh(runs: dict[int, list[dict[str, Any]]]) -> list[list[Any]]:
+    rows = []
+    for n, of_n in runs.items():
+        parts = [run["parts"]["gloo group"] for run in of_n]
+        cells = [
+            Spread.of([part[key] / scale for part in parts]).text(digits)
+            for key, scale, digits in (("seconds", 1, 1), (CPU[0], 1, 2), (CPU[1], 1, 2), ("sent", 1000, 0))
+        ]
+        rows.append([n, *cells, max(run["descriptors"] for run in of_n)])
+    return rows
 
 
 def _repeated(

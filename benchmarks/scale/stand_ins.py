@@ -28,7 +28,7 @@ from benchmarks.scale import stand_in
 from benchmarks.scale.link import Cluster, cluster
 
 DEFAULTS: dict[str, Any] = {
-    "per_node": 8, "files": 100_000, "timeout": 600.0, "heartbeat": 60.0, "network": None, "lost": False,
+    "per_node": 8, "files": 100_000, "timeout": 600.0, "heartbeat": 60.0, "network": None, "lost": False, "lazy": True,
     "patience": 500.0,
 }  # fmt: skip
 _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
@@ -45,7 +45,8 @@ def stand_ins(task: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         task: `ranks`, and any of DEFAULTS. `network`: None for the loopback interface, else `delay_ms` (one way) and
-            `mbit` between the nodes, either of which may be None.
+            `mbit` between the nodes, either of which may be None. `lazy`: gloo connects two ranks when they first
+            exchange something, not all at once.
 
     Raises:
         RuntimeError: a rank ended otherwise than it should, or they took longer than `patience` seconds.
@@ -123,6 +124,7 @@ def _child(task: dict[str, Any], rank: int, address: str, made: Cluster | None, 
         os.environ.update(
             RANK=str(rank), WORLD_SIZE=str(task["ranks"]), LOCAL_RANK=str(local), LOCAL_WORLD_SIZE=str(here),
             GROUP_RANK=str(node), MASTER_ADDR=host, MASTER_PORT=port, GLOO_SOCKET_IFNAME=task["interface"],
+            TORCH_GLOO_LAZY_INIT=str(int(task["lazy"])),
         )  # fmt: skip
         if task["lost"]:
             return stand_in.be_lost(task)

@@ -109,7 +109,7 @@ def test_stand_in_ranks_meet_agree_to_stop_and_end() -> None:
 
 
 def test_stand_in_ranks_end_when_one_is_killed() -> None:
-    (found,) = run_ranks(1, stand_ins, {"ranks": 3, "lost": True})
+    (found,) = run_ranks(1, stand_ins, {"ranks": 4, "lost": True, "lazy": False})
     assert found["end_seconds"] > 0
 
 
