@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 import traceback
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ import torch
 
 from benchmarks.measure import end_on_sigterm
 from benchmarks.scale import stand_in
-from benchmarks.scale.link import Cluster, cluster
+from benchmarks.scale.link import Cluster
 
 DEFAULTS: dict[str, Any] = {
-    "per_node": 8, "files": 100_000, "timeout": 600.0, "heartbeat": 60.0, "network": None, "lost": False, "lazy": True,
+    "per_node": 8, "files": 100_000, "timeout": 600.0, "heartbeat": 60.0, "lost": False, "lazy": True,
     "patience": 500.0,
 }  # fmt: skip
 _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
@@ -37,16 +36,17 @@ _CLONE_NEWUTS, _CLONE_NEWNET = 0x04000000, 0x40000000
 def main() -> None:
     end_on_sigterm()
     task = json.loads(Path(sys.argv[1]).read_text())
-    Path(sys.argv[2]).write_text(json.dumps(stand_ins(task)))
+    made = None if task.get("cluster") is None else Cluster(**task.pop("cluster"))
+    Path(sys.argv[2]).write_text(json.dumps(stand_ins(task, made)))
 
 
-def stand_ins(task: dict[str, Any]) -> dict[str, Any]:
+def stand_ins(task: dict[str, Any], made: Cluster | None = None) -> dict[str, Any]:
     """Start the ranks, wait for them, and return what they measured and how they ended.
 
     Args:
-        task: `ranks`, and any of DEFAULTS. `network`: None for the loopback interface, else `delay_ms` (one way) and
-            `mbit` between the nodes, either of which may be None. `lazy`: gloo connects two ranks when they first
-            exchange something, not all at once.
+        task: `ranks`, and any of DEFAULTS. `lazy`: gloo connects two ranks when they first exchange something, not
+            all at once.
+        made: the nodes; None for the loopback interface alone.
 
     Raises:
         RuntimeError: a rank ended otherwise than it should, or they took longer than `patience` seconds.
@@ -55,13 +55,9 @@ def stand_ins(task: dict[str, Any]) -> dict[str, Any]:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     torch.set_num_threads(1)
-    nodes = -(-task["ranks"] // task["per_node"])
-    network: AbstractContextManager[Cluster | None] = (
-        nullcontext() if task["network"] is None else cluster(nodes, **task["network"])
-    )
     gc.collect()
     gc.freeze()  # so that the ranks do not write to, and so copy, the pages of what is imported
-    with tempfile.TemporaryDirectory(prefix="distil-tl-stand-ins-") as folder, network as made:
+    with tempfile.TemporaryDirectory(prefix="distil-tl-stand-ins-") as folder:
         return _run(task, made, Path(folder))
 
 

@@ -23,7 +23,7 @@ from distil_tl.distributed.leaving import (
     store_address,
 )
 from distil_tl.distributed.meeting import meet
-from distil_tl.distributed.sockets import new_connections, open_sockets
+from distil_tl.distributed.sockets import allow_connections, new_connections, open_sockets
 from distil_tl.distributed.store import Store, connect, within
 from distil_tl.distributed.watchdog.client import RankWatchdog
 from distil_tl.utils.errors import LostRanksError, NonFiniteError, PreemptedError, RestartError, UserError
@@ -169,6 +169,7 @@ def _join(info: DistInfo, config: DistributedConfig, problem: str) -> None:
     assert launch.url is not None
     assert watchdog is not None
     address = store_address(launch.url)
+    allow_connections(launch.world_size)
 
     def form_group(store: Store) -> None:
         if device.type == "cuda":

@@ -1,12 +1,38 @@
-"""The connections of torch's process group, which torch does not show."""
+"""How many connections this process may have, and those of torch's process group, which torch does not show."""
 
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+
+from distil_tl.utils.log import logger
+
+OTHER_FILES = 512  # of a rank: libraries, data, logs, loader processes
+
+
+def allow_connections(ranks: int) -> None:
+    """Raise this process's limit of open files if it is too low for that many ranks, as far as that is possible.
+
+    Each rank has a connection to each other one, and rank 0 may have another one to each as it serves the store. The
+    usual limit of 1024 is too low for 1,000 ranks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = OTHER_FILES + 2 * ranks
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft = allowed
+    if soft < needed:
+        logger.warning(
+            "this process may open %d files and connections, and %d ranks may need %d; raise the limit with ulimit -n",
+            soft, ranks, needed,
+        )  # fmt: skip
 
 
 def open_sockets() -> dict[int, str]:

@@ -126,12 +126,12 @@ def test_a_stand_in_rank_that_fails_is_an_error() -> None:
 @needs_link
 @pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="no /dev/net/tun")
 def test_stand_in_ranks_on_nodes_behind_a_slow_network() -> None:
-    task = {"ranks": 2, "per_node": 1, "files": 100, "network": {"delay_ms": 20.0, "mbit": 100}}
-    (found,) = run_ranks(1, stand_ins, task)
+    with link.cluster(2, delay_ms=20.0, mbit=100) as made:
+        (found,) = run_ranks(1, stand_ins, {"ranks": 2, "per_node": 1, "files": 100}, made)
     polls = found["parts"][f"{stand_in.POLLS} polls"]
     assert polls["seconds"] > stand_in.POLLS * 0.02  # each waits for a message of the other
     assert polls["sent"] > 20 * stand_in.POLLS
-    assert "distil-tl-" + str(os.getpid()) not in namespaces()
+    assert f"distil-tl-{os.getpid()}-" not in namespaces()
 
 
 def test_a_law_is_found_and_its_error_is_that_at_the_largest_size() -> None:
