@@ -72,6 +72,7 @@ class Task:
     compile: str = "none"
     compile_mode: str = "default"
     epochs: int = 3
+    device: str = "auto"  # as distributed.device
 
     def arguments(self, run_dir: Path) -> list[str]:
         """Of distil_tl.train: one stage that trains everything."""
@@ -80,6 +81,7 @@ class Task:
             f"data.workers={self.workers}", f"data.augment={self.augment}", f"model.name={self.model}",
             "model.weights=none", "stages.head.epochs=0", f"stages.full.epochs={self.epochs}",
             f"precision={self.precision}", f"compile={self.compile}", f"compile_mode={self.compile_mode}",
+            f"distributed.device={self.device}",
             "checkpoint.every_minutes=null", f"run_dir={run_dir}",
         ]  # fmt: skip
 

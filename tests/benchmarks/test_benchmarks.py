@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -21,6 +22,7 @@ from benchmarks.peers.job import Events, Job, Speed, lr_factor, read_events
 from distil_tl.distributed import preemption
 from distil_tl.training import metrics, optim
 from distil_tl.utils.errors import UserError
+from tests.helpers.devices import no_waiting, on_gpu
 
 
 def test_packages_are_measured_in_alternating_order() -> None:
@@ -354,6 +356,27 @@ def test_the_pipeline_measures_the_loop_of_the_trainer(
     assert found["images"] == 48  # of 52, in whole batches
     assert len(found["epoch_seconds"]) == 3
     assert min(found["epoch_seconds"]) > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", on_gpu("cuda")])
+def test_a_synthetic_batch_does_not_wait_for_the_device(device: str, tmp_path: Path) -> None:
+    source: Any = SimpleNamespace(info=SimpleNamespace(device=torch.device(device)))
+    task = pipeline.Task("", "synthetic", 0, "resnet50", 32, 8, "light", "fp32")
+    batches = pipeline.synthetic(task, source, None, "train")
+    first = next(batches)
+    with no_waiting(device):
+        again = [next(batches) for _ in range(3)]
+    assert all(batch.images is first.images and batch.indices.device.type == "cpu" for batch in again)
+    assert list(pipeline.synthetic(task, source, None, "val")) == []
+
+
+@pytest.mark.parametrize(("preset", "batch", "reference"), [("resnet50", 256, 3000), ("resnet50-32", 32, None)])
+def test_presets_of_the_pipeline(preset: str, batch: int, reference: int | None) -> None:
+    options = pipeline.parse(["--preset", preset, "--images", "512"])
+    assert (options.model, options.batch, options.image_size) == ("resnet50", batch, 224)
+    assert options.reference == reference
+    other = pipeline.parse(["--preset", preset, "--images", "512", "--image-size", "160"])
+    assert (other.batch, other.image_size, other.reference) == (batch, 160, None)
 
 
 def test_the_table_of_the_pipeline(tmp_path: Path) -> None:

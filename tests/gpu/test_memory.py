@@ -27,7 +27,7 @@ def test_reserved_memory_does_not_grow(folder: Path) -> None:
             for batch in stage.training.batches.evaluation():
                 stage.training.inner(batch.images)
         reserved.append(torch.cuda.memory_reserved())
-    assert reserved[-1] == reserved[2], [number >> 20 for number in reserved]
+    assert reserved[-1] <= reserved[9], [number >> 20 for number in reserved]
 
 
 def run_args(folder: Path, run_dir: Path, *more: str) -> list[str]:

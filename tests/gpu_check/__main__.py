@@ -54,11 +54,16 @@ def main(args: list[str]) -> int:
     options = parser.parse_args(args)
     if options.dry:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
-    from tests.gpu_check.steps import STEPS
+    try:
+        from tests.gpu_check.steps import STEPS
+    except ModuleNotFoundError as error:
+        sys.stderr.write(f"tests/gpu_check.sh: {error.name} is not installed; its first lines say how to add that\n")
+        return 2
 
     names = options.only.split(",") if options.only else list(STEPS)
     if unknown := [name for name in names if name not in STEPS]:
         parser.error(f"there is no step {', '.join(unknown)}; steps: {', '.join(STEPS)}")
+    options.out = Path(os.environ.get("GPU_CHECK_FROM", ""), options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through the `finally` below
     work = tempfile.mkdtemp(prefix="gpu-check-")  # not TemporaryDirectory, which each forked process would remove

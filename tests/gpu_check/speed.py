@@ -18,17 +18,18 @@ from distil_tl.data.config import default_workers
 from distil_tl.utils.threads import available_cpus
 from tests.gpu_check.check import Check, Forked, expect
 
-IMAGES = 10240  # 40 steps of 256
+IMAGES = 7680  # 30 steps of 256
 PROFILED = (12, 10)  # steps before the profile, and in it
 
 
 def task_of(check: Check, name: str, mode: str) -> Task:
     preset = PRESETS[name]
     if check.dry:
-        return Task(str(check.images(16)), mode, 0, "shufflenet_v2_x0_5", 32, 8, "light", "fp32", epochs=2)
-    root = write_images(check.work / "jpegs", IMAGES)
-    workers = default_workers(available_cpus())
-    return Task(str(root), mode, workers, preset.model, preset.image_size, preset.batch, "light", "auto", epochs=2)
+        root, workers, model, size, batch, precision = check.images(16), 0, "shufflenet_v2_x0_5", 32, 8, "fp32"
+    else:
+        root, workers = write_images(check.work / "jpegs", IMAGES), default_workers(available_cpus())
+        model, size, batch, precision = preset.model, preset.image_size, preset.batch, "auto"
+    return Task(str(root), mode, workers, model, size, batch, "light", precision, epochs=2, device=check.device)
 
 
 def measured(check: Check, task: Task) -> dict[str, Any]:

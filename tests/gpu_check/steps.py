@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import distil_tl.train  # noqa: F401  # once for all steps, which are forked
+from distil_tl.rundir.directory import git_state
 from distil_tl.utils.threads import available_cpus
 from tests.gpu_check.check import Check, Forked, completed, expect, figures_of, ranks, summary, train
 from tests.gpu_check.speed import pipeline, profile
@@ -43,8 +44,9 @@ def facts(check: Check, figures: Figures) -> str:
         query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,mig.mode.current", "--format=csv,noheader"]
         if shutil.which(query[0]):
             figures["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    shm = os.statvfs("/dev/shm")
+    shm, git = os.statvfs("/dev/shm"), git_state()
     figures.update(
+        commit=git["commit"][:10] + "+" * git["dirty"] if git else None,
         cores=available_cpus(),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -226,14 +228,14 @@ class Step:
 
 STEPS = {
     "facts": Step(facts, 30),
-    "tests": Step(tests, 120),
+    "tests": Step(tests, 150),
     "alone": Step(alone, 60),
     "torchrun": Step(torchrun, 60),
     "ranks-share-a-gpu": Step(ranks_share_a_gpu, 75),
     "nccl-refused": Step(nccl_refused, 40),
     "stop-and-resume": Step(stop_and_resume, 120),
     "features": Step(features, 45),
-    "compile": Step(compile_all, 150),
+    "compile": Step(compile_all, 180),
     "pipeline-resnet50": Step(pipeline("resnet50"), 100),
     "pipeline-vit_b_16": Step(pipeline("vit_b_16"), 75),
     "profile": Step(profile, 45),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,7 +84,7 @@ class StageOnDevice:
         precision: str = "fp32",
         epochs: int = 1,
     ) -> None:
-        self.info = DistInfo(Launch(), torch.device(device), 60.0)
+        self.info = DistInfo(Launch(), torch.device(device, 0), 60.0)
         self.model = model
         train = scan(folder / "train")
         splits = {"train": train, "val": scan(folder / "val", classes=train.classes)}
@@ -137,6 +138,7 @@ def without_dropout(model: TransferModel) -> TransferModel:
 @contextlib.contextmanager
 def limited_memory(mebibytes: int) -> Iterator[None]:
     """At most so much more GPU memory for torch in this process than it has now."""
+    gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (mebibytes << 20)) / total)
