@@ -75,6 +75,11 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
             operation = str(error).partition(",")[0]
             _print_error(f"{name}: deterministic=true: {operation}; use deterministic=false, or another model")
             return EXIT_USER_ERROR
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
+            reason = str(error).partition("\n")[0]
+            remedy = "use a smaller model or image size, or a device with more free memory"
+            _print_error(f"{name}: the device has too little memory; {remedy}. {reason}", every_rank=True)
+            return EXIT_USER_ERROR
         if not logger.handlers:
             raise
         logger.exception("%s: internal error", name)

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import (
@@ -61,6 +62,20 @@ def test_an_exception_becomes_a_message_and_an_exit_status(
     assert capsys.readouterr().err == ("test: message\n" if rank in ranks else "")
     # A launcher would end rank 0, which prints the message, as soon as another rank exits.
     assert bool(waited) == (isinstance(error, UserError) and rank not in ranks)
+
+
+def test_too_little_memory_for_anything_has_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+    assert run_command("test", lambda: fails_with(error)) == 2
+    assert "too little memory; use a smaller model or image size" in (said := capsys.readouterr().err)
+    assert "See the documentation" not in said
+
+
+def test_an_operation_that_does_not_repeat_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set ..."
+    assert run_command("test", lambda: fails_with(RuntimeError(text))) == 2
+    assert "adaptive_avg_pool2d_backward_cuda does not have" in (said := capsys.readouterr().err)
+    assert "use deterministic=false" in said
 
 
 def test_an_exception_that_is_not_expected_has_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
