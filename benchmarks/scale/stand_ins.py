@@ -68,7 +68,7 @@ def _run(task: dict[str, Any], made: Cluster | None, folder: Path) -> dict[str, 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    gate = os.pipe()  # nobody starts before all are forked
+    gate = os.pipe()  # no rank starts before all are forked
     forking = time.monotonic()
     running: dict[int, int] = {}
     ended: dict[int, tuple[int, float]] = {}  # by rank its status, and when

@@ -14,7 +14,7 @@ from distil_tl.doctor.network import reach
 from distil_tl.tracking.config import WandbConfig
 
 GROUP = "tracking"
-_LATER = "training goes on without it, and `python -m launch.sync RUN_DIR` sends the run later"
+_LATER = "training continues without it, and `python -m launch.sync RUN_DIR` sends the run later"
 
 
 def judge_wandb(report: Report, config: WandbConfig) -> None:

@@ -16,6 +16,7 @@ from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_train_sta
 from distil_tl.rundir.directory import RunDirectory, check_shared
 from distil_tl.rundir.start import Start, find_start
 from distil_tl.rundir.state import RunState
+from distil_tl.utils.command import has_restarted
 from distil_tl.utils.log import logger
 
 
@@ -30,7 +31,9 @@ def look_for_start(values: dict[str, Any], unresolved: DictConfig) -> Start:
         UserError: the run directory can't be used, or holds a run that this configuration can't resume.
     """
     epochs = {name: stage["epochs"] for name, stage in values["stages"].items()}
-    start = find_start(Path(values["run_dir"]), values["resume"], epochs)
+    # The run that a process found new, and had to start again, is its own.
+    resume = "auto" if values["resume"] == "never" and has_restarted() else values["resume"]
+    start = find_start(Path(values["run_dir"]), resume, epochs)
     if start.saved is not None and start.saved_run_dir is not None:
         refuse_changes(values, unresolved, start.saved, start.saved_run_dir)
     return start

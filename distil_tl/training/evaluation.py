@@ -35,6 +35,7 @@ class Evaluation:
     waited: float
 
 
+# Nine parameters: training, the last evaluation and the command each need another part of them.
 @torch.no_grad()
 def evaluate(
     info: DistInfo,

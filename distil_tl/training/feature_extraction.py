@@ -46,6 +46,7 @@ class FeatureExtractor:
         limit_memory: feature maps must fit in memory; pooled features may always be used.
     """
 
+    # Nine with `self`: what a stage is set up with, kept for the methods.
     def __init__(
         self,
         info: DistInfo,

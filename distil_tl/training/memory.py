@@ -84,7 +84,7 @@ class PartSize:
     sizes: dict[str, int] = field(default_factory=dict)
     smallest: int = 1
     note: str = "the results are the same up to rounding"
-    images: int | None = None
+    images: int | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.images = self.sizes.get(self.key)

@@ -56,6 +56,7 @@ class StageTraining:
         meter: training metrics of the current epoch.
         part_size: how many images of a micro-batch go through the network at once.
         val_part_size: the same in evaluation.
+        statistics: those of the beginning of the current step, where they train.
         outputs: logits, targets, losses and validity of the current step, for the meter.
         reducing: the ranks are reducing gradients, or the weights change: this rank can't repeat the step alone.
     """

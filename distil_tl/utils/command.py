@@ -40,6 +40,9 @@ atexit.register(gc.freeze)
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+_RESTARTED = "DISTIL_TL_RESTARTED"  # of the environment: the id of the process that starts again
+
+
 def run_command(name: str, body: Callable[[], int | None]) -> int:
     """Run a command; its exit status is what `body` returns (None: 0), or what the exception that it raises means.
 
@@ -59,7 +62,7 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
         return EXIT_PREEMPTED
     except RestartError as error:
         _print_error(f"{name}: {error}")
-        os.environ.update(error.settings)
+        os.environ.update({**error.settings, _RESTARTED: str(os.getpid())})
         return EXIT_RESTART
     except (NonFiniteError, NoProgressError) as error:
         _print_error(f"{name}: {error}")
@@ -107,6 +110,11 @@ def exit_process(status: int) -> NoReturn:
 
 def _is_rank_zero() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def has_restarted() -> bool:
+    """Whether this process has run the same command before, and starts it again."""
+    return os.environ.get(_RESTARTED) == str(os.getpid())
 
 
 def restart_process() -> NoReturn:

@@ -178,7 +178,7 @@ if any("distil_tl.train" in word for word in sys.orig_argv) and "RANK" in os.env
 def test_processes_of_torchrun_start_again(folder: Path, tmp_path: Path, reference: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    args = [*small_args(folder), *EXACT, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2"]
+    args = [*small_args(folder), *EXACT, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2", "resume=never"]
     ended = subprocess.run(
         [*TORCHRUN, "-m", "distil_tl.train", *args], env={**ENVIRONMENT, "PYTHONPATH": path},
         capture_output=True, text=True, timeout=240, check=False,

@@ -186,7 +186,7 @@ class Watchdog:
             self.end_at = self.clock.now + self.settings["grace"]
 
     def end_rank(self, why: str) -> None:
-        """End the rank with status 1, whatever it does."""
+        """End the rank with status 1, also if its main thread is blocked."""
         self.kill_at = self.clock.now + self.settings["forced_exit"]
         self.write(
             f"rank {self.settings['rank']} is ended by its watchdog: {why}. See the logs of the ranks; if one was "
