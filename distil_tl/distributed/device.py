@@ -45,7 +45,7 @@ def choose_device(
     if config.device == "cpu":
         return cpu, "distributed.backend=nccl needs CUDA devices" if config.backend == "nccl" else ""
     if torch.cuda.is_available():
-        index, problem = _gpu(launch, torch.cuda.device_count(), config.backend)
+        index, problem = choose_gpu(launch, torch.cuda.device_count(), config.backend)
         if problem:
             return cpu, problem
         device = torch.device("cuda", index)
@@ -83,7 +83,7 @@ def _why_no_cuda() -> str:
     return "there is no device"
 
 
-def _gpu(launch: Launch, visible: int, backend: str) -> tuple[int, str]:
+def choose_gpu(launch: Launch, visible: int, backend: str) -> tuple[int, str]:
     """The index of this rank's GPU among the visible ones, and a problem."""
     if launch.launcher == "slurm" and visible == 1:  # with srun --gpus-per-task each task sees only its own
         return 0, ""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from distil_tl.distributed.device import choose_gpu
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.doctor.lines import first_line, size
 
@@ -68,9 +69,8 @@ def find_gpus(launch: Launch) -> GpuFacts:
 
 def gpu_of_rank(launch: Launch, visible: int) -> int | None:
     """The index of the GPU that training gives to this rank; None if there are too few."""
-    if launch.launcher == "slurm" and visible == 1:  # with srun --gpus-per-task each task sees only its own
-        return 0
-    return launch.local_rank if launch.local_world_size <= visible else None
+    index, problem = choose_gpu(launch, visible, backend="nccl")
+    return None if problem else index
 
 
 def _describe(facts: GpuFacts, index: int) -> None:
