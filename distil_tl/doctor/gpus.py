@@ -78,7 +78,8 @@ def _describe(facts: GpuFacts, index: int) -> None:
     facts.name, facts.memory = properties.name, properties.total_memory
     facts.capability = f"{properties.major}.{properties.minor}"
     facts.uuid = str(getattr(properties, "uuid", "")).removeprefix("GPU-")
-    facts.bf16 = properties.major >= 8
+    with torch.cuda.device(index):
+        facts.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # as training asks
     facts.others = [text for uuid, text in other_processes() if uuid.removeprefix("GPU-") == facts.uuid]
     try:
         facts.free = torch.cuda.mem_get_info(index)[0]

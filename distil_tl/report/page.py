@@ -197,6 +197,7 @@ def _notes(run: Run) -> Markup | None:
                 f"Stage {band.name} waited for images during {text.percent(share, 0)} of its training. More CPUs for "
                 "loader processes, or smaller image files, make it faster."
             )
+    notes += tables.part_sizes(run)
     for key in ("error", "reason", "message"):
         if isinstance(run.summary.get(key), str):
             notes.append(str(run.summary[key]))

@@ -75,6 +75,7 @@ def stage_table(run: Run) -> Markup:
         "Trainable",
         "Images",
         "Images/s",
+        "Memory",
         "Time",
         "Best val top-1",
         "Gain (points)",
@@ -104,6 +105,19 @@ def data_wait(run: Run, stage: str) -> float | None:
     return wait_share({"data_wait_seconds": waited, "seconds": seconds})
 
 
+def part_sizes(run: Run) -> list[str]:
+    """A sentence for each stage in which memory ran out: how many images went through the network at once."""
+    stages = mapping(run.summary, "stages")
+    sizes = {name: mapping(mapping(stages, name), "part_sizes") for name in stages}
+    return [
+        f"Memory ran out in stage {name}, so batches went through the network in parts: "
+        + ", ".join(f"{text.count(number(size))} images at once in {work}" for work, size in by_work.items())
+        + "."
+        for name, by_work in sizes.items()
+        if by_work
+    ]
+
+
 def _stage_cost(
     name: str, record: dict[str, Any], lines: Sequence[Metric], band: Band | None, total_seconds: float
 ) -> list[Child]:
@@ -117,6 +131,7 @@ def _stage_cost(
         speeds = [m.images_per_second for m in lines if m.split == "train" and m.images_per_second is not None]
         speed = median(speeds) if speeds else None
     time = text.duration(seconds)
+    peak = number(record.get("peak_memory_mb"))
     return [
         [name, tag if record.get("cached") is True else None],
         text.count(epochs),
@@ -124,6 +139,7 @@ def _stage_cost(
         text.compact(number(record.get("trainable_parameters"))),
         text.count(number(record.get("train_images"))),
         text.rate(speed),
+        f"{peak / 1024:.1f}{text.SPACE}GiB" if peak else text.MISSING,
         bar(seconds / total_seconds, time, "wide") if seconds is not None and total_seconds else time,
     ]
 

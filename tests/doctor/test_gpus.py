@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +27,16 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_ones(*shape: int, device: torch.device) -> torch.Tensor:
         raise RuntimeError(f"CUDA error: no kernel image is available\non {device}")
 
+    chosen = [0]
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        chosen.append(index)
+        yield
+        chosen.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: chosen[-1])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: properties[index].name)

@@ -76,6 +76,22 @@ def add_search(run: Path, rates: list[Any], decays: list[Any], chosen: tuple[Any
     (run / "summary.json").write_text(json.dumps(summary))
 
 
+def test_the_memory_of_each_stage_and_the_parts_of_batches_where_it_ran_out(run):
+    summary = json.loads((run / "summary.json").read_text())
+    head, *_, last = summary["stages"]
+    summary["stages"][head]["peak_memory_mb"] = 2560.0
+    summary["stages"][last] |= {"peak_memory_mb": 0, "part_sizes": {"training": 16, "evaluation": 1024}}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page, words = report(run)
+    assert "2.5 GiB" in words
+    assert ">Memory</th>" in page
+    assert (
+        f"Memory ran out in stage {last}, so batches went through the network in parts: "
+        "16 images at once in training, 1,024 images at once in evaluation." in words
+    )
+    assert f"Memory ran out in stage {head}" not in words
+
+
 def test_a_head_search_is_drawn_with_the_chosen_head_outlined(run):
     assert "<h2>Head search" not in report(run)[0]
     add_search(run, [0.1, 1e-4], [0, 0.5, 2], (1e-4, 0.5))
