@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import Progress
 from distil_tl.utils.threads import available_cpus
+
+# The images of a batch that can be read, uint8 [N, 3, S, S], None if there is none; and by file the reason why not.
+Files: TypeAlias = "tuple[Tensor | None, list[str | None]]"
 
 
 def predict(
@@ -56,8 +59,8 @@ def predict(
         ImageFiles(files, Transform(restored.model.preprocess, restored.image_size)),
         batch_size=batch_size,
         num_workers=default_workers(available_cpus()) if workers is None else workers,
-        collate_fn=list,
-        pin_memory=False,
+        collate_fn=collate,
+        pin_memory=where.type == "cuda",
     )
     bar = Progress("predict", len(files), show=output is not None)
     with open_output(output) as file:
@@ -110,22 +113,26 @@ class ImageFiles(Dataset["Tensor | str"]):
             return str(error)
 
 
+def collate(items: list[Tensor | str]) -> Files:
+    """A batch as one tensor: a loader process sends it with one file descriptor."""
+    images = [item for item in items if isinstance(item, Tensor)]
+    return (torch.stack(images) if images else None), [item if isinstance(item, str) else None for item in items]
+
+
 def predict_all(
-    network: ImageNetwork, loader: Iterable[list[Tensor | str]], device: torch.device, bar: Progress
+    network: ImageNetwork, loader: Iterable[Files], device: torch.device, bar: Progress
 ) -> Iterator[Tensor | str]:
-    """For each image its probabilities, float32 [C] on the CPU, or the reason why it can't be read."""
-    for images in loader:
-        yield from predict_batch(network, images, device)
-        bar.advance(len(images))
+    """For each file the probabilities of its image, float32 [C] on the CPU, or the reason why it can't be read."""
+    for images, reasons in loader:
+        probabilities = iter(() if images is None else predict_batch(network, images, device))
+        yield from (next(probabilities) if reason is None else reason for reason in reasons)
+        bar.advance(len(reasons))
 
 
 @torch.inference_mode()
-def predict_batch(network: ImageNetwork, images: list[Tensor | str], device: torch.device) -> list[Tensor | str]:
-    readable = [image for image in images if isinstance(image, Tensor)]
-    if not readable:
-        return images
-    probabilities = iter(network(torch.stack(readable).to(device)).softmax(dim=1).cpu())
-    return [image if isinstance(image, str) else next(probabilities) for image in images]
+def predict_batch(network: ImageNetwork, images: Tensor, device: torch.device) -> Tensor:
+    """Probabilities, float32 [N, C] on the CPU, of images uint8 [N, 3, S, S]."""
+    return network(images.to(device, non_blocking=True)).softmax(dim=1).cpu()  # type: ignore[no-any-return]
 
 
 def write_rows(

@@ -66,7 +66,7 @@ def evaluate(
     was_training = network.training
     network.eval()
     metrics = ClassificationMetrics(num_classes, info.device, confusion=mistakes is not None)
-    kept, waited = torch.empty(0, 4, dtype=torch.float64, device=info.device), 0.0
+    kept, waited, size = torch.empty(0, 4, dtype=torch.float64, device=info.device), 0.0, 0
     with Progress("evaluate", turns, show=show and info.is_main) as bar:
         for _ in range(turns):
             if agreement is not None:
@@ -76,7 +76,9 @@ def evaluate(
             waited += time.monotonic() - began
             if batch is None:
                 continue
-            logits = part_size.apply(network, batch.images)
+            count = len(batch.images)
+            size = max(size, count) if network.is_compiled else count
+            logits = part_size.apply(network, _padded(batch.images, size))[:count]
             metrics.update(logits, batch.targets, F.cross_entropy(logits, batch.targets, reduction="none"), batch.valid)
             if mistakes:
                 kept = _most_confident(torch.cat([kept, _mistakes(logits, batch)]), mistakes)
@@ -88,6 +90,13 @@ def evaluate(
         kept = _most_confident(gather_rows(info, kept[kept[:, 3] > 0], mistakes), mistakes)
     rows = [(int(i), int(t), int(p), probability) for i, t, p, probability in kept.tolist()]
     return Evaluation(metrics.reduce(info), rows, max_over_ranks(info, waited))
+
+
+def _padded(images: Tensor, count: int) -> Tensor:
+    """`images` [N, ...] followed by empty ones, `count` in all: the last batch has fewer than the others."""
+    if len(images) == count:
+        return images
+    return torch.cat([images, images.new_zeros(count - len(images), *images.shape[1:])])
 
 
 def _mistakes(logits: Tensor, batch: Batch) -> Tensor:

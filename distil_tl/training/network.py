@@ -59,11 +59,16 @@ def try_to_fold(model: TransferModel, image_size: int, device: torch.device, *, 
 
 
 class Network(nn.Module):
-    """A batch as the loader yields it to float32 logits [N, C], in the precision and memory format of `compute`."""
+    """A batch as the loader yields it to float32 logits [N, C], in the precision and memory format of `compute`.
+
+    Attributes:
+        is_compiled: it, or its frozen part, is compiled: each new number of images takes long once.
+    """
 
     def __init__(self, compute: Compute) -> None:
         super().__init__()
         self.compute = compute
+        self.is_compiled = False
 
 
 class ImageNetwork(Network):

@@ -250,5 +250,7 @@ def _compile(stage: Stage, network: Network) -> None:
     mode = None if stage.compile_mode == "default" else stage.compile_mode
     if stage.compile == "all":
         network.compile(dynamic=False, mode=mode)
+        network.is_compiled = True
     elif isinstance(network, SplitNetwork):
         network.prefix.compile(dynamic=False, mode=mode)
+        network.is_compiled = True

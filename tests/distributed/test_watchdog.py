@@ -128,6 +128,18 @@ def test_ranks_that_end_in_an_orderly_way_end_nobody(star: Callable[..., Star]) 
     assert ranks.processes[2].poll() is None
 
 
+def test_what_a_rank_says_just_before_it_exits_is_heard(star: Callable[..., Star]) -> None:
+    ranks = star(3)
+    os.kill(ranks.watchdog_pid(1), signal.SIGSTOP)  # it notices the exit and the message at the same time
+    ranks.processes[1].kill()
+    ranks.processes[1].wait()
+    ranks.watchdogs[1].leave(orderly=True, seconds=None)
+    os.kill(ranks.watchdog_pid(1), signal.SIGCONT)
+    assert ranks.watchdogs[1].process is not None
+    ranks.watchdogs[1].process.wait(WITHIN)
+    assert ranks.watchdogs[2].lost(wait=1.0) is None
+
+
 def test_an_error_is_not_blamed_if_another_rank_was_killed(star: Callable[..., Star]) -> None:
     """The killed rank's watchdog reports later than the rank that got an error because of it."""
     ranks = star(3, doubt=120.0)

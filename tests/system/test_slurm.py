@@ -99,7 +99,9 @@ def test_a_sweep_with_two_failures(partition: Partition, inputs: Inputs, tmp_pat
 @concurrent()
 def test_one_task_of_an_array_is_requeued_alone(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     slurm = f"partition: {partition.name}, gpus_per_node: 1, cpus_per_task: 1, time: 10"
-    setup = f"['export PYTHONPATH={inputs.slow_steps}', export SECONDS_A_STEP=1.5]"
+    # The second task must still run when the first has started, which may be late on a busy machine.
+    slow = "export SECONDS_A_STEP=$((1 + 3 * SLURM_ARRAY_TASK_ID))"
+    setup = f"['export PYTHONPATH={inputs.slow_steps}', '{slow}']"
     (tmp_path / "sweep.yaml").write_text(f"name: pair\nseeds: [0, 1]\nslurm: {{{slurm}, setup: {setup}}}\n")
     folder = tmp_path / "sweep"
     launched(partition, "sweep", tmp_path / "sweep.yaml", *inputs.job_args, "--dir", folder)

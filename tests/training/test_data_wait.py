@@ -64,6 +64,7 @@ def test_waiting_survives_a_restart(clock: list[float]) -> None:
 
 def test_an_evaluation_measures_its_own(clock: list[float]) -> None:
     network: Any = nn.Linear(3, 2)
+    network.is_compiled = False
     assert evaluate(ALONE, network, 2, slow(clock, 3, 1), 2).waited == 4.0
 
 

@@ -100,11 +100,9 @@ class Watchdog:
         """Receive what has arrived from one source."""
         if self.done:
             return
-        if source is self.own:
+        if source is self.own or (source is self.control and self.hear_rank()):
             self.rank_is_gone()
-        elif source is self.control:
-            self.hear_rank()
-        else:
+        elif source is not self.control:
             for news in self.star.hear(source, self.own.leaving, self.verdict):
                 self.consider(news)
 
@@ -136,8 +134,11 @@ class Watchdog:
         elif self.kill_at == NEVER and now >= own.leaves_by:
             self.end_rank("it has not ended by itself")
 
-    def hear_rank(self) -> None:
-        """What the rank itself says: that it leaves, within which time, or where its log is."""
+    def hear_rank(self) -> bool:
+        """What the rank itself says: that it leaves, within which time, or where its log is.
+
+        Returns whether it has closed the connection.
+        """
         messages, closed = self.control.receive()
         for message in messages:
             self.log = message.get("log", self.log)
@@ -147,12 +148,12 @@ class Watchdog:
                 self.own.leaves_by = NEVER if seconds is None else self.clock.now + seconds
                 self.end_at = NEVER
                 self.star.tell({"leaving": self.own.leaving})
-        if closed:
-            self.rank_is_gone()
+        return closed
 
     def rank_is_gone(self) -> None:
         """The rank has exited; or it has closed its connection, and has said before that it leaves."""
         self.done = True
+        self.hear_rank()  # it may have said so just before it exited
         if self.own.leaving != ORDERLY:
             self.report(self.own.leaving or GONE)
         if self.doubtful is not None:
