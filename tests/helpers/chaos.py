@@ -77,6 +77,7 @@ def run_rank(
     port: int,
     fault: Fault | None,
     prepare: Callable[[], None] | None,
+    count: bool,
 ) -> None:
     """`python -m distil_tl.train` in a new process, which records in `scratch` its samples and the fault."""
     os.setpgid(0, 0)  # its loader workers can be found by it
@@ -93,7 +94,9 @@ def run_rank(
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     run_dir = run_dir_of(args)
     counted: Counter[str] = Counter()
-    arm(counted, fault if fault is not None and fault.by == rank else None, scratch, run_dir, world)
+    own = fault if fault is not None and fault.by == rank else None
+    if count or own is not None:
+        arm(counted, own, scratch, run_dir, world)
     note_samples(scratch / f"seen-{rank}.jsonl")
     if prepare is not None:
         prepare()
@@ -109,7 +112,10 @@ def run_dir_of(args: list[str]) -> Path:
 
 
 def arm(counted: Counter[str], fault: Fault | None, scratch: Path, run_dir: Path, world: int) -> None:
-    """Count the executed lines of all regions, and trigger `fault` at its line."""
+    """Count the executed lines of all regions; or of the region of `fault` alone, until its line, and trigger it.
+
+    To trace lines takes most of the time of a small run.
+    """
 
     def local(region: str, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
@@ -117,6 +123,7 @@ def arm(counted: Counter[str], fault: Fault | None, scratch: Path, run_dir: Path
             if fault is not None and region == fault.region and counted[region] == fault.line:
                 where = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
                 (scratch / "struck").write_text(where)
+                sys.settrace(None)
                 strike(fault, scratch, run_dir, world)
         return functools.partial(local, region)
 
@@ -129,6 +136,8 @@ def arm(counted: Counter[str], fault: Fault | None, scratch: Path, run_dir: Path
     def traced(region: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if fault is not None and counted[region] >= fault.line:
+                return function(*args, **kwargs)
             before = sys.gettrace()
             sys.settrace(functools.partial(enter, region))
             try:
@@ -139,9 +148,12 @@ def arm(counted: Counter[str], fault: Fault | None, scratch: Path, run_dir: Path
         return wrapper
 
     module: Any = importlib.import_module("distil_tl.train")
-    for region, names in REGIONS.items():
+    regions = REGIONS if fault is None else {name: REGIONS[name] for name in REGIONS if name == fault.region}
+    for region, names in regions.items():
         for name in names:
             setattr(module, name, traced(region, getattr(module, name)))
+    if fault is not None and fault.region != "checkpoint":
+        return
     writer: Any = importlib.import_module("distil_tl.rundir.checkpoint").Checkpoints
     writer._write = traced("checkpoint", writer._write)
 
@@ -218,16 +230,17 @@ def attempt(
     patience: float = PATIENCE,
     prepare: Callable[[], None] | None = None,
     frozen: int | None = None,
+    count: bool = False,
 ) -> Ended:
     """Run the job on `world` ranks, each of which calls `prepare` first, and wait for its end.
 
-    Rank `frozen` is not waited for: it never ends.
+    Rank `frozen` is not waited for: it never ends. With `count` the executed lines of each region are counted.
     """
     scratch.mkdir(parents=True)
     port, context = free_port(), ranks.forkserver()
     began = time.monotonic()
     processes = [
-        context.Process(target=run_rank, args=(scratch, args, rank, world, port, fault, prepare), daemon=False)
+        context.Process(target=run_rank, args=(scratch, args, rank, world, port, fault, prepare, count), daemon=False)
         for rank in range(world)
     ]
     for process in processes:

@@ -43,7 +43,7 @@ class Outcome:
 
 def make_reference(folder: Path, args: list[str]) -> Reference:
     run_dir = folder / "run"
-    ended = attempt(folder / "scratch", [*args, f"run_dir={run_dir}"], 2)
+    ended = attempt(folder / "scratch", [*args, f"run_dir={run_dir}"], 2, count=True)
     assert ended.statuses == [0, 0], ended
     counted = [json.loads((folder / "scratch" / f"counted-{rank}.json").read_text()) for rank in (0, 1)]
     seen, wrong = samples(folder / "scratch")
