@@ -207,16 +207,17 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
     # A key for dropout and stochastic depth, so that a resumed run draws the same.
     seed_torch(info.device, stage.seed, "step", stage.name, step, micro, info.rank)
     total = torch.zeros((), device=info.device)
-    parts = training.part_size.split(batch)
+    parts = training.parts(batch)
     for i, part in enumerate(parts):
         is_last = micro == training.accumulation - 1 and i == len(parts) - 1
         with reduce_gradients(training.network, now=is_last):
             logits = training.network(part.images)
+            # From here on the ranks expect each other's gradients: DDP can't forget a forward pass.
+            training.reducing = is_last and info.world_size > 1
             smoothing = stage.optim.label_smoothing
             losses = F.cross_entropy(logits, part.targets, label_smoothing=smoothing, reduction="none")
             # DDP averages over the ranks, so each rank divides by its share of the global batch.
             loss = (losses * part.valid).sum() / (training.sampler.global_batch_size // info.world_size)
-            training.reducing = is_last and info.world_size > 1
             training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         training.add_output(logits.detach(), part, losses.detach())
         total += loss.detach()

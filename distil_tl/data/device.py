@@ -17,19 +17,28 @@ def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     batch while the GPU still computes the previous one; copy and computation overlap. No batch is taken from
     `batches` before it is requested, so a position in the epoch stays exact.
     """
-    if device.type != "cuda":
-        yield from batches
-        return
-    stream = copy_stream(device)
-    for batch in batches:
+    return _Copies(batches, device) if device.type == "cuda" else batches
+
+
+class _Copies(Iterator[Batch]):
+    """Batches on a CUDA device. If memory runs out in a copy, the next request copies the same batch."""
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:
+        self._batches, self._device = batches, device
+        self._next: Batch | None = None
+
+    def __next__(self) -> Batch:
+        batch = self._next = next(self._batches) if self._next is None else self._next
+        stream = copy_stream(self._device)
         with torch.cuda.stream(stream):
-            moved = [part.to(device, non_blocking=True) for part in (batch.images, batch.targets, batch.valid)]
-        compute_stream = torch.cuda.current_stream(device)
+            moved = [part.to(self._device, non_blocking=True) for part in (batch.images, batch.targets, batch.valid)]
+        self._next = None
+        compute_stream = torch.cuda.current_stream(self._device)
         compute_stream.wait_stream(stream)
         for part in moved:
             part.record_stream(compute_stream)  # else its memory could be reused for the next copy while in use
         images, targets, valid = moved
-        yield batch._replace(images=images, targets=targets, valid=valid)
+        return batch._replace(images=images, targets=targets, valid=valid)
 
 
 @functools.cache

@@ -175,7 +175,6 @@ def make_loader(
         dataset,  # type: ignore[arg-type]  # typed by the batches, not by the items
         batch_sampler=batches,
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
         collate_fn=dataset.collate,

@@ -90,7 +90,7 @@ class ImageSource:
         Raises:
             UserError: an image can't be used, and the policy is `error`.
         """
-        return self.bad_images.check(to_device(iter(loader), self.info.device), split, self.index(split))
+        return to_device(self.bad_images.check(iter(loader), split, self.index(split)), self.info.device)
 
     def loader(self, dataset: ImageDataset, batches: Sampler[list[SampleKey]], batch_size: int) -> Loader:
         """A loader of these batches, of at most `batch_size` images, with the loader processes of this rank."""

@@ -49,7 +49,10 @@ def choose_device(
         if problem:
             return cpu, problem
         device = torch.device("cuda", index)
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:  # in exclusive mode and in use, or broken
+            return cpu, f"GPU {index} can't be used: {str(error).partition(chr(10))[0]}"
         return device, ""
     go_on = "repair that, or set distributed.device=cpu to use the CPU"
     if config.device == "cuda" or config.backend == "nccl":

@@ -73,7 +73,8 @@ def cause_of(info: DistInfo, error: BaseException) -> BaseException:
     gets no request: torch would print a stack trace.
     """
     url = info.launch.url
-    lost = isinstance(error, RuntimeError) and is_lost_connection(error) and not isinstance(error, dist.DistError)
+    of_store = isinstance(error, (dist.DistStoreError, dist.DistNetworkError))
+    lost = isinstance(error, RuntimeError) and is_lost_connection(error) and not of_store
     if not lost or info.store is None or url is None or not _accepts_connections(url):
         return error
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import signal
 import time
 import types
@@ -12,10 +13,11 @@ import torch
 import torch.distributed as dist
 
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.utils.errors import PreemptedError
+from distil_tl.utils.errors import PreemptedError, RestartError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 EXCHANGE_SECONDS = 0.05  # aimed at between two exchanges of requests; several times what one takes on many nodes
+_EARLIER = "DISTIL_TL_SIGNAL"  # of the environment: a signal that came before this process started again
 MOST_STEPS = 16  # between two exchanges: they come late when steps suddenly get slower
 
 
@@ -59,11 +61,21 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         for number in SIGNALS:
             self._former[number] = signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a process that starts again has blocked them
+        self.name = os.environ.pop(_EARLIER, self.name)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        restarts = kind is not None and issubclass(kind, RestartError)
+        if restarts and self.name is not None:
+            os.environ[_EARLIER] = self.name
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            signal.signal(number, _note if restarts else handler)
+
+
+def _note(number: int, frame: types.FrameType | None) -> None:
+    """Keep a signal for when this process has started again."""
+    os.environ[_EARLIER] = signal.Signals(number).name
 
 
 class Agreement:

@@ -56,7 +56,7 @@ def choose(
         return options[0]
     names = [str(option) for option in options]
     # The keys of this dictionary name the cached file: they stay as they are.
-    question = {**depends_on, "ways": names, "images": images, "ranks": info.launch.local_world_size}
+    question = {**depends_on, "ways": names, "images": images, "ranks": info.launch.local_world_size, **_rounding()}
     path = _cache_file(info.device, question)
     cached = on_rank_zero(info, f"looking up the precision of {what}", lambda: _read(path))
     if cached in names:
@@ -95,6 +95,13 @@ def _time(info: DistInfo, options: Sequence[Compute], step: Callable[[Compute, i
             if turn:
                 best[i] = min(best[i], time.perf_counter() - began)
     return [float("inf") if i in broken else seconds for i, seconds in enumerate(best)]
+
+
+def _rounding() -> dict[str, bool]:
+    """The settings of `set_rounding` that are not the default, which earlier results were found with."""
+    cudnn = torch.backends.cudnn
+    found = {"tf32": False} if not cudnn.allow_tf32 else {}
+    return {**found, "deterministic": True} if cudnn.deterministic else found
 
 
 def _cache_file(device: torch.device, question: dict[str, Any]) -> Path:

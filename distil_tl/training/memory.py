@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from distil_tl.data.loader import Batch
 from distil_tl.distributed.collectives import max_over_ranks
@@ -29,7 +30,7 @@ _VARIABLE = "DISTIL_TL_PART_SIZES"  # of the environment, for a process that sta
 Result = TypeVar("Result")
 
 # Libraries below torch report a failed allocation as a plain RuntimeError with one of these texts.
-_TEXTS = ("out of memory", "STATUS_ALLOC_FAILED", "HOST_ALLOCATION_FAILED", "can't allocate memory")
+_TEXTS = ("out of memory", "STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED", "can't allocate memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -57,6 +58,7 @@ def until_memory_suffices(attempt: Callable[[], Result], recover: Callable[[], N
             if not is_out_of_memory(error):
                 raise
         recover()  # after the block: until then the error refers to the tensors of the failed attempt
+        free_memory()
 
 
 def free_memory() -> None:
@@ -93,7 +95,8 @@ class PartSize:
         """The parts of a batch, in order."""
         if self.images is None or len(batch.images) <= self.images:
             return [batch]
-        columns = [torch.split(column, self.images) for column in batch[:4]]
+        sizes = part_sizes(len(batch.images), self.images, self.smallest)
+        columns = [torch.split(column, sizes) for column in batch[:4]]
         return [
             Batch(images, targets, indices, valid, []) for images, targets, indices, valid in zip(*columns, strict=True)
         ]
@@ -110,7 +113,8 @@ class PartSize:
         def attempt() -> Tensor:
             if self.images is None or len(images) <= self.images:
                 return network(images)
-            return torch.cat([network(part) for part in torch.split(images, self.images)])
+            # Copies, as CUDA graphs write each output to the same memory.
+            return torch.cat([network(part).clone() for part in torch.split(images, self.images)])
 
         return until_memory_suffices(attempt, lambda: self.halve(len(images)))
 
@@ -120,7 +124,6 @@ class PartSize:
         Raises:
             UserError: the size is the smallest already.
         """
-        free_memory()
         size = min(batch, self.images or batch)
         if size <= self.smallest:
             raise UserError(
@@ -152,6 +155,14 @@ class PartSize:
             )  # fmt: skip
 
 
+def part_sizes(count: int, size: int, smallest: int) -> list[int]:
+    """The sizes of parts of `size` images, `count` in all. A last part below `smallest` is added to the one before."""
+    sizes = [min(size, count - start) for start in range(0, count, size)]
+    if len(sizes) > 1 and sizes[-1] < smallest:
+        sizes[-2:] = [sizes[-2] + sizes[-1]]
+    return sizes
+
+
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
 
@@ -166,7 +177,8 @@ def replayed(next_batch: Callable[[], Batch], count: int, taken: list[Batch]) ->
 
 def training_part_size(stage: Stage, network: nn.Module, record: StageRecord) -> PartSize:
     """The size of the parts of a micro-batch in training, from the record of the stage and from before a restart."""
-    trains_statistics = stage.config.batch_norm == "train"
+    norms = any(isinstance(module, _NormBase) for module in network.modules())
+    trains_statistics = norms and stage.config.batch_norm == "train"
     earlier = json.loads(os.environ.get(_VARIABLE, "{}")).get(stage.name)
     if earlier is not None:
         record.part_sizes["training"] = min(earlier, record.part_sizes.get("training", earlier))
@@ -189,7 +201,8 @@ def restart_settings(stage: str, part_size: PartSize) -> dict[str, str]:
 
 def _drops(module: nn.Module) -> bool:
     """Whether a module draws random numbers in training: dropout, stochastic depth."""
-    if not module.training or "drop" not in type(module).__name__.lower() + type(module).__module__.lower():
+    name = type(module).__name__.lower() + type(module).__module__.lower()
+    if not module.training or not ("drop" in name or "stochastic" in name):
         return False
     return any(float(getattr(module, name, 0) or 0) > 0 for name in ("p", "drop_prob"))
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distil_tl.models.graph.fold_batchnorm import CannotFoldError, ConvNorm, fold_batchnorm
 from distil_tl.models.graph.frozen_prefix import CutNetwork
 from distil_tl.models.preprocess import Normalize
-from distil_tl.training.precision import Compute
+from distil_tl.training.precision import Compute, use_benchmark
 from distil_tl.utils.log import logger
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def evaluation_network(
     folded = try_to_fold(model, image_size, device, trains=False) if fold else None
     network = ImageNetwork(model, compute, device, folded, image_size)
     lay_out(network)
+    use_benchmark(compute)
     return network
 
 

@@ -66,8 +66,8 @@ def candidates(precision: str, module: nn.Module, device: torch.device) -> list[
 
 
 def use_benchmark(compute: Compute) -> None:
-    """Let cuDNN choose its algorithms as `compute` says, from now on."""
-    torch.backends.cudnn.benchmark = compute.benchmark
+    """Let cuDNN choose its algorithms as `compute` says, from now on; never by time if a run must repeat bit by bit."""
+    torch.backends.cudnn.benchmark = compute.benchmark and not torch.backends.cudnn.deterministic
 
 
 def set_rounding(*, tf32: bool, deterministic: bool) -> None:

@@ -44,6 +44,11 @@ class Stage:
     compile_mode: str = "default"
 
     @property
+    def uses_cuda_graphs(self) -> bool:
+        """Whether torch.compile replays the trained network as CUDA graphs."""
+        return self.compile == "all" and self.compile_mode != "default"
+
+    @property
     def wants_features(self) -> bool:
         return wants_features(self.config, self.augment)
 

@@ -17,6 +17,7 @@ from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut
 from distil_tl.models.preprocess import Normalize
 from distil_tl.rundir.state import StageRecord
 from distil_tl.training.autotune import choose
+from distil_tl.training.compiling import compile_network
 from distil_tl.training.feature_extraction import BATCH_CUDA, FeatureExtractor
 from distil_tl.training.features import Features, FeaturesUnavailableError, refuse_without_features
 from distil_tl.training.network import (
@@ -116,6 +117,7 @@ def set_up_stage(
         prefix = Prefix(model, cut, compute, info.device)
         lay_out(prefix)
         record.prefix_precision = str(compute)
+        use_benchmark(compute)  # a trial leaves the setting of its last candidate
         if wants_features:
             features = _open_features(info, stage, model, prefix, source, record, agreement)
     else:
@@ -129,7 +131,7 @@ def set_up_stage(
     lay_out(network)
     use_benchmark(compute)
     if stage.compile != "none":
-        _compile(stage, network)
+        compile_network(network, stage, cuda_graphs=True)
     return StageSetup(network, features, stage.image_size)
 
 
@@ -239,18 +241,3 @@ def _depends_on(stage: Stage, model: TransferModel, direction: str) -> dict[str,
         "unfreeze": unfreeze,
         "batch_norm": stage.config.batch_norm,
     }
-
-
-def _compile(stage: Stage, network: Network) -> None:
-    """Compile in place. The first batch of each size takes longer.
-
-    torch compiles a function for a limited number of sizes and modes; another stage does not count towards it.
-    """
-    torch.compiler.reset()
-    mode = None if stage.compile_mode == "default" else stage.compile_mode
-    if stage.compile == "all":
-        network.compile(dynamic=False, mode=mode)
-        network.is_compiled = True
-    elif isinstance(network, SplitNetwork):
-        network.prefix.compile(dynamic=False, mode=mode)
-        network.is_compiled = True

@@ -73,7 +73,10 @@ def begin_stage(
         part_size=training_part_size(stage, setup.network, record),
         val_part_size=PartSize("evaluation", f"the evaluation of stage {stage.name}", record.part_sizes),
         statistics=SavedStatistics(trained_statistics(network)),
+        cuda_graphs=stage.uses_cuda_graphs,
     )
+    if plan.accumulation > 1 or training.part_size.images is not None:
+        training.stop_cuda_graphs()
     count = 2
     if info.device.type == "cuda":
         # Memory must suffice before the ranks reduce gradients: there, a step can't be repeated. Its size is that of
@@ -108,10 +111,16 @@ def fit_to_memory(info: DistInfo, training: StageTraining, setup: StageSetup, im
         UserError: there is too little memory for the smallest part.
     """
 
+    # AdamW creates its moments in the first step. SGD has them already.
+    moments = 2 if isinstance(training.optimizer, torch.optim.AdamW) else 0
+
     def attempt() -> None:
+        parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+        held = [torch.empty_like(p) for p in parameters for _ in range(moments)]
         count = min(images, training.part_size.images or images)
         with preserve_state(training.inner, info.device):
             training.inner(setup.dummy(count, info.device)).sum().backward()
+        del held
 
     until_memory_suffices(attempt, training.recover)
     training.optimizer.zero_grad(set_to_none=True)

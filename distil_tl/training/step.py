@@ -20,6 +20,7 @@ from distil_tl.data.sampler import TrainSampler
 from distil_tl.distributed.collectives import average_over_ranks, gather_objects, max_of_each_over_ranks
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import Position
+from distil_tl.training.compiling import compile_network
 from distil_tl.training.memory import (
     PartSize,
     SavedStatistics,
@@ -32,7 +33,7 @@ from distil_tl.training.optim import clip_gradients, current_lr
 from distil_tl.training.records import Moment
 from distil_tl.training.stage import Stage
 from distil_tl.utils.errors import NonFiniteError, RestartError
-from distil_tl.utils.log import printable
+from distil_tl.utils.log import logger, printable
 
 if TYPE_CHECKING:
     from distil_tl.data.stage_batches import StageBatches
@@ -56,6 +57,7 @@ class StageTraining:
         meter: training metrics of the current epoch.
         part_size: how many images of a micro-batch go through the network at once.
         val_part_size: the same in evaluation.
+        cuda_graphs: the compiled network is replayed as CUDA graphs.
         statistics: those of the beginning of the current step, where they train.
         outputs: logits, targets, losses and validity of the current step, for the meter.
         reducing: the ranks are reducing gradients, or the weights change: this rank can't repeat the step alone.
@@ -80,6 +82,7 @@ class StageTraining:
     statistics: SavedStatistics = field(default_factory=lambda: SavedStatistics([]))
     outputs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
     reducing: bool = False
+    cuda_graphs: bool = False
 
     @property
     def sampler(self) -> TrainSampler:
@@ -102,6 +105,23 @@ class StageTraining:
         self.reducing = False
         self.statistics.save()
 
+    def parts(self, batch: Batch) -> list[Batch]:
+        """The parts of a micro-batch that go through the network one after another."""
+        parts = self.part_size.split(batch)
+        if len(parts) > 1:
+            self.stop_cuda_graphs()
+        return parts
+
+    def stop_cuda_graphs(self) -> None:
+        """Compile the network without CUDA graphs from now on: they keep gradients only until the next pass.
+
+        https://github.com/pytorch/pytorch/issues/169545
+        """
+        if self.cuda_graphs:
+            self.cuda_graphs = False
+            logger.info("stage %s needs several passes a step, so it runs without CUDA graphs", self.stage.name)
+            compile_network(self.inner, self.stage, cuda_graphs=False)
+
     def recover(self) -> None:
         """Undo the forward and backward passes of the current step, and halve the parts of its micro-batches.
 
@@ -122,7 +142,7 @@ class StageTraining:
 
     def add_output(self, logits: Tensor, part: Batch, losses: Tensor) -> None:
         """Keep the output of a part for the meter, until the step is complete."""
-        if self.stage.compile_mode == "reduce-overhead":  # CUDA graphs write each output to the same memory
+        if self.cuda_graphs:  # they write each output to the same memory
             logits, losses = logits.clone(), losses.clone()
         self.outputs.append((logits, part.targets, losses, part.valid))
 
@@ -210,7 +230,7 @@ def check_finite(info: DistInfo, training: StageTraining) -> None:
     The ranks also agree on the size of parts, which may be smaller on one that ran out of memory.
 
     Raises:
-        NonFiniteError: on all ranks alike, naming the first such step and its images. The weights are those before it.
+        NonFiniteError: on all ranks alike, naming the first such step and its images.
     """
     first_bad, part_size = max_of_each_over_ranks(info, [-float(training.first_bad_step), -training.part_size.limit])
     training.part_size.adopt(-part_size)
@@ -224,7 +244,7 @@ def check_finite(info: DistInfo, training: StageTraining) -> None:
     names = [name for part in gather_objects(info, mine) for name in part]
     shown = ", ".join(names[:64]) + (f" and {len(names) - 64} more" if len(names) > 64 else "")
     raise NonFiniteError(
-        f"the loss or its gradient is not finite in step {int(bad) + 1} of stage {stage}; the weights are as before "
-        f"that step, and the last checkpoint is kept. Try a lower stages.{stage}.lr, a longer optim.warmup, or "
+        f"the loss or its gradient is not finite in step {int(bad) + 1} of stage {stage}; the last checkpoint "
+        f"is kept. Try a lower stages.{stage}.lr, a longer optim.warmup, or "
         f"precision=fp32. The images of that batch, below {index.root}: {shown}"
     )

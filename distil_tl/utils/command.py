@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -46,9 +47,8 @@ _RESTARTED = "DISTIL_TL_RESTARTED"  # of the environment: the id of the process 
 def run_command(name: str, body: Callable[[], int | None]) -> int:
     """Run a command; its exit status is what `body` returns (None: 0), or what the exception that it raises means.
 
-    0 done; 2 the user's input is wrong; 3 preempted and saved; 1 a fault; 4 the caller must call it again, or
-    `restart_process`. For an exception rank 0 prints one message;
-    an unexpected exception is logged with its traceback.
+    0 done; 2 the user's input is wrong; 3 preempted and saved; 1 a fault; 4 the caller must call `restart_process`.
+    For an exception rank 0 prints one message; an unexpected exception is logged with its traceback.
     """
     try:
         return body() or 0
@@ -120,7 +120,8 @@ def has_restarted() -> bool:
 def restart_process() -> NoReturn:
     """Replace this process by a new one with the same command.
 
-    The process id stays the same, so the launcher does not notice. All memory is freed, on the GPU too.
+    The process id stays the same, so the launcher does not notice. All memory is freed, on the GPU too. Signals wait
+    until the new process has handlers for them.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -130,6 +131,7 @@ def restart_process() -> NoReturn:
         for path in list(Path("/proc/self/fd").iterdir()):
             with suppress(OSError):  # the descriptor of the list itself
                 os.set_inheritable(int(path.name), int(path.name) <= 2)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

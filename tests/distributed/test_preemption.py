@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -14,11 +15,11 @@ import pytest
 
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.preemption import MOST_STEPS, Agreement, Request, StopSignal
+from distil_tl.distributed.preemption import MOST_STEPS, SIGNALS, Agreement, Request, StopSignal
 from distil_tl.distributed.process_group import init_distributed
 from distil_tl.models import timm_models
 from distil_tl.train import main
-from distil_tl.utils.errors import PreemptedError
+from distil_tl.utils.errors import PreemptedError, RestartError
 from tests.helpers.ranks import rank, run_ranks
 
 
@@ -47,6 +48,24 @@ def test_a_signal_in_start_up_ends_the_run_with_status_3(
     assert "stopped by SIGTERM before training started; run the same command to start again" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_a_signal_before_the_process_starts_again_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    former = signal.getsignal(signal.SIGTERM)
+    monkeypatch.delenv("DISTIL_TL_SIGNAL", raising=False)
+    with contextlib.suppress(RestartError), StopSignal() as stop:
+        stop.defer()
+        raise RestartError("out of memory", {})
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0)  # handlers run between two lines
+    signal.signal(signal.SIGTERM, former)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])  # as before execv
+    with StopSignal() as stop:
+        assert stop.name == "SIGTERM"
+        assert signal.SIGUSR2 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert "DISTIL_TL_SIGNAL" not in os.environ
+    for number in SIGNALS:  # as before the test
+        signal.signal(number, former if number == signal.SIGTERM else signal.SIG_DFL)
 
 
 class Steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.training.network import FeatureNetwork, ImageNetwork, Network, SplitNetwork
@@ -40,7 +42,7 @@ class SmallDevice:
     Args:
         chance: that a pass in training fails.
         seed: of the chances.
-        place: `forward`, `backward` or `any`.
+        place: `forward`, `loss`, `backward` or `any`, which is one of the other two than `loss`.
     """
 
     def __init__(self, chance: float, seed: int, place: str = "any") -> None:
@@ -51,6 +53,8 @@ class SmallDevice:
 
     def call(self, original: Any, network: Network, images: Tensor) -> Tensor:
         fails = len(images) > 2 and network.training and self.random.random() < self.chance
+        if self.place == "loss":
+            fails = False
         backward = self.place == "backward" or (self.place == "any" and self.random.random() < 0.5)
         self.failures += fails
         if fails and not backward:
@@ -58,6 +62,13 @@ class SmallDevice:
             raise out_of_memory()
         logits: Tensor = original(network, images)
         return _Fails.apply(logits) if fails else logits
+
+    def loss(self, original: Any, logits: Tensor, *args: Any, **options: Any) -> Tensor:
+        if self.place == "loss" and logits.requires_grad and len(logits) > 2 and self.random.random() < self.chance:
+            self.failures += 1
+            raise out_of_memory()
+        losses: Tensor = original(logits, *args, **options)
+        return losses
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -68,9 +79,12 @@ class SmallDevice:
 
         for network, original in originals.items():
             network.forward = patched(original)  # type: ignore[method-assign]
+        cross_entropy = functional.cross_entropy
+        functional.cross_entropy = functools.partial(self.loss, cross_entropy)
         try:
             yield
         finally:
+            functional.cross_entropy = cross_entropy
             for network, original in originals.items():
                 network.forward = original  # type: ignore[method-assign]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -15,15 +17,18 @@ import torch
 
 from distil_tl.data.loader import Batch
 from distil_tl.training import autotune, batched_heads
-from distil_tl.training.memory import PartSize, SavedStatistics, is_out_of_memory, replayed
-from distil_tl.training.network import ImageNetwork, Prefix
+from distil_tl.training.memory import PartSize, SavedStatistics, is_out_of_memory, part_sizes, replayed
+from distil_tl.training.network import FeatureNetwork, ImageNetwork, Prefix
 from distil_tl.training.precision import Compute
+from distil_tl.training.step import optimizer_step
 from distil_tl.utils.errors import UserError
 from tests.helpers.arguments import head_args, small_args
-from tests.helpers.memory import info_of_one, out_of_memory, train_on_small_device
+from tests.helpers.memory import SmallDevice, info_of_one, out_of_memory, train_on_small_device
 from tests.helpers.ranks import lines, run_ranks, train
 from tests.helpers.runs import losses, summary_of
 from tests.helpers.torchrun import ENVIRONMENT, TORCHRUN
+
+train_module: Any = importlib.import_module("distil_tl.train")
 
 EXACT = ("model.name=shufflenet_v2_x0_5", "data.augment=none")  # no dropout
 
@@ -42,6 +47,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 8 bytes"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
         (RuntimeError("expected scalar type Float but found Half"), False),
         (ValueError("out of memory"), False),
     ],
@@ -108,6 +114,16 @@ def test_a_step_is_repeated_with_the_same_batches() -> None:
     assert len(source().images) == 3
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "smallest", "expected"),
+    [(8, 3, 1, [3, 3, 2]), (15, 2, 2, [2] * 6 + [3]), (3, 3, 2, [3]), (1, 2, 2, [1])],
+)
+def test_a_last_part_that_is_too_small_is_added_to_the_one_before(
+    count: int, size: int, smallest: int, expected: list[int]
+) -> None:
+    assert part_sizes(count, size, smallest) == expected
+
+
 def test_statistics_are_restored() -> None:
     norm = torch.nn.BatchNorm2d(3)
     assert norm.running_mean is not None
@@ -153,14 +169,14 @@ def ranks_on_small_devices(args: list[str], place: str) -> tuple[list[int], int]
     return train_on_small_device(args, chance=0.12, seed=3, place=place)
 
 
-@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("place", ["forward", "loss", "backward"])
 def test_ranks_agree_and_complete(folder: Path, tmp_path: Path, reference: Path, place: str) -> None:
-    """In a forward pass a rank repeats the step by itself. In a backward pass the ranks start again."""
+    """In a forward pass a rank repeats the step by itself. After it DDP waits for the others: the ranks start again."""
     args = [*small_args(folder), *EXACT, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2"]
     ended = run_ranks(2, ranks_on_small_devices, args, place)
     assert [statuses[-1] for statuses, _ in ended] == [0, 0]
     assert ended[0][0] == ended[1][0], "the ranks start again together"
-    assert (len(ended[0][0]) > 1) == (place == "backward")
+    assert (len(ended[0][0]) > 1) == (place != "forward")
     assert sum(failures for _, failures in ended)
     same_losses(tmp_path / "run", reference)
     assert any(stage["part_sizes"] for stage in summary_of(tmp_path / "run")["stages"].values())
@@ -191,11 +207,27 @@ def test_processes_of_torchrun_start_again(folder: Path, tmp_path: Path, referen
 
 def test_a_smaller_size_is_kept_on_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = [*small_args(folder), *EXACT, f"run_dir={tmp_path}/run", "stages.full.epochs=0"]
-    assert train_on_small_device(args, chance=0.4, seed=1, place="forward")[0] == [0]
-    kept = summary_of(tmp_path / "run")["stages"]["head"]["part_sizes"]
-    assert kept
+    with monkeypatch.context() as patch, SmallDevice(1.0, 1, "forward").applied():
+        patch.setattr(train_module, "optimizer_step", optimizer_step_and_signal)
+        assert train(args) == 3
     state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
-    assert state["run"]["stages"]["head"]["part_sizes"] == kept
+    assert state["run"]["stages"]["head"]["part_sizes"] == {"training": 2}
+    sizes: list[int] = []
+    whole = FeatureNetwork.forward
+
+    def forward(self: Any, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            sizes.append(len(images))
+        return whole(self, images)
+
+    monkeypatch.setattr(FeatureNetwork, "forward", forward)
+    assert train(args) == 0
+    assert set(sizes) == {2}
+
+
+def optimizer_step_and_signal(*args: Any) -> None:
+    optimizer_step(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_evaluation_and_features_continue_with_smaller_parts(

@@ -147,3 +147,14 @@ def test_what_is_compiled(folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for what in ("none", "prefix", "all"):
         assert main([*small_args(folder), f"run_dir={tmp_path / what}", f"compile={what}"]) == 0
     assert compiled == ["Prefix", "Prefix", "SplitNetwork", "SplitNetwork"]
+
+
+def test_several_passes_a_step_are_compiled_without_cuda_graphs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[str | None] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: modes.append(how["mode"]))
+    more = ["compile=all", "data.max_local_batch_size=4", "stages.full.epochs=0"]
+    for mode in ("reduce-overhead", "max-autotune"):
+        assert main([*small_args(folder), *more, f"run_dir={tmp_path / mode}", f"compile_mode={mode}"]) == 0
+    assert modes == ["reduce-overhead", None, "max-autotune", "max-autotune-no-cudagraphs"]

@@ -118,7 +118,7 @@ class Watchdog:
             self.control.send({"rank_zero_ended": True})
 
     def check_times(self) -> None:
-        """What is due."""
+        """Act on the deadlines that have passed."""
         now, own = self.clock.now, self.own
         if own.stopped_for >= self.patience and self.end_at == NEVER:
             self.report(STOPPED, own.stopped_for)
