@@ -24,6 +24,7 @@ from distil_tl.training.compiling import compile_network
 from distil_tl.training.memory import (
     PartSize,
     SavedStatistics,
+    is_out_of_memory,
     restart_settings,
     until_memory_suffices,
 )
@@ -32,7 +33,7 @@ from distil_tl.training.network import Network
 from distil_tl.training.optim import clip_gradients, current_lr
 from distil_tl.training.records import Moment
 from distil_tl.training.stage import Stage
-from distil_tl.utils.errors import NonFiniteError, RestartError
+from distil_tl.utils.errors import NonFiniteError, RestartError, UserError
 from distil_tl.utils.log import logger, printable
 
 if TYPE_CHECKING:
@@ -95,9 +96,22 @@ class StageTraining:
         return range(first + done, first + self.sampler.steps_per_epoch)
 
     def next_batch(self) -> Batch:
-        """The next micro-batch. The time until it is there counts as waiting."""
+        """The next micro-batch. The time until it is there counts as waiting.
+
+        Raises:
+            UserError: this machine has too little memory to load it, which a smaller part of it would not help.
+        """
         began = time.monotonic()
-        batch = self.batches.next()
+        try:
+            batch = self.batches.next()
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
+                raise
+            raise UserError(
+                "this machine has too little memory to load images: use fewer data.workers, a smaller "
+                f"data.prefetch_mib, or request more memory. {str(error).partition(chr(10))[0]}",
+                one_rank=True,
+            ) from error
         self.meter.waited += time.monotonic() - began
         return batch
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from distil_tl.data import loader
 from distil_tl.data.loader import Batch
 from distil_tl.training import autotune, batched_heads
 from distil_tl.training.memory import PartSize, SavedStatistics, is_out_of_memory, part_sizes, replayed
@@ -228,6 +229,18 @@ def test_a_smaller_size_is_kept_on_resume(folder: Path, tmp_path: Path, monkeypa
 def optimizer_step_and_signal(*args: Any) -> None:
     optimizer_step(*args)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_too_little_memory_to_load_images_is_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def decode(*args: Any, **options: Any) -> torch.Tensor:
+        raise MemoryError
+
+    args = [*small_args(folder), f"run_dir={tmp_path}/run", "stages.head.epochs=0"]
+    monkeypatch.setattr(loader, "decode", decode)
+    assert train(args) == 2
+    assert "distil_tl.train: this machine has too little memory to load images: use fewer" in capsys.readouterr().err
 
 
 def test_evaluation_and_features_continue_with_smaller_parts(
