@@ -6,16 +6,18 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.data.config import SPLITS, DataConfig, archive_problem, data_name, fitting_world_sizes
+from distil_tl.data.config import SPLITS, DataConfig, data_name, fitting_world_sizes, root_problems
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.rundir.changes import is_free_on_resume, new_keys
@@ -41,7 +43,7 @@ from distil_tl.utils.args import (
     to_object,
 )
 from distil_tl.utils.command import run_command
-from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.errors import UserError
 
 
 @dataclass
@@ -101,7 +103,10 @@ def load(args: Sequence[str], *, saved: bool = False) -> tuple[Config, DictConfi
         apply(schema, DEMO, "", problems)
     apply(schema, tree, "", problems)
     apply(schema, overrides, "", problems)
-    refuse(problems)
+    if problems:
+        with suppress(UserError):  # an interpolation that can't be resolved
+            problems += values_out_of_range(_to_config(schema))
+        refuse(problems)
     config = _to_config(schema)
     given = flatten(tree).keys() | flatten(overrides).keys() | {f"stages.{key}" for key in given_stages}
     older = Path(files[0]) if saved else _saved_configuration(config)
@@ -199,6 +204,36 @@ def check_evaluation(config: Config) -> None:
 
 def problems(config: Config, world_size: int) -> Iterator[str]:
     """One message for each problem, with its solution."""
+    yield from values_out_of_range(config)
+    batch = config.data.global_batch_size
+    if batch >= 1 and batch % world_size:
+        fit = [str(n) for n in fitting_world_sizes(batch) if n <= 4 * world_size]
+        larger = -(-batch // world_size) * world_size
+        yield (
+            f"data.global_batch_size={batch} can't be divided evenly among {world_size} processes; world sizes that "
+            f"fit are {', '.join(fit)}, or use data.global_batch_size={larger}"
+        )
+    if config.data.root is not None:
+        yield from root_problems(Path(config.data.root), config.data.stage_to, config.run_dir)
+    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
+        yield f"resume={config.resume} does not exist; give auto, never, or the path of a run or checkpoint"
+
+
+def values_out_of_range(config: Config) -> Iterator[str]:
+    """The problems of single values, and of values that contradict each other."""
+    found = list(_section_problems(config))
+    yield from found
+    for key, value in flatten(dataclasses.asdict(config)).items():
+        if any(key in problem for problem in found):
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, float) and not math.isfinite(one):
+                yield f"{key} is {one}; give a finite number"
+            if isinstance(one, str) and not one.strip():
+                yield f"{key} is empty; give a value, or null"
+
+
+def _section_problems(config: Config) -> Iterator[str]:
     yield from config.data.problems()
     yield from config.model.problems()
     for name, stage in config.stages.items():
@@ -221,36 +256,6 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
         yield f"compile is {config.compile!r}; choose one of {', '.join(COMPILE)}"
     if config.compile_mode not in COMPILE_MODES:
         yield f"compile_mode is {config.compile_mode!r}; choose one of {', '.join(COMPILE_MODES)}"
-    batch = config.data.global_batch_size
-    if batch >= 1 and batch % world_size:
-        fit = [str(n) for n in fitting_world_sizes(batch) if n <= 4 * world_size]
-        larger = -(-batch // world_size) * world_size
-        yield (
-            f"data.global_batch_size={batch} can't be divided evenly among {world_size} processes; world sizes that "
-            f"fit are {', '.join(fit)}, or use data.global_batch_size={larger}"
-        )
-    if config.data.root is not None:
-        yield from _root_problems(Path(config.data.root), config.data.stage_to)
-    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
-        yield f"resume={config.resume} does not exist; give auto, never, or the path of a run or checkpoint"
-
-
-def _root_problems(root: Path, stage_to: str | None) -> Iterator[str]:
-    if root.is_file():
-        if problem := archive_problem(root, stage_to):
-            yield problem
-        return
-    if not root.is_dir():
-        near = did_you_mean(root.name, [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else [])
-        yield f"data.root={root} is not a folder{near}"
-        return
-    missing = [split for split in ("train", "val") if not (root / split).is_dir()]
-    if missing:
-        have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:5]) or "none"
-        yield (
-            f"data.root={root} has no {' and no '.join(missing)} folder; it must hold train/CLASS/*.jpg and "
-            f"val/CLASS/*.jpg (its folders: {have})"
-        )
 
 
 def usage(program: str) -> str:

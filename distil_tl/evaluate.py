@@ -14,6 +14,7 @@ if __name__ == "__main__":  # before torch is imported, so that a wrong argument
     configuration.evaluation_parser().parse_intermixed_args()
 
 from distil_tl.data.bad_images import BadImages
+from distil_tl.data.config import ALL_EXTENSIONS
 from distil_tl.data.index import Index
 from distil_tl.data.pixels import agree_on_pixels
 from distil_tl.data.scan import scan
@@ -26,9 +27,9 @@ from distil_tl.training.console import evaluation_json
 from distil_tl.training.evaluation import evaluate
 from distil_tl.training.network import evaluation_network
 from distil_tl.training.precision import default_compute
-from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import write_json
+from distil_tl.utils.files import json_text
 from distil_tl.utils.log import logger, printable, setup_console, table
+from distil_tl.utils.outputs import check_output, open_output
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -44,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such run, checkpoint or split, or the split has classes that the model does not know.
     """
-    if options.json is not None and not options.json.parent.is_dir():
-        raise UserError(f"--json {options.json}: there is no folder {options.json.parent}")
+    if options.json is not None:
+        check_output("--json", options.json, (), ALL_EXTENSIONS)
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
     restored = restore_model(options.run_dir, options.checkpoint, options.overrides)
@@ -74,7 +75,8 @@ def run(options: argparse.Namespace) -> None:
             return
         content = evaluation_json(split, index, result)
         if options.json is not None:
-            write_json(options.json, {"checkpoint": restored.checkpoint.name, **content})
+            with open_output(options.json) as file:
+                file.write(json_text({"checkpoint": restored.checkpoint.name, **content}))
         print_metrics(f"{restored.checkpoint.name} of {options.run_dir} on {split}", content)
 
 

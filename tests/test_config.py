@@ -143,9 +143,45 @@ def test_values_of_the_wrong_type_name_their_keys():
         assert f"  - `{key}`: " in message
 
 
-@pytest.mark.parametrize("args", [["data=5"], ["optim=adamw"], ["stages=head"], ["data="]])
+@pytest.mark.parametrize("args", [["data=5"], ["optim=adamw"], ["stages=head"]])
 def test_a_value_where_keys_belong(args: list[str]):
     assert "is a section" in message_of(*args)
+
+
+@pytest.mark.parametrize("arg", ["data.root=", "data=", "run_dir=", "data.stage_to="])
+def test_an_empty_value_is_not_null(arg: str):
+    assert f"{arg} is empty, perhaps by an unset variable: give a value, or" in message_of(arg)
+    assert config_of(f"{arg}null" if arg != "data=" else "data.root=null").data.root is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["optim.weight_decay", "optim.clip_norm", "checkpoint.every_minutes", "distributed.timeout_seconds", "optim.warmup",
+     "stages.full.lr"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+def test_numbers_are_finite(key: str, value: str):
+    assert key in complaint_of(f"{key}={value}")
+
+
+def test_problems_of_all_kinds_are_named_together():
+    message = message_of("stages.head.epochs=2.5", "optim.name=adam", "data.image_size=0", "stages.new.epochs=3")
+    assert message.startswith("4 problems:")
+    for key in ("stages.head.epochs", "optim.name", "data.image_size", "stages.new"):
+        assert key in message
+
+
+def test_a_list_is_asked_for():
+    assert message_of("tracking.wandb.tags=a") == "`tracking.wandb.tags` is a list: write tracking.wandb.tags=[a]"
+
+
+def test_a_run_directory_among_the_images_is_refused(tmp_path: Path):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "cat").mkdir(parents=True)
+    root = f"data.root={tmp_path}/data"
+    for inside in ("train/run", "val/cat/run", "train"):
+        assert "would become a class" in complaint_of(root, f"run_dir={tmp_path}/data/{inside}")
+    check(config_of(root, f"run_dir={tmp_path}/data/run"), 1)
 
 
 # Unknown keys

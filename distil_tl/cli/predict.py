@@ -7,8 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distil_tl.data.config import ALL_EXTENSIONS
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.outputs import check_output
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -36,8 +38,8 @@ def run(options: argparse.Namespace) -> None:
     """
     if options.batch_size < 1 or (options.workers or 0) < 0:
         raise UserError("--batch-size must be at least 1, and --workers at least 0")
-    if options.output is not None and not options.output.parent.is_dir():
-        raise UserError(f"--output {options.output}: there is no folder {options.output.parent}")
+    if options.output is not None:
+        check_output("--output", options.output, options.paths, ALL_EXTENSIONS)
     from distil_tl.cli.predictions import predict  # imports torch, which takes seconds; --help does not need it
 
     predict(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO, TypeAlias
@@ -14,13 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distil_tl.data.config import IMG_EXTENSIONS, default_workers
+from distil_tl.data.config import ALL_EXTENSIONS, IMG_EXTENSIONS, default_workers
 from distil_tl.data.decode import ImageError
+from distil_tl.data.walk import describe, walk
 from distil_tl.inference import Transform, restore_model
 from distil_tl.training.network import ImageNetwork, evaluation_network
 from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.log import Progress
+from distil_tl.utils.log import Progress, printable
+from distil_tl.utils.outputs import check_output, open_output
 from distil_tl.utils.threads import available_cpus
 
 # The images of a batch that can be read, uint8 [N, 3, S, S], None if there is none; and by file the reason why not.
@@ -46,12 +47,18 @@ def predict(
         device: auto, cpu or cuda.
 
     Raises:
-        UserError: no such run, checkpoint, path or device, no image among the paths, or none that can be read.
+        UserError: no such run, checkpoint, path or device, no image among the paths, none that can be read, or an
+            output that can't be written.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device")
     restored = restore_model(run_dir, checkpoint)
-    files = find_images(paths, restored.config.data.image_extensions)
+    ignored: Counter[str] = Counter()
+    files = find_images(paths, restored.config.data.image_extensions, ignored)
+    if output is not None:
+        check_output("--output", output, files, ALL_EXTENSIONS)
+    if ignored:
+        sys.stderr.write(f"distil-tl predict: {printable(describe(ignored))}\n")
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     compute = default_compute(restored.precision, restored.model.module, where)
     network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
@@ -73,24 +80,31 @@ def predict(
         raise UserError("none of the files is a readable image")
 
 
-def find_images(paths: Sequence[Path], extensions: tuple[str, ...] = IMG_EXTENSIONS) -> list[Path]:
+def find_images(
+    paths: Sequence[Path], extensions: tuple[str, ...] = IMG_EXTENSIONS, ignored: Counter[str] | None = None
+) -> list[Path]:
     """The files in `paths`, with any extension, and those inside its folders with one of `extensions`, sorted by name.
 
+    Args:
+        ignored: counts what is left out of the folders, by ending.
+
     Raises:
-        UserError: a path does not exist, or there is no image at all.
+        UserError: a path does not exist, there is no image at all, or an error of `walk`.
     """
+    ignored = Counter() if ignored is None else ignored
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            for folder, folders, names in os.walk(path):
-                folders.sort()
-                files += [Path(folder, name) for name in sorted(names) if name.lower().endswith(extensions)]
+            for folder, images in walk(path, "", extensions, ignored):
+                files += [path / folder / image.name for image in images]
         elif path.exists():
             files.append(path)
         else:
-            raise UserError(f"there is no file or folder {path}")
+            raise UserError(f"there is no file or folder {printable(path)}")
     if not files:
-        raise UserError(f"no image in {', '.join(map(str, paths))}; image files end in {', '.join(extensions)}")
+        left_out = f" ({describe(ignored)})" if ignored else ""
+        names = ", ".join(map(printable, paths))
+        raise UserError(f"no image in {names}{left_out}; image files end in {', '.join(extensions)}")
     return files
 
 
@@ -152,18 +166,3 @@ def write_rows(
         per_class = [f"{p:.6f}" for p in prediction.tolist()] if all_classes else []
         writer.writerow([path, classes[best], f"{prediction[best]:.6f}", *per_class, ""])
     return unreadable
-
-
-@contextlib.contextmanager
-def open_output(path: Path | None) -> Iterator[TextIO]:
-    """A file to write, which replaces `path` only when it is complete; None: standard output."""
-    if path is None:
-        yield sys.stdout
-        return
-    partial = path.with_name(f".{path.name}.partial")  # part of a CSV would look like a complete, shorter one
-    try:
-        with partial.open("w", newline="") as file:
-            yield file
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import tarfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from distil_tl.utils.errors import did_you_mean
 
 SPLITS = ("train", "val", "test")
 # The same as in torchvision.datasets.ImageFolder, so that both see the same images.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Those of data.extensions: not in ImageFolder, with the format of the content.
 MORE_EXTENSIONS = {"avif": "AVIF", "gif": "GIF", "heic": "HEIF", "heif": "HEIF", "jp2": "JPEG2000"}
+ALL_EXTENSIONS = (*IMG_EXTENSIONS, *(f".{extension}" for extension in MORE_EXTENSIONS), ".jfif")
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 AUGMENTATIONS = ("none", "light", "strong")
 ON_BAD_IMAGE = ("error", "skip")
@@ -89,3 +93,25 @@ def archive_problem(root: Path, stage_to: str | None) -> str | None:
     except (OSError, EOFError, zlib.error) as error:
         return f"data.root={root} can't be read: {error}"
     return None if valid else f"data.root={root} is not a tar file, or is damaged; create it again"
+
+
+def root_problems(root: Path, stage_to: str | None, run_dir: str | None) -> Iterator[str]:
+    """Why `data.root` can't be used; nothing if it can."""
+    if root.is_file():
+        if problem := archive_problem(root, stage_to):
+            yield problem
+        return
+    if not root.is_dir():
+        near = did_you_mean(root.name, [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else [])
+        yield f"data.root={root} is not a folder{near}"
+        return
+    for split in SPLITS:
+        if run_dir is not None and Path(run_dir).resolve().is_relative_to((root / split).resolve()):
+            yield f"run_dir={run_dir} is among the images of {split}, and would become a class: give another folder"
+    missing = [split for split in ("train", "val") if not (root / split).is_dir()]
+    if missing:
+        have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:5]) or "none"
+        yield (
+            f"data.root={root} has no {' and no '.join(missing)} folder; it must hold train/CLASS/*.jpg and "
+            f"val/CLASS/*.jpg (its folders: {have})"
+        )

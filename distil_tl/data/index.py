@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distil_tl.distributed.shared_memory import SharedArrays
+from distil_tl.utils.log import listed
 
 Array = npt.NDArray[Any]
 ARRAYS = ("names", "offsets", "targets", "sizes")  # the fields of an Index whose size depends on the number of images
@@ -31,7 +32,9 @@ class Index:
         offsets: int64 [N + 1]; path i is `names[offsets[i]:offsets[i + 1]]`.
         targets: int32 [N].
         sizes: int64 [N], file sizes in bytes.
-        ignored: number of files that were ignored: without an image extension, or not inside a class folder.
+        ignored: number of files that were ignored: without an image extension, not inside a class folder, or left
+            behind by another program.
+        ignored_note: the same by ending, in words; empty if there are none.
         fingerprint: SHA-256, 64 hex digits, of classes, relative paths, targets and sizes. It does not depend on `root`
             or on any time, so a copy of the folder has the same fingerprint.
         times: SHA-256 of the modification times of all files; tells whether an earlier copy is still up to date.
@@ -50,6 +53,7 @@ class Index:
     ignored: int
     fingerprint: str
     times: str = ""
+    ignored_note: str = ""
     copy: Path | None = None
     shared: SharedArrays | None = None
 
@@ -101,6 +105,7 @@ class Index:
             "ignored": np.array([self.ignored], dtype=np.int64),
             "fingerprint": bytes_array(self.fingerprint.encode()),
             "times": bytes_array(self.times.encode()),
+            "ignored_note": bytes_array(os.fsencode(self.ignored_note)),
         }
 
     @classmethod
@@ -115,6 +120,7 @@ class Index:
             ignored=int(arrays["ignored"][0]),
             fingerprint=arrays["fingerprint"].tobytes().decode(),
             times=arrays["times"].tobytes().decode() if "times" in arrays else "",
+            ignored_note=os.fsdecode(arrays["ignored_note"].tobytes()) if "ignored_note" in arrays else "",
             shared=arrays if isinstance(arrays, SharedArrays) else None,
         )
 
@@ -201,12 +207,6 @@ def bytes_array(data: bytes) -> Array:
 def quoted(path: str | Path) -> str:
     """A path in quotes, safe to print: line breaks and bytes that are not UTF-8 are escaped."""
     return repr(str(path))
-
-
-def listed(items: Sequence[str], limit: int) -> str:
-    """The first `limit` items, and how many more there are."""
-    more = len(items) - limit
-    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 def _paths(index: Index) -> Iterator[bytes]:

@@ -187,7 +187,7 @@ def make_loader(
 def ignore_signals(worker: int) -> None:
     # Slurm and terminals send signals to all processes of a job. The rank decides when to stop, and then ends its
     # workers.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

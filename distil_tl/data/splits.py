@@ -96,6 +96,8 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
             have, fewer images than one global batch, a tar file that a node cannot unpack.
     """
     agree_on_pixels(info, config)
+    if config.root is None:
+        logger.info("no data.root is given: this is the demo, on the embedded digits")
     archive = Path(config.root) if config.root is not None and Path(config.root).is_file() else None
     unpacked = stage_archive(info, config.stage_to, archive) if archive and config.stage_to else None
 
@@ -105,7 +107,7 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
         raise UserError(f"{error} (unpacked from {archive})" if unpacked else str(error)) from error
     warn_of_few_cpus(info.launch, config.workers)
     for name, index in indexes.items():
-        notes = f", {index.ignored} other files ignored" if index.ignored else ""
+        notes = f", {printable(index.ignored_note)}" if index.ignored_note else ""
         notes += f", no images of: {', '.join(map(printable, index.missing))}" if index.missing else ""
         logger.info("%s: %s images of %d classes%s", name, f"{len(index):,}", len(index.classes), notes)
     if archive and unpacked:  # records name the tar file, which is the same on all nodes and is not deleted

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.utils.errors import PreemptedError, RestartError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 EXCHANGE_SECONDS = 0.05  # aimed at between two exchanges of requests; several times what one takes on many nodes
 _EARLIER = "DISTIL_TL_SIGNAL"  # of the environment: a signal that came before this process started again
 MOST_STEPS = 16  # between two exchanges: they come late when steps suddenly get slower
@@ -37,7 +37,8 @@ class StopSignal:
     """Signal handlers that only record that a signal came. As a context manager it restores the former handlers.
 
     Before `defer` there is nothing to save, and the first signal ends the process with a PreemptedError. Signals: INT
-    (Ctrl-C), TERM (preemption, scancel), USR2 (submitit's warning before a time limit).
+    (Ctrl-C), TERM (preemption, scancel), USR2 (submitit's warning before a time limit), HUP (a lost connection), unless
+    it is ignored, as after nohup.
     """
 
     def __init__(self) -> None:
@@ -60,7 +61,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         for number in SIGNALS:
-            self._former[number] = signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                self._former[number] = signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a process that starts again has blocked them
         self.name = os.environ.pop(_EARLIER, self.name)
         return self

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
+import shlex
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,16 +16,18 @@ from torch import Tensor, nn
 from distil_tl.models.layer_groups import has_prefix
 from distil_tl.models.names import WEIGHTS_SUFFIXES
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import listed, logger
 
 StateDict = Mapping[str, Tensor]
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.")
 _MAX_LISTED = 5
 # A zip archive, or a pickle (torch before 1.6). Conversion is not suggested for other files, such as an error page.
 _MAGIC = (b"PK\x03\x04", b"\x80")
 _CONVERT = (
     "import sys, torch; from safetensors.torch import save_file; "
-    "c = torch.load(sys.argv[1], 'cpu', weights_only=False); c = c.get('state_dict', c.get('model', c)); "
+    "c = torch.load(sys.argv[1], 'cpu', weights_only=False); "
+    "c = c.get('state_dict', c.get('model', c)) if isinstance(c, dict) else c; "
+    "c = c if isinstance(c, dict) else c.state_dict(); "
     "save_file({k: v.contiguous().clone() for k, v in c.items()}, sys.argv[2])"
 )
 
@@ -32,15 +35,15 @@ _CONVERT = (
 def read_state_dict(path: Path) -> StateDict:
     """The state dict in a weights file, on the CPU.
 
-    The file is `.safetensors`, or was written by `torch.save` from tensors and plain containers. In a training
-    checkpoint the state dict is searched under the usual keys.
+    All values are finite. The file is `.safetensors`, or was written by `torch.save` from tensors and plain
+    containers. In a training checkpoint the state dict is searched under the usual keys.
 
     Raises:
         UserError: the file cannot be read, contains code to run, or contains no state dict.
     """
     try:
         if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path, device="cpu"))
+            return _finite(dict(safetensors.torch.load_file(path, device="cpu")), path)
         with path.open("rb") as file:
             if not file.read(4).startswith(_MAGIC):
                 raise ValueError("not written by torch.save")
@@ -50,14 +53,25 @@ def read_state_dict(path: Path) -> StateDict:
             f"model.weights: {path} holds Python objects other than tensors. Loading those could run code "
             f"hidden in the file, so it is refused. If you trust its source, convert it once on an isolated "
             f"machine, and give the new file as model.weights:\n"
-            f'  python -c "{_CONVERT}" {path} {path.with_suffix(".safetensors")}'
+            f'  python -c "{_CONVERT}" {shlex.join([str(path), str(path.with_suffix(".safetensors"))])}'
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"model.weights: {path} is not a readable weights file ({type(error).__name__}: {error}); "
             f"copy it again, or give another {', '.join(WEIGHTS_SUFFIXES)} file"
         ) from error
-    return _unwrap(loaded, path)
+    return _finite(_unwrap(loaded, path), path)
+
+
+def _finite(state: StateDict, path: Path) -> StateDict:
+    """`state`. Raises UserError if a value is NaN or infinite, as after a training that diverged."""
+    wrong = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if wrong:
+        raise UserError(
+            f"model.weights: {path} holds values that are NaN or infinite, in {listed(wrong, _MAX_LISTED)}; give "
+            f"weights of an earlier checkpoint"
+        )
+    return state
 
 
 def _unwrap(loaded: object, path: Path) -> StateDict:
@@ -82,24 +96,34 @@ def _is_state_dict(value: object) -> bool:
 
 
 def strip_prefixes(state: StateDict, expected: Iterable[str]) -> StateDict:
-    """`state` without prefixes such as `module.` that all its names have and no name in `expected` has."""
-    expected = list(expected)
-    for _ in _PREFIXES:
-        prefix = next((p for p in _PREFIXES if all(name.startswith(p) for name in state)), None)
-        if prefix is None or any(name.startswith(prefix) for name in expected):
-            break
-        state = renamed(state, {name: name.removeprefix(prefix) for name in state}, prefix)
-    return state
+    """The part of `state` that holds the names in `expected`, without what stands in front of them.
+
+    A training checkpoint may hold the model as `module.encoder.*`, beside a loss or another head. The prefix that gives
+    most of the expected names is removed; names without it are left out.
+    """
+    known, found = set(expected), Counter[str]()
+    for name in state:
+        parts = name.split(".")
+        found.update(".".join([*parts[:i], ""]) if i else "" for i in range(len(parts)) if ".".join(parts[i:]) in known)
+    if not found or found[""] == max(found.values()):
+        return state
+    prefix = max(found, key=found.__getitem__)
+    names = {name: name.removeprefix(prefix) for name in state if name.startswith(prefix)}
+    if len(names) < len(state):
+        others = [name for name in state if name not in names]
+        left_out = listed(others, _MAX_LISTED)
+        logger.info("model.weights: left out %d tensors outside %s: %s", len(others), prefix, left_out)
+    return renamed(state, names, prefix)
 
 
 def renamed(state: StateDict, names: Mapping[str, str], prefix: str = "") -> StateDict:
     """`state` with other names.
 
     Args:
-        names: the new name for each old one.
+        names: the new name for each old one; tensors without one are left out.
         prefix: what was removed at the front of all names.
     """
-    result = OrderedDict((names[name], tensor) for name, tensor in state.items())
+    result = OrderedDict((names[name], tensor) for name, tensor in state.items() if name in names)
     metadata = getattr(state, "_metadata", None)
     if metadata is not None:
         # Layer versions by module path: without them, state dicts of old BatchNorms and MNASNets are misread.
@@ -128,9 +152,11 @@ def load_backbone(module: nn.Module, state: StateDict, *, skip: tuple[str, ...],
         differences = [f"missing {name}" for name in missing if not has_prefix(name, skip)]
         differences += [f"unexpected {name}" for name in unexpected]
     if differences:
+        unlike = sum(name in state for name in module.state_dict()) * 2 < len(state)
+        own = f" (its tensors are {listed(list(state), _MAX_LISTED)})" if unlike else ""
         more = f"; and {len(differences) - _MAX_LISTED} more" if len(differences) > _MAX_LISTED else ""
         raise UserError(
-            f"model.weights: {source} does not fit this model, {len(differences)} tensors differ: "
+            f"model.weights: {source}{own} does not fit this model, {len(differences)} tensors differ: "
             f"{'; '.join(differences[:_MAX_LISTED])}{more}. "
             "Give weights of the same architecture, or set model.name to the architecture of these"
         )

@@ -10,7 +10,8 @@ from pathlib import Path
 from distil_tl.report.load import load_run
 from distil_tl.report.page import render
 from distil_tl.utils.command import run_command
-from distil_tl.utils.files import write_atomic
+from distil_tl.utils.files import write_atomic, writing
+from distil_tl.utils.outputs import check_output
 
 __all__ = ["main", "write_report"]
 
@@ -20,9 +21,12 @@ def write_report(run_dir: Path) -> Path:
 
     Raises:
         UserError: there is no metrics.jsonl.
+        WriteError: the report can't be written.
     """
     path = Path(run_dir) / "report.html"
-    write_atomic(path, str(render(load_run(Path(run_dir)))))
+    page = str(render(load_run(Path(run_dir))))
+    with writing(path):
+        write_atomic(path, page)
     return path
 
 
@@ -36,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_dir = parser.parse_args(argv).run_dir
 
     def report() -> None:
+        if run_dir.is_dir():
+            check_output("the report", run_dir / "report.html")
         sys.stdout.write(f"{write_report(run_dir)}\n")
 
     return run_command("distil-tl report", report)

@@ -140,7 +140,14 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def repair_links(self, newest: Path, best: Path | None) -> None:
-        """Point `last` and `best` at what the run resumes from, and remove partial files that a kill left behind."""
+        """Point `last` and `best` at what the run resumes from, and remove partial files that a kill left behind.
+
+        In a copy of a run directory they may be folders, copies of what they pointed to.
+        """
+        for name in ("last", "best"):
+            folder = self.folder / name
+            if folder.is_dir() and not folder.is_symlink():
+                folder.rename(self.folder / f".{name}.copy.partial")  # removed below
         for name, path in (("last", newest), ("best", best)):
             if path is not None and path.is_dir() and self.named(name) != path:
                 self._point(name, path)
@@ -155,9 +162,11 @@ class Checkpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
     def named(self, name: str) -> Path | None:
-        """The checkpoint that the link `last` or `best` points to, None if there is none."""
+        """The checkpoint that the link `last` or `best` points to, or its copy in a copied run; None without one."""
         link = self.folder / name
-        return self.folder / link.readlink() if link.is_symlink() and link.exists() else None
+        if not link.is_dir():
+            return None
+        return self.folder / link.readlink() if link.is_symlink() else link
 
     def newest_valid(self) -> Path | None:
         """The newest checkpoint with valid checksums. Logs a warning for each one skipped."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, Node, OmegaConf, StringNode
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from distil_tl.utils.errors import UserError, did_you_mean
@@ -63,6 +63,9 @@ def parse_overrides(schema: DictConfig, pairs: list[str], problems: list[str]) -
         try:
             parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([pair]), resolve=False)
             key, _, text = pair.partition("=")
+            if not text:
+                problems.append(f"{key}= is empty, perhaps by an unset variable: give a value, or {key}=null")
+                continue
             if text not in ("", "null") and isinstance(_node_at(schema, key), StringNode):
                 parsed = text
                 for part in reversed(key.split(".")):
@@ -97,6 +100,8 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
                 apply(schema, value, f"{full}.", problems)
             else:
                 problems.append(f"`{full}` is a section: set `{full}.KEY=VALUE`, not {value!r}")
+        elif isinstance(found, ListConfig) and not isinstance(value, list):
+            problems.append(f"`{full}` is a list: write {full}=[{value}]")
         else:
             try:
                 OmegaConf.update(schema, full, value)

@@ -131,7 +131,7 @@ def restart_process() -> NoReturn:
         for path in list(Path("/proc/self/fd").iterdir()):
             with suppress(OSError):  # the descriptor of the list itself
                 os.set_inheritable(int(path.name), int(path.name) <= 2)
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -48,9 +48,13 @@ def write_json(path: str | Path, obj: object) -> None:
         TypeError: JSON has no form for a value in `obj`.
         OSError: the file can't be written; `path` is unchanged.
     """
-    text = json.dumps(json_safe(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # A file name that is not UTF-8 holds lone surrogates; JSON's escape for them is their backslash form.
-    write_atomic(path, text.encode("utf-8", "backslashreplace"))
+    write_atomic(path, json_text(obj).encode("utf-8", "backslashreplace"))
+
+
+def json_text(obj: object) -> str:
+    """`obj` as `write_json` writes it. Raises TypeError as that does."""
+    return json.dumps(json_safe(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextmanager

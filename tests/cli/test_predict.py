@@ -13,6 +13,7 @@ from torch import Tensor
 from distil_tl.cli import predictions
 from distil_tl.cli.predict import main
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.outputs import open_output
 
 
 def test_folders_are_searched_in_order_and_named_files_are_taken_as_they_are(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_a_file_that_cannot_be_read_has_a_row_with_its_error(all_classes: bool) 
 def test_a_failure_leaves_no_part_of_a_csv(tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     out.write_text("earlier")
-    with suppress(ZeroDivisionError), predictions.open_output(out) as file:
+    with suppress(ZeroDivisionError), open_output(out) as file:
         file.write("part")
         raise ZeroDivisionError
     assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]

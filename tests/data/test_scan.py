@@ -153,8 +153,8 @@ def test_an_empty_split(tmp_path: Path):
 
 
 def test_class_folders_without_images_are_named(tmp_path: Path):
-    plant(tmp_path, "a/1.jpg", "b/notes.txt", ".ipynb_checkpoints/x.ipynb")
-    with pytest.raises(UserError, match=r"'\.ipynb_checkpoints' \(a hidden folder, probably left by a tool\), 'b';"):
+    plant(tmp_path, "a/1.jpg", "b/notes.txt", ".cache/x.ipynb")
+    with pytest.raises(UserError, match=r"'\.cache' \(a hidden folder, probably left by a tool\), 'b';"):
         scan(tmp_path)
 
 

@@ -50,6 +50,19 @@ def test_a_signal_in_start_up_ends_the_run_with_status_3(
     assert {number: signal.getsignal(number) for number in before} == before
 
 
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_lost_connection_is_like_term_unless_it_is_ignored(ignored: bool) -> None:
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with StopSignal() as stop:
+            stop.defer()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.name == (None if ignored else "SIGHUP")
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
 def test_a_signal_before_the_process_starts_again_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     former = signal.getsignal(signal.SIGTERM)
     monkeypatch.delenv("DISTIL_TL_SIGNAL", raising=False)

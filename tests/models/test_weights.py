@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -91,12 +93,25 @@ def wrapped(state: dict[str, Tensor], kind: str) -> Any:
         "lightning": {"state_dict": {f"model.{name}": tensor for name, tensor in state.items()}},
         "ddp": {"model_state_dict": prefixed},
         "compiled ddp": {f"_orig_mod.{name}": tensor for name, tensor in prefixed.items()},
+        "with a loss": {
+            "state_dict": {f"model.{n}": t for n, t in state.items()} | {"criterion.weight": torch.ones(3)}
+        },
+        "momentum encoder": {
+            prefix + name: tensor
+            for prefix in ("module.encoder_q.", "module.queue.other.")
+            for name, tensor in state.items()
+            if prefix == "module.encoder_q." or name.startswith("fc.")
+        },
+        "backbone and head": {
+            ("backbone." if not name.startswith("fc.") else "head.") + name: tensor for name, tensor in state.items()
+        },
         "headless": {name: tensor for name, tensor in state.items() if not name.startswith("fc.")},
         "half": {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()},
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["plain", "checkpoint", "lightning", "ddp", "compiled ddp", "headless"])
+@pytest.mark.parametrize("kind", ["plain", "checkpoint", "lightning", "ddp", "compiled ddp", "headless", "with a loss",
+                                  "momentum encoder", "backbone and head"])  # fmt: skip
 def test_state_dicts_are_found_in_checkpoints(tmp_path: Path, state: dict[str, Tensor], kind: str):
     path = tmp_path / "weights.pth"
     torch.save(wrapped(state, kind), path)
@@ -178,6 +193,34 @@ def test_the_backbone_must_match_exactly(tmp_path: Path, state: dict[str, Tensor
     with pytest.raises(UserError, match=r"layer1\.0\.conv") as caught:
         load("resnet18", path)
     assert "1 tensors differ" in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, state: dict[str, Tensor], suffix: str):
+    path = tmp_path / f"w{suffix}"
+    diverged = {**state, "layer1.0.conv1.weight": torch.full((64, 64, 3, 3), torch.nan)}
+    if suffix == ".pth":
+        torch.save(diverged, path)
+    else:
+        safetensors.torch.save_file(diverged, path)
+    with pytest.raises(UserError, match=r"NaN or infinite, in layer1\.0\.conv1\.weight; give"):
+        load("resnet18", path)
+
+
+def test_the_command_in_the_message_converts_a_whole_model(tmp_path: Path):
+    path = tmp_path / "my model.pth"
+    torch.save(torch.nn.Linear(2, 3), path)
+    with pytest.raises(UserError, match="convert it once") as caught:
+        read_state_dict(path)
+    command = str(caught.value).splitlines()[-1].strip().removeprefix("python ")
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd="/", timeout=120)
+    assert set(read_state_dict(tmp_path / "my model.safetensors")) == {"weight", "bias"}
+
+
+def test_the_message_for_other_names_shows_those_of_the_file(tmp_path: Path, state: dict[str, Tensor]):
+    torch.save({f"x{i}": tensor for i, tensor in enumerate(state.values())}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w\.pth \(its tensors are x0, x1, x2, x3, x4 and \d+ more\) does not fit"):
+        load("resnet18", tmp_path / "w.pth")
 
 
 def test_the_message_for_another_architecture_is_short(tmp_path: Path, state: dict[str, Tensor]):

@@ -263,6 +263,23 @@ def test_the_links_survive_moving_the_run(checkpoints: Checkpoints, tmp_path: Pa
     assert find_damage(moved.folder / "best") is None
 
 
+def test_a_copy_with_folders_in_place_of_links(checkpoints: Checkpoints, tmp_path: Path):
+    """As made by `cp -rL`, `scp -r` and network drives."""
+    save(checkpoints, 1, best=True)
+    save(checkpoints, 2)
+    copied = Checkpoints(shutil.copytree(checkpoints.folder, tmp_path / "copy"))
+    assert not (copied.folder / "best").is_symlink()
+    assert copied.named("best") == copied.folder / "best"
+    assert find_damage(copied.folder / "best") is None
+    copied.repair_links(copied.path(2), copied.path(1))
+    assert (copied.named("last"), copied.named("best")) == (copied.path(2), copied.path(1))
+    save(copied, 3)
+    assert copied.named("last") == copied.path(3)
+    assert sorted(path.name for path in copied.folder.iterdir()) == [
+        "best", "last", "step-00000001", "step-00000002", "step-00000003",
+    ]  # fmt: skip
+
+
 def test_a_broken_link_names_no_checkpoint(checkpoints: Checkpoints):
     shutil.rmtree(save(checkpoints, 1))
     assert (checkpoints.folder / "last").is_symlink()

@@ -1,0 +1,137 @@
+"""The walk through folders of images, for training, prediction and copies: which files are images, and which not.
+
+Symbolic links are followed. What file managers and notebooks leave behind is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from distil_tl.data.index import quoted
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import listed
+
+# Folders of Jupyter, macOS, Synology, Thumbnails of several programs; with copies of images or parts of them.
+LEFTOVER_FOLDERS = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".thumbnails", ".AppleDouble", ".Trashes", "lost+found")
+LEFTOVER_FILES = "._"  # AppleDouble: the metadata of a file of the same name
+MOST_ENDINGS = 6
+
+
+class Found(NamedTuple):
+    """One image: its name, bytes, and modification time in nanoseconds."""
+
+    name: str
+    size: int
+    time: int
+
+
+def walk(top: Path, start: str, extensions: tuple[str, ...], ignored: Counter[str]) -> list[tuple[str, list[Found]]]:
+    """The images at any depth below the folder `start` of `top`, by folder, in the order of a sorted `os.walk`.
+
+    Args:
+        start: relative to `top`, with "/" between folders; empty for `top` itself.
+        extensions: how the names of images end, in lower case.
+        ignored: counts what is left out, by `ending_of`.
+
+    Returns:
+        Folders relative to `top`, each with its images, both sorted.
+
+    Raises:
+        UserError: a folder may not be read, a symbolic link is broken or forms a loop, an image is not a regular file.
+    """
+    scanned: list[tuple[str, list[Found]]] = []
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [(start, (_identity(top),) if start else ())]
+    while pending:
+        folder, ancestors = pending.pop()
+        identity = _identity(top / folder)
+        if identity in ancestors:
+            raise UserError(f"{quoted(top / folder)} contains itself: remove the symbolic link that forms this loop")
+        images: list[Found] = []
+        for entry in entries(f"{top}/{folder}" if folder else str(top)):
+            if is_leftover(entry):
+                ignored[ending_of(entry.name)] += 1
+            elif is_folder(entry):
+                pending.append((f"{folder}/{entry.name}" if folder else entry.name, (*ancestors, identity)))
+            elif entry.name.lower().endswith(extensions):
+                images.append(Found(entry.name, *_size_and_time(entry)))
+            else:
+                refuse_broken_link(entry, extensions)
+                ignored[ending_of(entry.name)] += 1
+        scanned.append((folder, sorted(images)))
+    # Sorted by the whole path as a string, like the folders of os.walk: "a-b" comes before "a/b".
+    return sorted(scanned)
+
+
+def entries(folder: str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as found:
+            yield from found
+    except PermissionError as error:
+        # os.walk would skip it silently, and training would miss its images.
+        raise UserError(f"no permission to read the folder {quoted(folder)}: change it, or move the folder") from error
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def is_leftover(entry: os.DirEntry[str]) -> bool:
+    """Whether another program left it behind: its images are copies, or not images."""
+    return entry.name.startswith(LEFTOVER_FILES) or (entry.name in LEFTOVER_FOLDERS and is_folder(entry))
+
+
+def ending_of(name: str) -> str:
+    """How files are counted that are left out: by extension, or by the name of what another program left behind."""
+    if name in LEFTOVER_FOLDERS:
+        return name
+    if name.startswith(LEFTOVER_FILES):
+        return f"{LEFTOVER_FILES}*"
+    return Path(name).suffix.lower() or "without an extension"
+
+
+def describe(ignored: Counter[str]) -> str:
+    """What was left out, such as `7 other files ignored: 3 .heic, 2 .gif, 2 ._*`; empty if nothing was."""
+    total = sum(ignored.values())
+    if not total:
+        return ""
+    parts = [f"{count:,} {ending}" for ending, count in sorted(ignored.items(), key=lambda item: (-item[1], item[0]))]
+    return f"{total:,} other {'file' if total == 1 else 'files'} ignored: {listed(parts, MOST_ENDINGS)}"
+
+
+def refuse_broken_link(entry: os.DirEntry[str], extensions: tuple[str, ...]) -> None:
+    """Raise UserError for a broken link that may have been an image or a folder of images.
+
+    Broken links with another extension are ignored: editors create such links as lock files.
+    """
+    may_matter = entry.name.lower().endswith(extensions) or not Path(entry.name).suffix
+    if may_matter and entry.is_symlink() and not Path(entry.path).exists():
+        raise UserError(_broken_link_message(entry))
+
+
+def _broken_link_message(entry: os.DirEntry[str]) -> str:
+    target = Path(entry.path).readlink()
+    return f"the symbolic link {quoted(entry.path)} is broken: restore {quoted(target)} or remove the link"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _size_and_time(entry: os.DirEntry[str]) -> tuple[int, int]:
+    try:
+        status = entry.stat()
+    except OSError as error:
+        message = _broken_link_message(entry) if entry.is_symlink() else f"can't read the size of an image: {error}"
+        raise UserError(message) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{quoted(entry.path)} is named like an image but is not a regular file: remove it")
+    return status.st_size, status.st_mtime_ns

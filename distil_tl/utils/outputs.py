@@ -1,0 +1,111 @@
+"""Files that commands write for the user, at a path that the user names.
+
+A regular file is replaced when its new content is complete. Anything else, such as a device, a pipe or /dev/stdout, is
+written into. Whether the path can be written is checked before the work whose result it gets.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import printable
+
+# A name that is not UTF-8 holds lone surrogates, which UTF-8 can't encode.
+_ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
+
+
+def check_output(option: str, path: Path, inputs: Iterable[Path] = (), image_endings: tuple[str, ...] = ()) -> None:
+    """Refuse an output that can't be written, or that would destroy an input.
+
+    Args:
+        option: as the user gave it, for messages.
+        inputs: files and folders that the command reads.
+        image_endings: of the names of images, in lower case.
+
+    Raises:
+        UserError: `path` is a folder, in a folder that does not exist or can't be written to, an input, or named like
+            an image.
+    """
+    shown = f"{option} {printable(path)}"
+    if path.is_dir():
+        raise UserError(f"{shown} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise UserError(f"{shown}: there is no folder {printable(path.parent)}")
+    for given in inputs:
+        if path.exists() and given.exists() and path.samefile(given):
+            raise UserError(f"{shown} is one of the inputs: name another file")
+    if path.name.lower().endswith(image_endings):
+        raise UserError(f"{shown} is named like an image: name another file")
+    if not _is_replaced(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{shown}: no permission to write to it")
+        return
+    partial = _partial(_target(path))
+    try:
+        partial.touch()
+        partial.unlink()
+    except OSError as error:
+        raise UserError(f"{shown}: can't write in {printable(partial.parent)}: {error.strerror or error}") from None
+
+
+@contextmanager
+def open_output(path: Path | None) -> Iterator[TextIO]:
+    """A text file in UTF-8 to write; `path` is replaced when it is complete. None: standard output.
+
+    A link to a file keeps pointing to it. If the body raises, a regular file is unchanged.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")  # on a terminal without UTF-8 too
+        yield sys.stdout
+        return
+    if not _is_replaced(path):
+        with path.open("w", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
+            yield file
+        return
+    target = _target(path)
+    partial = _partial(target)
+    try:
+        with partial.open("x", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, partial)
+        partial.replace(target)
+    except OSError as error:
+        if error.filename not in (None, str(partial)):  # of the body
+            raise
+        raise UserError(f"can't write {printable(path)}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether a path is a regular file, or none yet; false for devices, pipes and files that are open already."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode) and not str(path.absolute()).startswith(("/dev/", "/proc/"))
+    except FileNotFoundError:
+        return True
+
+
+def _target(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _partial(target: Path) -> Path:
+    """A new name beside `target`, which is short: file systems limit the length of names."""
+    return target.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -1,0 +1,102 @@
+"""Files that a command writes for the user: what is replaced, what is written into, what is refused before the work."""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.outputs import check_output, open_output
+
+ENDINGS = (".jpg", ".png")
+
+
+def write(path: Path, text: str) -> None:
+    check_output("--output", path)
+    with open_output(path) as file:
+        file.write(text)
+
+
+def test_a_new_and_an_earlier_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.csv"
+    write(path, "one")
+    path.chmod(0o640)
+    write(path, "two")
+    assert path.read_text() == "two"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_keeps_pointing_to_its_file(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "out.csv", tmp_path / "elsewhere" / "real.csv"
+    link.symlink_to(target)
+    for text in ("one", "two"):  # the target does not exist at first
+        write(link, text)
+        assert (link.is_symlink(), target.read_text()) == (True, text)
+
+
+def test_a_device_stays_a_device(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a device")
+    node = tmp_path / "null"
+    os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    write(node, "text")
+    assert stat.S_ISCHR(node.stat().st_mode)
+    write(Path("/dev/null"), "text")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)  # noqa: PTH116
+
+
+def test_a_pipe_gets_the_text(tmp_path: Path) -> None:
+    pipe, found = tmp_path / "pipe", list[str]()
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: found.append(pipe.read_text()))
+    reader.start()
+    write(pipe, "text")
+    reader.join(30)
+    assert found == ["text"]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_what_is_open_already_is_written_into(tmp_path: Path) -> None:
+    """As for /dev/stdout, when standard output is a file."""
+    with (tmp_path / "log").open("w") as log:
+        write(Path(f"/dev/fd/{log.fileno()}"), "text")
+        assert (tmp_path / "log").stat().st_ino == os.fstat(log.fileno()).st_ino
+    assert (tmp_path / "log").read_text() == "text"
+
+
+def test_the_file_is_utf_8_whatever_its_text(tmp_path: Path) -> None:
+    write(tmp_path / "out.csv", "猫 caf\udce9")
+    assert (tmp_path / "out.csv").read_bytes() == "猫 caf\\udce9".encode()
+
+
+def test_an_error_leaves_the_earlier_file(tmp_path: Path) -> None:
+    write(tmp_path / "out.csv", "earlier")
+    with pytest.raises(ZeroDivisionError), open_output(tmp_path / "out.csv") as file:
+        file.write("p" * (1 // 0))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    photo, folder = tmp_path / "a.txt", tmp_path / "folder"
+    photo.write_bytes(b"photo")
+    folder.mkdir()
+    (tmp_path / "link.csv").symlink_to(photo)
+    cases = {
+        folder: "is a folder: name a file in it",
+        tmp_path / "nowhere" / "x": "there is no folder",
+        photo: "is one of the inputs",
+        tmp_path / "link.csv": "is one of the inputs",
+        tmp_path / "b.JPG": "is named like an image",
+        tmp_path / ("x" * 300): "can't write|File name too long",
+        Path("/proc/x"): "can't write in /proc",
+    }
+    for path, message in cases.items():
+        with pytest.raises((UserError, OSError), match=message):
+            check_output("--output", path, [photo, tmp_path / "missing"], ENDINGS)
+    assert photo.read_bytes() == b"photo"
