@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from distil_tl.doctor.meeting import Meeting
 
 TIMEOUT = 60.0  # seconds, of each check
-LONGEST = 3600.0  # seconds that the other ranks wait for the checks of rank 0, such as a scan of many images
+LEAST = 600.0  # seconds for the whole command with a short --timeout: importing torch may take a minute
+DAY = 86400.0
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -40,12 +41,23 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print the lines as JSON")
     parser.add_argument(
-        "--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=f"limit of each check (default: {TIMEOUT:g})"
+        "--timeout", type=limit, default=TIMEOUT, metavar="SECONDS", help=f"limit of each check (default: {TIMEOUT:g})"
     )
     options, rest = parser.parse_known_args(args)
     if odd := [arg for arg in rest if arg.startswith("-")]:
         parser.error(f"unknown option {odd[0]}")
     return run_command("distil-tl doctor", lambda: examine(rest, as_json=options.json, seconds=options.timeout))
+
+
+def limit(text: str) -> float:
+    """A number of seconds from the command line."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= DAY:  # also not a number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0, up to {DAY:.0f}")
+    return seconds
 
 
 def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIMEOUT) -> int:
@@ -58,9 +70,12 @@ def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIME
         UserError: this rank can't reach the others.
         LostRanksError: rank 0 ended before this rank.
     """
-    limit_all(20 * seconds)
+    limit_all(max(LEAST, 20 * seconds))
     try:
-        from distil_tl.cli.doctor_plan import read_plan  # torch, which takes seconds; --help does not need it
+        from distil_tl.cli.doctor_plan import (
+            launch_of,
+            plan_within,
+        )  # torch, which takes seconds; --help does not need it
         from distil_tl.distributed.preemption import StopSignal
         from distil_tl.doctor.facts import gather
         from distil_tl.doctor.lines import Report
@@ -68,9 +83,11 @@ def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIME
 
         with StopSignal():  # a signal raises an exception, so that files are removed
             report = Report(show=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0")
-            plan = read_plan(args, report, os.environ)
-            meeting = Meeting(plan.launch, seconds)
-            facts = gather(plan.launch, plan.device, plan.folders(), plan.model, seconds)
+            launch = launch_of(report, os.environ)
+            meeting = Meeting(launch, seconds)
+            plan = plan_within(seconds, args, report, launch)
+            facts = gather(launch, plan.distributed, plan.folders(), plan.data, plan.model, seconds)
+            facts.failed = {**plan.failed, **facts.failed}
             meeting.tell_as_rank("facts", facts.to_json())
             if not meeting.is_main:
                 return follow(meeting, facts, seconds)
@@ -90,13 +107,16 @@ def lead(meeting: Meeting, plan: Plan, facts: Facts, report: Report, seconds: fl
     from distil_tl.cli.doctor_plan import judge_plan
     from distil_tl.doctor import machine
     from distil_tl.doctor.facts import Facts
-    from distil_tl.doctor.folders import judge_folders
+    from distil_tl.doctor.folders import archive_size, judge_folders
     from distil_tl.doctor.group import backends_of, judge_collectives
+    from distil_tl.doctor.images import judge_pixels
     from distil_tl.doctor.lines import guarded, named_if_slow
+    from distil_tl.doctor.meeting import LONGEST
 
     world = range(meeting.launch.world_size)
-    with named_if_slow(f"waiting for the other ranks (at most {seconds:g} s)", show=report.show and len(world) > 1):
-        arrived = meeting.from_ranks("facts", world, seconds)
+    longest = 3 * seconds  # a rank needs up to `seconds` for its arguments, and as long for its facts
+    with named_if_slow(f"waiting for the other ranks (at most {longest:g} s)", show=report.show and len(world) > 1):
+        arrived = meeting.from_ranks("facts", world, longest)
     everyone = [Facts.from_json(arrived[rank]) for rank in sorted(arrived)]
     judge_ranks(report, plan, everyone)
     able = len(everyone) == len(world) > 1 and len({each.device for each in everyone}) == 1
@@ -107,14 +127,18 @@ def lead(meeting: Meeting, plan: Plan, facts: Facts, report: Report, seconds: fl
 
     def judge_machines(found: Report) -> None:
         machine.judge_versions(found, everyone)
-        machine.judge_gpus(found, everyone, plan.distributed, plan.config.precision)
-        plan.judge_machine(found, everyone)
+        if plan.is_submission:  # the devices and limits of the nodes count, not those of this machine
+            found.ok("GPUs", "device", "not looked at: a node of the job decides")
+        else:
+            machine.judge_gpus(found, everyone, plan.distributed, plan.config.precision)
+            plan.judge_machine(found, everyone)
         offsets = {rank: answer["offset"] for rank, answer in answers.items() if rank > 0}
         machine.judge_clocks(found, offsets, {each.rank: each.host for each in everyone})
 
     def judge_communication(found: Report) -> None:
         unseen = {rank: answer["unseen"] for rank, answer in answers.items()}
-        judge_folders(found, everyone, unseen, plan.needs_folder)
+        archive = archive_size(everyone)
+        judge_folders(found, everyone, unseen, lambda name: plan.needs_folder(name, archive))
         if backends:
             judge_collectives(found, backends, {r: a["collectives"] for r, a in answers.items()}, len(world))
         elif len(world) > 1:
@@ -122,6 +146,7 @@ def lead(meeting: Meeting, plan: Plan, facts: Facts, report: Report, seconds: fl
 
     guarded(report, "machine", "all", seconds, judge_machines)
     guarded(report, "folders", "all", seconds, judge_communication)
+    guarded(report, "data", "decoders", seconds, lambda found: judge_pixels(found, everyone))
     limit_all(LONGEST)
     judge_plan(report, plan, everyone, seconds)
 
@@ -156,7 +181,9 @@ def limit_all(seconds: float) -> None:
 
 def follow(meeting: Meeting, facts: Facts, seconds: float) -> int:
     """Another rank: take part in what rank 0 asks for. Returns the exit status that rank 0 tells."""
-    go = meeting.hear("go", 3 * seconds)
+    from distil_tl.doctor.meeting import LONGEST
+
+    go = meeting.hear("go", 6 * seconds)  # rank 0 waits for the facts of all
     if go is not None:
         offset = time.time() - go["time"]
         answer = take_part(meeting, facts, go["marks"], go["backends"], seconds)
@@ -200,7 +227,8 @@ def judge_ranks(report: Report, plan: Plan, everyone: Sequence[Facts]) -> None:
             f"{name_ranks(missing)} did not report in time; see their output, or try a longer --timeout",
         )
     for name in dict.fromkeys(name for each in everyone for name in each.failed):
-        report.per_rank(group, name, {e.rank: (FAIL, e.failed[name]) for e in everyone if name in e.failed})
+        failed = {each.rank: (FAIL, each.failed[name]) for each in everyone if name in each.failed}
+        report.per_rank(group, name, failed, of=launch.world_size)
 
 
 def print_report(report: Report, plan: Plan, *, as_json: bool) -> None:

@@ -14,13 +14,17 @@ from omegaconf import DictConfig
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.data.config import default_workers
+from distil_tl.data.config import DataConfig, default_workers
+from distil_tl.data.index import Index
 from distil_tl.data.loader import plan_batches
+from distil_tl.data.pixels import refuse_changed_pixels
+from distil_tl.data.splits import Splits
 from distil_tl.data.transforms import eval_transform
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch, read_launch
 from distil_tl.doctor import machine, space
 from distil_tl.doctor.facts import Facts
+from distil_tl.doctor.folders import archive_size
 from distil_tl.doctor.images import ImagesFound, look_at_images, stage_folder
 from distil_tl.doctor.lines import Report, counted, guarded
 from distil_tl.doctor.slurm import GROUP as SLURM
@@ -34,6 +38,7 @@ from distil_tl.rundir.opening import look_for_start
 from distil_tl.utils.args import is_file
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import cache_dir
+from distil_tl.utils.threads import CallTimeoutError, call_with_timeout
 
 GROUP = "configuration"
 SCAN_SECONDS = 900.0  # a scan of ten million images on a network file system takes minutes
@@ -49,6 +54,7 @@ class Plan:
         unresolved: None where the arguments are wrong.
         slurm: the section `slurm`, launch's SlurmConfig; None if there is none.
         problems: of the configuration.
+        failed: what could not be found out, and why.
     """
 
     launch: Launch
@@ -57,6 +63,7 @@ class Plan:
     unresolved: DictConfig | None
     slurm: Any | None
     problems: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_submission(self) -> bool:
@@ -79,10 +86,6 @@ class Plan:
             return section
         return dataclasses.replace(section, device="auto", backend="gloo" if section.backend == "gloo" else "auto")
 
-    @property
-    def device(self) -> str:
-        return self.distributed.device
-
     @functools.cached_property
     def model(self) -> ModelConfig | None:
         """The section `model`; None if it is not valid."""
@@ -97,23 +100,32 @@ class Plan:
         default = DEFAULT_IMAGE_SIZE if self.preprocess is None else self.preprocess.crop_size
         return self.config.data.image_size or default
 
+    @property
+    def data(self) -> DataConfig | None:
+        """The section `data`; None if it is not valid."""
+        return None if self.unresolved is None or self.config.data.problems() else self.config.data
+
     def folders(self) -> dict[str, tuple[str, bool]]:
-        """The folders to look at on each rank: path, and whether they are written to."""
+        """The folders to look at on each rank: path, and whether they are written to. Nothing is read for this."""
         data, found = self.config.data, dict[str, tuple[str, bool]]()
         assert self.config.run_dir is not None
         if self.unresolved is not None:
             found["run_dir"] = (self.config.run_dir, True)
         found["cache"] = (str(cache_dir()), True)
-        if data.root is not None and not Path(data.root).is_file():
+        if data.root is not None:
             found["data.root"] = (data.root, False)
         folder, _ = stage_folder(data.stage_to)
-        if folder is not None:
+        if folder is not None and not self.is_submission:  # it is on the disk of each node
             found["data.stage_to"] = (folder, True)
         return found
 
-    def needs_folder(self, name: str) -> bool:
-        """Whether the run can't do without a folder."""
-        return name in ("run_dir", "data.root") or (name == "cache" and self.config.data.root is None)
+    def needs_folder(self, name: str, archive: int | None) -> bool:
+        """Whether the run can't do without a folder. `archive`: bytes of the tar file of images, if there is one."""
+        return (
+            name in ("run_dir", "data.root")
+            or (name == "cache" and self.config.data.root is None)
+            or (name == "data.stage_to" and archive is not None)
+        )
 
     def judge_machine(self, report: Report, everyone: Sequence[Facts]) -> None:
         """Lines about what the machine has, against what the loader processes need."""
@@ -124,14 +136,35 @@ class Plan:
         machine.judge_machine(report, everyone, data, needs)
 
 
-def read_plan(args: Sequence[str], report: Report, environ: Mapping[str, str]) -> Plan:
-    """Read the arguments and the launch environment. What is wrong becomes failing lines, not an error."""
-    launch_args = importlib.import_module("launch.args")  # by name: launch is above this package
+def launch_of(report: Report, environ: Mapping[str, str]) -> Launch:
+    """The launch that the environment describes. What is wrong becomes a failing line."""
     try:
-        launch = read_launch(environ)
+        return read_launch(environ)
     except UserError as error:
         report.fail("ranks", "environment", str(error))
-        launch = Launch()
+        return Launch()
+
+
+def plan_within(seconds: float, args: Sequence[str], report: Report, launch: Launch) -> Plan:
+    """`read_plan`, or the demo if that takes too long: it looks at files, whose server may not answer."""
+    found = Report()
+    try:
+        plan = call_with_timeout(seconds, lambda: read_plan(args, found, launch))
+    except CallTimeoutError:
+        config = configuration.load(["model.weights=none"])[0]
+        plan = Plan(launch, f"distil-tl doctor: {' '.join(args)}", config, None, None)
+        plan.failed["arguments"] = (
+            f"reading the arguments and the files that they name did not end within {seconds:g} s; does the file "
+            f"server of the configuration, data.root and run_dir answer?"
+        )
+        return plan
+    report.lines += found.lines
+    return plan
+
+
+def read_plan(args: Sequence[str], report: Report, launch: Launch) -> Plan:
+    """Read the arguments. What is wrong becomes failing lines, not an error."""
+    launch_args = importlib.import_module("launch.args")  # by name: launch is above this package
     pairs, rest = launch_args.split_slurm(args)
     files = [arg for arg in rest if is_file(arg)]
     title = f"distil-tl doctor: {files[0] if files else 'the demo' if not rest else 'without a configuration file'}"
@@ -166,12 +199,12 @@ def judge_plan(report: Report, plan: Plan, everyone: Sequence[Facts], seconds: f
         guarded(report, "model", "model.name", seconds, lambda found: _judge_model(found, plan, images, sizes))
         model = plan.model
         guarded(report, "model", "model.weights", seconds, lambda found: judge_weights(found, model, everyone))
-    guarded(report, "disk", "space", seconds, lambda found: _judge_space(found, plan, everyone[0], images, sizes))
+    guarded(report, "disk", "space", seconds, lambda found: _judge_space(found, plan, everyone, images, sizes))
     guarded(report, "tracking", "W&B", seconds, lambda found: judge_wandb(found, plan.config.tracking.wandb))
     if plan.slurm is not None:
         guarded(report, SLURM, "slurm", seconds, lambda found: judge_slurm(found, plan))
     if plan.unresolved is not None and not plan.problems:
-        guarded(report, "run", "start", seconds, lambda found: judge_start(found, plan))
+        guarded(report, "run", "start", seconds, lambda found: judge_start(found, plan, images.indexes))
 
 
 def judge_configuration(report: Report, plan: Plan) -> None:
@@ -189,7 +222,12 @@ def judge_configuration(report: Report, plan: Plan) -> None:
             f"{counted(batch.accumulation, 'micro-batch')} x {counted(batch.micro, 'image')}",
         )  # fmt: skip
     _, unknown = stage_folder(config.data.stage_to)
-    if unknown is not None:
+    if plan.is_submission and config.data.stage_to is not None:
+        report.ok(GROUP, "data.stage_to", "not looked at: it is on the disk of each node of the job")
+    elif unknown is not None and Path(config.data.root or "").is_file():
+        report.fail(GROUP, "data.stage_to", f"{unknown} on this machine, and data.root is a tar file, which must be "
+                    f"unpacked there: set the variable, or another data.stage_to")  # fmt: skip
+    elif unknown is not None:
         report.warn(GROUP, "data.stage_to", f"{unknown} on this machine; the images are read from data.root")
 
 
@@ -203,14 +241,16 @@ def _judge_model(report: Report, plan: Plan, images: ImagesFound, sizes: list[Mo
     )  # fmt: skip
 
 
-def _judge_space(report: Report, plan: Plan, facts: Facts, images: ImagesFound, sizes: Sequence[ModelFound]) -> None:
-    config, folders = plan.config, facts.folders
+def _judge_space(
+    report: Report, plan: Plan, everyone: Sequence[Facts], images: ImagesFound, sizes: Sequence[ModelFound]
+) -> None:
+    config, folders, archive = plan.config, everyone[0].folders, archive_size(everyone)
     if sizes and "run_dir" in folders:
         space.judge_checkpoints(report, folders["run_dir"], sizes[0], config.optim, config.checkpoint.keep)
     if sizes and "cache" in folders:
         space.judge_features(report, folders["cache"], sizes[0], images, config.stages, config.data.augment)
-    if "data.stage_to" in folders and images.bytes:
-        space.judge_copy(report, folders["data.stage_to"], config.data, images)
+    if "data.stage_to" in folders and config.data.root is not None and (images.bytes or archive is not None):
+        space.judge_copy(report, folders["data.stage_to"], config.data.root, images, archive)
 
 
 def judge_slurm(report: Report, plan: Plan) -> None:
@@ -229,13 +269,26 @@ def judge_slurm(report: Report, plan: Plan) -> None:
     judge_partition(report, slurm.partition, slurm.gpus_per_node, slurm.tasks * slurm.cpus_per_task)
 
 
-def judge_start(report: Report, plan: Plan) -> None:
-    """A line about where the run would start."""
+def judge_start(report: Report, plan: Plan, indexes: Mapping[str, Index]) -> None:
+    """A line about where the run would start.
+
+    Args:
+        indexes: of the images, by split; empty if they are not known.
+
+    Raises:
+        UserError: training would refuse that.
+    """
     assert plan.unresolved is not None
     start = look_for_start(dataclasses.asdict(plan.config), plan.unresolved)
     if start.completed:
         report.warn("run", "start", f"the run in {start.run_dir} is complete: there is nothing left to do")
-    elif start.checkpoint is not None:
-        report.ok("run", "start", f"it resumes from {start.checkpoint}")
-    else:
+        return
+    if start.checkpoint is None or start.saved is None or start.saved_run_dir is None:
         report.ok("run", "start", f"it begins in {start.run_dir}")
+        return
+    refuse_changed_pixels(start.saved.get("pixels", {}), start.saved_run_dir)
+    if indexes:
+        splits = Splits(indexes["train"], indexes["val"], indexes.get("test"))
+        splits.refuse_changed_images(start.saved["data"], start.saved_run_dir)
+    unseen = "" if indexes else "; its images were not compared"
+    report.ok("run", "start", f"it resumes from {start.checkpoint}{unseen}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import resource
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -14,7 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distil_tl.data.config import DataConfig
+from distil_tl.data.pixels import pixel_digests
 from distil_tl.data.prefetch import free_shared_memory
+from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch, cpus_of_rank
 from distil_tl.distributed.shared_memory import has_memory_files
 from distil_tl.doctor.folders import FolderFacts, probe_folder
@@ -36,7 +41,7 @@ class Facts:
     Attributes:
         host: name of the machine.
         versions: of Python, packages, CUDA, cuDNN and NCCL, as far as they exist.
-        device: cuda or cpu: what training would use.
+        device: cuda or cpu: what training would use; cpu where it refuses the device.
         cpus: for this rank and its loader processes.
         allowed_cpus: that this process may run on.
         machine_cpus: of the machine.
@@ -45,6 +50,7 @@ class Facts:
         open_files: how many files this process may open.
         memory: free bytes of the node, limited by the control group.
         folders: by name.
+        pixels: digests of decoded reference images, by format.
         weights: name of the weights that this node must download; None if it has them.
         unreachable: why they can't be downloaded; None if they can, or need not.
         failed: what could not be found out, and why.
@@ -65,6 +71,7 @@ class Facts:
     open_files: int = 1024
     memory: int = 0
     folders: dict[str, FolderFacts] = field(default_factory=dict)
+    pixels: dict[str, str] = field(default_factory=dict)
     weights: str | None = None
     unreachable: str | None = None
     failed: dict[str, str] = field(default_factory=dict)
@@ -79,47 +86,58 @@ class Facts:
 
 
 def gather(
-    launch: Launch, device: str, folders: Mapping[str, tuple[str, bool]], model: ModelConfig | None, seconds: float
+    launch: Launch,
+    distributed: DistributedConfig,
+    folders: Mapping[str, tuple[str, bool]],
+    data: DataConfig | None,
+    model: ModelConfig | None,
+    seconds: float,
 ) -> Facts:
     """The facts of this rank.
 
     Args:
-        device: `distributed.device` of the configuration.
+        distributed: that section of the configuration.
         folders: path, and whether it is written to, by name.
+        data: whose formats are decoded; None: none.
         model: whose weights are looked for; None: none.
-        seconds: limit for each part.
+        seconds: limit for all of it.
     """
     facts = Facts(
         rank=launch.rank, host=socket.gethostname(), node=launch.node, local_world_size=launch.local_world_size
     )
+    found, problems = dict[str, Any](), dict[str, str]()
 
-    def attempt(name: str, work: Callable[[], None]) -> None:
+    def attempt(name: str, work: Callable[[], Any]) -> None:
         try:
-            call_with_timeout(seconds, work)
+            found[name] = call_with_timeout(seconds, work)
         except CallTimeoutError:
-            facts.failed[name] = f"did not answer within {seconds:g} s"
+            problems[name] = f"did not answer within {seconds:g} s"
         except Exception as error:
-            facts.failed[name] = f"could not be checked: {type(error).__name__}: {first_line(error)}"
+            problems[name] = f"could not be checked: {type(error).__name__}: {first_line(error)}"
 
-    def find_device() -> None:
-        facts.gpu = find_gpus(launch)
-        facts.device = "cuda" if device != "cpu" and facts.gpu.visible else "cpu"
-
-    def find_weights() -> None:
-        from distil_tl.doctor.weights import download_problem, missing_weights  # timm takes seconds to import
-
-        assert model is not None
-        facts.weights = missing_weights(model)
-        if facts.weights is not None:
-            facts.unreachable = download_problem(model)
-
-    attempt("versions", lambda: facts.versions.update(versions()))
-    attempt("GPUs", find_device)
-    attempt("machine", lambda: _describe_machine(facts, launch))
-    for name, (path, write) in folders.items():
-        attempt(name, lambda name=name, path=path, write=write: facts.folders.update({name: probe_folder(path, write)}))  # type: ignore[misc]
+    checks: dict[str, Callable[[], Any]] = {
+        "versions": versions, "GPUs": lambda: find_gpus(launch, distributed), "machine": lambda: machine_facts(launch),
+    }  # fmt: skip
+    checks |= {name: functools.partial(probe_folder, *folder) for name, folder in folders.items()}
+    if data is not None:
+        checks["decoders"] = lambda: pixel_digests(data)
     if model is not None and launch.local_rank == 0:
-        attempt("weights", find_weights)
+        checks["weights"] = lambda: find_weights(model)
+    # Side by side: a check that hangs does not delay the others, and together they take at most `seconds`.
+    threads = [threading.Thread(target=attempt, args=check, daemon=True) for check in checks.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    facts.versions = found.get("versions", {})
+    facts.device, facts.gpu = found.get("GPUs", (facts.device, facts.gpu))
+    for name, value in found.get("machine", {}).items():
+        setattr(facts, name, value)
+    facts.folders = {name: found[name] for name in folders if name in found}
+    facts.pixels = found.get("decoders", {})
+    facts.weights, facts.unreachable = found.get("weights", (None, None))
+    facts.failed = {name: problems[name] for name in checks if name in problems}
     return facts
 
 
@@ -141,8 +159,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _describe_machine(facts: Facts, launch: Launch) -> None:
-    facts.cpus, facts.allowed_cpus, facts.machine_cpus = cpus_of_rank(launch), available_cpus(), os.cpu_count() or 1
-    facts.shm, facts.memory_files = free_shared_memory(), has_memory_files()
-    facts.open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    facts.memory = available_memory()
+def machine_facts(launch: Launch) -> dict[str, Any]:
+    """CPUs, memory and limits of this rank, as the fields of `Facts`."""
+    return {
+        "cpus": cpus_of_rank(launch), "allowed_cpus": available_cpus(), "machine_cpus": os.cpu_count() or 1,
+        "shm": free_shared_memory(), "memory_files": has_memory_files(),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "memory": available_memory(),
+    }  # fmt: skip
+
+
+def find_weights(model: ModelConfig) -> tuple[str | None, str | None]:
+    """The weights that this node must download, and why they can't be downloaded."""
+    from distil_tl.doctor.weights import download_problem, missing_weights  # timm takes seconds to import
+
+    missing = missing_weights(model)
+    return missing, None if missing is None else download_problem(model)

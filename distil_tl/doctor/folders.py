@@ -1,4 +1,4 @@
-"""Folders of a run: can they be written to, do all nodes see the same one, is there enough space."""
+"""Folders of a run: can they be written to, and do all nodes see the same one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distil_tl.data.config import ARCHIVES
 from distil_tl.doctor.lines import FAIL, OK, WARN, Report, alike, name_ranks, size
 
 if TYPE_CHECKING:
@@ -25,23 +26,26 @@ REMEDIES = {  # by name of the folder
     "data.stage_to": "the images are read from data.root instead, which may be slow",
     "cache": "set DISTIL_TL_CACHE to a folder that can be written to",
 }
+UNPACKED = "data.root is a tar file, which each node unpacks there: choose another data.stage_to"
 
 
 @dataclass
 class FolderFacts:
-    """A folder as one rank sees it. JSON-able.
+    """A folder, or a tar file of images, as one rank sees it. JSON-able.
 
     Attributes:
         path: as configured.
         existing: the folder itself or, if it does not exist yet, the nearest one above it.
         problem: why it can't be read or written to; None if it can.
         free: bytes.
+        archive: bytes of the tar file; None if it is none.
     """
 
     path: str
     existing: str
     problem: str | None
     free: int
+    archive: int | None = None
 
 
 def probe_folder(path: str, write: bool) -> FolderFacts:
@@ -53,6 +57,10 @@ def probe_folder(path: str, write: bool) -> FolderFacts:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
     problem = None
     try:
+        if not write and path.endswith(ARCHIVES) and folder.is_file():
+            readable = os.access(folder, os.R_OK)
+            problem = None if readable else f"there is no permission to read {folder}"
+            return FolderFacts(path, path, problem, 0, folder.stat().st_size)
         if not existing.is_dir():
             problem = f"{existing} is not a folder"
         elif write:
@@ -67,6 +75,12 @@ def probe_folder(path: str, write: bool) -> FolderFacts:
         return FolderFacts(path, str(existing), problem, _free(existing))
     except OSError as error:
         return FolderFacts(path, str(existing), f"{existing}: {error.strerror or error}", 0)
+
+
+def archive_size(facts: Sequence[Facts]) -> int | None:
+    """Bytes of the tar file that `data.root` names; None if it names none, or no rank sees it."""
+    found = [each.folders["data.root"].archive for each in facts if "data.root" in each.folders]
+    return next((size for size in found if size is not None), None)
 
 
 def _free(folder: Path) -> int:
@@ -131,6 +145,7 @@ def judge_folders(
         unseen_by: by rank, the names of the folders in which it does not see the file of rank 0.
         needed: whether a run can't do without a folder, by its name.
     """
+    remedies = REMEDIES if archive_size(facts) is None else {**REMEDIES, "data.stage_to": UNPACKED}
     for name in facts[0].folders:
         bad = FAIL if needed(name) else WARN
         results = {}
@@ -139,7 +154,7 @@ def judge_folders(
             if folder is None:
                 continue  # the reason is in `failed`
             text = folder.path if name == "data.root" else f"{folder.path}, {size(folder.free)} free"
-            results[each.rank] = (OK, text) if folder.problem is None else (bad, f"{folder.problem}; {REMEDIES[name]}")
+            results[each.rank] = (OK, text) if folder.problem is None else (bad, f"{folder.problem}; {remedies[name]}")
         sound = all(status == OK for status, _ in results.values())
         report.per_rank(GROUP, name, alike(results) if sound else results)
         blind = [rank for rank, names in unseen_by.items() if name in names]

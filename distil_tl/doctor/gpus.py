@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from distil_tl.distributed.device import choose_gpu
+from distil_tl.distributed.config import DistributedConfig
+from distil_tl.distributed.device import choose_device
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.doctor.lines import first_line, size
 
@@ -31,6 +33,7 @@ class GpuFacts:
         files: number of device files /dev/nvidia0, /dev/nvidia1, ...
         driver: version of the driver, such as 580.65.06; None if there is none.
         reason: why torch sees no GPU, in torch's words.
+        problem: why training refuses the device of this rank; empty if it does not.
         visible: names of the GPUs that torch sees.
         index: of the GPU that this rank uses; None if it uses none.
         name, uuid, memory, free, capability: of that GPU.
@@ -42,6 +45,7 @@ class GpuFacts:
     files: int = 0
     driver: str | None = None
     reason: str | None = None
+    problem: str = ""
     visible: list[str] = field(default_factory=list)
     index: int | None = None
     name: str = ""
@@ -54,23 +58,33 @@ class GpuFacts:
     fault: str | None = None
 
 
-def find_gpus(launch: Launch) -> GpuFacts:
-    """What this rank sees. On the GPU that it would use it allocates a little memory, and computes."""
-    facts = GpuFacts(files=len(device_files()), driver=driver_version())
+def find_gpus(launch: Launch, config: DistributedConfig) -> tuple[str, GpuFacts]:
+    """The type of device that training would use in this rank, and what the rank sees.
+
+    On its GPU it allocates a little memory, and computes. With distributed.device=cpu nothing is looked at.
+    """
+    device, problem = _choose(launch, config)
+    if config.device == "cpu":
+        return device.type, GpuFacts(problem=problem)
+    facts = GpuFacts(files=len(device_files()), driver=driver_version(), problem=problem)
     if not torch.cuda.is_available():
         facts.reason = why_unavailable()
-        return facts
+        return device.type, facts
     facts.visible = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    facts.index = gpu_of_rank(launch, len(facts.visible))
-    if facts.index is not None:
-        _describe(facts, facts.index)
-    return facts
+    if device.type == "cuda":
+        facts.index = device.index
+        _describe(facts, device.index)
+    return device.type, facts
 
 
-def gpu_of_rank(launch: Launch, visible: int) -> int | None:
-    """The index of the GPU that training gives to this rank; None if there are too few."""
-    index, problem = choose_gpu(launch, visible, backend="nccl")
-    return None if problem else index
+def _choose(launch: Launch, config: DistributedConfig) -> tuple[torch.device, str]:
+    """The device as training chooses it, and its problem. Its warning is not logged: the table has it."""
+    log = logging.getLogger(choose_device.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        return choose_device(launch, config)
+    finally:
+        log.disabled = before
 
 
 def _describe(facts: GpuFacts, index: int) -> None:

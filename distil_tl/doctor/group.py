@@ -6,17 +6,15 @@ import datetime
 import os
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.doctor.lines import FAIL, OK, Report, first_line, name_ranks
+from distil_tl.doctor.meeting import LONGEST, Meeting
 from distil_tl.utils.threads import CallTimeoutError, call_with_timeout
-
-if TYPE_CHECKING:
-    from distil_tl.doctor.meeting import Meeting
 
 GROUP = "collectives"
 MEASURED_BYTES = 64 << 20
@@ -39,7 +37,7 @@ def try_collectives(meeting: Meeting, backends: Sequence[str], gpu: int | None, 
     launch, found = meeting.launch, dict[str, Any]()
     started = time.monotonic()
     try:
-        call_with_timeout(seconds, lambda: _form(meeting, backends, gpu, seconds))
+        call_with_timeout(seconds, lambda: _form(meeting, backends, gpu))
     except Exception as error:
         found[backends[-1]] = {"problem": _problem(FORMING, error, time.monotonic() - started)}
         return found
@@ -58,17 +56,19 @@ def try_collectives(meeting: Meeting, backends: Sequence[str], gpu: int | None, 
     return found
 
 
-def _form(meeting: Meeting, backends: Sequence[str], gpu: int | None, seconds: float) -> None:
+def _form(meeting: Meeting, backends: Sequence[str], gpu: int | None) -> None:
     assert meeting.store is not None
     nccl = "nccl" in backends
     if nccl and gpu is not None:
         torch.cuda.set_device(gpu)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if nccl else "gloo",
-        store=meeting.store.below("group").inner,
+        # A copy, which has a connection of its own: while it waits for a rank, this process can use the other.
+        store=meeting.store.below("group").inner.clone(),
         rank=meeting.launch.rank,
         world_size=meeting.launch.world_size,
-        timeout=datetime.timedelta(seconds=seconds),
+        # What hangs is given up in its thread. NCCL would end the process when this time is over.
+        timeout=datetime.timedelta(seconds=LONGEST),
         device_id=torch.device("cuda", gpu) if nccl and gpu is not None else None,
     )
 
@@ -115,7 +115,7 @@ def judge_collectives(report: Report, backends: Sequence[str], results: Mapping[
             report.per_rank(GROUP, backend, {
                 rank: (FAIL, f"{text}; can the nodes reach each other, and does {variable} name the right network "
                        f"interface?") for rank, text in problems.items()
-            })  # fmt: skip
+            }, of=world_size)  # fmt: skip
             continue
         rates = [each["rate"] for each in found.values()]
         if rates:

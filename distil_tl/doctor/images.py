@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,10 +17,13 @@ from distil_tl.data.index import Index
 from distil_tl.data.local_folder import StagingError, expand
 from distil_tl.data.pixels import refuse_missing_decoders
 from distil_tl.data.scan import scan
-from distil_tl.doctor.lines import FAIL, WARN, Report, first_line, size
+from distil_tl.doctor.lines import FAIL, WARN, Report, first_line, name_ranks, size
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import cache_dir
 from distil_tl.utils.log import printable
+
+if TYPE_CHECKING:
+    from distil_tl.doctor.facts import Facts
 
 GROUP = "data"
 SAMPLE = 16  # images of each split that are decoded
@@ -33,11 +38,13 @@ class ImagesFound:
         classes: number of classes; None if it is unknown.
         images: by split.
         bytes: of all files.
+        indexes: of the splits; empty unless all of them could be read.
     """
 
     classes: int | None = None
     images: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
+    indexes: dict[str, Index] = field(default_factory=dict)
 
 
 def look_at_images(report: Report, config: DataConfig, min_side: int | None, found: ImagesFound) -> None:
@@ -56,6 +63,7 @@ def look_at_images(report: Report, config: DataConfig, min_side: int | None, fou
     if root is None:
         return
     train: Index | None = None
+    indexes, complete = dict[str, Index](), True
     for split in SPLITS:
         folder = root / split
         if not folder.is_dir():  # a missing train or val is a problem of the configuration, and named there
@@ -66,13 +74,17 @@ def look_at_images(report: Report, config: DataConfig, min_side: int | None, fou
             index = scan(folder, classes=classes, extensions=config.image_extensions)
         except UserError as error:
             report.fail(GROUP, split, str(error))
+            complete = False
             continue
+        indexes[split] = index
         if split == "train":
             train = index
             found.classes = len(index.classes)
         found.images[split], found.bytes = len(index), found.bytes + int(index.sizes.sum())
         _describe(report, split, index, time.monotonic() - began)
         _decode_some(report, config, split, index, min_side)
+    if complete and {"train", "val"} <= indexes.keys():
+        found.indexes = indexes
     if train is not None and len(train) < config.global_batch_size:
         report.fail(
             GROUP, "train", f"{root / 'train'} has {len(train)} images, fewer than one global batch; set "
@@ -148,3 +160,20 @@ def stage_folder(stage_to: str | None) -> tuple[str | None, str | None]:
         return str(expand(stage_to)), None
     except StagingError as error:
         return None, first_line(error)
+
+
+def judge_pixels(report: Report, facts: Sequence[Facts]) -> None:
+    """A line for each format of which ranks decode the reference images to different pixels."""
+    for name in dict.fromkeys(name for each in facts for name in each.pixels):
+        ranks_of: dict[str, list[int]] = {}
+        for each in facts:
+            if name in each.pixels:  # else the reason is in `failed`
+                ranks_of.setdefault(each.pixels[name], []).append(each.rank)
+        if len(ranks_of) > 1:
+            groups = " and ".join(
+                f"{name_ranks(ranks)}{'' if found else ' (no decoder)'}" for found, ranks in ranks_of.items()
+            )
+            report.fail(
+                GROUP, "decoders", f"{groups} would decode {name} images to different pixels; use the same Python "
+                f"environment, or install the same versions, on all nodes",
+            )  # fmt: skip

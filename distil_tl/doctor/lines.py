@@ -53,13 +53,19 @@ class Report:
     def fail(self, group: str, name: str, text: str) -> None:
         self.add(group, name, FAIL, text)
 
-    def per_rank(self, group: str, name: str, results: Mapping[int, tuple[str, str]]) -> None:
-        """Add one line for each different (status, text), with the ranks that have it unless all have."""
+    def per_rank(self, group: str, name: str, results: Mapping[int, tuple[str, str]], of: int = 0) -> None:
+        """Add one line for each different (status, text), with the ranks that have it unless all have.
+
+        Args:
+            of: the number of ranks, where some may have no result.
+        """
         ranks_of: dict[tuple[str, str], list[int]] = {}
         for rank, result in sorted(results.items()):
             ranks_of.setdefault(result, []).append(rank)
         for (status, text), ranks in ranks_of.items():
-            self.add(group, name, status, text if len(ranks_of) == 1 else f"{name_ranks(ranks)}: {text}")
+            self.add(
+                group, name, status, text if len(ranks) >= max(of, len(results)) else f"{name_ranks(ranks)}: {text}"
+            )
 
     def count(self, status: str) -> int:
         return sum(line.status == status for line in self.lines)

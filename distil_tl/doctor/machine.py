@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distil_tl.data.config import DataConfig
 from distil_tl.data.loader import plan_batches
-from distil_tl.data.prefetch import MOST, SHM, batches_ahead
+from distil_tl.data.prefetch import SHM, batches_ahead
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.doctor.facts import OPTIONAL_PACKAGES, Facts
 from distil_tl.doctor.gpus import driver_problem
@@ -42,47 +42,55 @@ def judge_versions(report: Report, facts: Sequence[Facts]) -> None:
 def judge_gpus(report: Report, facts: Sequence[Facts], config: DistributedConfig, precision: str) -> None:
     """Lines about the device of each rank."""
     group = "GPUs"
-    _judge_drivers(report, group, facts, config)
-    devices: dict[str, list[int]] = defaultdict(list)
-    for each in facts:
-        devices[each.device].append(each.rank)
-    if len(devices) > 1:
-        text = ", ".join(f"{name_ranks(ranks)} would use {device}" for device, ranks in sorted(devices.items()))
-        report.fail(group, "device", f"{text}: all must use the same; set distributed.device, or repair the nodes")
-    elif "cpu" in devices:
-        reason = "as distributed.device says" if config.device == "cpu" else facts[0].gpu.reason
-        report.ok(group, "device", f"CPU{f': {reason}' if reason else ''}")
-    crowded = {e.rank: e for e in facts if e.device == "cuda" and e.gpu.index is None}
-    for host in dict.fromkeys(each.host for each in crowded.values()):
-        each = next(each for each in crowded.values() if each.host == host)
-        report.fail(
-            group, "device", f"{each.local_world_size} processes on {host}, where torch sees {len(each.gpu.visible)} "
-            f"GPUs; start at most that many, or use distributed.device=cpu",
-        )  # fmt: skip
+    if config.device != "cpu":
+        _judge_drivers(report, group, facts)
+    _judge_devices(report, group, facts, config)
     _judge_shared(report, group, facts, config)
     for each in facts:
         if each.device == "cuda" and each.gpu.index is not None:
             _judge_gpu(report, group, each, precision, several=len(facts) > 1)
 
 
-def _judge_drivers(report: Report, group: str, facts: Sequence[Facts], config: DistributedConfig) -> None:
+def _judge_drivers(report: Report, group: str, facts: Sequence[Facts]) -> None:
+    """Lines about drivers. Here is no failure: training itself says which device it refuses, in `gpu.problem`."""
     results = {}
     for each in facts:
         gpu, cuda = each.gpu, each.versions.get("CUDA")
         problem = driver_problem(gpu.driver, cuda) if gpu.driver and cuda else None
         if problem is not None:
-            results[each.rank] = (WARN if gpu.visible else FAIL, problem)
-        elif config.device != "cpu" and (gpu.files or gpu.driver) and not gpu.visible:
+            results[each.rank] = (WARN, problem)
+        elif (gpu.files or gpu.driver) and not gpu.visible:
             found = f"{gpu.files} device files /dev/nvidia*" if gpu.files else f"driver {gpu.driver}"
             results[each.rank] = (
-                FAIL, f"this machine has GPUs ({found}), but torch cannot use them: {gpu.reason}; repair that, or set "
+                WARN, f"this machine has GPUs ({found}), but torch cannot use them: {gpu.reason}; repair that, or set "
                 f"distributed.device=cpu",
             )  # fmt: skip
-        elif config.device == "cuda" and not gpu.visible:
-            results[each.rank] = (FAIL, f"distributed.device=cuda, but torch sees no GPU: {gpu.reason}")
         elif gpu.driver:
             results[each.rank] = (OK, f"{gpu.driver}, new enough for CUDA {cuda}" if cuda else gpu.driver)
-    report.per_rank(group, "driver", results)
+    report.per_rank(group, "driver", results, of=len(facts))
+
+
+def _judge_devices(report: Report, group: str, facts: Sequence[Facts], config: DistributedConfig) -> None:
+    """Lines about devices that training refuses, and about ranks with different types of device."""
+    hosts: dict[str, list[str]] = defaultdict(list)
+    for each in facts:
+        if each.gpu.problem and each.host not in hosts[each.gpu.problem]:
+            hosts[each.gpu.problem].append(each.host)
+    refused = {
+        e.rank: (FAIL, f"{e.gpu.problem} (on {', '.join(hosts[e.gpu.problem])})") for e in facts if e.gpu.problem
+    }
+    report.per_rank(group, "device", refused, of=len(facts))
+    devices: dict[str, list[int]] = defaultdict(list)
+    for each in facts:
+        devices[each.device].append(each.rank)
+    if refused:
+        return
+    if len(devices) > 1:
+        text = ", ".join(f"{name_ranks(ranks)} would use {device}" for device, ranks in sorted(devices.items()))
+        report.fail(group, "device", f"{text}: all must use the same; set distributed.device, or repair the nodes")
+    elif "cpu" in devices:
+        reason = "as distributed.device says" if config.device == "cpu" else facts[0].gpu.reason
+        report.ok(group, "device", f"CPU{f': {reason}' if reason else ''}")
 
 
 def _judge_shared(report: Report, group: str, facts: Sequence[Facts], config: DistributedConfig) -> None:
@@ -136,13 +144,18 @@ class Loading:
     limit_mib: int
 
     @property
+    def batches(self) -> int:
+        """The batches that each loader process makes ahead, at most."""
+        return batches_ahead(self.workers, self.batch_bytes, self.limit_mib)
+
+    @property
     def waiting_bytes(self) -> int:
         """Bytes of the batches that wait, for training and evaluation."""
-        return 2 * self.workers * batches_ahead(self.workers, self.batch_bytes, self.limit_mib) * self.batch_bytes
+        return 2 * self.workers * self.batches * self.batch_bytes
 
     @property
     def open_files(self) -> int:
-        return OTHER_FILES + 2 * self.workers * (MOST + 4)  # a batch that waits is one
+        return OTHER_FILES + 2 * self.workers * (self.batches + 4)  # a batch that waits is one
 
 
 def loading(config: DataConfig, workers: int, world_size: int, image_size: int) -> Loading:
@@ -180,7 +193,7 @@ def judge_machine(report: Report, facts: Sequence[Facts], config: DataConfig, ne
             )  # fmt: skip
         text = f"{each.open_files} allowed, up to {need.open_files} needed"
         files[each.rank] = (OK, text) if each.open_files < 0 or each.open_files >= need.open_files else (
-            FAIL, f"{text}; raise the limit with `ulimit -n {max(4096, need.open_files)}`, or reduce data.workers",
+            WARN, f"{text}; raise the limit with `ulimit -n {max(4096, need.open_files)}`, or reduce data.workers",
         )  # fmt: skip
         needed = ranks * (RANK_MEMORY + need.waiting_bytes)
         text = f"{size(each.memory)} free for {counted(ranks, 'rank')}"

@@ -24,6 +24,7 @@ from distil_tl.doctor.lines import first_line
 from distil_tl.utils.errors import UserError
 
 POLL_SECONDS = 0.05
+LONGEST = 3600.0  # seconds that the other ranks wait for the checks of rank 0, such as a scan of many images
 
 
 class Meeting:

@@ -1,4 +1,4 @@
-"""Is there enough disk space for what a run will write."""
+"""Disk space: whether there is enough for what a run will write."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distil_tl.data.config import DataConfig
+from distil_tl.data.config import data_name
+from distil_tl.data.local_folder import FREE_SPACE_FACTOR
 from distil_tl.doctor.lines import FAIL, WARN, Report, size
 from distil_tl.training.config import OptimConfig, StageConfig, wants_features
 
@@ -61,10 +62,20 @@ def judge_features(
         )  # fmt: skip
 
 
-def judge_copy(report: Report, folder: FolderFacts, config: DataConfig, images: ImagesFound) -> None:
-    """A line about the space for a copy of the images on this node."""
-    text = f"{size(folder.free)} free for {size(images.bytes)} of images in {folder.path}"
-    if folder.free >= 1.05 * images.bytes:
+def judge_copy(report: Report, folder: FolderFacts, root: str, images: ImagesFound, archive: int | None) -> None:
+    """A line about the space for a copy of the images on this node.
+
+    Args:
+        archive: bytes of the tar file `root`, which training can't do without unpacking; None if it is a folder.
+    """
+    needed = images.bytes if archive is None else archive
+    what = "images" if archive is None else "a tar file, and its images may need more,"
+    text = f"{size(folder.free)} free for {size(needed)} of {what} in {folder.path}"
+    if folder.free >= FREE_SPACE_FACTOR * needed:
         report.ok(GROUP, "data.stage_to", text)
+    elif archive is None:
+        report.warn(GROUP, "data.stage_to", f"{text}: the images will be read from {root} instead")
+    elif any(Path(folder.path).glob(f"{data_name(Path(root))}-*/ready")):
+        report.warn(GROUP, "data.stage_to", f"{text}: enough only if what is unpacked there is of this tar file")
     else:
-        report.warn(GROUP, "data.stage_to", f"{text}: the images will be read from {config.root} instead")
+        report.fail(GROUP, "data.stage_to", f"{text}: free some space, or choose another data.stage_to")

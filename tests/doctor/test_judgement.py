@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
-from distil_tl.data.config import DataConfig
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.doctor import folders, group, space, weights
 from distil_tl.doctor.folders import FolderFacts
-from distil_tl.doctor.images import ImagesFound
+from distil_tl.doctor.images import ImagesFound, judge_pixels
 from distil_tl.doctor.lines import FAIL, OK, WARN, Report
-from distil_tl.doctor.meeting import Meeting
+from distil_tl.doctor.meeting import LONGEST, Meeting
 from distil_tl.doctor.weights import ModelFound
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import weights_file
@@ -80,8 +82,30 @@ def test_space_for_features_and_checkpoints(tmp_path: Path) -> None:
     assert found(report, FAIL) == []
 
     report, images.bytes = Report(), 10 << 20
-    space.judge_copy(report, folder, DataConfig(root="flowers"), images)
+    space.judge_copy(report, folder, "flowers", images, None)
     assert "the images will be read from flowers instead" in found(report, WARN)[0]
+
+
+def test_a_collective_that_hangs_does_not_end_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread is given up after `seconds`; NCCL must not end the process at the same time."""
+    asked: dict[str, Any] = {}
+
+    def form(backend: str, **options: Any) -> None:
+        asked.update(options)
+        raise RuntimeError("asked")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", form)
+    meeting: Any = SimpleNamespace(store=MagicMock(), launch=Launch())
+    assert "asked" in group.try_collectives(meeting, ["gloo"], None, 5.0)["gloo"]["problem"]
+    assert asked["timeout"].total_seconds() == LONGEST > 5.0
+
+
+def test_ranks_that_decode_to_different_pixels() -> None:
+    report = Report()
+    ranks = [gpu_rank(0, pixels={"JPEG": "a", "HEIF": "b"}), gpu_rank(1, pixels={"JPEG": "a", "HEIF": ""}), gpu_rank(2)]
+    judge_pixels(report, ranks)
+    (line,) = found(report, FAIL)
+    assert line.startswith("data/decoders: rank 0 and rank 1 (no decoder) would decode HEIF images to different pixels")
 
 
 def test_damaged_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

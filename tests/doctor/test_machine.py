@@ -8,7 +8,6 @@ import pytest
 
 from distil_tl.data.config import DataConfig
 from distil_tl.distributed.config import DistributedConfig
-from distil_tl.distributed.launch_env import Launch
 from distil_tl.doctor import gpus, machine
 from distil_tl.doctor.facts import Facts
 from distil_tl.doctor.lines import FAIL, OK, WARN, Report
@@ -67,28 +66,29 @@ def test_ranks_on_different_types_of_device() -> None:
     assert "rank 1 would use cpu, rank 0 would use cuda: all must use the same" in line
 
 
-def test_more_ranks_than_gpus() -> None:
-    (line,) = found(judged_gpus([gpu_rank(0, visible=["H100"], index=None)]), FAIL)
-    assert "2 processes on n0, where torch sees 1 GPUs; start at most that many" in line
-    assert gpus.gpu_of_rank(Launch(1, 2, 1, 2), visible=1) is None
-    assert gpus.gpu_of_rank(Launch(1, 2, 1, 2, launcher="slurm"), visible=1) == 0
+def test_devices_that_training_refuses() -> None:
+    problem = "2 processes on a node where torch sees 1 GPUs; start at most that many"
+    report = judged_gpus([gpu_rank(0), *(gpu_rank(n, device="cpu", problem=problem) for n in (1, 2, 3))])
+    assert found(report, FAIL) == [f"GPUs/device: ranks 1-3: {problem} (on n0, n1)"]
 
 
 def test_gpus_that_torch_cannot_use() -> None:
     hidden = gpu_rank(
         0, visible=[], index=None, device="cpu", driver=None, reason="Torch not compiled with CUDA enabled"
     )
-    (line,) = found(judged_gpus([hidden]), FAIL)
+    report = judged_gpus([hidden])
+    (line,) = found(report, WARN)
     assert "GPUs (2 device files /dev/nvidia*), but torch cannot use them: Torch not compiled with CUDA enabled" in line
-    assert found(judged_gpus([hidden], device="cpu"), FAIL) == []
-    hidden.gpu.files = 0
-    (line,) = found(judged_gpus([hidden], device="cuda"), FAIL)
-    assert "distributed.device=cuda, but torch sees no GPU" in line
+    assert found(report, FAIL) == [], "training warns, and uses the CPU"
 
 
 def test_a_driver_that_is_too_old() -> None:
-    (line,) = found(judged_gpus([gpu_rank(0, driver="535.129.03", visible=[], index=None, device="cpu")]), FAIL)
+    old = gpu_rank(0, driver="535.129.03", visible=[], index=None, device="cpu")
+    report = judged_gpus([old])
+    (line,) = found(report, WARN)
     assert "the driver 535.129.03 is older than 580.65, which CUDA 13.0 of this torch needs" in line
+    assert found(report, FAIL) == []
+    assert found(judged_gpus([old], device="cpu"), WARN) == []
     assert gpus.driver_problem("535.129.03", "12.8") is None
 
 
@@ -141,11 +141,12 @@ def test_too_few_cpus_and_little_memory() -> None:
 
 
 def test_too_few_open_files() -> None:
-    (line,) = found(judged_machine([gpu_rank(0), gpu_rank(1, open_files=256)]), FAIL)
+    (line,) = found(judged_machine([gpu_rank(0), gpu_rank(1, open_files=256)]), WARN)
     assert line.startswith(
         "machine/open files: rank 1: 256 allowed, up to 296 needed; raise the limit with `ulimit -n 4096`"
     )
-    assert found(judged_machine([gpu_rank(0, open_files=-1)]), FAIL) == []  # unlimited
+    assert found(judged_machine([gpu_rank(0, open_files=-1)]), WARN) == []  # unlimited
+    assert found(judged_machine([gpu_rank(0, open_files=256)], prefetch_mib=1), WARN) == []  # one batch each
 
 
 def test_clocks_that_differ() -> None:
