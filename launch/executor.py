@@ -16,6 +16,12 @@ from distil_tl.utils.errors import UserError
 from launch.slurm_config import SlurmConfig
 from launch.snapshot import snapshot_path
 
+# The option is of coreutils 8.31. Without it the first seconds of a job are not protected.
+BLOCK_SIGNALS = (
+    "BLOCK_SIGNALS='env --block-signal=TERM --block-signal=USR2'",
+    "$BLOCK_SIGNALS true 2>/dev/null || BLOCK_SIGNALS=",
+)
+
 
 def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str, *, name: str) -> Any:
     """A submitit executor for jobs that run the code in `snapshot`; its own files are in `folder`/slurm.
@@ -27,19 +33,21 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
     import submitit
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
-    executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster)
+    # Signals wait from the start of Python, which may take long, until training has handlers for them.
+    python = {"slurm_python": f"$BLOCK_SIGNALS {shlex.quote(sys.executable)}"} if cluster == "slurm" else {}
+    executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster, **python)
     code = shlex.quote(str(snapshot))
     setup = [
         *slurm.setup,
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",  # as torchrun does; the data loader has its own processes
         # `python -m` looks first in the current folder, and then in PYTHONPATH.
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
-        f"cd {code}",
+        f"cd {code} || exit 2",
     ]
     parameters = slurm.parameters(name)
     if cluster == "slurm":
         # Since Slurm 22.05, srun no longer takes --cpus-per-task from sbatch.
-        parameters["slurm_setup"] = [*setup, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
+        parameters["slurm_setup"] = [*setup, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *BLOCK_SIGNALS]
         # First, so that an option of the user counts. Without it the other tasks of a failed one could run on.
         parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1", *parameters.get("slurm_srun_args", [])]
     else:

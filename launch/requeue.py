@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from time import monotonic, sleep
 
-from launch.squeue import SlurmUnavailableError, job_state, requeue_job
+from launch.squeue import SlurmUnavailableError, is_installed, job_state, requeue_job
+
+PATIENCE = 90.0  # seconds; the other ranks wait somewhat longer for rank 0, which requeues the job
+LONGEST = 10.0  # seconds between two attempts
 
 
-def requeue_if_running(environ: Mapping[str, str]) -> str:
+def requeue_if_running(environ: Mapping[str, str], patience: float = PATIENCE) -> str:
     """Requeue this process's Slurm job if squeue calls it RUNNING. Returns the log message.
 
-    In any other state the job is left as it is: Slurm requeues a preempted job itself, and `scontrol requeue` would
-    bring back a cancelled one.
+    While Slurm does not answer, for example because its controller is restarted, it is asked again for `patience`
+    seconds. In any other state the job is left as it is: Slurm requeues a preempted job itself, and `scontrol requeue`
+    would bring back a cancelled one.
     """
     job = environ.get("SLURM_JOB_ID")
     if job is None:
         return "no Slurm job"
     if "SLURM_ARRAY_JOB_ID" in environ:  # the job id of one task is also that of the array, which requeues all tasks
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    try:
-        state = job_state(job)
-        if state == "RUNNING":
-            requeue_job(job)
-            message = f"job {job} is requeued"
-        else:
-            message = f"job {job} is {state or 'no longer known to Slurm'}, so it is not requeued"
-    except SlurmUnavailableError as error:
-        message = f"job {job} can't be requeued ({error}); submit it again to resume"
+    deadline, pause = monotonic() + patience, 1.0
+    while True:
+        try:
+            message = _requeue(job)
+            break
+        except SlurmUnavailableError as error:
+            message = f"job {job} can't be requeued ({error}); submit it again to resume"
+            if not is_installed() or monotonic() + pause > deadline:
+                break
+            sys.stderr.write(f"launch: {error}; trying again\n")
+            sleep(pause)
+            pause = min(2 * pause, LONGEST)
     sys.stderr.write(f"launch: {message}\n")
     sys.stderr.flush()
     return message
+
+
+def _requeue(job: str) -> str:
+    state = job_state(job)
+    if state == "RUNNING":
+        requeue_job(job)
+        return f"job {job} is requeued"
+    return f"job {job} is {state or 'no longer known to Slurm'}, so it is not requeued"

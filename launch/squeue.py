@@ -96,6 +96,11 @@ def cancel_jobs(job_ids: Iterable[str]) -> None:
         _run(["scancel", *ids])
 
 
+def is_installed() -> bool:
+    """Whether this machine has Slurm's commands."""
+    return shutil.which("squeue") is not None and shutil.which("scontrol") is not None
+
+
 def _run(command: list[str]) -> str:
     """The standard output of a Slurm command."""
     if shutil.which(command[0]) is None:

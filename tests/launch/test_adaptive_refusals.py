@@ -52,7 +52,7 @@ def test_all_trials_run_the_code_and_the_configuration_of_the_beginning(
 
     def codes() -> list[str]:
         scripts = [job["script"] for _, job in sorted(slurm.jobs.items(), key=lambda item: int(item[0]))]
-        return [re.findall("^cd (.*)$", script, re.MULTILINE)[0] for script in scripts]
+        return [re.findall(r"^cd (.*) \|\| exit 2$", script, re.MULTILINE)[0] for script in scripts]
 
     searched("--parallel=1", returns=3)
     assert len(codes()) == 2

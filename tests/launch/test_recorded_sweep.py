@@ -137,6 +137,6 @@ def test_the_same_search_continues_with_its_trials_and_its_code(
     assert adaptive.main([*args, "--trials=3"]) == 0
     assert states() == {"COMPLETE": 3}
     assert list(slurm.jobs) == ["7"]
-    assert (f"\ncd {code}\n" in slurm.jobs["7"]["script"]) is has_code
+    assert (f"\ncd {code} || exit 2\n" in slurm.jobs["7"]["script"]) is has_code
     trials = json.loads((HERE / "sweep.json").read_text())["trials"]
     assert list(trials)[:2] == ["41a527e703", "fb0e0d1721"]

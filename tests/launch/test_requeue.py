@@ -51,15 +51,34 @@ def test_slurm_that_does_not_answer_is_no_error(
 ) -> None:
     slurm.add("7", "RUNNING")
     slurm.refuse("scontrol", "Requested operation is presently disabled")
-    assert requeue_if_running({"SLURM_JOB_ID": "7"}) == (
+    assert requeue_if_running({"SLURM_JOB_ID": "7"}, patience=0) == (
         "job 7 can't be requeued (scontrol: Requested operation is presently disabled); submit it again to resume"
     )
     slurm.refuse("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
-    assert "Unable to contact slurm controller); submit it again to resume" in requeue_if_running({"SLURM_JOB_ID": "7"})
+    message = requeue_if_running({"SLURM_JOB_ID": "7"}, patience=0)
+    assert "Unable to contact slurm controller); submit it again to resume" in message
     without_slurm(monkeypatch, tmp_path)
     assert requeue_if_running({"SLURM_JOB_ID": "7"}) == (
         "job 7 can't be requeued (squeue is not on this machine); submit it again to resume"
     )
+
+
+def test_a_controller_that_is_restarted_is_asked_again(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.add("7", "RUNNING", nodes="n1")
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 5:
+            slurm.refuse("squeue", None)
+
+    slurm.refuse("squeue", "Unable to contact slurm controller")
+    monkeypatch.setattr("launch.requeue.sleep", sleep)
+    assert requeue_if_running({"SLURM_JOB_ID": "7"}) == "job 7 is requeued"
+    assert pauses == [1, 2, 4, 8, 10]
+    assert "Unable to contact slurm controller; trying again" in capsys.readouterr().err
 
 
 def test_without_a_slurm_job_no_command_is_called(slurm: FakeSlurm) -> None:

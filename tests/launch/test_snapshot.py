@@ -89,7 +89,11 @@ def test_an_edit_during_a_submission_is_not_in_the_snapshot(
     Path("seeds.yaml").write_text("seeds: [0, 1]")
     args = PLAIN if command is submit.main else [arg for arg in PLAIN if not arg.startswith("run_dir")]
     assert command([*args, *(["seeds.yaml"] if command is sweep.main else [])]) == 0
-    (code,) = {line for job in slurm.jobs.values() for line in re.findall("^cd (.*)$", job["script"], re.MULTILINE)}
+    (code,) = {
+        line
+        for job in slurm.jobs.values()
+        for line in re.findall(r"^cd (.*) \|\| exit 2$", job["script"], re.MULTILINE)
+    }
     assert read(Path(code) / "distil_tl/train.py") == before
 
 

@@ -245,7 +245,7 @@ def test_trials_without_a_snapshot_of_their_own_keep_theirs(
     submitted(yaml_file("seeds: [0, 1]"))
     (source / "distil_tl/train.py").write_text("# edited")
     submitted(yaml_file("seeds: [0, 1, 2]"))
-    codes = [re.findall("^cd (.*)$", slurm.jobs[job]["script"], re.MULTILINE)[0] for job in ("7_0", "8")]
+    codes = [re.findall(r"^cd (.*) \|\| exit 2$", slurm.jobs[job]["script"], re.MULTILINE)[0] for job in ("7_0", "8")]
     assert [Path(code, "distil_tl/train.py").read_text() == "# edited" for code in codes] == [False, True]
 
 
