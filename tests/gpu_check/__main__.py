@@ -22,7 +22,8 @@ from typing import Any
 from distil_tl.utils.files import write_json
 from tests.gpu_check.check import Check, CheckFailedError, write_to
 
-DRY_LIMIT = 500  # seconds of each step with --dry: machines of CI may be busy
+SECONDS = 480.0  # for everything
+DRY_SECONDS, DRY_LIMIT = 1200.0, 500  # for everything and for each step with --dry: machines of CI may be busy
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Result:
     """One step. `figures` are what it measured; `limit` is in seconds."""
 
     name: str
-    status: str  # passed | failed | killed
+    status: str  # passed | failed | killed | skipped
     seconds: float
     limit: int
     last_line: str
@@ -47,6 +48,7 @@ class Running:
 
 
 def main(args: list[str]) -> int:
+    began = time.monotonic()
     parser = argparse.ArgumentParser(prog="tests/gpu_check.sh", description="Checks this package on a GPU.")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with a tiny network, two steps at a time")
     parser.add_argument("--only", help="names of steps, separated by commas")
@@ -65,10 +67,11 @@ def main(args: list[str]) -> int:
         parser.error(f"there is no step {', '.join(unknown)}; steps: {', '.join(STEPS)}")
     options.out = Path(os.environ.get("GPU_CHECK_FROM", ""), options.out)
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through the `finally` below
     work = tempfile.mkdtemp(prefix="gpu-check-")  # not TemporaryDirectory, which each forked process would remove
     os.environ["DISTIL_TL_CACHE"] = f"{work}/cache"
-    results = Results(options.out, dry=options.dry)
+    seconds = float(os.environ.get("GPU_CHECK_SECONDS") or (DRY_SECONDS if options.dry else SECONDS))
+    results = Results(options.out, dry=options.dry, began=began, seconds=seconds)
+    signal.signal(signal.SIGTERM, lambda number, frame: results.stop())
     try:
         run_steps(names, Path(work), results, dry=options.dry)
     finally:
@@ -77,7 +80,7 @@ def main(args: list[str]) -> int:
 
 
 def run_steps(names: list[str], work: Path, results: Results, *, dry: bool) -> None:
-    """Run the steps: one after another, or two at a time with `dry`."""
+    """Run the steps: one after another, or two at a time with `dry`. What is left when the time is over is skipped."""
     from tests.gpu_check.steps import STEPS
 
     waiting, running = list(names), list[Running]()
@@ -85,19 +88,23 @@ def run_steps(names: list[str], work: Path, results: Results, *, dry: bool) -> N
         waiting.sort(key=lambda name: name != "compile")
     try:
         while waiting or running:
-            while waiting and len(running) < 1 + dry:
+            over = results.is_over()
+            while waiting and not over and len(running) < 1 + dry:
                 name = waiting.pop(0)
                 limit = DRY_LIMIT if dry else STEPS[name].limit
                 running.append(start(name, Check(dry, work, work / name), limit))
             for step in list(running):
                 pid, status = os.waitpid(step.pid, os.WNOHANG)
-                late = not pid and time.monotonic() - step.began > step.limit
+                late = not pid and (over or time.monotonic() - step.began > step.limit)
                 if pid or late:
                     running.remove(step)
                     kill(step, reap=not pid)
                     results.add(
                         step, "killed" if late or os.WIFSIGNALED(status) else "passed" if status == 0 else "failed"
                     )
+            while waiting and over:
+                name = waiting.pop(0)
+                results.skip(name, STEPS[name].limit)
             time.sleep(0.02)
     finally:
         for step in running:
@@ -112,6 +119,7 @@ def start(name: str, check: Check, limit: int) -> Running:
         return Running(name, pid, check.own, limit)
     status = 1
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         os.environ["GPU_CHECK_STEP"] = str(check.own)  # for `kill`: inherited by programs that the step starts
         output = os.open(check.own / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -157,11 +165,22 @@ def kill(step: Running, *, reap: bool) -> None:
 class Results:
     """The lines on standard output, and the files log.txt and results.json."""
 
-    def __init__(self, out: Path, *, dry: bool) -> None:
+    def __init__(self, out: Path, *, dry: bool, began: float, seconds: float) -> None:
         self.out, self.dry, self.steps = out, dry, list[Result]()
-        self.began = time.monotonic()
+        self.began, self.deadline = began, began + seconds
         (out / "log.txt").write_text("")
         self._write()
+
+    def stop(self) -> None:
+        """Let the time be over."""
+        self.deadline = 0.0
+
+    def is_over(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def skip(self, name: str, limit: int) -> None:
+        """Record a step for which there is no time left."""
+        self._record(Result(name, "skipped", 0.0, limit, "no time was left"))
 
     def add(self, step: Running, status: str) -> None:
         output = step.folder / "output"
@@ -175,13 +194,16 @@ class Results:
             figures = json.loads((step.folder / "figures.json").read_text())
         seconds = time.monotonic() - step.began
         last = lines[-1] if lines else "no output"
-        self.steps.append(Result(step.name, status, round(seconds, 1), step.limit, last, figures))
+        self._record(Result(step.name, status, round(seconds, 1), step.limit, last, figures), text)
+        shutil.rmtree(step.folder / "runs", ignore_errors=True)
+
+    def _record(self, result: Result, text: str = "") -> None:
+        self.steps.append(result)
         with (self.out / "log.txt").open("a") as log:
-            log.write(f"=== {step.name}: {status}\n{text}\n")
-        sys.stdout.write(f"{step.name:<22} {status:<6} {seconds:5.0f} s  {last[:160]}\n")
+            log.write(f"=== {result.name}: {result.status}\n{text}\n")
+        sys.stdout.write(f"{result.name:<22} {result.status:<7} {result.seconds:5.0f} s  {result.last_line[:160]}\n")
         sys.stdout.flush()
         self._write()
-        shutil.rmtree(step.folder / "runs", ignore_errors=True)
 
     def _write(self) -> None:
         seconds = round(time.monotonic() - self.began, 1)

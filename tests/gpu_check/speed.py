@@ -14,12 +14,25 @@ import torch
 from benchmarks import trace
 from benchmarks.images import write_images
 from benchmarks.pipeline import PRESETS, Task, run_one
-from distil_tl.data.config import default_workers
+from distil_tl.data.config import DataConfig, default_workers
+from distil_tl.data.prefetch import plan_prefetch
+from distil_tl.distributed.launch_env import Launch
 from distil_tl.utils.threads import available_cpus
 from tests.gpu_check.check import Check, Forked, expect
 
-IMAGES = 7680  # 30 steps of 256
+STEPS = 30  # of an epoch in which nothing is loaded
 PROFILED = (12, 10)  # steps before the profile, and in it
+
+
+def steps_of_epoch(mode: str, workers: int, batch_bytes: int) -> int:
+    """The steps of an epoch: at least three times as many as batches are loaded ahead.
+
+    Else a part of the second epoch, which counts, is loaded before it begins, or nothing is loaded during it.
+    """
+    if mode == "synthetic":
+        return STEPS
+    ahead = plan_prefetch(Launch(), workers, batch_bytes, limit_mib=DataConfig().prefetch_mib, pinned=True)
+    return max(STEPS, 3 * ahead.workers * ahead.batches)
 
 
 def task_of(check: Check, name: str, mode: str) -> Task:
@@ -27,9 +40,13 @@ def task_of(check: Check, name: str, mode: str) -> Task:
     if check.dry:
         root, workers, model, size, batch, precision = check.images(16), 0, "shufflenet_v2_x0_5", 32, 8, "fp32"
     else:
-        root, workers = write_images(check.work / "jpegs", IMAGES), default_workers(available_cpus())
-        model, size, batch, precision = preset.model, preset.image_size, preset.batch, "auto"
-    return Task(str(root), mode, workers, model, size, batch, "light", precision, epochs=2, device=check.device)
+        workers, size, batch = default_workers(available_cpus()), preset.image_size, preset.batch
+        count = batch * steps_of_epoch(mode, workers, batch * 3 * size * size)
+        root = write_images(check.work / f"jpegs-{count}", count, link=True)
+        model, precision = preset.model, "auto"
+    # During the second epoch batches of the third are loaded, if any are.
+    epochs = 2 if check.dry or mode == "synthetic" else 3
+    return Task(str(root), mode, workers, model, size, batch, "light", precision, epochs=epochs, device=check.device)
 
 
 def measured(check: Check, task: Task) -> dict[str, Any]:
@@ -104,7 +121,8 @@ def profiled(task: Task, work: Path, before: int, steps: int) -> list[dict[str, 
 
 def profile(check: Check, figures: dict[str, Any]) -> str:
     """Ten steps of ResNet-50 on images: is the GPU busy, and do copies overlap with computing?"""
-    task = replace(task_of(check, "resnet50", "both"), epochs=2 if check.dry else 1)
+    short = task_of(check, "resnet50", "synthetic")
+    task = replace(short, mode="both", epochs=2 if check.dry else 1)
     before, steps = (1, 2) if check.dry else PROFILED
     result = check.own / "trace.json"
 

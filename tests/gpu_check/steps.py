@@ -235,10 +235,10 @@ STEPS = {
     "nccl-refused": Step(nccl_refused, 40),
     "stop-and-resume": Step(stop_and_resume, 120),
     "features": Step(features, 45),
-    "compile": Step(compile_all, 180),
-    "pipeline-resnet50": Step(pipeline("resnet50"), 100),
-    "pipeline-vit_b_16": Step(pipeline("vit_b_16"), 75),
+    "pipeline-resnet50": Step(pipeline("resnet50"), 120),
+    "pipeline-vit_b_16": Step(pipeline("vit_b_16"), 100),
     "profile": Step(profile, 45),
-    "pipeline-resnet50-32": Step(pipeline("resnet50-32"), 60),
+    "pipeline-resnet50-32": Step(pipeline("resnet50-32"), 75),
     "pipeline-mobilenet_v2": Step(pipeline("mobilenet_v2"), 60),
+    "compile": Step(compile_all, 240),  # a minute for each of its stages
 }

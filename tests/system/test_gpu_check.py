@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.gpu_check import __main__ as check
-from tests.gpu_check import steps
+from tests.gpu_check import speed, steps
 from tests.gpu_check.check import Check, expect
 from tests.helpers.paths import ROOT
 
@@ -46,6 +47,54 @@ def test_wrong_arguments_are_refused(args: list[str], message: str, capsys: pyte
         check.main(args)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def steps_with(monkeypatch: pytest.MonkeyPatch, **bodies: Callable[[Check, dict[str, object]], str]) -> None:
+    monkeypatch.setattr(steps, "STEPS", {name: steps.Step(body, 60) for name, body in bodies.items()})
+
+
+@pytest.mark.parametrize("seconds", ["1", "600"])
+def test_steps_for_which_there_is_no_time_are_recorded(
+    seconds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The time is over after `seconds`, or when SIGTERM arrives."""
+
+    def hangs(given: Check, figures: dict[str, object]) -> str:
+        sys.stdout.write("before\n")
+        sys.stdout.flush()
+        if seconds == "600":
+            os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+        return "ended"
+
+    steps_with(monkeypatch, passes=lambda given, figures: "fine", hangs=hangs, never=hangs)
+    monkeypatch.setenv("GPU_CHECK_SECONDS", seconds)
+    monkeypatch.setenv("DISTIL_TL_CACHE", str(tmp_path / "cache"))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert check.main([str(tmp_path / "out")]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    shown = capsys.readouterr().out.splitlines()
+    expected = [["passes", "passed"], ["hangs", "killed"], ["never", "skipped"]]
+    assert [line.split()[:2] for line in shown[:3]] == expected
+    assert shown[3].startswith("not passed: hangs, never in ")
+    found = json.loads((tmp_path / "out/results.json").read_text())["steps"]
+    assert {step["name"]: step["last_line"] for step in found} == {
+        "passes": "fine", "hangs": "before", "never": "no time was left"
+    }  # fmt: skip
+
+
+def test_an_epoch_is_longer_than_what_is_loaded_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Check(dry=False, work=tmp_path, own=tmp_path)
+    monkeypatch.setattr(speed, "available_cpus", lambda: 16)
+    monkeypatch.setattr("distil_tl.data.prefetch.available_memory", lambda: 128 << 30)
+    monkeypatch.setattr("distil_tl.data.prefetch.has_memory_files", lambda: True)
+    monkeypatch.setattr(speed, "write_images", lambda root, count, link: Path(str(count)))
+    both = speed.task_of(given, "resnet50", "both")
+    assert (both.epochs, both.root) == (3, str(3 * 15 * 2 * 256))  # 15 loader processes, two batches each
+    alone = speed.task_of(given, "resnet50", "synthetic")
+    assert (alone.epochs, alone.root) == (2, str(30 * 256))
 
 
 def test_steps_that_fail_or_hang_do_not_stop_the_others(
