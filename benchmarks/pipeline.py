@@ -201,8 +201,8 @@ def set_page_cache(root: Path, *, warm: bool) -> None:
 def run_one(task: Task, work: Path) -> dict[str, Any]:
     """Train as `distil_tl.train` does, without evaluations and checkpoints. Returns the seconds of each epoch.
 
-    All modes go through the loop of the trainer: the copy to the device, the agreement of the ranks, the check for
-    values that are not finite, the meter. Only what a mode leaves out is replaced.
+    All modes go through the loop of the trainer: the agreement of the ranks, the check for values that are not finite,
+    the meter, and the copy to the device of what is loaded. Only what a mode leaves out is replaced.
 
     Args:
         work: a folder for the run directory.

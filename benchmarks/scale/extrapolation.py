@@ -27,10 +27,6 @@ class Law:
     def __call__(self, ranks: float) -> float:
         return sum(factor * TERMS[name](ranks) for name, factor in self.factors.items())
 
-    def grows_like(self, ranks: float) -> str:
-        """The term that is the largest at this number of ranks."""
-        return max(self.factors, key=lambda name: self.factors[name] * TERMS[name](ranks), default="0")
-
 
 def fit(ranks: Sequence[int], values: Sequence[float]) -> Law:
     """The law with the smallest relative errors. Of two that are about equal, the one with the fewer terms."""

@@ -15,9 +15,8 @@ from benchmarks.scale.ranks import run_ranks
 
 DELAYS = (10.0, 50.0)  # milliseconds, one way
 MOST_DELAYED = 32  # ranks behind the delaying switch, which is a process
-MOST_CONNECTED = (
-    64  # ranks that gloo connects all at once, and of which one is killed: the machine is too busy with more
-)
+# Ranks that gloo connects all at once, and of which one is killed: the machine is too busy with more.
+MOST_CONNECTED = 64
 SMALL_INDEX = 1000  # files, where the latency is measured
 LATENCY, BANDWIDTH = 50e-6, 1.25e9  # of the model: seconds one way, bytes/s
 CPU = ("cpu_rank_zero", "cpu_other")
@@ -92,7 +91,8 @@ def measured(runs: dict[int, list[dict[str, Any]]], reason: str | None) -> str:
     """Tables of what was measured."""
     totals = {
         "s until the group is formed": ("formed_seconds", 1), "s from the signal to the stop": ("stop_seconds", 2),
-        "s until the last one has exited": ("leave_seconds", 1), "CPU s, all processes": ("cpu_seconds", 0),
+        "s until the last one has exited": ("leave_seconds", 1), "s from start to the last exit": ("seconds", 1),
+        "CPU s, all processes": ("cpu_seconds", 0),
         "MiB of a rank": ("private_mb", 0), "MiB of its watchdog": ("watchdog_mb", 0),
         "descriptors of a rank, at most": ("descriptors", 0),
     }  # fmt: skip

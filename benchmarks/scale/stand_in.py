@@ -43,14 +43,13 @@ STEP_SECONDS = 0.01  # of the training that a signal stops
 
 @dataclass
 class Part:
-    """What a part cost this rank. `sent` and `received`: bytes on the interface of its node, to other nodes."""
+    """What a part cost this rank. `sent`: bytes from the interface of its node to other nodes."""
 
     began: float
     ended: float
     cpu_seconds: float
     requests: int  # to the store, by this package; torch makes further ones while it forms the group
     sent: int
-    received: int
 
 
 @dataclass
@@ -62,24 +61,20 @@ class Costs:
     requests: int = 0
 
     def measure(self, name: str, work: Callable[[], Result]) -> Result:
-        began, cpu, requests, bytes_ = time.monotonic(), _cpu_seconds(), self.requests, traffic(self.interface)
+        began, cpu, requests, sent = time.monotonic(), _cpu_seconds(), self.requests, sent_bytes(self.interface)
         result = work()
-        after = traffic(self.interface)
-        self.parts[name] = Part(
-            began, time.monotonic(), _cpu_seconds() - cpu, self.requests - requests, after[0] - bytes_[0],
-            after[1] - bytes_[1],
-        )  # fmt: skip
+        sent = sent_bytes(self.interface) - sent
+        self.parts[name] = Part(began, time.monotonic(), _cpu_seconds() - cpu, self.requests - requests, sent)
         return result
 
 
-def traffic(interface: str) -> tuple[int, int]:
-    """Bytes sent and received on an interface of this process's network namespace."""
+def sent_bytes(interface: str) -> int:
+    """Bytes sent on an interface of this process's network namespace."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, numbers = line.partition(":")
         if name.strip() == interface:
-            fields = numbers.split()
-            return int(fields[8]), int(fields[0])
-    return 0, 0
+            return int(numbers.split()[8])
+    return 0
 
 
 def _cpu_seconds() -> float:
@@ -192,13 +187,12 @@ def stop_together(info: DistInfo, stop: StopSignal, costs: Costs) -> float:
 
 
 def memory(info: DistInfo) -> dict[str, float]:
-    """Memory in MiB that this rank and its watchdog do not share, and their file descriptors and threads."""
+    """Memory in MiB that this rank and its watchdog do not share, and the file descriptors of this rank."""
     watchdog = None if info.watchdog is None else info.watchdog.process
     return {
         "private_mb": _private_mb("self"),
         "watchdog_mb": 0.0 if watchdog is None else _private_mb(str(watchdog.pid)),
         "descriptors": len(list(Path("/proc/self/fd").iterdir())),
-        "threads": len(list(Path("/proc/self/task").iterdir())),
     }
 
 

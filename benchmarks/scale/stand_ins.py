@@ -69,7 +69,6 @@ def _run(task: dict[str, Any], made: Cluster | None, folder: Path) -> dict[str, 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     gate = os.pipe()  # no rank starts before all are forked
-    forking = time.monotonic()
     running: dict[int, int] = {}
     ended: dict[int, tuple[int, float]] = {}  # by rank its status, and when
     try:
@@ -97,7 +96,7 @@ def _run(task: dict[str, Any], made: Cluster | None, folder: Path) -> dict[str, 
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
     last = max(when for _, when in ended.values())
-    found: dict[str, Any] = {"ranks": task["ranks"], "fork_seconds": began - forking, "seconds": last - began}
+    found: dict[str, Any] = {"ranks": task["ranks"], "seconds": last - began}
     if task["lost"]:
         return {**found, "end_seconds": last - float(Path(task["killed_at"]).read_text())}
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -160,7 +159,7 @@ def summary(task: dict[str, Any], began: float, ended: dict[int, tuple[int, floa
     Returns:
         parts: by name; seconds from the first rank's beginning to the last one's end, CPU seconds of rank 0, which
             serves the store, and of the others (median and largest), requests to the store by all ranks, and bytes
-            that the node of rank 0 sent to the others and received from them.
+            that the node of rank 0 sent to the others.
     """
     ranks = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(task["ranks"])]
     parts = {}
@@ -171,10 +170,8 @@ def summary(task: dict[str, Any], began: float, ended: dict[int, tuple[int, floa
             "seconds": max(part["ended"] for part in each) - min(part["began"] for part in each),
             "cpu_rank_zero": each[0]["cpu_seconds"],
             "cpu_other": others[len(others) // 2],
-            "cpu_all": sum(part["cpu_seconds"] for part in each),
             "requests": sum(part["requests"] for part in each),
             "sent": each[0]["sent"],
-            "received": each[0]["received"],
         }
     left = max(when for _, when in ended.values()) - max(rank["reported"] for rank in ranks)
     return {
@@ -182,11 +179,8 @@ def summary(task: dict[str, Any], began: float, ended: dict[int, tuple[int, floa
         "formed_seconds": max(rank["formed"] for rank in ranks) - began,
         "stop_seconds": max(rank["stop_seconds"] for rank in ranks),
         "leave_seconds": left,
-        **{
-            key: max(rank[key] for rank in ranks)
-            for key in ("private_mb", "watchdog_mb", "descriptors", "threads")
-        },
-    }  # fmt: skip
+        **{key: max(rank[key] for rank in ranks) for key in ("private_mb", "watchdog_mb", "descriptors")},
+    }
 
 
 if __name__ == "__main__":

@@ -89,9 +89,8 @@ def decode_bytes(
                 path, f"{width} x {height} pixels are more than the {max_pixels:,} allowed; make it smaller"
             )
         if min_side is not None:
-            image.draft(
-                None, (min_side, min_side)
-            )  # sets `image.size` of a JPEG to the size that it will be decoded to
+            # Sets `image.size` of a JPEG to the size that it will be decoded to.
+            image.draft(None, (min_side, min_side))
         if image.size == (width, height):
             pixels = _decode_fast(data, image)
             if pixels is not None:

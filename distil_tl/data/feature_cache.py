@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distil_tl.data.loader import Batch, Loader
-from distil_tl.data.prefetch import plan_prefetch
+from distil_tl.data.prefetch import batches_of_thread
 from distil_tl.data.read_ahead import PinnedLoader
 from distil_tl.data.sampler import SampleKey
 from distil_tl.distributed.launch_env import Launch
@@ -189,6 +189,7 @@ def feature_loader(
     batches: Iterable[list[SampleKey]],
     batch_size: int,
     *,
+    launch: Launch,
     device: torch.device,
     limit_mib: int,
 ) -> Iterable[Batch]:
@@ -200,8 +201,8 @@ def feature_loader(
     loader: Loader = DataLoader(dataset, batch_sampler=given, collate_fn=_identity, generator=torch.Generator())
     if device.type != "cuda":
         return loader
-    _, ahead = plan_prefetch(Launch(), 1, batch_size * dataset.bytes_per_image, limit_mib=limit_mib, pinned=True)
-    return PinnedLoader(loader, device, max(1, ahead))
+    ahead = batches_of_thread(launch, batch_size * dataset.bytes_per_image, limit_mib=limit_mib)
+    return PinnedLoader(loader, device, ahead)
 
 
 def _identity(batch: Any) -> Any:

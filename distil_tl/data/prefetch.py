@@ -11,7 +11,7 @@ from distil_tl.distributed.shared_memory import has_memory_files
 from distil_tl.utils.log import logger
 from distil_tl.utils.memory import available_memory
 
-MOST = 8  # batches of one loader process: more hide no longer delays, and each is an open file in that process
+MOST = 8  # batches of one loader process: more would not help against longer delays, and each is an open file
 MEMORY_SHARE = 0.25  # of the memory that a rank can still use, for one loader; a stage has two
 IN_USE = 2  # batches that training holds while it asks for the next one
 SHM = "/dev/shm"
@@ -38,10 +38,9 @@ def plan_prefetch(launch: Launch, workers: int, batch_bytes: int, *, limit_mib: 
     """
     if not workers:
         return Prefetch(0, 0)
-    # torch's allocator of pinned memory rounds up to a power of two.
-    size = 1 << (batch_bytes - 1).bit_length() if pinned else batch_bytes
+    size = _pinned_size(batch_bytes) if pinned else batch_bytes
     ranks = launch.local_world_size
-    memory = int(MEMORY_SHARE * available_memory() / ranks)
+    memory = _memory_of_loader(launch)
     room = memory // size
     if room < workers:
         _warn(
@@ -70,6 +69,27 @@ def plan_prefetch(launch: Launch, workers: int, batch_bytes: int, *, limit_mib: 
 def batches_ahead(workers: int, batch_bytes: int, limit_mib: int) -> int:
     """The batches of each loader process by `data.prefetch_mib` alone."""
     return max(1, min(MOST, (limit_mib << 20) // max(1, workers * batch_bytes)))
+
+
+def batches_of_thread(launch: Launch, batch_bytes: int, *, limit_mib: int) -> int:
+    """How many batches a thread of the training process may load ahead into pinned memory: at least one.
+
+    Args:
+        batch_bytes: of the largest batch.
+        limit_mib: `data.prefetch_mib`.
+    """
+    size = _pinned_size(batch_bytes)
+    return max(1, min(batches_ahead(1, size, limit_mib), _memory_of_loader(launch) // size))
+
+
+def _pinned_size(batch_bytes: int) -> int:
+    """The bytes that torch's allocator of pinned memory uses: it rounds up to a power of two."""
+    return 1 << (batch_bytes - 1).bit_length()
+
+
+def _memory_of_loader(launch: Launch) -> int:
+    """The bytes that batches of one loader of a rank should use at most."""
+    return int(MEMORY_SHARE * available_memory() / launch.local_world_size)
 
 
 def free_shared_memory() -> int | None:

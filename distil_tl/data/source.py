@@ -106,5 +106,6 @@ class ImageSource:
     ) -> Iterable[Batch]:
         """A loader of features in these batches, of at most `batch_size` images."""
         return feature_loader(
-            features, batches, batch_size, device=self.info.device, limit_mib=self.config.prefetch_mib
-        )
+            features, batches, batch_size,
+            launch=self.info.launch, device=self.info.device, limit_mib=self.config.prefetch_mib,
+        )  # fmt: skip

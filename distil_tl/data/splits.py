@@ -15,9 +15,7 @@ import numpy as np
 from distil_tl.data.config import SPLITS, DataConfig
 from distil_tl.data.digits import digits_folder
 from distil_tl.data.index import Index, differences
-from distil_tl.data.loader import (
-    warn_of_few_cpus,
-)
+from distil_tl.data.loader import warn_of_few_cpus
 from distil_tl.data.local_copy import stage_folder
 from distil_tl.data.pixels import agree_on_pixels
 from distil_tl.data.scan import scan

@@ -72,6 +72,9 @@ def test_a_run_that_will_work(doctor: Doctor, tmp_path: Path) -> None:
     ):
         assert expected in shown
     assert sorted(tmp_path.rglob("*")) == before
+    sample = (ROOT / "docs/doctor.md").read_text().partition("```text\n")[2].partition("```")[0]
+    names = {line.split(": ")[0].partition("/")[2] for line in lines if not line.startswith("ok versions/not ")}
+    assert [name for name in names if f"  {name} " not in sample] == [], "the sample in docs/doctor.md is old"
 
 
 def test_wrong_keys_and_values(doctor: Doctor) -> None:

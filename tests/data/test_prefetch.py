@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from distil_tl.data import prefetch
+from distil_tl.data.feature_cache import feature_loader
 from distil_tl.data.loader import Batch, ImageDataset, make_loader
-from distil_tl.data.prefetch import Prefetch, plan_prefetch
+from distil_tl.data.prefetch import Prefetch, batches_of_thread, plan_prefetch
+from distil_tl.data.read_ahead import PinnedLoader
 from distil_tl.data.sampler import EvalBatches, EvalSampler
 from distil_tl.data.scan import scan
 from distil_tl.data.transforms import eval_transform
@@ -175,3 +177,23 @@ def test_faults_arrive(data: Path) -> None:
     batch = next(loaded(data, 1))
     assert batch.faults == [(3, "the file is empty")]
     assert batch.valid.tolist() == [True] * 3 + [False] + [True] * 4
+
+
+def test_a_thread_for_features_has_its_share_of_the_memory(machine: Callable[..., None]) -> None:
+    assert batches_of_thread(Launch(), 12 * MB, limit_mib=64) == 4  # 16 MiB each, in pinned memory
+    assert batches_of_thread(Launch(), 1, limit_mib=64) == prefetch.MOST
+    machine(memory=GIB)
+    assert [batches_of_thread(Launch(local_world_size=n), 48 * MB, limit_mib=2048) for n in (1, 2, 8)] == [4, 2, 1]
+
+
+def test_the_ranks_of_a_node_share_the_memory_for_features(
+    machine: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine(memory=GIB)
+    features: Any = SimpleNamespace(bytes_per_image=48 * MB // 32)
+    loader = feature_loader(
+        features, [], 32, launch=Launch(local_world_size=8), device=torch.device("cuda"), limit_mib=2048
+    )
+    assert isinstance(loader, PinnedLoader)
+    assert loader.ahead == 1
+    assert capsys.readouterr().out == "", "no loader process is meant"

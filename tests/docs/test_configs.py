@@ -14,6 +14,7 @@ from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
+from distil_tl.rundir.changes import FREE_ON_RESUME
 from distil_tl.training.config import StageConfig
 from distil_tl.training.stage import check_stages
 from tests.helpers.paths import ROOT
@@ -128,3 +129,9 @@ def test_the_reference_lists_every_key_with_its_default_and_meaning() -> None:
     put_in, take_out = [row for row in wanted if row not in found], [row for row in found if row not in wanted]
     assert put_in + take_out == [], "\n".join(["put into docs/configuration.md:", *put_in, "take out:", *take_out])
     assert found == wanted, "the order is not that of --help"
+
+
+def test_the_reference_lists_the_keys_that_may_change() -> None:
+    lines = REFERENCE.read_text().splitlines()
+    listed = lines[lines.index("These keys may change when a run is resumed:") + 2]
+    assert sorted(re.findall(r"`([^`]+)`", listed)) == sorted(re.sub(r"\.$", ".*", key) for key in FREE_ON_RESUME)
