@@ -105,7 +105,7 @@ def load(args: Sequence[str], *, saved: bool = False) -> tuple[Config, DictConfi
     apply(schema, overrides, "", problems)
     if problems:
         with suppress(UserError):  # an interpolation that can't be resolved
-            problems += values_out_of_range(_to_config(schema))
+            problems += values_out_of_range(_to_config(schema), without_model=True)  # which would import torch
         refuse(problems)
     config = _to_config(schema)
     given = flatten(tree).keys() | flatten(overrides).keys() | {f"stages.{key}" for key in given_stages}
@@ -219,9 +219,10 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
         yield f"resume={config.resume} does not exist; give auto, never, or the path of a run or checkpoint"
 
 
-def values_out_of_range(config: Config) -> Iterator[str]:
+def values_out_of_range(config: Config, *, without_model: bool = False) -> Iterator[str]:
     """The problems of single values, and of values that contradict each other."""
-    found = list(_section_problems(config))
+    found = [] if without_model else config.model.problems()
+    found += _section_problems(config)
     yield from found
     for key, value in flatten(dataclasses.asdict(config)).items():
         if any(key in problem for problem in found):
@@ -235,7 +236,6 @@ def values_out_of_range(config: Config) -> Iterator[str]:
 
 def _section_problems(config: Config) -> Iterator[str]:
     yield from config.data.problems()
-    yield from config.model.problems()
     for name, stage in config.stages.items():
         yield from stage.problems(name)
         searched = stage.search.wanted and stage.epochs > 0
@@ -288,7 +288,7 @@ def evaluation_parser() -> argparse.ArgumentParser:
         description="Evaluate a checkpoint on a split, with the same result on any number of ranks.",
         epilog="key=value changes the configuration for this evaluation, for example data.root=OTHER_FOLDER.",
     )
-    found.add_argument("run_dir", type=Path)
+    found.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory with a checkpoint")
     found.add_argument("overrides", nargs="*", metavar="key=value")
     found.add_argument("--split", choices=SPLITS, default="val")
     found.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from distil_tl.utils.command import exit_process
+from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import EXIT_USER_ERROR, did_you_mean
 from distil_tl.utils.version import __version__
 
@@ -24,8 +24,14 @@ COMMANDS = {
 
 def main(args: Sequence[str] | None = None) -> int:
     if args is None:
-        exit_process(run(sys.argv[1:]))  # also when a call that was given up still runs
+        exit_process(run_command("distil-tl", lambda: flushed(run(sys.argv[1:]))))  # also when an abandoned call runs
     return run(args)
+
+
+def flushed(status: int) -> int:
+    """`status`, after output is written: an error because its reader has exited, such as `head`, comes now."""
+    sys.stdout.flush()
+    return status
 
 
 def run(argv: Sequence[str]) -> int:

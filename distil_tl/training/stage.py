@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig, wants_features
 from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.log import logger
 
 if TYPE_CHECKING:
     from distil_tl.models.transfer import TransferModel
@@ -92,6 +93,13 @@ def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> Non
     Raises:
         UserError: a stage unfreezes a group that the model does not have, or sets an image size it can't take.
     """
+    frozen = [name for name, stage in stages.items() if stage.epochs > 0 and stage.batch_norm != "train"]
+    if model.weights.source == "none" and frozen and any(isinstance(m, _NormBase) for m in model.module.modules()):
+        logger.warning(
+            "model.weights=none, and BatchNorm statistics are frozen in stage %s: a network with random weights hardly "
+            "learns that way. Use pretrained weights, or stages.%s.batch_norm=train",
+            ", ".join(frozen), frozen[0],
+        )  # fmt: skip
     for name, stage in stages.items():
         trainable_groups(stage.unfreeze, list(model.group_names), f"stages.{name}.unfreeze")
         if model.fixed_image_size and stage.image_size not in (None, model.image_size):
