@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from benchmarks import measure
+from tests.helpers.arguments import WITHOUT_TIMM
 
 PARTS = [
     "start, after the imports", "stage head, rest", "stage head, setup", "stage head, training",
@@ -24,7 +25,9 @@ def profiled(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_each_part_of_a_run_has_a_profile(small: list[str], tmp_path: Path) -> None:
-    done = profiled(*small, f"run_dir={tmp_path}/run", "data.workers=1")  # a loader process must not be profiled
+    done = profiled(
+        *small, WITHOUT_TIMM, f"run_dir={tmp_path}/run", "data.workers=1"
+    )  # a loader process must not be profiled
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^\*\*(.*)\*\*, [\d.]+ s:$", done.stdout, re.MULTILINE) == PARTS
     training = done.stdout.partition("**stage full, training**")[2].partition("**")[0]

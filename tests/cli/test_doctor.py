@@ -25,7 +25,7 @@ from distil_tl.data.pixels import pixel_digests
 from distil_tl.data.scan import scan
 from distil_tl.doctor import facts, folders, gpus, group
 from distil_tl.rundir.start import Start
-from tests.helpers.arguments import small_args
+from tests.helpers.arguments import WITHOUT_TIMM, small_args
 from tests.helpers.fake_slurm import FakeSlurm
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import rank, run_ranks
@@ -38,7 +38,7 @@ def doctor(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     """Run the command on a small run with other values. Returns the exit status, and lines `fail group/name: text`."""
 
     def run(*args: str, data: Path = folder) -> tuple[int, list[str]]:
-        status = main(["--json", *small_args(data), f"run_dir={tmp_path}/run", *args])
+        status = main(["--json", *small_args(data), WITHOUT_TIMM, f"run_dir={tmp_path}/run", *args])
         content = json.loads(capsys.readouterr().out)
         assert content["works"] == (status == 0)
         return status, lines_of(content)
@@ -372,7 +372,7 @@ def test_an_all_reduce_that_hangs(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_itself(folder: Path, tmp_path: Path) -> None:
-    arguments = [*small_args(folder), "run_dir=run", "data.workers=-1"]
+    arguments = [*small_args(folder), WITHOUT_TIMM, "run_dir=run", "data.workers=-1"]
     done = subprocess.run(
         [sys.executable, "-m", "distil_tl.cli", "doctor", *arguments],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,

@@ -248,7 +248,7 @@ def test_other_files_are_refused_before_the_start(
 def test_the_run_is_named_after_the_data_not_the_local_folder(folder: Path, tmp_path: Path) -> None:
     archive = pack(tmp_path / "roses.tar.gz", folder)
     (name,) = {run_name(load([*small_args(archive), *more])[0]) for more in ([], ["data.stage_to=$TMPDIR"])}
-    assert name.startswith("roses-shufflenet_v2_x0_5-")
+    assert name.startswith("roses-test_resnet-")
 
 
 def test_evaluation_requires_a_folder(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from distil_tl.training.network import SplitNetwork
 from distil_tl.training.precision import candidates
 from distil_tl.training.step import check_finite
 from distil_tl.utils.errors import NonFiniteError
-from tests.helpers.arguments import small_args
+from tests.helpers.arguments import WITHOUT_TIMM, small_args
 from tests.helpers.devices import StageOnDevice, no_waiting, on_gpu, watched, without_dropout
 from tests.helpers.networks import random_model, tiny
 
@@ -58,7 +58,7 @@ class Loop:
 def loop_args(folder: Path, tmp_path: Path, device: str, *more: str) -> list[str]:
     """13 steps of four images in each stage, in two micro-batches each."""
     return [
-        *small_args(folder), "data.global_batch_size=4", "data.max_local_batch_size=2", "data.workers=1",
+        *small_args(folder), WITHOUT_TIMM, "data.global_batch_size=4", "data.max_local_batch_size=2", "data.workers=1",
         "stages.head.features=off", "stages.full.epochs=1", "stages.full.unfreeze=all", "tracking.log_every=100",
         "checkpoint.every_minutes=null", f"distributed.device={device}", f"run_dir={tmp_path}/run", *more,
     ]  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers.arguments import small_args
+from tests.helpers.arguments import WITHOUT_TIMM, small_args
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import lines, run_ranks, train
 from tests.helpers.same_run import differing, timeless
@@ -63,7 +63,7 @@ class Inputs:
     @property
     def small(self) -> list[str]:
         """Arguments of a run of 18 steps in two stages, not followed by W&B."""
-        return small_args(self.images)
+        return [*small_args(self.images), WITHOUT_TIMM]
 
     @property
     def job_args(self) -> list[str]:

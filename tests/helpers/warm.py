@@ -8,7 +8,7 @@ from PIL import Image
 
 from distil_tl.data.pixels import installed_decoders
 
-for module in ("omegaconf._impl", "torch.utils.serialization", "numpy.ctypeslib", "distil_tl.evaluate"):
+for module in ("omegaconf._impl", "torch.utils.serialization", "numpy.ctypeslib", "distil_tl.evaluate", "timm"):
     importlib.import_module(module)
 Image.init()  # imports a module for each format
 installed_decoders()  # decodes some small images, once a process

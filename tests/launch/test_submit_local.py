@@ -19,7 +19,7 @@ import yaml
 from launch import executor, snapshot, submit
 from launch import run_status as states
 from launch.records import read_record
-from tests.helpers.arguments import small_args
+from tests.helpers.arguments import WITHOUT_TIMM, small_args
 from tests.helpers.fake_slurm import FakeSlurm, fake_training
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import lines, processes_of
@@ -40,7 +40,15 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def local(folder: Path, *args: str) -> list[str]:
-    return [*small_args(folder), "stages.full.epochs=0", "run_dir=run", *ON_CPUS, "--cluster=local", *args]
+    return [
+        *small_args(folder),
+        WITHOUT_TIMM,
+        "stages.full.epochs=0",
+        "run_dir=run",
+        *ON_CPUS,
+        "--cluster=local",
+        *args,
+    ]
 
 
 def test_debug_trains_in_this_process(trained: Path) -> None:

@@ -6,9 +6,9 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,30 @@ import pytest
 from distil_tl.rundir.lock import MAX_STUCK, Attempt, read_attempt
 from distil_tl.train import main
 from distil_tl.utils.errors import NoProgressError, SupersededError, UserError
-from tests.helpers.ranks import lines
+from tests.helpers.ranks import forkserver, lines
 
 train: Any = importlib.import_module("distil_tl.train")
 JOB = {"SLURM_JOB_ID": "7"}
 
 
-def slow_training(args: list[str], *, world: int = 1) -> subprocess.Popen[str]:
-    """A run that takes a second for each step, in a separate process."""
-    code = (
-        "import sys, time\n"
-        "from distil_tl import train\n"
-        "original = train.check_finite\n"
-        "train.check_finite = lambda *a: (time.sleep(1), original(*a))\n"
-        "sys.exit(train.main(sys.argv[1:]))\n"
-    )
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code, *args], stderr=subprocess.PIPE, text=True, env=environ)
+def train_slowly(args: list[str], said: Path) -> None:
+    """A run that takes a second for each step, and writes its messages to a file."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    original = train.check_finite
+
+    def check_finite(*rest: Any) -> None:
+        time.sleep(1)
+        original(*rest)
+
+    train.check_finite = check_finite
+    sys.exit(main(args))
+
+
+def slow_training(args: list[str], said: Path) -> BaseProcess:
+    """`train_slowly` in a separate process."""
+    process = forkserver().Process(target=train_slowly, args=(args, said))
+    process.start()
+    return process
 
 
 def wait_for_lines(run_dir: Path, count: int) -> None:
@@ -51,7 +58,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_a_run_directory_in_use_is_refused_by_name(small: list[str], tmp_path: Path, capsys) -> None:
     args = [*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=1"]
-    first = slow_training(args)
+    first = slow_training(args, tmp_path / "said")
     try:
         wait_for_lines(tmp_path / "run", 1)
         assert main(args) == 2
@@ -62,22 +69,23 @@ def test_a_run_directory_in_use_is_refused_by_name(small: list[str], tmp_path: P
         assert f"end it with `kill {first.pid}`, or choose another run_dir" in message
     finally:
         first.kill()
-        first.communicate()
+        first.join()
     assert main(args) == 0, "a dead process does not block the run"
 
 
 def test_an_attempt_that_was_replaced_writes_nothing_more(small: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    stale = slow_training([*small, f"run_dir={run_dir}", "checkpoint.every_steps=1"])
+    stale = slow_training([*small, f"run_dir={run_dir}", "checkpoint.every_steps=1"], tmp_path / "said")
     try:
         wait_for_lines(run_dir, 2)
         Attempt(run_dir).begin(step=1)
         time.sleep(1)  # wait for writes in progress
         before = content(run_dir)
-        said = stale.communicate(timeout=240)[1]
+        stale.join(240)
+        said = (tmp_path / "said").read_text()
     finally:
         stale.kill()
-    assert stale.returncode == 1
+    assert stale.exitcode == 1
     assert f"another process took over {run_dir} at 20" in said
     assert f"(process {os.getpid()} on " in said
     assert "Traceback" not in said
@@ -149,11 +157,11 @@ def test_of_two_that_start_at_once_the_second_is_refused(
 ) -> None:
     """Both find the directory free; while this one scans the images, the other one begins."""
     args = [*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=1"]
-    others: list[subprocess.Popen[str]] = []
+    others: list[BaseProcess] = []
     original = train.open_splits
 
     def open_splits(*args_: Any) -> Any:
-        others.append(slow_training(args))
+        others.append(slow_training(args, tmp_path / "said"))
         wait_for_lines(tmp_path / "run", 1)
         return original(*args_)
 
@@ -164,10 +172,10 @@ def test_of_two_that_start_at_once_the_second_is_refused(
         signed = read_attempt(tmp_path / "run" / "attempt.json")
         assert signed is not None
         assert signed["pid"] == others[0].pid
-        assert others[0].poll() is None
+        assert others[0].is_alive()
     finally:
         others[0].kill()
-        others[0].communicate()
+        others[0].join()
 
 
 def test_restarts_without_progress_are_capped(tmp_path: Path) -> None:

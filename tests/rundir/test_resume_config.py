@@ -217,7 +217,7 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
         "data.image_size: was 32, now 40",
         "data.augment: was 'light', now 'none'",
         "data.hflip: was True, now False",
-        "model.name: was 'shufflenet_v2_x0_5', now 'shufflenet_v2_x1_0'",
+        "model.name: was 'timm/test_resnet', now 'shufflenet_v2_x1_0'",
         "optim.name: was 'sgd', now 'adamw'",
         "optim.momentum: was 0.9, now 0.8",
         "optim.warmup: was 0.1, now 0.2",

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage
+from tests.helpers.arguments import WITHOUT_TIMM
 from tests.helpers.chaos import Fault, attempt, left_over_processes, small_disk
 from tests.helpers.ranks import lines, processes_of, rank
 from tests.helpers.same_run import samples
@@ -325,7 +326,7 @@ def finished(process: subprocess.Popen[str], timeout: float = 240) -> str:
 
 
 def test_two_jobs_at_once_both_run(small: list[str], tmp_path: Path) -> None:
-    job = [*TORCHRUN, "-m", "distil_tl.train", *small, "stages.full.epochs=0"]
+    job = [*TORCHRUN, "-m", "distil_tl.train", *small, WITHOUT_TIMM, "stages.full.epochs=0"]
     jobs = [launch([*job, f"run_dir={tmp_path}/{name}"]) for name in "ab"]
     outputs = [finished(process) for process in jobs]
     assert [process.returncode for process in jobs] == [0, 0], outputs
@@ -352,7 +353,7 @@ sys.exit(train.main())
 def test_torchrun_restarts_a_job_from_its_last_checkpoint(small: list[str], tmp_path: Path) -> None:
     script, marker = tmp_path / "dies_once.py", tmp_path / "marker"
     script.write_text(DIES_ONCE.format(marker=str(marker), step=9))
-    args = [*small, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2", "stages.full.epochs=1"]
+    args = [*small, WITHOUT_TIMM, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2", "stages.full.epochs=1"]
     process = launch([*TORCHRUN, "--max-restarts=2", str(script), *args])
     output = finished(process)
     assert process.returncode == 0, output
@@ -365,7 +366,14 @@ def test_torchrun_restarts_a_job_from_its_last_checkpoint(small: list[str], tmp_
 
 def test_term_to_everyone_under_torchrun_saves(small: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    args = [*small, f"run_dir={run_dir}", "stages.head.epochs=40", "data.workers=1", "checkpoint.every_minutes=null"]
+    args = [
+        *small,
+        WITHOUT_TIMM,
+        f"run_dir={run_dir}",
+        "stages.head.epochs=40",
+        "data.workers=1",
+        "checkpoint.every_minutes=null",
+    ]
     process = launch([*TORCHRUN, "-m", "distil_tl.train", *args])
     deadline = time.monotonic() + 240
     while (not (run_dir / "metrics.jsonl").exists() or len(lines(run_dir)) < 12) and time.monotonic() < deadline:

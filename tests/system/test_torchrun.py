@@ -15,14 +15,21 @@ import pytest
 
 from distil_tl.cli import predict
 from distil_tl.train import main
-from tests.helpers.arguments import small_args
+from tests.helpers.arguments import WITHOUT_TIMM, small_args
 from tests.helpers.ranks import lines, processes_of
 from tests.helpers.torchrun import BIN, ENVIRONMENT, TORCHRUN
 
 
 def test_ctrl_c_leaves_no_process_and_a_run_that_can_be_resumed(small: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    args = [*small, f"run_dir={run_dir}", "stages.head.epochs=10", "stages.full.epochs=0", "data.workers=1"]
+    args = [
+        *small,
+        WITHOUT_TIMM,
+        f"run_dir={run_dir}",
+        "stages.head.epochs=10",
+        "stages.full.epochs=0",
+        "data.workers=1",
+    ]
     process = subprocess.Popen(
         [*TORCHRUN, "-m", "distil_tl.train", *args],
         env=ENVIRONMENT,
@@ -53,7 +60,7 @@ def test_ctrl_c_leaves_no_process_and_a_run_that_can_be_resumed(small: list[str]
 @pytest.fixture(scope="module")
 def run_dir(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("torchrun") / "run"
-    args = [*small_args(folder), f"run_dir={path}", "stages.full.epochs=1", "tracking.log_every=3"]
+    args = [*small_args(folder), WITHOUT_TIMM, f"run_dir={path}", "stages.full.epochs=1", "tracking.log_every=3"]
     done = subprocess.run(
         [*TORCHRUN, "-m", "distil_tl.train", *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
     )
