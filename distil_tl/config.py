@@ -40,6 +40,7 @@ from distil_tl.utils.args import (
     parse_overrides,
     read_yaml,
     refuse,
+    refuse_spaces,
     to_object,
 )
 from distil_tl.utils.command import run_command
@@ -84,6 +85,7 @@ def load(args: Sequence[str], *, saved: bool = False) -> tuple[Config, DictConfi
     Raises:
         UserError: unknown keys (with suggestions), values of the wrong type, files that can't be read: all together.
     """
+    refuse_spaces(args)
     files = [arg for arg in args if is_file(arg)]
     if len(files) > 1 or any(file.startswith("-") for file in files):
         odd = next((file for file in files if file.startswith("-")), files[-1])
@@ -293,7 +295,5 @@ def evaluation_parser() -> argparse.ArgumentParser:
     found.add_argument("--split", choices=SPLITS, default="val")
     found.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
     found.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
-    found.add_argument(
-        "--mistakes", type=int, default=50, metavar="N", choices=range(100_000), help="most confident mistakes to keep"
-    )
+    found.add_argument("--mistakes", type=int, default=50, metavar="N", choices=range(100_000), help="how many to keep")
     return found

@@ -175,6 +175,31 @@ def test_a_list_is_asked_for():
     assert message_of("tracking.wandb.tags=a") == "`tracking.wandb.tags` is a list: write tracking.wandb.tags=[a]"
 
 
+@pytest.mark.parametrize(
+    "args", [["seed", "=", "5"], ["seed=", "5"], ["seed", "=5"], ["optim.name=sgd", "seed", "=", "5"]]
+)
+def test_spaces_around_the_equals_sign(args: list[str]):
+    assert "write seed=5 without spaces" in message_of(*args)
+
+
+def test_a_folder_in_place_of_a_configuration(tmp_path: Path):
+    assert (
+        message_of(str(tmp_path))
+        == f"{tmp_path} is a folder, not a configuration file; did you mean data.root={tmp_path}?"
+    )
+
+
+def test_a_split_in_place_of_its_folder_and_splits_of_other_names(tmp_path: Path):
+    (tmp_path / "data" / "train" / "cat").mkdir(parents=True)
+    assert f"give the folder that holds them: data.root={tmp_path}/data" in complaint_of(
+        f"data.root={tmp_path}/data/train"
+    )
+    (tmp_path / "data" / "Valid" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "train").rename(tmp_path / "data" / "Train")
+    message = complaint_of(f"data.root={tmp_path}/data")
+    assert message.endswith("(its folders: Train, Valid); rename Train to train; rename Valid to val")
+
+
 def test_a_run_directory_among_the_images_is_refused(tmp_path: Path):
     for split in ("train", "val"):
         (tmp_path / "data" / split / "cat").mkdir(parents=True)
@@ -274,7 +299,7 @@ def test_a_file_that_is_no_configuration(content: bytes, complaint: str):
 
 def test_a_missing_file_or_a_folder():
     assert "there is no configuration file" in message_of("nothing.yaml")
-    assert "can't read the configuration" in message_of(".")
+    assert "is a folder, not a configuration file" in message_of(".")
 
 
 @settings(max_examples=150, deadline=None)

@@ -109,9 +109,15 @@ def root_problems(root: Path, stage_to: str | None, run_dir: str | None) -> Iter
         if run_dir is not None and Path(run_dir).resolve().is_relative_to((root / split).resolve()):
             yield f"run_dir={run_dir} is among the images of {split}, and would become a class: give another folder"
     missing = [split for split in ("train", "val") if not (root / split).is_dir()]
-    if missing:
+    if missing and root.name in SPLITS and (root.parent / "train").is_dir():
+        yield f"data.root={root} is one of the splits; give the folder that holds them: data.root={root.parent}"
+    elif missing:
+        similar = {"validation": "val", "valid": "val", "dev": "val", "training": "train", "testing": "test"}
+        others = [folder.name for folder in root.iterdir() if folder.is_dir()]
+        named = {similar.get(name.lower(), name.lower()): name for name in others if name not in SPLITS}
+        rename = [f"rename {named[split]} to {split}" for split in missing if split in named]
         have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:5]) or "none"
         yield (
             f"data.root={root} has no {' and no '.join(missing)} folder; it must hold train/CLASS/*.jpg and "
-            f"val/CLASS/*.jpg (its folders: {have})"
+            f"val/CLASS/*.jpg (its folders: {have}){''.join(f'; {advice}' for advice in rename)}"
         )

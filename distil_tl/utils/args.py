@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ def is_file(arg: str) -> bool:
     return "=" not in arg or (arg.endswith((".yaml", ".yml")) and Path(arg).is_file())
 
 
+def refuse_spaces(args: Sequence[str]) -> None:
+    """Raises UserError if an argument such as `key = value` was divided at its spaces."""
+    for before, arg, after in zip(["", *args], args, [*args[1:], ""], strict=False):
+        if arg == "=":
+            raise UserError(f"can't read the argument '=': write {before}={after} without spaces")
+        if arg.startswith("=") and before and not before.startswith("-"):
+            raise UserError(f"can't read the argument {arg!r}: write {before}{arg} without spaces")
+        if arg.endswith("=") and after and "=" not in after and not Path(after).is_file():
+            raise UserError(f"can't read the argument {arg!r}: write {arg}{after} without spaces")
+
+
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file over its `base:`. `above` are the files whose `base:` led to this one.
 
@@ -29,6 +41,8 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     if path in above:
         raise UserError(f"{path} is its own `base:`, through {', '.join(p.name for p in above)}")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a configuration file; did you mean data.root={path}?")
     try:
         node = OmegaConf.load(path)
     except FileNotFoundError:
