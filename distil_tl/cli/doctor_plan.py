@@ -176,7 +176,9 @@ def read_plan(args: Sequence[str], report: Report, launch: Launch) -> Plan:
             report.fail(GROUP, "arguments", problem)
         report.warn(GROUP, "arguments", "the rest is checked with the defaults")
         config, unresolved, slurm, given = configuration.load(["model.weights=none"])[0], None, None, False
-    return Plan(launch, title, config, unresolved, slurm if given else None)
+    plan = Plan(launch, title, config, unresolved, slurm if given else None)
+    _ = plan.preprocess  # now, within the time limit: it looks at the file of the weights
+    return plan
 
 
 def _separate(message: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`distil-tl doctor`: planted faults are named, in one process and among real ranks."""
+"""`distil-tl doctor`: planted faults are named, in one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,12 +22,12 @@ from distil_tl.cli.doctor import main
 from distil_tl.data.config import DataConfig
 from distil_tl.data.pixels import pixel_digests
 from distil_tl.data.scan import scan
-from distil_tl.doctor import facts, folders, gpus, group
+from distil_tl.doctor import facts, folders, gpus
 from distil_tl.rundir.start import Start
 from tests.helpers.arguments import WITHOUT_TIMM, small_args
+from tests.helpers.doctor import lines_of, problems
 from tests.helpers.fake_slurm import FakeSlurm
 from tests.helpers.paths import ROOT
-from tests.helpers.ranks import rank, run_ranks
 
 Doctor = Callable[..., tuple[int, list[str]]]
 
@@ -44,14 +43,6 @@ def doctor(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         return status, lines_of(content)
 
     return run
-
-
-def lines_of(content: dict[str, Any]) -> list[str]:
-    return [f"{line['status']} {line['group']}/{line['name']}: {line['text']}" for line in content["lines"]]
-
-
-def problems(lines: list[str]) -> list[str]:
-    return [line for line in lines if not line.startswith("ok ")]
 
 
 def test_a_run_that_will_work(doctor: Doctor, tmp_path: Path) -> None:
@@ -221,10 +212,17 @@ def test_a_tar_file_that_can_not_be_unpacked(
     assert doctor(*args)[0] == 0, "it may be unpacked already"
 
 
-def test_arguments_on_a_server_that_does_not_answer(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    over = threading.Event()
-    monkeypatch.setattr("distil_tl.config._saved_configuration", lambda config: config.run_dir and over.wait(10))
-    status, lines = doctor("--timeout", "1")
+@pytest.mark.parametrize("look", ["distil_tl.config._saved_configuration", "distil_tl.models.config.Path.is_file"])
+def test_arguments_on_a_server_that_does_not_answer(look: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    over, original = threading.Event(), Path.is_file
+
+    def hang(given: Any) -> bool | None:
+        if isinstance(given, Path):
+            return over.wait(10) if given.name == "weights.pt" else original(given)
+        return None if given.run_dir is None else over.wait(10)
+
+    monkeypatch.setattr(look, hang)
+    status, lines = doctor("--timeout", "1", "model.weights=dead/weights.pt")
     over.set()
     assert status == 2
     (line,) = problems(lines)
@@ -307,68 +305,6 @@ def test_options(args: list[str], message: str, capsys: pytest.CaptureFixture[st
         main(args)
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
-
-
-# Among real ranks.
-
-
-def examine_in(where: str, args: list[str], fault: str, seconds: str) -> tuple[int, dict[str, Any]]:
-    """The command on this rank, in the folder `where`/RANK. Returns its exit status, and what rank 0 printed."""
-    import contextlib
-    import io
-
-    home = Path(where) / str(rank())
-    home.mkdir()
-    os.chdir(home)
-    if fault == "absent" and rank() == 1:
-        return 0, {}
-    if fault == "no answer" and rank() == 1:
-        module: Any = facts
-        module.probe_folder = lambda path, write: time.sleep(30)
-    if fault == "hangs" and rank() == 1:
-        group.try_collectives = lambda *_: time.sleep(4) or {}  # type: ignore[func-returns-value]
-    folders.VISIBLE_SECONDS = 0.5
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        status = main(["--json", "--timeout", seconds, *args])
-    return status, json.loads(output.getvalue()) if rank() == 0 else {}
-
-
-def test_two_ranks_reduce_and_must_share_the_run_directory(folder: Path, tmp_path: Path) -> None:
-    args = [*small_args(folder), "data.global_batch_size=9"]
-    (status, content), (other_status, _) = run_ranks(2, examine_in, str(tmp_path), [*args, "run_dir=runs/a"], "", "60")
-    assert status == other_status == 2
-    lines = lines_of(content)
-    shown = "\n".join(lines)
-    assert "ok ranks/present: 2 of 2 on " in shown
-    assert "ok collectives/gloo: 2 ranks add up right; an all-reduce of 64 MiB runs at " in shown
-    assert "fail folders/run_dir: what rank 0 writes there is not visible to rank 1 on " in shown
-    assert "data.global_batch_size=9 can't be divided evenly among 2 processes" in shown
-    assert len(problems(lines)) == 2
-    assert [path.name for path in tmp_path.rglob("*")] in (["0", "1"], ["1", "0"]), "something was left behind"
-
-
-def test_a_rank_that_does_not_join(folder: Path, tmp_path: Path) -> None:
-    (status, content), _ = run_ranks(2, examine_in, str(tmp_path), small_args(folder), "absent", "1")
-    assert status == 2
-    assert "fail ranks/missing: rank 1 did not report in time; see their output" in "\n".join(lines_of(content))
-
-
-def test_a_folder_that_does_not_answer_on_one_rank(folder: Path, tmp_path: Path) -> None:
-    args = [*small_args(folder), f"run_dir={tmp_path}/run"]
-    (status, content), (other_status, _) = run_ranks(2, examine_in, str(tmp_path), args, "no answer", "2")
-    assert status == other_status == 2
-    assert {line for line in lines_of(content) if "ranks/" in line and not line.startswith("ok ")} == {
-        f"fail ranks/{name}: rank 1: did not answer within 2 s" for name in ("run_dir", "cache", "data.root")
-    }
-
-
-def test_an_all_reduce_that_hangs(folder: Path, tmp_path: Path) -> None:
-    args = [*small_args(folder), f"run_dir={tmp_path}/run"]
-    (status, content), (other_status, _) = run_ranks(2, examine_in, str(tmp_path), args, "hangs", "2")
-    assert status == other_status == 2
-    shown = "\n".join(problems(lines_of(content)))
-    assert "fail collectives/gloo: rank 0: forming the process group did not end within 2 s" in shown
 
 
 def test_the_command_itself(folder: Path, tmp_path: Path) -> None:

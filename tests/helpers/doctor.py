@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from distil_tl.doctor.facts import Facts
 from distil_tl.doctor.gpus import GpuFacts
 from distil_tl.doctor.lines import Report
@@ -30,3 +32,12 @@ def gpu_rank(rank: int, **changes) -> Facts:
 def found(report: Report, status: str) -> list[str]:
     """The lines with a status, as `group/name: text`."""
     return [f"{line.group}/{line.name}: {line.text}" for line in report.lines if line.status == status]
+
+
+def lines_of(content: dict[str, Any]) -> list[str]:
+    """The lines of the JSON, as `status group/name: text`."""
+    return [f"{line['status']} {line['group']}/{line['name']}: {line['text']}" for line in content["lines"]]
+
+
+def problems(lines: list[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("ok ")]
