@@ -325,15 +325,6 @@ def finished(process: subprocess.Popen[str], timeout: float = 240) -> str:
     return output
 
 
-def test_two_jobs_at_once_both_run(small: list[str], tmp_path: Path) -> None:
-    job = [*TORCHRUN, "-m", "distil_tl.train", *small, WITHOUT_TIMM, "stages.full.epochs=0"]
-    jobs = [launch([*job, f"run_dir={tmp_path}/{name}"]) for name in "ab"]
-    outputs = [finished(process) for process in jobs]
-    assert [process.returncode for process in jobs] == [0, 0], outputs
-    for name in "ab":
-        assert json.loads((tmp_path / name / "summary.json").read_text())["status"] == "completed"
-
-
 DIES_ONCE = """
 import os, signal, sys
 from pathlib import Path
@@ -350,16 +341,19 @@ sys.exit(train.main())
 """
 
 
-def test_torchrun_restarts_a_job_from_its_last_checkpoint(small: list[str], tmp_path: Path) -> None:
+def test_torchrun_restarts_a_job_from_its_last_checkpoint_beside_another_job(small: list[str], tmp_path: Path) -> None:
+    args = [*small, WITHOUT_TIMM, f"run_dir={tmp_path}/other", "stages.full.epochs=0"]
+    other = launch([*TORCHRUN, "-m", "distil_tl.train", *args])
     script, marker = tmp_path / "dies_once.py", tmp_path / "marker"
     script.write_text(DIES_ONCE.format(marker=str(marker), step=9))
     args = [*small, WITHOUT_TIMM, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2", "stages.full.epochs=1"]
     process = launch([*TORCHRUN, "--max-restarts=2", str(script), *args])
-    output = finished(process)
-    assert process.returncode == 0, output
+    output, of_other = finished(process), finished(other)
+    assert (process.returncode, other.returncode) == (0, 0), output + of_other
     assert marker.read_text() == "0"
     assert "resuming from step 8" in output
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "completed"
+    for name in ("run", "other"):
+        assert json.loads((tmp_path / name / "summary.json").read_text())["status"] == "completed"
     steps = [line["step"] for line in lines(tmp_path / "run", window="interval")]
     assert steps == list(range(1, 13))
 

@@ -49,6 +49,8 @@ def count_norms(network: nn.Module) -> int:
 )
 def test_the_same_logits_and_gradients(name: str) -> None:
     model = random_model(name, "all")
+    if name == "vgg11_bn":  # without most of its linear layers, which have 120 million parameters
+        model.module.classifier = nn.Linear(512 * 7 * 7, 3)
     model.module.double()  # in float32, rounding would change the outcome of some ReLUs and poolings
     network, of = folded(model.module, images().double()), images().double()
     assert count_folded(network) == count_norms(model.module) > 0

@@ -31,7 +31,7 @@ def test_an_identity_after_a_linear_head_is_left_out() -> None:
         ("mobilenet_v3_small", 64),
         ("squeezenet1_1", 64),
         ("densenet121", 64),
-        ("vit_b_16", 224),
+        ("vit_b_16", 64),
         ("swin_t", 64),
         ("timm/tf_efficientnet_lite0", 64),
         ("timm/vit_tiny_patch16_224", 224),  # its code branches on the number of patches
