@@ -140,6 +140,7 @@ def run_one(task: Task) -> dict[str, Any]:
         def __init__(self, classes: int) -> None:
             super().__init__()
             self.classes = classes
+            self.is_compiled = False
 
         def forward(self, images: Tensor) -> Tensor:
             time.sleep(task.step_seconds / 3)  # a forward pass alone

@@ -77,7 +77,13 @@ def _body(run: Run) -> Markup:
             wide=True,
         ),
         _section("Mistakes", "The most confident wrong predictions.", tables.mistake_table(run)),
-        h("section", h("h2", "Throughput"), curves.throughput_chart(run), tables.data_waits(run)),
+        h(
+            "section",
+            h("h2", "Throughput"),
+            curves.throughput_chart(run),
+            tables.data_waits(run),
+            tables.peak_memory(run),
+        ),
         h(
             "section",
             h("h2", "Environment and configuration"),

@@ -75,12 +75,25 @@ def stage_table(run: Run) -> Markup:
         "Trainable",
         "Images",
         "Images/s",
-        "Memory",
         "Time",
         "Best val top-1",
         "Gain (points)",
     ]
     return table(head, rows, label="Stages")
+
+
+def peak_memory(run: Run) -> Markup | None:
+    """The peak memory of each stage, of the rank with the highest; None for a run of earlier code."""
+    stages = mapping(run.summary, "stages")
+    peaks = {name: number(mapping(stages, name).get("peak_memory_mb")) for name in stages}
+    shown = [(name, f"{peak / 1024:.1f}{text.SPACE}GiB") for name, peak in peaks.items() if peak]
+    if not shown:
+        return None
+    return h(
+        "dl",
+        [h("div", h("dt", f"Peak memory of a rank, {name}"), h("dd", peak)) for name, peak in shown],
+        class_="line",
+    )
 
 
 def data_waits(run: Run) -> Markup | None:
@@ -131,7 +144,6 @@ def _stage_cost(
         speeds = [m.images_per_second for m in lines if m.split == "train" and m.images_per_second is not None]
         speed = median(speeds) if speeds else None
     time = text.duration(seconds)
-    peak = number(record.get("peak_memory_mb"))
     return [
         [name, tag if record.get("cached") is True else None],
         text.count(epochs),
@@ -139,7 +151,6 @@ def _stage_cost(
         text.compact(number(record.get("trainable_parameters"))),
         text.count(number(record.get("train_images"))),
         text.rate(speed),
-        f"{peak / 1024:.1f}{text.SPACE}GiB" if peak else text.MISSING,
         bar(seconds / total_seconds, time, "wide") if seconds is not None and total_seconds else time,
     ]
 

@@ -187,7 +187,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: map_tensors(function, value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, value) for value in tree)
+        return type(tree)([map_tensors(function, value) for value in tree])
     return tree
 
 
