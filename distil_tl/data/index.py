@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distil_tl.distributed.shared_memory import SharedArrays
-from distil_tl.utils.log import listed
+from distil_tl.utils.errors import listed
 
 Array = npt.NDArray[Any]
 ARRAYS = ("names", "offsets", "targets", "sizes")  # the fields of an Index whose size depends on the number of images

@@ -17,8 +17,7 @@ from distil_tl.data.config import MORE_EXTENSIONS, DataConfig
 from distil_tl.data.decode import INSTALL, ImageError, decode, decoder_name
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.utils.errors import UserError
-from distil_tl.utils.log import listed
+from distil_tl.utils.errors import UserError, listed
 
 # FORMAT-*: lossy formats, of which a decoder may choose the pixels. Their names begin with the format.
 REFERENCES = Path(__file__).with_name("reference_images")

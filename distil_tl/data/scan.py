@@ -15,8 +15,7 @@ import numpy as np
 from distil_tl.data.config import IMG_EXTENSIONS
 from distil_tl.data.index import Array, Index, bytes_array, fingerprint_of, quoted
 from distil_tl.data.walk import describe, ending_of, entries, is_folder, is_leftover, refuse_broken_link, walk
-from distil_tl.utils.errors import UserError, did_you_mean
-from distil_tl.utils.log import listed
+from distil_tl.utils.errors import UserError, did_you_mean, listed
 
 
 def scan(

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distil_tl.data.index import quoted
-from distil_tl.utils.errors import UserError
-from distil_tl.utils.log import listed
+from distil_tl.utils.errors import UserError, listed
 
 # Folders of Jupyter, macOS, Synology, Thumbnails of several programs; with copies of images or parts of them.
 LEFTOVER_FOLDERS = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".thumbnails", ".AppleDouble", ".Trashes", "lost+found")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import socket
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from distil_tl.utils.log import logger
+logger = logging.getLogger(__name__)  # below that of the package
 
 OTHER_FILES = 512  # of a rank: libraries, data, logs, loader processes
 

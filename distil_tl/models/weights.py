@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from distil_tl.models.layer_groups import has_prefix
 from distil_tl.models.names import WEIGHTS_SUFFIXES
-from distil_tl.utils.errors import UserError
-from distil_tl.utils.log import listed, logger
+from distil_tl.utils.errors import UserError, listed
+from distil_tl.utils.log import logger
 
 StateDict = Mapping[str, Tensor]
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "weights", "net")

@@ -1,9 +1,9 @@
-"""Exceptions and exit codes."""
+"""Exceptions, exit codes, and words for messages."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
@@ -77,3 +77,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if not near:
         return ""
     return ", did you mean " + " or ".join(f"`{name}`" for name in near) + "?"
+
+
+def listed(items: Sequence[str], limit: int) -> str:
+    """The first `limit` items, and how many more there are."""
+    more = len(items) - limit
+    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,6 @@ logger = logging.getLogger("distil_tl")
 def printable(name: str | Path) -> str:
     """A name from the user's data, safe for one line of text: line breaks and bytes that are not UTF-8 are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
-
-
-def listed(items: Sequence[str], limit: int) -> str:
-    """The first `limit` items, and how many more there are."""
-    more = len(items) - limit
-    return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
 class _RankFile(logging.FileHandler):
