@@ -227,7 +227,7 @@ def values_out_of_range(config: Config, *, without_model: bool = False) -> Itera
     found += _section_problems(config)
     yield from found
     for key, value in flatten(dataclasses.asdict(config)).items():
-        if any(key in problem for problem in found):
+        if any(problem.startswith(key) for problem in found):
             continue
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, float) and not math.isfinite(one):

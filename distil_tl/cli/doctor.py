@@ -72,10 +72,8 @@ def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIME
     """
     limit_all(max(LEAST, 20 * seconds))
     try:
-        from distil_tl.cli.doctor_plan import (
-            launch_of,
-            plan_within,
-        )  # torch, which takes seconds; --help does not need it
+        # They import torch, which takes seconds; --help does not need it.
+        from distil_tl.cli.doctor_plan import launch_of, plan_within
         from distil_tl.distributed.preemption import StopSignal
         from distil_tl.doctor.facts import gather
         from distil_tl.doctor.lines import Report

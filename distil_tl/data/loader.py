@@ -23,6 +23,7 @@ from distil_tl.distributed.launch_env import Launch, cpus_of_rank
 from distil_tl.distributed.shared_memory import SharedArrays
 from distil_tl.utils.log import logger
 from distil_tl.utils.rng import keyed_seed
+from distil_tl.utils.signals import STOP_SIGNALS
 from distil_tl.utils.threads import available_cpus
 
 UNREADABLE = "the file can't be read"  # the beginning of the reason
@@ -187,7 +188,7 @@ def make_loader(
 def ignore_signals(worker: int) -> None:
     # Slurm and terminals send signals to all processes of a job. The rank decides when to stop, and then ends its
     # workers.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

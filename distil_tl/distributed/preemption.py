@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.utils.errors import PreemptedError, RestartError
+from distil_tl.utils.signals import STOP_SIGNALS
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 EXCHANGE_SECONDS = 0.05  # aimed at between two exchanges of requests; several times what one takes on many nodes
 _EARLIER = "DISTIL_TL_SIGNAL"  # of the environment: a signal that came before this process started again
 MOST_STEPS = 16  # between two exchanges: they come late when steps suddenly get slower
@@ -60,10 +60,10 @@ class StopSignal:
             raise PreemptedError(f"stopped by {self.name} before training started; run the same command to start again")
 
     def __enter__(self) -> StopSignal:
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._former[number] = signal.signal(number, self._handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a process that starts again has blocked them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a process that starts again has blocked them
         self.name = os.environ.pop(_EARLIER, self.name)
         return self
 

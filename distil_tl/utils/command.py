@@ -28,6 +28,7 @@ from distil_tl.utils.errors import (
     WriteError,
 )
 from distil_tl.utils.log import logger
+from distil_tl.utils.signals import STOP_SIGNALS
 from distil_tl.utils.threads import has_abandoned_threads
 
 # Only rank 0 prints a message that all ranks have. It exits first, because a launcher ends the others when one exits.
@@ -131,7 +132,7 @@ def restart_process() -> NoReturn:
         for path in list(Path("/proc/self/fd").iterdir()):
             with suppress(OSError):  # the descriptor of the list itself
                 os.set_inheritable(int(path.name), int(path.name) <= 2)
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP))
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

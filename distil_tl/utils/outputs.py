@@ -20,6 +20,7 @@ from typing import TextIO
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import printable
 
+_OPEN = ("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/")  # names of files that are open already
 # A name that is not UTF-8 holds lone surrogates, which UTF-8 can't encode.
 _ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
 
@@ -41,9 +42,9 @@ def check_output(option: str, path: Path, inputs: Iterable[Path] = (), image_end
         raise UserError(f"{shown} is a folder: name a file in it")
     if not path.parent.is_dir():
         raise UserError(f"{shown}: there is no folder {printable(path.parent)}")
-    for given in inputs:
-        if path.exists() and given.exists() and path.samefile(given):
-            raise UserError(f"{shown} is one of the inputs: name another file")
+    own = _identity(path)
+    if own is not None and any(_identity(given) == own for given in inputs):
+        raise UserError(f"{shown} is one of the inputs: name another file")
     if path.name.lower().endswith(image_endings):
         raise UserError(f"{shown} is named like an image: name another file")
     if not _is_replaced(path):
@@ -94,10 +95,19 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
         partial.unlink(missing_ok=True)
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Equal for two names of one file; None if there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _is_replaced(path: Path) -> bool:
     """Whether a path is a regular file, or none yet; false for devices, pipes and files that are open already."""
     try:
-        return stat.S_ISREG(path.stat().st_mode) and not str(path.absolute()).startswith(("/dev/", "/proc/"))
+        return stat.S_ISREG(path.stat().st_mode) and not str(path.absolute()).startswith(_OPEN)
     except FileNotFoundError:
         return True
 

@@ -15,11 +15,12 @@ import pytest
 
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import read_launch
-from distil_tl.distributed.preemption import MOST_STEPS, SIGNALS, Agreement, Request, StopSignal
+from distil_tl.distributed.preemption import MOST_STEPS, Agreement, Request, StopSignal
 from distil_tl.distributed.process_group import init_distributed
 from distil_tl.models import timm_models
 from distil_tl.train import main
 from distil_tl.utils.errors import PreemptedError, RestartError
+from distil_tl.utils.signals import STOP_SIGNALS
 from tests.helpers.ranks import rank, run_ranks
 
 
@@ -77,7 +78,7 @@ def test_a_signal_before_the_process_starts_again_is_kept(monkeypatch: pytest.Mo
         assert stop.name == "SIGTERM"
         assert signal.SIGUSR2 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert "DISTIL_TL_SIGNAL" not in os.environ
-    for number in SIGNALS:  # as before the test
+    for number in STOP_SIGNALS:  # as before the test
         signal.signal(number, former if number == signal.SIGTERM else signal.SIG_DFL)
 
 

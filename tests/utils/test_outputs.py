@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import tempfile
 import threading
 from pathlib import Path
 
@@ -68,6 +69,16 @@ def test_what_is_open_already_is_written_into(tmp_path: Path) -> None:
         write(Path(f"/dev/fd/{log.fileno()}"), "text")
         assert (tmp_path / "log").stat().st_ino == os.fstat(log.fileno()).st_ino
     assert (tmp_path / "log").read_text() == "text"
+
+
+def test_a_file_in_shared_memory_is_replaced_like_any_other() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = Path(folder) / "out.csv"
+        write(path, "earlier")
+        before = path.stat().st_ino
+        write(path, "text")
+        assert path.stat().st_ino != before
+        assert path.read_text() == "text"
 
 
 def test_the_file_is_utf_8_whatever_its_text(tmp_path: Path) -> None:
