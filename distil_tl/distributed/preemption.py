@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import signal
+import sys
 import time
 import types
 from collections.abc import Callable
@@ -45,6 +46,7 @@ class StopSignal:
         self.name: str | None = None
         self._deferred = False
         self._former: dict[int, signal._HANDLER] = {}
+        self._former_hook = sys.unraisablehook
 
     def __bool__(self) -> bool:
         """Whether a signal came."""
@@ -59,7 +61,13 @@ class StopSignal:
         if not self._deferred and not repeated:
             raise PreemptedError(f"stopped by {self.name} before training started; run the same command to start again")
 
+    def _ignored(self, event: sys.UnraisableHookArgs) -> None:
+        """Print nothing for a signal in a destructor, where Python ignores exceptions: the ranks stop at their next step."""
+        if not isinstance(event.exc_value, PreemptedError):
+            self._former_hook(event)
+
     def __enter__(self) -> StopSignal:
+        self._former_hook, sys.unraisablehook = sys.unraisablehook, self._ignored
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._former[number] = signal.signal(number, self._handle)
@@ -73,6 +81,7 @@ class StopSignal:
             os.environ[_EARLIER] = self.name
         for number, handler in self._former.items():
             signal.signal(number, _note if restarts else handler)
+        sys.unraisablehook = self._former_hook
 
 
 def _note(number: int, frame: types.FrameType | None) -> None:

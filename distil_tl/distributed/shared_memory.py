@@ -55,6 +55,8 @@ class SharedArrays(Mapping[str, np.ndarray]):
     Pickled to start a process, it gives that process the same memory, not a copy.
     """
 
+    file: int | None = None  # None until it is taken over: a signal may end the process just before
+
     def __init__(self, file: int, places: Sequence[Place]) -> None:
         """`file` is a descriptor, which this object closes when it is deleted."""
         self.file = file
@@ -81,10 +83,12 @@ class SharedArrays(Mapping[str, np.ndarray]):
         return len(self._arrays)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        assert self.file is not None
         return _received, (DupFd(self.file), self.places)
 
     def __del__(self) -> None:
-        os.close(self.file)
+        if self.file is not None:
+            os.close(self.file)
 
 
 def _received(file: Any, places: Sequence[Place]) -> SharedArrays:

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -62,6 +63,29 @@ def test_a_lost_connection_is_like_term_unless_it_is_ignored(ignored: bool) -> N
         assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
     finally:
         signal.signal(signal.SIGHUP, former)
+
+
+def test_a_signal_in_a_destructor_stops_the_run_later_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    class Deleted:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    class Faulty:
+        def __del__(self) -> None:
+            raise OSError("other errors are printed")
+
+    former = sys.unraisablehook
+    try:
+        sys.unraisablehook = sys.__unraisablehook__
+        with StopSignal() as stop:
+            Deleted()
+            assert stop.name == "SIGTERM"
+            assert capsys.readouterr().err == ""
+            Faulty()
+            assert "other errors are printed" in capsys.readouterr().err
+        assert sys.unraisablehook is sys.__unraisablehook__
+    finally:
+        sys.unraisablehook = former
 
 
 def test_a_signal_before_the_process_starts_again_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
