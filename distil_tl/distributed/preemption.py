@@ -62,7 +62,7 @@ class StopSignal:
             raise PreemptedError(f"stopped by {self.name} before training started; run the same command to start again")
 
     def _ignored(self, event: sys.UnraisableHookArgs) -> None:
-        """Print nothing for a signal in a destructor, where Python ignores exceptions: the ranks stop at their next step."""
+        """Print nothing for a signal in a destructor, where Python ignores exceptions: the ranks stop a step later."""
         if not isinstance(event.exc_value, PreemptedError):
             self._former_hook(event)
 
