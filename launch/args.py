@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.utils.args import apply, explain, is_file, overlay, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.errors import UserError
+from launch.profile import find_profile
 from launch.slurm_config import SlurmConfig
 
 CLUSTERS = ("slurm", "local", "debug")
@@ -86,15 +88,16 @@ def load_slurm_section(path: Path) -> Any:
     def section(path: Path) -> Any:
         tree = yaml.load(path.read_text(), _TextLoader)
         base = section((path.parent / tree["base"]).resolve()) if tree.get("base") is not None else None
-        if isinstance(base, dict) and isinstance(tree.get("slurm"), dict):
-            return overlay(base, tree["slurm"])
-        return tree.get("slurm", base)
+        own = tree.get("slurm")
+        if isinstance(own, dict) and str(own.get("profile")).endswith((".yaml", ".yml")):
+            own["profile"] = str(path.parent / Path(own["profile"]).expanduser())
+        return overlay(base, own) if isinstance(base, dict) and isinstance(own, dict) else tree.get("slurm", base)
 
     return section(path.resolve())
 
 
 def parse_slurm(section: Any, pairs: Sequence[str]) -> SlurmConfig:
-    """A file's `slurm` section, overridden by `slurm.key=value` arguments.
+    """A file's `slurm` section over its profile, overridden by `slurm.key=value` arguments.
 
     Raises:
         UserError: lists unknown keys and values of the wrong type.
@@ -109,11 +112,34 @@ def parse_slurm(section: Any, pairs: Sequence[str]) -> SlurmConfig:
         extra[key] = {"true": True, "false": False, "null": None}.get(text, text)
     overrides = parse_overrides(schema, [pair for pair in pairs if not _is_extra(pair)], problems)
     tree = overlay(overlay({"slurm": section or {}}, overrides), {"slurm": {"extra": extra}} if extra else {})
+    tree = _over_profile(tree, problems)
+    words = tree["slurm"].get("srun_args")
+    try:
+        tree["slurm"] |= {"srun_args": shlex.split(words)} if isinstance(words, str) else {}
+    except ValueError as error:
+        problems.append(f"slurm.srun_args={words}: {error}")
     apply(schema, tree, "", problems)
     refuse(problems)
     config = to_object(schema.slurm)
     assert isinstance(config, SlurmConfig)
     return config
+
+
+def _over_profile(tree: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The section over that of its profile, if it names one."""
+    name = tree["slurm"].get("profile")
+    if not isinstance(name, str) or name == "null":
+        return tree
+    try:
+        section = load_slurm_section(find_profile(name))
+    except UserError as error:
+        problems.append(str(error))
+        return tree
+    if not isinstance(section, dict) or "profile" in section:
+        why = "names another profile; use `base:`" if isinstance(section, dict) else "has no section `slurm` with keys"
+        problems.append(f"slurm.profile={name}: the file {why}")
+        return tree
+    return overlay({"slurm": section}, tree)
 
 
 def _is_extra(pair: str) -> bool:

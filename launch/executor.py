@@ -53,7 +53,7 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
     else:
         parameters = {k: v for k, v in parameters.items() if not k.startswith("slurm_")}
         if cluster == "local":
-            parameters["local_setup"] = [_bash_command(setup, executor.folder, slurm.gpus_per_node)]
+            parameters["local_setup"] = [_bash_command(setup, executor.folder, slurm.gpus)]
     executor.update_parameters(**parameters)
     if cluster == "slurm":  # submitit's default is --wckey=submitit, which a cluster that checks such keys refuses
         executor._executor.parameters["wckey"] = None
@@ -132,7 +132,8 @@ def describe_resources(slurm: SlurmConfig, cluster: str) -> str:
     """The resources of a job for messages, such as `2 nodes x 8 GPUs, time limit 24:00:00`."""
     if cluster != "slurm":
         return _count(slurm.tasks, "local process", "local processes")
-    per_node = _count(slurm.gpus_per_node, "GPU") if slurm.gpus_per_node else _count(slurm.tasks, "CPU task")
+    kind = f"{str(slurm.gpus_per_node).partition(':')[0]} GPU" if isinstance(slurm.gpus_per_node, str) else "GPU"
+    per_node = _count(slurm.gpus, kind) if slurm.gpus else _count(slurm.tasks, "CPU task")
     return f"{_count(slurm.nodes, 'node')} x {per_node}, time limit {slurm.time}"
 
 

@@ -62,7 +62,7 @@ def _cluster_problems(config: Config, slurm: SlurmConfig, cluster: str) -> Itera
     if cluster != "slurm" and slurm.nodes > 1:
         yield f"slurm.nodes={slurm.nodes} with --cluster {cluster}, which uses only this machine; use slurm.nodes=1"
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip()]
-    if cluster == "local" and 0 < len(visible) < slurm.gpus_per_node:
+    if cluster == "local" and 0 < len(visible) < slurm.gpus:
         yield (
             f"slurm.gpus_per_node={slurm.gpus_per_node}, but CUDA_VISIBLE_DEVICES={','.join(visible)} allows only "
             f"{len(visible)}; use a smaller number, or unset it"

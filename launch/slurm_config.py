@@ -18,7 +18,14 @@ KEY_OF = {
     "cpus-per-task": "cpus_per_task",
     "array": "array_parallelism",
     "signal": "signal_delay_s",
+    **{name.replace("_", "-"): name for name in ("job_name", "mail_user", "mail_type", "comment", "dependency")},
 }
+# Options of sbatch whose values launch relies on.
+RESERVED = ("output", "error", "open-mode", "parsable", "test-only", "wrap", "wait")
+# Short options of srun that stand for one above.
+SHORT = {"-n": "ntasks", "-N": "nodes", "-G": "gpus", "-c": "cpus-per-task", "-t": "time", "-o": "output"}
+MAIL_TYPES = ("NONE", "BEGIN", "END", "FAIL", "REQUEUE", "ALL", "INVALID_DEPEND", "STAGE_OUT", "ARRAY_TASKS")
+MAIL_TIMES = ("TIME_LIMIT", "TIME_LIMIT_90", "TIME_LIMIT_80", "TIME_LIMIT_50")
 
 
 @dataclass
@@ -27,7 +34,7 @@ class SlurmConfig:
     account: str | None = None  # account to charge
     qos: str | None = None  # quality of service
     nodes: int = 1  # number of nodes
-    gpus_per_node: int = 1  # GPUs per node, with one task for each; 0 trains on CPUs
+    gpus_per_node: int | str = 1  # GPUs per node, as in 4 or a100:4, with one task for each; 0 trains on CPUs
     tasks_per_node: int | None = None  # null: one per GPU; without GPUs, the number of processes
     cpus_per_task: int = 8  # CPU cores per task, for the data loader's processes
     mem: str | None = None  # memory per node, as in 64GB; null: the cluster's default
@@ -38,12 +45,29 @@ class SlurmConfig:
     signal_delay_s: int = 120  # seconds before the time limit at which a job is signalled to save and be requeued
     nodes_download: bool = False  # whether compute nodes may download missing weights
     setup: list[str] = field(default_factory=list)  # shell lines before training, as in [module load cuda]
+    srun_args: list[str] = field(default_factory=list)  # options of srun, as in [--cpu-bind=cores]
+    job_name: str | None = None  # name of the job; null: that of the run directory or sweep
+    mail_user: str | None = None  # address for mail about the job
+    mail_type: str | None = None  # events that send mail, as in END,FAIL
+    comment: str | None = None  # a comment for Slurm's records; some clusters bill by it
+    dependency: str | None = None  # jobs to wait for, as in afterok:1234
+    profile: str | None = None  # file with the `slurm` section of a cluster, below the keys given here; or its name
     extra: dict[str, Any] = field(default_factory=dict)  # further options of sbatch, as in {reservation: course}
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gpus_per_node, str) and self.gpus_per_node.strip().isdigit():
+            self.gpus_per_node = int(self.gpus_per_node)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs on each node, of whatever type."""
+        number = str(self.gpus_per_node).rpartition(":")[2]
+        return int(number) if re.fullmatch(r"-?\d+", number) else 0
 
     @property
     def tasks(self) -> int:
         """Tasks on each node."""
-        return self.tasks_per_node if self.tasks_per_node is not None else max(1, self.gpus_per_node)
+        return self.tasks_per_node if self.tasks_per_node is not None else max(1, self.gpus)
 
     @property
     def world_size(self) -> int:
@@ -58,17 +82,10 @@ class SlurmConfig:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the values, and how to correct it."""
-        for name, minimum in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1), ("array_parallelism", 1)):
+        for name, minimum in (("nodes", 1), ("cpus_per_task", 1), ("array_parallelism", 1)):
             if getattr(self, name) < minimum:
                 yield f"slurm.{name} must be at least {minimum}"
-        if self.tasks_per_node is not None and self.tasks_per_node < 1:
-            yield "slurm.tasks_per_node must be at least 1, or null for one per GPU"
-        elif self.gpus_per_node > 0 and self.tasks != self.gpus_per_node:
-            why = "each task needs its own GPU" if self.tasks > self.gpus_per_node else "a task uses only one GPU"
-            yield (
-                f"slurm.tasks_per_node={self.tasks_per_node} with slurm.gpus_per_node={self.gpus_per_node}: {why}; "
-                f"leave out tasks_per_node, or use the same number for both"
-            )
+        yield from self._task_problems()
         minutes = parse_minutes(self.time)
         if minutes is None or minutes < 1:
             yield f"slurm.time={self.time} is not a time limit; use minutes, HH:MM:SS or D-HH:MM:SS"
@@ -82,16 +99,58 @@ class SlurmConfig:
             )
         if self.mem is not None and not re.fullmatch(r"0|\d+[KMGT]B?", self.mem, re.IGNORECASE):
             yield f"slurm.mem={self.mem} is not an amount of memory; use for example 64GB, or 0 for all of a node"
+        yield from self._mail_problems()
         for option in self.extra:
-            key = KEY_OF.get(option.replace("_", "-"))
-            if key is not None:
-                yield f"slurm.extra.{option}: use slurm.{key}"
+            name = option.replace("_", "-")
+            if name in KEY_OF:
+                yield f"slurm.extra.{option}: use slurm.{KEY_OF[name]}"
+            elif name in RESERVED:
+                yield f"slurm.extra.{option}: launch needs its own value; remove it"
+        yield from self._srun_problems()
+
+    def _task_problems(self) -> Iterator[str]:
+        given = str(self.gpus_per_node)
+        if not re.fullmatch(r"-?\d+|[\w.-]+:\d+", given):
+            yield f"slurm.gpus_per_node={given} is not a number of GPUs; use for example 4, or a100:4 with a type"
+        elif self.gpus < (1 if ":" in given else 0):
+            yield f"slurm.gpus_per_node must be at least {1 if ':' in given else 0}"
+        if self.tasks_per_node is not None and self.tasks_per_node < 1:
+            yield "slurm.tasks_per_node must be at least 1, or null for one per GPU"
+        elif self.gpus > 0 and self.tasks != self.gpus:
+            why = "each task needs its own GPU" if self.tasks > self.gpus else "a task uses only one GPU"
+            yield (
+                f"slurm.tasks_per_node={self.tasks_per_node} with slurm.gpus_per_node={given}: {why}; "
+                f"leave out tasks_per_node, or use the same number for both"
+            )
+
+    def _mail_problems(self) -> Iterator[str]:
+        types = [word.strip().upper() for word in (self.mail_type or "").split(",")] if self.mail_type else []
+        for word in types:
+            if word not in (*MAIL_TYPES, *MAIL_TIMES):
+                yield f"slurm.mail_type: {word} is not one of {', '.join((*MAIL_TYPES, *MAIL_TIMES))}"
+        if self.mail_user is not None and not types:
+            yield "slurm.mail_user without slurm.mail_type sends no mail; add for example slurm.mail_type=END,FAIL"
+
+    def _srun_problems(self) -> Iterator[str]:
+        """Options of srun that would change what the job requests. A command, such as a container's, may follow."""
+        before = ""
+        for word in self.srun_args:
+            if not word.startswith("-"):
+                if not before.startswith("-") or "=" in before:
+                    return
+            else:
+                name = word[2:].partition("=")[0] if word.startswith("--") else SHORT.get(word[:2], "")
+                if name in KEY_OF:
+                    yield f"slurm.srun_args: {word}: use slurm.{KEY_OF[name]}"
+                elif name in RESERVED:
+                    yield f"slurm.srun_args: {word}: launch needs its own value; remove it"
+            before = word
 
     def parameters(self, name: str) -> dict[str, Any]:
         """The parameters of submitit's AutoExecutor for a job called `name`."""
         extra = {"requeue": True, **self.extra}
         parameters: dict[str, Any] = {
-            "name": name,
+            "name": self.job_name or name,
             "timeout_min": self.minutes,
             "nodes": self.nodes,
             "tasks_per_node": self.tasks,
@@ -101,12 +160,17 @@ class SlurmConfig:
             "slurm_array_parallelism": self.array_parallelism,
             "slurm_additional_parameters": {k: v for k, v in extra.items() if v is not None and v is not False},
         }
-        if self.gpus_per_node:
-            parameters["gpus_per_node"] = self.gpus_per_node
-        for key in ("partition", "account", "qos", "mem", "constraint", "exclude"):
+        if self.gpus:
+            parameters["gpus_per_node"] = self.gpus
+        if isinstance(self.gpus_per_node, str):  # with a type, which submitit knows for Slurm only
+            parameters["slurm_gpus_per_node"] = self.gpus_per_node
+        keys = ("partition", "account", "qos", "mem", "constraint", "exclude")
+        for key in (*keys, "mail_user", "mail_type", "comment", "dependency"):
             value = getattr(self, key)
             if value is not None:
                 parameters[f"slurm_{key}"] = value
+        if self.srun_args:
+            parameters["slurm_srun_args"] = list(self.srun_args)
         return parameters
 
 

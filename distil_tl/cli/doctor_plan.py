@@ -268,7 +268,7 @@ def judge_slurm(report: Report, plan: Plan) -> None:
         if not problems:
             report.ok(SLURM, "slurm", f"{slurm.nodes} nodes x {slurm.tasks} tasks x {slurm.cpus_per_task} CPUs")
         report.ok(SLURM, "nodes", "not looked at: run this command with srun in a job to check the nodes themselves")
-    judge_partition(report, slurm.partition, slurm.gpus_per_node, slurm.tasks * slurm.cpus_per_task)
+    judge_partition(report, slurm.partition, slurm.gpus, slurm.tasks * slurm.cpus_per_task)
 
 
 def judge_start(report: Report, plan: Plan, indexes: Mapping[str, Index]) -> None:

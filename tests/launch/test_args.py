@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -114,6 +115,60 @@ def test_a_value_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_file("slurm: {account: '${oc.env:LAB}'}").account == "biology"
     monkeypatch.delenv("LAB")
     assert "LAB" in message_of(yaml_file("slurm: {account: '${oc.env:LAB}'}"), "data.root=x")
+
+
+def test_gpus_with_or_without_a_type() -> None:
+    for written, found in (("4", 4), ("a100:4", "a100:4")):
+        assert of_file(f"slurm: {{gpus_per_node: {written}}}").gpus_per_node == found
+        assert slurm_of(f"slurm.gpus_per_node={written}").gpus_per_node == found
+    path = yaml_file("slurm: {gpus_per_node: a100:4}")
+    assert options.read_run([path, "slurm.gpus_per_node=8", "data.root=x", "model.weights=none"])[2].gpus == 8
+
+
+def test_options_of_srun_as_a_list_or_as_text() -> None:
+    wanted = ["--cpu-bind=verbose,cores", "--comment=a b"]
+    for pair in ("slurm.srun_args=--cpu-bind=verbose,cores '--comment=a b'", f"slurm.srun_args={json.dumps(wanted)}"):
+        assert slurm_of(pair).srun_args == wanted
+    assert of_file("slurm:\n  srun_args: --cpu-bind=verbose,cores '--comment=a b'").srun_args == wanted
+    assert "slurm.srun_args=it's: No closing quotation" in message_of("slurm.srun_args=it's")
+
+
+# Profiles
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a profile in the folder of the user."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(Path("home").absolute()))
+    text = "slurm: {partition: a, account: a, qos: a, setup: [module load cuda], extra: {x: a, y: a}}"
+    yaml_file(text, "home/distil_tl/juwels.yaml")
+    return "juwels"
+
+
+def test_a_profile_is_below_the_file_and_the_command_line(site: str) -> None:
+    found = of_file(f"slurm: {{profile: {site}, account: b, qos: b, extra: {{y: b}}}}", "slurm.qos=c")
+    assert (found.partition, found.account, found.qos, found.setup) == ("a", "b", "c", ["module load cuda"])
+    assert found.extra == {"x": "a", "y": "b"}
+    assert slurm_of(f"slurm.profile={site}", "slurm.account=c").account == "c"
+    assert of_file(f"slurm: {{profile: {site}}}", "slurm.profile=null").partition is None
+
+
+def test_a_profile_by_its_path_is_relative_to_the_file_that_names_it() -> None:
+    yaml_file("slurm: {partition: a}", "configs/site/here.yaml")
+    path = yaml_file("slurm: {profile: site/here.yaml}", "configs/run.yaml")
+    assert options.read_run([path, "data.root=x", "model.weights=none"])[2].partition == "a"
+    assert slurm_of("slurm.profile=configs/site/here.yaml").partition == "a"
+
+
+def test_profiles_that_can_not_be_read(site: str) -> None:
+    message = message_of("slurm.profile=juwls")
+    assert "slurm.profile=juwls: there is no file" in message
+    assert "(profiles there: juwels)" in message
+    assert "slurm.profile=no.yaml: there is no such file" in message_of("slurm.profile=no.yaml")
+    for text, why in (("seed: 1", "has no section `slurm`"), ("slurm: {profile: juwels}", "names another profile")):
+        assert why in message_of(f"slurm.profile={yaml_file(text, 'odd.yaml')}")
+    yaml_file("slurm: {nods: 1}", "home/distil_tl/juwels.yaml")
+    assert "unknown key `slurm.nods`" in message_of("slurm.profile=juwels")
 
 
 # Mistakes

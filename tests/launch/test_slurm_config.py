@@ -114,6 +114,25 @@ def test_the_defaults_are_all_right() -> None:
         ({"extra": {"ntasks_per_node": 8}}, "slurm.extra.ntasks_per_node: use slurm.tasks_per_node"),
         ({"extra": {"time": 5}}, "slurm.extra.time: use slurm.time"),
         ({"extra": {"gpus-per-task": 1}}, "slurm.extra.gpus-per-task: use slurm.gpus_per_node"),
+        ({"extra": {"job-name": "x"}}, "slurm.extra.job-name: use slurm.job_name"),
+        ({"extra": {"output": "x"}}, "slurm.extra.output: launch needs its own value; remove it"),
+        (
+            {"gpus_per_node": "a100"},
+            "slurm.gpus_per_node=a100 is not a number of GPUs; use for example 4, or a100:4 with a type",
+        ),
+        ({"gpus_per_node": "a100:0"}, "slurm.gpus_per_node must be at least 1"),
+        (
+            {"gpus_per_node": "a100:4", "tasks_per_node": 2},
+            "slurm.tasks_per_node=2 with slurm.gpus_per_node=a100:4: a task uses only one GPU; leave out "
+            "tasks_per_node, or use the same number for both",
+        ),
+        ({"srun_args": ["--ntasks=3"]}, "slurm.srun_args: --ntasks=3: use slurm.tasks_per_node"),
+        ({"srun_args": ["--mpi", "pmix", "-n4"]}, "slurm.srun_args: -n4: use slurm.tasks_per_node"),
+        ({"srun_args": ["--output=x"]}, "slurm.srun_args: --output=x: launch needs its own value; remove it"),
+        (
+            {"mail_user": "me@lab"},
+            "slurm.mail_user without slurm.mail_type sends no mail; add for example slurm.mail_type=END,FAIL",
+        ),
     ],
 )
 def test_each_mistake_is_named_with_its_key(values: dict[str, Any], message: str) -> None:
@@ -178,6 +197,29 @@ def test_parameters_name_everything_that_was_set() -> None:
         "slurm_signal_delay_s": 99,
         "slurm_additional_parameters": {"requeue": True, "reservation": "course"},
     }
+
+
+def test_parameters_of_the_job_and_its_mail() -> None:
+    given: dict[str, Any] = {"comment": "grant 5", "dependency": "afterok:7", "mail_user": "me@lab", "mail_type": "END,time_limit"}
+    config = SlurmConfig(job_name="nightly", srun_args=["--cpu-bind=cores"], **given)
+    assert list(config.problems()) == []
+    found = config.parameters("flowers")
+    assert {key: found[f"slurm_{key}"] for key in given} == given
+    assert (found["name"], found["slurm_srun_args"]) == ("nightly", ["--cpu-bind=cores"])
+
+
+@pytest.mark.parametrize("given", ["a100:4", "nvidia_a100-sxm4-80gb:4", "1g.5gb:4"])
+def test_gpus_of_a_type(given: str) -> None:
+    config = SlurmConfig(nodes=2, gpus_per_node=given)
+    assert list(config.problems()) == []
+    assert (config.gpus, config.tasks, config.world_size) == (4, 4, 8)
+    found = config.parameters("flowers")
+    assert (found["gpus_per_node"], found["slurm_gpus_per_node"]) == (4, given), "submitit takes a type for Slurm only"
+
+
+@pytest.mark.parametrize("args", [["apptainer", "exec", "-n", "x.sif"], ["--mpi=pmix", "apptainer", "--output=x"]])
+def test_options_of_a_command_that_srun_starts_are_not_those_of_srun(args: list[str]) -> None:
+    assert problems(srun_args=args) == []
 
 
 def test_parameters_leave_the_clusters_defaults_alone() -> None:
