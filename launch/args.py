@@ -16,6 +16,7 @@ from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.utils.args import apply, explain, is_file, overlay, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.shipped import find_configuration
 from launch.profile import find_profile
 from launch.slurm_config import SlurmConfig
 
@@ -87,13 +88,14 @@ def load_slurm_section(path: Path) -> Any:
 
     def section(path: Path) -> Any:
         tree = yaml.load(path.read_text(), _TextLoader)
-        base = section((path.parent / tree["base"]).resolve()) if tree.get("base") is not None else None
+        base = tree.get("base")
+        base = None if base is None else section(find_configuration(Path(str(base)), path.parent).resolve())
         own = tree.get("slurm")
         if isinstance(own, dict) and str(own.get("profile")).endswith((".yaml", ".yml")):
             own["profile"] = str(path.parent / Path(own["profile"]).expanduser())
         return overlay(base, own) if isinstance(base, dict) and isinstance(own, dict) else tree.get("slurm", base)
 
-    return section(path.resolve())
+    return section(find_configuration(path).resolve())
 
 
 def parse_slurm(section: Any, pairs: Sequence[str]) -> SlurmConfig:

@@ -15,6 +15,7 @@ from typing import Any
 
 from distil_tl.utils.args import flatten, read_yaml, refuse
 from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.shipped import find_configuration
 
 Values = dict[str, Any]
 KEYS = ("name", "config", "set", "trials", "grid", "random", "count", "seed", "seeds", "max_trials", "metric", "slurm")
@@ -97,9 +98,10 @@ def read_sweep(path: Path) -> Sweep:
     Raises:
         UserError: it can't be read, or lists what is wrong with it.
     """
+    path = find_configuration(path)
     tree = read_yaml(path)
     refuse(list(_problems(path, tree)))
-    config = path.parent / tree["config"] if tree.get("config") is not None else None
+    config = find_configuration(Path(str(tree["config"])), path.parent) if tree.get("config") is not None else None
     trials = tree.get("trials") or []
     labelled = trials.items() if isinstance(trials, dict) else ((None, values) for values in trials)
     return Sweep(
@@ -141,8 +143,8 @@ def _problems(path: Path, tree: dict[str, Any]) -> Iterator[str]:
 
 def _value_problems(path: Path, tree: dict[str, Any]) -> Iterator[str]:
     config = tree.get("config")
-    if config is not None and not (path.parent / str(config)).is_file():
-        yield f"config: there is no file {path.parent / str(config)}"
+    if config is not None and not (found := find_configuration(Path(str(config)), path.parent)).is_file():
+        yield f"config: there is no file {found}"
     if "name" in tree and not _is_name(tree["name"]):
         yield f"name: {tree['name']!r} can't be the name of a folder; use letters, digits, `_`, `-` and `.`"
     if tree.get("metric", "top1") not in METRICS:

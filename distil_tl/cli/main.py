@@ -1,13 +1,16 @@
-"""The console script: `distil-tl COMMAND ...`. The same without it: `python -m distil_tl.cli COMMAND ...`."""
+"""The console script: `distil-tl COMMAND ...`. The same without it: `python -m distil_tl COMMAND ...`."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 from distil_tl.utils.command import exit_process, run_command
-from distil_tl.utils.errors import EXIT_USER_ERROR, did_you_mean
+from distil_tl.utils.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from distil_tl.utils.version import __version__
 
 # For each command: the module whose `main` runs it, imported only for that command, and its line in --help.
@@ -19,6 +22,12 @@ COMMANDS = {
     "prefetch": ("distil_tl.cli.prefetch", "download and check pretrained weights before a job without network"),
     "doctor": ("distil_tl.cli.doctor", "check what a run will use on this machine, and what will fail"),
     "report": ("distil_tl.report", "write a run's report.html, one self-contained file"),
+    "init": ("distil_tl.cli.init", "copy a configuration, sweep file or batch script that comes with the package"),
+    "submit": ("launch.submit", "submit a run to Slurm (same as python -m launch.submit)"),
+    "sweep": ("launch.sweep", "submit the trials of a sweep file"),
+    "adaptive": ("launch.adaptive", "search settings with Optuna, in Slurm jobs"),
+    "status": ("launch.status", "show the status of runs and sweeps"),
+    "sync": ("launch.sync", "send runs to Weights & Biases, from a machine with network"),
 }
 
 
@@ -48,9 +57,22 @@ def run(argv: Sequence[str]) -> int:
         print(f"distil-tl: unknown command `{name}`{hint}", file=sys.stderr)
         return EXIT_USER_ERROR
     module, _ = COMMANDS[name]
+    if module.startswith("launch."):
+        import_own_launch()
     check_arguments(name, rest)
     status: int = importlib.import_module(module).main(rest)
     return status
+
+
+def import_own_launch() -> None:
+    """Import the package `launch` beside this one, also in a folder that has a `launch` of its own."""
+    root = Path(__file__).resolve().parents[2]
+    found = PathFinder.find_spec("launch", [str(root)])
+    if found is None or found.loader is None:
+        raise UserError(f"the package launch is not in {root}, beside distil_tl: install distil_tl again")
+    if getattr(sys.modules.get("launch"), "__file__", None) != found.origin:
+        module = sys.modules["launch"] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
 
 
 def check_arguments(command: str, args: list[str]) -> None:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, Node, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.shipped import find_configuration, shipped_files
 
 
 def is_file(arg: str) -> bool:
@@ -35,10 +36,12 @@ def refuse_spaces(args: Sequence[str]) -> None:
 def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file over its `base:`. `above` are the files whose `base:` led to this one.
 
+    Both may be names of configurations that come with the package.
+
     Raises:
         UserError: the file, or a base of it, can't be read.
     """
-    path = path.resolve()
+    path = find_configuration(path).resolve()
     if path in above:
         raise UserError(f"{path} is its own `base:`, through {', '.join(p.name for p in above)}")
     if path.is_dir():
@@ -47,18 +50,20 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         node = OmegaConf.load(path)
     except FileNotFoundError:
         where = f" (the `base:` of {above[-1]})" if above else "; give a YAML file, or only key=value arguments"
-        raise UserError(f"there is no configuration file {path}{where}") from None
+        hint = did_you_mean(path.stem, shipped_files())
+        raise UserError(f"there is no configuration file {path}{where}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"can't read the configuration {path}: {error}") from None
     except Exception as error:  # errors of the YAML parser have no common public base class
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(node, DictConfig):
         raise UserError(f"{path} must hold keys and values, as in `seed: 1`")
-    tree: Any = OmegaConf.to_container(node, resolve=False)
+    tree: dict[str, Any] = OmegaConf.to_container(node, resolve=False)  # type: ignore[assignment]
     base = tree.pop("base", None)
-    return (
-        tree if base is None else overlay(read_yaml(path.parent / str(base), (*above, path)), tree, whole=("stages",))
-    )
+    if base is None:
+        return tree
+    below = read_yaml(find_configuration(Path(str(base)), path.parent), (*above, path))
+    return overlay(below, tree, whole=("stages",))
 
 
 def overlay(base: dict[str, Any], top: dict[str, Any], whole: tuple[str, ...] = ()) -> dict[str, Any]:

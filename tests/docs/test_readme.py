@@ -120,7 +120,7 @@ def test_the_map_of_the_code_is_of_this_code() -> None:
     lines = block.splitlines()
     named = {line.split()[0] for line in lines[1:-1] if line.startswith("  ")}
     package = ROOT / "distil_tl"
-    files = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    files = {path.name for path in package.glob("[!_]*.py")}
     folders = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
     assert named == files | folders
     beside = {name for line in lines[1:] if not line.startswith("  ") for name in line.split() if name.endswith("/")}

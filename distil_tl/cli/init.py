@@ -1,0 +1,66 @@
+"""`distil-tl init NAME`: copy a configuration, sweep file or batch script that comes with the package."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.shipped import name_of, shipped_files
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="distil-tl init",
+        description="Copy a configuration, sweep file or batch script that comes with the package, to change it.",
+        epilog="Configurations and sweep files can also be used by name, as in `distil-tl train resnet50 ...`.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help="without it, the names are listed")
+    parser.add_argument("path", nargs="?", type=Path, metavar="FILE", help="the copy (default: in this folder)")
+    options = parser.parse_args(args)
+    return run_command("distil-tl init", lambda: run(options.name, options.path))
+
+
+def run(name: str | None, path: Path | None) -> None:
+    """Copy the file, or list all of them.
+
+    Raises:
+        UserError: there is no such name, or the copy exists or can't be written.
+    """
+    files = shipped_files()
+    if name is None:
+        width = max(map(len, files))
+        sys.stdout.writelines(f"{name:<{width}}  {summary(file)}\n" for name, file in files.items())
+        return
+    file = files.get(name) or files.get(name.removesuffix(".yaml"))
+    if file is None:
+        hint = did_you_mean(name, files) or f"; the names are {', '.join(files)}"
+        raise UserError(f"nothing of the name {name!r} comes with the package{hint}")
+    target = path or Path(file.name)
+    if target.is_dir():
+        target /= file.name
+    text = file.read_text(encoding="utf-8").replace(name_of(file), str(target))  # the command in its header
+    try:
+        with target.open("x", encoding="utf-8") as copy:
+            copy.write(text)
+    except FileExistsError:
+        raise UserError(f"{target} exists already: give another name, distil-tl init {name} FILE") from None
+    except OSError as error:
+        raise UserError(f"can't write {target}: {error.strerror}") from None
+    sys.stdout.write(f"{target}: {summary(file)}\n")
+
+
+def summary(file: Path) -> str:
+    """The first sentence of the file's header."""
+    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("#!")]
+    first = re.match(r"(?:#.*\n)+", "\n".join(lines) + "\n")
+    text = " ".join(line.lstrip("# ") for line in (first[0].splitlines() if first else []))
+    return text.partition(". ")[0].rstrip(".") + "."
+
+
+if __name__ == "__main__":
+    sys.exit(main())
