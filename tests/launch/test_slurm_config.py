@@ -200,7 +200,12 @@ def test_parameters_name_everything_that_was_set() -> None:
 
 
 def test_parameters_of_the_job_and_its_mail() -> None:
-    given: dict[str, Any] = {"comment": "grant 5", "dependency": "afterok:7", "mail_user": "me@lab", "mail_type": "END,time_limit"}
+    given: dict[str, Any] = {
+        "comment": "grant 5",
+        "dependency": "afterok:7",
+        "mail_user": "me@lab",
+        "mail_type": "END,time_limit",
+    }
     config = SlurmConfig(job_name="nightly", srun_args=["--cpu-bind=cores"], **given)
     assert list(config.problems()) == []
     found = config.parameters("flowers")
