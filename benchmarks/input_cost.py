@@ -28,6 +28,7 @@ import torchvision
 from PIL import Image
 
 from distil_tl.data import decode as decoding
+from distil_tl.data import pillow
 from distil_tl.data.decode import decode_bytes
 from distil_tl.data.resize import smaller
 from distil_tl.data.scan import scan
@@ -91,7 +92,7 @@ def measure(files: list[bytes], image_size: int) -> list[dict[str, Any]]:
 
 
 def _by_pillow(data: bytes) -> Any:
-    image = decoding._open(io.BytesIO(data))
+    image = pillow.open_image(io.BytesIO(data))
     assert image is not None
     return decoding.to_tensor(image)
 

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch is imported, so that a wrong argument
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import ALL_EXTENSIONS
 from distil_tl.data.index import Index
+from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.pixels import agree_on_pixels
 from distil_tl.data.scan import scan
 from distil_tl.data.source import ImageSource
@@ -57,7 +58,10 @@ def run(options: argparse.Namespace) -> None:
 
         def scanned() -> dict[str, Index]:
             folder = data_root(config.data) / split
-            return {split: scan(folder, classes=restored.classes, extensions=config.data.image_extensions)}
+            found = scan(folder, classes=restored.classes, extensions=config.data.image_extensions)
+            if warning := intensity_warning(len(found), found.path, config.data.intensity):
+                logger.warning("%s: %s", split, warning)
+            return {split: found}
 
         index = share_indexes(info, scanned)[split]
         bad_images = BadImages(config.data.on_bad_image)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from distil_tl.config import Config, load_saved
 from distil_tl.data.decode import decode, to_tensor
+from distil_tl.data.pillow import Intensity
 from distil_tl.data.transforms import ImageTransform, eval_transform
 from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build
@@ -17,27 +22,69 @@ from distil_tl.rundir import checkpoint as ckpt
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage
 from distil_tl.utils.errors import UserError
 
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | Tensor | np.ndarray"
+_ACCEPTED = (
+    "give a path, a PIL image, a uint8 tensor [3, H, W] or [1, H, W], or a uint8 array [H, W, 3] or [H, W], with "
+    "values 0 to 255: this transform scales and normalises them"
+)
+
 
 class Transform:
-    """The evaluation transform: from a path, PIL image or uint8 tensor [3, H, W] to a normalised float32 [3, S, S]."""
+    """The evaluation transform: from an image to a normalised float32 [3, S, S], as the network saw it in training.
 
-    def __init__(self, preprocess: Preprocess, image_size: int) -> None:
+    An image is a path; a PIL image of any mode; a uint8 tensor [3, H, W], or [1, H, W] for grey; or a uint8 array as
+    image libraries make it, [H, W, 3] in RGB, or [H, W] for grey.
+
+    Args:
+        intensity: as `data.intensity`, for 16-bit and float images.
+    """
+
+    def __init__(self, preprocess: Preprocess, image_size: int, intensity: Intensity = "dtype") -> None:
         self.image_size = image_size
+        self.intensity = intensity
         self._view: ImageTransform = eval_transform(preprocess, image_size)
         self._normalize = Normalize(preprocess)
 
-    def __call__(self, image: str | Path | Image.Image | Tensor) -> Tensor:
+    def __call__(self, image: ImageLike) -> Tensor:
         normalized: Tensor = self._normalize(self.view(image))
         return normalized
 
-    def view(self, image: str | Path | Image.Image | Tensor) -> Tensor:
-        """Resized and cropped, still uint8 [3, S, S]."""
-        if isinstance(image, (str, Path)):
-            image = decode(image, min_side=self._view.min_side)
+    def view(self, image: ImageLike) -> Tensor:
+        """Resized and cropped, still uint8 [3, S, S].
+
+        Raises:
+            TypeError, ValueError: it is none of the kinds of images that are understood.
+            ImageError, OSError: as `decode`.
+        """
+        if isinstance(image, (str, os.PathLike)):
+            pixels = decode(Path(image), min_side=self._view.min_side, intensity=self.intensity)
         elif isinstance(image, Image.Image):
-            image = to_tensor(image)
-        view: Tensor = self._view(image)
+            pixels = to_tensor(image, self.intensity)
+        else:
+            pixels = _pixels(image)
+        view: Tensor = self._view(pixels)
         return view
+
+
+def _pixels(image: object) -> Tensor:
+    """A tensor or an array of pixels as uint8 [3, H, W]. What it may mean is never guessed from its values."""
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise TypeError(f"an image of the type {type(image).__name__} is not understood: {_ACCEPTED}")
+    kind = "a tensor" if isinstance(image, Tensor) else "an array"
+    if image.dtype not in (torch.uint8, np.uint8):
+        raise TypeError(f"{kind} of {str(image.dtype).removeprefix('torch.')} is not understood: {_ACCEPTED}")
+    shape = tuple(image.shape)
+    if isinstance(image, np.ndarray):
+        planes = image[:, :, None] if image.ndim == 2 else image
+        channels = planes.shape[2] if planes.ndim == 3 else 0
+        pixels = torch.from_numpy(np.ascontiguousarray(planes)) if channels in (1, 3) else None
+        pixels = pixels.permute(2, 0, 1) if pixels is not None else None
+    else:
+        pixels = image if image.ndim == 3 and shape[0] in (1, 3) else None
+    if pixels is None or 0 in shape:
+        one = ", one image at a time" if len(shape) == 4 else ""
+        raise ValueError(f"{kind} of the shape {list(shape)} is not understood: {_ACCEPTED}{one}")
+    return pixels.expand(3, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -75,6 +122,10 @@ class RestoredModel:
     checkpoint: Path
     precision: str
 
+    def transform(self) -> Transform:
+        """From an image to the input of the model."""
+        return Transform(self.model.preprocess, self.image_size, self.config.data.intensity)
+
 
 def load_trained(run_dir: str | Path, checkpoint: str = "best") -> TrainedModel:
     """The model of a run directory in evaluation mode on the CPU, its transform, and its class names.
@@ -87,7 +138,7 @@ def load_trained(run_dir: str | Path, checkpoint: str = "best") -> TrainedModel:
         UserError: the run or the checkpoint does not exist, or the checkpoint is damaged.
     """
     restored = restore_model(run_dir, checkpoint)
-    transform = Transform(restored.model.preprocess, restored.image_size)
+    transform = restored.transform()
     return TrainedModel(restored.model.module.eval(), transform, restored.classes)
 
 

@@ -381,6 +381,7 @@ def test_changes_allowed_on_resume():
 
 def test_changes_refused_on_resume():
     assert changes(["stages.full.epochs=9"], ["head"]) == []
+    assert changes(["data.intensity=[0,4095]"], ["head"]) == ["data.intensity: was 'dtype', now [0, 4095]"]
     assert changes(["stages.full.epochs=9"], ["head", "full"]) == ["stages.full.epochs: was 5, now 9"]
     assert changes(["stages.head.augment=none", "seed=1"], ["head"]) == [
         "seed: was 0, now 1",

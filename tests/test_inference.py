@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 import distil_tl
-from distil_tl.inference import Transform, restore_model
+from distil_tl.config import load_saved
+from distil_tl.inference import RestoredModel, Transform, restore_model
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build
@@ -69,6 +70,52 @@ def test_a_path_an_image_and_a_tensor_give_the_same(tmp_path: Path) -> None:
     for image in (tmp_path / "image.png", str(tmp_path / "image.png"), Image.fromarray(pixels)):
         assert torch.equal(transform.view(image), view)
         assert torch.equal(transform(image), Normalize(PREPROCESS)(view))
+
+
+def test_every_clear_kind_of_image_is_understood(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    colour, grey = rng.integers(0, 256, (50, 60, 3), dtype=np.uint8), rng.integers(0, 256, (50, 60), dtype=np.uint8)
+    transform = Transform(PREPROCESS, 32)
+    turned = np.asarray(np.rot90(colour), order="F")  # with strides that torch does not take
+    for array in (colour, colour[:, ::-1], turned):
+        assert torch.equal(transform(array), transform(Image.fromarray(np.ascontiguousarray(array))))
+    expected = transform(Image.fromarray(grey))
+    for same in (grey, grey[:, :, None], torch.from_numpy(grey)[None]):
+        assert torch.equal(transform(same), expected)
+    transparent = Image.fromarray(np.dstack([colour, np.zeros_like(grey)]))
+    transparent.save(tmp_path / "image.png")
+    assert torch.equal(transform(transparent), transform(tmp_path / "image.png")), "white, as in training"
+
+
+@pytest.mark.parametrize(
+    ("image", "what"),
+    [
+        (torch.zeros(3, 40, 50), "a tensor of float32"),
+        (np.zeros((40, 50, 3)), "an array of float64"),
+        (np.zeros((40, 50), dtype=np.uint16), "an array of uint16"),
+        (torch.zeros(40, 50, 3, dtype=torch.uint8), r"a tensor of the shape \[40, 50, 3\]"),
+        (torch.zeros(40, 50, dtype=torch.uint8), r"a tensor of the shape \[40, 50\]"),
+        (torch.zeros(2, 3, 40, 50, dtype=torch.uint8), r"a tensor of the shape \[2, 3, 40, 50\]"),
+        (np.zeros((3, 40, 50), dtype=np.uint8), r"an array of the shape \[3, 40, 50\]"),
+        (np.zeros((0, 50, 3), dtype=np.uint8), r"an array of the shape \[0, 50, 3\]"),
+        (b"\xff\xd8", "an image of the type bytes"),
+        (None, "an image of the type NoneType"),
+        ([[0, 1], [2, 3]], "an image of the type list"),
+    ],
+)
+def test_any_other_is_refused_with_what_to_give(image: object, what: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{what}.* is not understood: give a path, a PIL image, a"):
+        Transform(PREPROCESS, 32)(image)  # type: ignore[arg-type]
+
+
+def test_values_are_scaled_as_in_training(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("data: {root: null, intensity: [0, 4095]}\n")
+    Image.fromarray(np.full((40, 50), 4095, dtype=np.uint16)).save(tmp_path / "image.png")
+    config = load_saved(tmp_path)
+    model = build(ModelConfig(NAME, weights="none"), 3, image_size=64, seed=7)
+    restored = RestoredModel(config, model, CLASSES, 64, tmp_path, "fp32")
+    for image in (tmp_path / "image.png", Image.open(tmp_path / "image.png")):
+        assert restored.transform().view(image).eq(255).all()
 
 
 def test_the_preprocessing_is_that_of_the_checkpoint(run_dir: Path) -> None:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distil_tl.data.config import ALL_EXTENSIONS, IMG_EXTENSIONS, default_workers
 from distil_tl.data.decode import ImageError
+from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.walk import describe, walk
 from distil_tl.inference import Transform, restore_model
 from distil_tl.training.network import ImageNetwork, evaluation_network
@@ -59,11 +60,13 @@ def predict(
         check_output("--output", output, files, ALL_EXTENSIONS)
     if ignored:
         sys.stderr.write(f"distil-tl predict: {printable(describe(ignored))}\n")
+    if warning := intensity_warning(len(files), files.__getitem__, restored.config.data.intensity):
+        sys.stderr.write(f"distil-tl predict: {warning}\n")
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     compute = default_compute(restored.precision, restored.model.module, where)
     network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
     loader = DataLoader(
-        ImageFiles(files, Transform(restored.model.preprocess, restored.image_size)),
+        ImageFiles(files, restored.transform()),
         batch_size=batch_size,
         num_workers=default_workers(available_cpus()) if workers is None else workers,
         collate_fn=collate,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from distil_tl.utils.errors import did_you_mean
 
@@ -19,6 +21,7 @@ ALL_EXTENSIONS = (*IMG_EXTENSIONS, *(f".{extension}" for extension in MORE_EXTEN
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 AUGMENTATIONS = ("none", "light", "strong")
 ON_BAD_IMAGE = ("error", "skip")
+INTENSITIES = ("dtype", "percentile")
 
 
 @dataclass
@@ -33,6 +36,7 @@ class DataConfig:
     augment: str = "light"  # none | light | strong
     hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class
     on_bad_image: str = "error"  # error: stop with an error | skip: do not train on it, and list it in summary.json
+    intensity: Any = "dtype"  # of 16-bit and float images: dtype | percentile | [LOW, HIGH], which are black and white
     extensions: list[str] = field(default_factory=list)  # files to read besides those of ImageFolder, as in [heic,avif]
 
     @property
@@ -56,10 +60,25 @@ class DataConfig:
             found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
         if self.on_bad_image not in ON_BAD_IMAGE:
             found.append(f"data.on_bad_image is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}")
+        if problem := intensity_problem(self.intensity):
+            found.append(problem)
         if unknown := sorted(set(self.extensions) - set(MORE_EXTENSIONS)):
             known = ", ".join(MORE_EXTENSIONS)
             found.append(f"data.extensions has {', '.join(map(repr, unknown))}; it may have some of {known}")
         return found
+
+
+def intensity_problem(intensity: Any) -> str | None:
+    """Why a value can't be `data.intensity`; None if it can."""
+    if isinstance(intensity, str) and intensity in INTENSITIES:
+        return None
+    numbers = isinstance(intensity, list) and all(type(value) in (int, float) for value in intensity)
+    if numbers and len(intensity) == 2 and -math.inf < intensity[0] < intensity[1] < math.inf:
+        return None
+    return (
+        f"data.intensity is {intensity!r}; give {' or '.join(INTENSITIES)}, or the values that become black and white, "
+        f"such as [0,4095]"
+    )
 
 
 def fitting_world_sizes(global_batch_size: int) -> list[int]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from distil_tl.data.config import default_workers
 from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
+from distil_tl.data.pillow import Intensity
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import ImageTransform
 from distil_tl.distributed.launch_env import Launch, cpus_of_rank
@@ -97,13 +98,21 @@ class ImageDataset(Dataset[Item]):
     """Decoded and transformed images. The augmentation of an image is a function of its key."""
 
     def __init__(
-        self, index: Index, transform: ImageTransform, image_size: int, *, seed: int = 0, stage: str = ""
+        self,
+        index: Index,
+        transform: ImageTransform,
+        image_size: int,
+        *,
+        seed: int = 0,
+        stage: str = "",
+        intensity: Intensity = "dtype",
     ) -> None:
         self.index = index
         self.image_size = image_size
         self.transform = transform
         self.seed = seed
         self.stage = stage
+        self.intensity = intensity
 
     def __len__(self) -> int:
         return len(self.index)
@@ -121,7 +130,8 @@ class ImageDataset(Dataset[Item]):
     def __getitem__(self, key: SampleKey) -> Item:
         target = int(self.index.targets[key.image])
         try:
-            image = decode(self.index.local_path(key.image), min_side=self.transform.min_side)
+            path, min_side = self.index.local_path(key.image), self.transform.min_side
+            image = decode(path, min_side=min_side, intensity=self.intensity)
         except ImageError as error:  # returned: an exception in a worker would be printed with a long traceback
             return Item(None, target, key.image, error.reason)
         except OSError as error:  # an error of the file system, not of the image: it must not be skipped

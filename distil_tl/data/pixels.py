@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distil_tl.data.config import MORE_EXTENSIONS, DataConfig
-from distil_tl.data.decode import INSTALL, ImageError, decode, decoder_name
+from distil_tl.data.decode import ImageError, decode, decoder_name
+from distil_tl.data.pillow import INSTALL
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.utils.errors import UserError, listed

@@ -48,7 +48,9 @@ class ImageSource:
     def train_dataset(self, split: str, image_size: int, augment: str, *, seed: int, stage: str) -> ImageDataset:
         """The images of a split as training sees them; `seed` and `stage` key the random numbers of augmentation."""
         transform = train_transform(self.preprocess, image_size, augment, self.config.hflip)
-        return ImageDataset(self.index(split), transform, image_size, seed=seed, stage=stage)
+        return ImageDataset(
+            self.index(split), transform, image_size, seed=seed, stage=stage, intensity=self.config.intensity
+        )
 
     def sampler(self, *, seed: int, stage: str, epochs: int) -> TrainSampler:
         """The training order of a stage, for this rank."""
@@ -68,7 +70,8 @@ class ImageSource:
 
     def eval_loader(self, split: str, image_size: int, batches: EvalBatches) -> Loader:
         """The images of a split in the given batches."""
-        dataset = ImageDataset(self.index(split), eval_transform(self.preprocess, image_size), image_size)
+        transform = eval_transform(self.preprocess, image_size)
+        dataset = ImageDataset(self.index(split), transform, image_size, intensity=self.config.intensity)
         return self.loader(dataset, batches, batches.batch_size)
 
     def eval_batches(self, split: str) -> EvalBatches:

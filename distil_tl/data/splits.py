@@ -15,6 +15,7 @@ import numpy as np
 from distil_tl.data.config import SPLITS, DataConfig
 from distil_tl.data.digits import digits_folder
 from distil_tl.data.index import Index, differences
+from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.loader import warn_of_few_cpus
 from distil_tl.data.local_copy import stage_folder
 from distil_tl.data.pixels import agree_on_pixels
@@ -125,6 +126,8 @@ def _scan_splits(config: DataConfig, root: Path, archive: Path | None) -> dict[s
             f"{root / 'train'} has {len(train)} images, fewer than one global batch; set data.global_batch_size to "
             f"at most {len(train)}"
         )
+    if warning := intensity_warning(len(train), train.path, config.intensity):
+        logger.warning("train: %s", warning)
     if archive:  # the times of the unpacked files are new, and differ between nodes
         status = archive.stat()
         digest = hashlib.sha256(f"{archive.name} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()

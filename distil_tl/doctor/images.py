@@ -14,6 +14,7 @@ import numpy as np
 from distil_tl.data.config import MORE_EXTENSIONS, SPLITS, DataConfig
 from distil_tl.data.decode import ImageError, decode, decoder_name
 from distil_tl.data.index import Index
+from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.local_folder import StagingError, expand
 from distil_tl.data.pixels import refuse_missing_decoders
 from distil_tl.data.scan import scan
@@ -134,7 +135,7 @@ def _decode_some(report: Report, config: DataConfig, split: str, index: Index, m
     for i in chosen:
         began = time.monotonic()
         try:
-            decode(index.path(i), min_side=min_side)
+            decode(index.path(i), min_side=min_side, intensity=config.intensity)
             seconds.append(time.monotonic() - began)
         except ImageError as error:
             status, remedy = (FAIL, "repair or remove it, or set data.on_bad_image=skip")
@@ -150,6 +151,8 @@ def _decode_some(report: Report, config: DataConfig, split: str, index: Index, m
             f"{1000 * float(np.median(seconds)):.1f} ms each: about {1 / max(1e-6, float(np.median(seconds))):,.0f} "
             f"images/s for each loader process, without augmentation",
         )  # fmt: skip
+    if warning := intensity_warning(len(index), index.path, config.intensity):
+        report.warn(GROUP, split, warning)
 
 
 def stage_folder(stage_to: str | None) -> tuple[str | None, str | None]:

@@ -63,6 +63,17 @@ class Run:
     config: str | None = None
     notes: list[str] = field(default_factory=list)
 
+    @cached_property
+    def intensity(self) -> Any:
+        """`data.intensity` of the run, by which thumbnails are scaled as its images were."""
+        import yaml  # needed for thumbnails only
+
+        try:
+            data = mapping(yaml.safe_load(self.config or "") or {}, "data")
+        except (yaml.YAMLError, AttributeError):
+            return "dtype"
+        return data.get("intensity", "dtype")
+
     def lines(self, split: str, window: str = "") -> list[Metric]:
         """The lines of one split (and window), by step."""
         return [m for m in self.metrics if m.split == split and (not window or m.window == window)]

@@ -213,7 +213,7 @@ def mistake_table(run: Run) -> Markup | None:
     rows: list[list[Child]] = []
     for i, entry in enumerate(entries[:MAX_MISTAKES]):
         probability = number(entry.get("probability"))
-        source = thumbnail(str(entry.get("path"))) if i < MAX_THUMBNAILS else None
+        source = thumbnail(str(entry.get("path")), run.intensity) if i < MAX_THUMBNAILS else None
         image = h("img", src=source, alt="", class_="thumb") if source else None
         rows.append(
             [
@@ -232,19 +232,26 @@ def mistake_table(run: Run) -> Markup | None:
     return join(first, h("details", more, table(head, rest, texts=3, label="More mistakes")))
 
 
-def thumbnail(path: str) -> str | None:
-    """The image at `path` as a small data URI; None if it can't be read or is too large."""
-    try:
-        from PIL import Image, ImageOps  # not needed for --help, nor for a report without thumbnails
+def thumbnail(path: str, intensity: Any = "dtype") -> str | None:
+    """The image at `path` as a small data URI; None if it can't be read or is too large.
 
-        file = Path(path)
-        if not file.is_file() or file.stat().st_size > MAX_IMAGE_BYTES:
+    Args:
+        intensity: as `data.intensity`.
+    """
+    try:
+        from PIL import Image  # not needed for --help, nor for a report without thumbnails
+
+        from distil_tl.data.pillow import open_image, pixels_of
+
+        source = Path(path)
+        if not source.is_file() or source.stat().st_size > MAX_IMAGE_BYTES:
             return None
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_IMAGE_PIXELS:
+        with source.open("rb") as file:
+            image = open_image(file)
+            if image is None or image.width * image.height > MAX_IMAGE_PIXELS:
                 return None
-            image.draft("RGB", (THUMBNAIL * 2, THUMBNAIL * 2))
-            small = ImageOps.exif_transpose(image).convert("RGB")
+            image.draft(None, (THUMBNAIL * 2, THUMBNAIL * 2))
+            small = Image.fromarray(pixels_of(image, intensity))  # as the model saw it
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=82)

@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
 # saved configuration without the key gets this value, and this value is not part of a run's name.
 NEW_KEYS: dict[str, Any] = {
     "data.extensions": [],
+    "data.intensity": "dtype",
     "data.prefetch_mib": 2048,  # it had no limit; what is computed does not depend on it
     "distributed.heartbeat_seconds": None,  # frozen ranks were not looked for
     "compile_mode": "default",

@@ -84,7 +84,8 @@ class FeatureExtractor:
         """The images of a split as features, in `count` views of each. Raises as `open_all` does."""
         index, stage = self.source.index(split), self.stage
         config = self.source.config
-        views = Views(stage.image_size, augment, config.hflip, stage.seed, count, unusual_pixels(config))
+        pixels = unusual_pixels(config)
+        views = Views(stage.image_size, augment, config.hflip, stage.seed, count, pixels, config.intensity)
         key = on_rank_zero(
             self.info,
             f"naming the features of {split} for stage {stage.name}",

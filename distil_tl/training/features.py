@@ -17,6 +17,7 @@ import torch
 
 from distil_tl.data.feature_cache import FeatureDataset
 from distil_tl.data.index import Index
+from distil_tl.data.pillow import Intensity
 from distil_tl.rundir.checkpoint import weights_hash
 from distil_tl.training.network import Prefix
 from distil_tl.training.stage import Stage
@@ -52,6 +53,7 @@ class Views:
         seed: of the augmentation.
         count: views of each image.
         pixels: by format, the digests of a decoder that gives unusual pixels.
+        intensity: as `data.intensity`.
     """
 
     image_size: int
@@ -60,6 +62,7 @@ class Views:
     seed: int
     count: int
     pixels: dict[str, str] = field(default_factory=dict)
+    intensity: Intensity = "dtype"
 
 
 def cache_key(model: TransferModel, prefix: Prefix, index: Index, views: Views) -> str:
@@ -83,6 +86,7 @@ def cache_key(model: TransferModel, prefix: Prefix, index: Index, views: Views) 
         "device": next(model.module.parameters()).device.type,
         "torch": torch.__version__,
         **({"pixels": views.pixels} if views.pixels else {}),
+        **({"intensity": views.intensity} if views.intensity != "dtype" else {}),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageCms
 from torch import Tensor
 
-from distil_tl.data import decode as module
+from distil_tl.data import pillow
 from distil_tl.data.decode import decode, decode_bytes
 from tests.helpers.image_bytes import chunk, png, saved
 
@@ -69,7 +69,7 @@ def test_jpeg_pixels_are_those_of_pillow():
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF", "JPEG2000"])
 def test_formats_without_loss(kind):
-    if kind not in module._plugins():
+    if kind not in pillow.plugins():
         pytest.skip("this Pillow lacks it")
     options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
     image = row("RGB", RED, GREEN, BLUE, (10, 20, 30))
@@ -200,7 +200,7 @@ def test_transparent_colour_of_grey_and_rgb():
 
 def decoded(image: Image.Image) -> Tensor:
     """The conversion alone, for modes that no file format has."""
-    return torch.from_numpy(np.array(module._rgb(image))).permute(2, 0, 1)
+    return torch.from_numpy(np.array(pillow.to_rgb(image))).permute(2, 0, 1)
 
 
 def test_cmyk():
@@ -231,7 +231,7 @@ def test_one_pixel():
 
 @pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True})])
 def test_the_first_frame_of_an_animation_is_used(kind, options):
-    if kind not in module._plugins():
+    if kind not in pillow.plugins():
         pytest.skip("this Pillow lacks it")
     frames = [Image.new("RGB", (3, 2), colour) for colour in (RED, GREEN, BLUE)]
     data = saved(frames[0], kind, save_all=True, append_images=frames[1:], duration=50, **options)
@@ -261,7 +261,7 @@ STORED = {
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", STORED)
 def test_exif_orientation(kind, orientation):
-    if kind not in module._plugins():
+    if kind not in pillow.plugins():
         pytest.skip("this Pillow lacks it")
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageFile
 
-from distil_tl.data import decode as module
+from distil_tl.data import pillow
 from distil_tl.data.decode import MAX_PIXELS, ImageError, decode, decode_bytes
 from distil_tl.utils.errors import UserError
 from tests.helpers.image_bytes import noise_image, png, saved
@@ -66,7 +66,7 @@ def test_the_limit_is_exact(monkeypatch):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_truncated(tmp_path: Path, kind, share):
-    if kind not in module._plugins():
+    if kind not in pillow.plugins():
         pytest.skip("this Pillow lacks it")
     data = noise_image(kind)
     path = tmp_path / f"cut.{kind}"

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from distil_tl.data import decode as module
-from distil_tl.data import fast_decoders
+from distil_tl.data import fast_decoders, pillow
 from distil_tl.data.decode import ImageError, decode_bytes, read_size
 from distil_tl.data.pixels import REFERENCES
 from tests.helpers.image_bytes import chunk, png, saved
@@ -177,9 +177,9 @@ def test_every_row_of_the_table_is_tested() -> None:
 def test_the_row(row: str, extra: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     make, tolerance = MAKERS[row]
     decoder = table()[row][extra]
-    if extra and (fast_decoders._torchcodec() is None or module._heif_plugin() is None):
+    if extra and (fast_decoders._torchcodec() is None or pillow.heif_plugin() is None):
         pytest.skip("distil_tl[decode] is not installed")
-    if row == "AVIF" and "AVIF" not in module._plugins():
+    if row == "AVIF" and "AVIF" not in pillow.plugins():
         pytest.skip("this Pillow has no AVIF")
     used: list[str] = []
     choose(monkeypatch, extra, used)
@@ -214,14 +214,14 @@ def choose(monkeypatch: pytest.MonkeyPatch, extra: bool, used: list[str]) -> Non
 
     monkeypatch.setattr(module, "fast_decoder", noting)
     if not extra:
-        known = tuple(name for name in module._plugins() if name != "HEIF")
+        known = tuple(name for name in pillow.plugins() if name != "HEIF")
         monkeypatch.setattr(fast_decoders, "_torchcodec", lambda: None)
-        monkeypatch.setattr(module, "_plugins", lambda: known)
+        monkeypatch.setattr(pillow, "plugins", lambda: known)
 
 
 def test_the_size_of_a_file_without_a_decoder_is_refused_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert {"JPEG", "PNG"} < set(module._plugins())
-    monkeypatch.setattr(module, "_plugins", lambda: ("JPEG", "PNG"))
+    assert {"JPEG", "PNG"} < set(pillow.plugins())
+    monkeypatch.setattr(pillow, "plugins", lambda: ("JPEG", "PNG"))
     with pytest.raises(ImageError, match="HEIC, for which no decoder is installed"):
         read_size(TURNED)
     with pytest.raises(ImageError, match="AVIF, for which no decoder is installed"):
@@ -232,7 +232,7 @@ def test_the_size_of_a_file_without_a_decoder_is_refused_too(monkeypatch: pytest
 
 
 def test_a_heic_image_that_is_too_large_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    if module._heif_plugin() is None:
+    if pillow.heif_plugin() is None:
         pytest.skip("pi-heif is not installed")
     with pytest.raises(ImageError, match="61 x 83 pixels are more than the 5,000 allowed"):
         decode_bytes(TURNED.read_bytes(), max_pixels=5000)

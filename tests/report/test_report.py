@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import random
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from distil_tl.report import main
 from distil_tl.report.load import load_run
 from distil_tl.report.markup import Markup, h
 from distil_tl.report.svg import MAX_POINTS, Scale, downsample, fit_scale, linear_ticks
+from distil_tl.report.tables import thumbnail
 from distil_tl.report.text import compact, duration, number, percent, percentage_points, timestamp
 from tests.helpers.report_runs import EVIL, NAMES, build_evaluation, build_metrics, build_run, report, write_lines
 
@@ -256,6 +260,35 @@ def test_images_that_exist_have_thumbnails(run):
     page, _ = report(run)
     assert page.count('src="data:image/jpeg;base64,') == 23
     assert len(page) < 300_000
+
+
+def test_a_thumbnail_is_the_image_as_the_model_saw_it(tmp_path):
+    image_module = pytest.importorskip("PIL.Image")
+    path = tmp_path / "image.png"
+
+    def shown(image: Any, intensity: Any = "dtype", **options: Any) -> tuple[Any, Any]:
+        image.save(path, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Pillow warns of palettes with transparency
+            content = base64.b64decode(str(thumbnail(str(path), intensity)).partition(",")[2])
+        small = image_module.open(io.BytesIO(content))
+        return small.size, small.getpixel((2, 2))
+
+    white = ((64, 43), (255, 255, 255))
+    transparent = image_module.new("RGBA", (90, 60), (200, 0, 0, 0))
+    assert shown(transparent) == white
+    assert shown(transparent.quantize(), transparency=b"\0" * 256) == white
+    assert shown(image_module.new("I;16", (90, 60), 4000), (0, 4000)) == white
+    exif = image_module.Exif()
+    exif[0x0112] = 6
+    assert shown(image_module.new("RGB", (90, 60)), exif=exif)[0] == (43, 64), "upright"
+
+
+def test_thumbnails_are_scaled_by_the_configuration_of_the_run(run):
+    assert load_run(run).intensity == "dtype"
+    for text, intensity in (("data: {intensity: [0, 4095]}", [0, 4095]), ("data: null", "dtype"), ("]", "dtype")):
+        (run / "config.yaml").write_text(text)
+        assert load_run(run).intensity == intensity
 
 
 def test_the_report_of_a_large_run_is_small(tmp_path):

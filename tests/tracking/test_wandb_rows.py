@@ -84,17 +84,18 @@ def test_the_segment_of_a_killed_attempt_is_set_aside_unless_it_was_sent(tmp_pat
 
 def test_charts_of_an_evaluation(tmp_path: Path):
     wandb = pytest.importorskip("wandb")
-    Image.new("RGB", (400, 200)).save(tmp_path / "a.png")
+    Image.new("I;16", (400, 200), 4095).save(tmp_path / "a.png")
     wrong = [
         {"path": str(tmp_path / name), "target": "a", "prediction": "b", "probability": 0.9}
         for name in ("a.png", "b.png")
     ]
     evaluation = {"split": "val", "classes": ["a", "b"], "confusion_matrix": [[3, 2], [0, 1]], "mistakes": wrong * 20}
-    charts = final_charts(evaluation, 3)
+    charts = final_charts(evaluation, 3, [0, 4095])
     rows = charts["evaluation/mistakes"].data
     assert len(rows) == 3
     assert isinstance(rows[0][0], wandb.Image)
     assert (rows[0][0].image.width, rows[1][0]) == (64, None), "small, and none if the file is missing"
+    assert rows[0][0].image.getpixel((2, 2)) == (255, 255, 255), "as the model saw it"
     assert rows[0][1:] == [str(tmp_path / "a.png"), "a", "b", 0.9]
     cells = charts["evaluation/confusion_matrix"].table.data
     assert cells == [["a", "a", 3], ["a", "b", 2], ["b", "a", 0], ["b", "b", 1]]

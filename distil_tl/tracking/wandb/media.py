@@ -12,12 +12,13 @@ from distil_tl.report.tables import thumbnail
 MAX_CHART_CLASSES = 50  # of a confusion matrix; report.html shows larger ones
 
 
-def final_charts(evaluation: dict[str, Any], mistakes: int) -> dict[str, Any]:
+def final_charts(evaluation: dict[str, Any], mistakes: int, intensity: Any = "dtype") -> dict[str, Any]:
     """Charts and tables of evaluation.json, by their names at W&B.
 
     Args:
         evaluation: the content of evaluation.json.
         mistakes: number of most confident mistakes to show, each with a thumbnail.
+        intensity: as `data.intensity`, for the thumbnails.
     """
     import wandb
 
@@ -38,17 +39,17 @@ def final_charts(evaluation: dict[str, Any], mistakes: int) -> dict[str, Any]:
         )
     if mistaken := (evaluation.get("mistakes") or [])[:mistakes]:
         columns = ["image", "path", "target", "prediction", "probability"]
-        rows = [[_picture(entry["path"]), *(entry[column] for column in columns[1:])] for entry in mistaken]
+        rows = [[_picture(entry["path"], intensity), *(entry[column] for column in columns[1:])] for entry in mistaken]
         charts["evaluation/mistakes"] = wandb.Table(columns=columns, data=rows)
     return charts
 
 
-def _picture(path: str) -> Any:
+def _picture(path: str, intensity: Any) -> Any:
     """A thumbnail as a wandb.Image; None if the image is missing or too large to read quickly."""
     import wandb
     from PIL import Image
 
-    data_url = thumbnail(path)
+    data_url = thumbnail(path, intensity)
     if data_url is None:
         return None
     return wandb.Image(Image.open(io.BytesIO(base64.b64decode(data_url.partition(",")[2]))))

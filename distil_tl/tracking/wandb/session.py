@@ -94,7 +94,8 @@ class Session:
         from distil_tl.tracking.wandb.media import final_charts  # imports Pillow, which is needed only here
 
         step, row = self._rows.last()
-        charts = final_charts(_read_json(self._run_dir / "evaluation.json"), self._task.mistakes)
+        intensity = (self._task.config.get("data") or {}).get("intensity", "dtype")
+        charts = final_charts(_read_json(self._run_dir / "evaluation.json"), self._task.mistakes, intensity)
         self._send(max(step, self._marks.step + 1), {**row, **charts} if step > self._marks.step else charts)
 
 
