@@ -22,6 +22,7 @@ COMMANDS = {
     "prefetch": ("distil_tl.cli.prefetch", "download and check pretrained weights before a job without network"),
     "doctor": ("distil_tl.cli.doctor", "check what a run will use on this machine, and what will fail"),
     "report": ("distil_tl.report", "write a run's report.html, one self-contained file"),
+    "compare": ("distil_tl.cli.compare", "compare two runs on the same images"),
     "init": ("distil_tl.cli.init", "copy a configuration, sweep file or batch script that comes with the package"),
     "submit": ("launch.submit", "submit a run to Slurm (same as python -m launch.submit)"),
     "sweep": ("launch.sweep", "submit the trials of a sweep file"),

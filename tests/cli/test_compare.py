@@ -1,0 +1,86 @@
+"""`distil-tl compare`: two models on the same images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distil_tl.cli.compare import main
+from distil_tl.cli.comparison import Pairs, count_pairs
+from distil_tl.evaluate import main as evaluate
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.preprocess import Preprocess
+from distil_tl.models.transfer import build
+from distil_tl.rundir.checkpoint import Checkpoints
+
+CLASSES = ["circles", "noise", "stripes"]
+NAME = "shufflenet_v2_x0_5"
+
+
+def test_the_figures_are_those_of_the_literature() -> None:
+    # Agresti and Min (2005): ratings of a prime minister, 1,600 people asked twice.
+    pairs = Pairs(both=794, only_first=150, only_second=86, none=570)
+    assert pairs.accuracies == (944 / 1600, 880 / 1600)
+    assert pairs.interval == pytest.approx((-0.0587, -0.0213), abs=2e-4)
+    assert pairs.p_value == pytest.approx(3.7e-5, rel=0.05)
+    assert Pairs(148, 4, 9, 21).p_value == 2 * 1093 / 2**13
+    assert Pairs(10, 0, 0, 3).p_value == 1
+    assert Pairs(10, 2, 2, 3).p_value == 1
+
+
+def test_pairs_are_counted() -> None:
+    targets, first, second = np.array([0, 1, 2, 0, 1]), np.array([0, 1, 2, 1, 0]), np.array([0, 2, 2, 0, 2])
+    assert count_pairs(targets, first, second) == Pairs(both=2, only_first=1, only_second=1, none=1)
+
+
+def make_run(path: Path, data: Path, seed: int, classes: list[str] = CLASSES) -> Path:
+    path.mkdir()
+    (path / "config.yaml").write_text(
+        f"data: {{root: {data}, image_size: 32, workers: 0}}\nmodel: {{name: {NAME}, weights: none}}\n"
+        "stages: {head: {unfreeze: head}}\nprecision: fp32\n"
+    )
+    model = build(ModelConfig(NAME, weights="none"), len(classes), image_size=32, seed=seed).module
+    for _ in range(40):  # statistics for BatchNorm: else all images look alike
+        model.train()(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
+    checkpoints = Checkpoints(path / "checkpoints")
+    run = {"position": {"stage": "head"}, "stages": {"head": {}}}
+    preprocess = Preprocess(crop_size=32, resize_size=32)
+    state = {"classes": classes, "preprocess": asdict(preprocess), "run": run}
+    checkpoints.save(1, weights=model.state_dict(), train_state={}, state=state, is_best=True)
+    checkpoints.wait()
+    return path
+
+
+def test_two_runs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / name, data, seed) for name, seed in (("a", 1), ("b", 8))]
+    (data / "val" / "noise" / "damaged.png").write_bytes(b"\x89PNG")
+    assert main([str(run) for run in runs] + ["--json", str(tmp_path / "out.json"), "--images", "2"]) == 0
+    printed = capsys.readouterr()
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert "1 of 32 images can't be read; left out" in printed.err
+    assert content["n"] == 31
+    for run, top1 in zip(runs, content["top1"], strict=True):
+        evaluate([str(run), "--json", str(run / "val.json"), "data.on_bad_image=skip"])
+        assert json.loads((run / "val.json").read_text())["top1"] == top1
+    flipped = content["flipped"]
+    assert len(flipped) == content["only_first"] + content["only_second"] > 2
+    assert all((row["first"] == row["class"]) != (row["second"] == row["class"]) for row in flipped)
+    assert sum(row["n"] for row in content["per_class"]) == 31
+    assert f"2 of {len(flipped)} images that only one gets right" in printed.out
+    assert flipped[1]["path"] in printed.out
+    assert flipped[2]["path"] not in printed.out
+
+
+def test_other_classes_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / "a", data, 1), make_run(tmp_path / "b", data, 1, ["circles", "noise", "lines"])]
+    assert main([str(run) for run in runs]) == 2
+    assert "have other classes (lines, stripes): only models of the same classes" in capsys.readouterr().err
+    assert main([str(runs[0]), str(tmp_path)]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
+    assert main([str(runs[0]), str(runs[0]), "--images", "-1"]) == 2
+    assert "--images must be at least 0" in capsys.readouterr().err
