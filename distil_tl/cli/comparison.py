@@ -55,7 +55,7 @@ class Pairs:
         """McNemar's exact test (1947): the probability of a division at least as uneven, if both are equally good."""
         flipped, fewer = self.only_first + self.only_second, min(self.only_first, self.only_second)
         tail = sum(math.comb(flipped, i) for i in range(fewer + 1))
-        return min(1.0, 2 * tail / 2**flipped)
+        return min(1.0, float(2 * tail / 2**flipped))
 
     @property
     def interval(self) -> tuple[float, float]:
