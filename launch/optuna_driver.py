@@ -23,6 +23,7 @@ from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
 from distil_tl.utils.files import write_json
 from launch.args import print_line
 from launch.executor import make_executor
+from launch.failure import explain_failures
 from launch.local_job import is_job_alive, stop_job
 from launch.optuna_study import ask_trial
 from launch.records import read_record
@@ -117,7 +118,7 @@ class Driver:
             value = get_number(status.best or {}, self.plan.sweep.metric)
             self.tell(name, value, TrialState.FAIL if value is None else TrialState.COMPLETE)
         elif ended and name in self.seen_ended:  # at two checks, as a node's last files may appear late
-            self.tell(name, None, TrialState.FAIL, status.detail)
+            self.tell(name, None, TrialState.FAIL, explain_failures([status])[0].detail)
         elif status.state == "pruned":
             self.prune(name, queue)
         elif status.state == "running" and self.active[name].should_prune():

@@ -43,6 +43,9 @@ class RunStatus:
         seconds: total training time.
         data_wait: the share of the last recorded part of training for which it waited for data.
         detail: more about the state, such as why the run failed.
+        slurm: how Slurm calls the state of the job, and why.
+        left: time until the job's time limit.
+        log: the file with its output, of a failed run.
     """
 
     run_dir: Path
@@ -58,6 +61,9 @@ class RunStatus:
     seconds: float | None = None
     data_wait: float | None = None
     detail: str | None = None
+    slurm: str | None = None
+    left: str | None = None
+    log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -92,13 +98,21 @@ def read_status(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> RunStat
         stage=last.get("stage"),
         epoch=last.get("epoch"),
         step=last.get("step"),
-        job_id=str(record["job_id"]) if record else (attempt or {}).get("slurm_job_id"),
+        job_id=_job_id(job, record, attempt),
         restarts=(attempt or {}).get("restarts", 0),
         host=job.nodes if job and job.nodes else host,
         seconds=summary.get("total_seconds"),
         data_wait=wait_share(next((line for line in reversed(lines) if line.get("split") == "train"), {})),
         detail=detail,
+        slurm=None if job is None else f"{job.state}{f', {job.reason}' if job.reason not in ('', 'None') else ''}",
+        left=job.left if job is not None and job.state == "RUNNING" and job.left[:1].isdigit() else None,
     )
+
+
+def _job_id(job: QueuedJob | None, record: Json | None, attempt: Json | None) -> str | None:
+    if record is None or (job is not None and job.is_active):
+        return job.id if job is not None else (attempt or {}).get("slurm_job_id")
+    return str(record["job_id"])
 
 
 def _decide(seen: _Evidence) -> tuple[str, str | None]:

@@ -24,13 +24,15 @@ class QueuedJob:
     Attributes:
         id: the job id that sbatch printed, followed by `_TASK` for a task of an array.
         nodes: node list, empty while the job waits.
-        reason: why the job waits, in Slurm's words.
+        reason: why the job waits or how it ended, in Slurm's words.
+        left: time until its limit, such as 1-02:30:00.
     """
 
     id: str
     state: str
     nodes: str
     reason: str
+    left: str = ""
 
     @property
     def is_waiting(self) -> bool:
@@ -50,12 +52,12 @@ def read_queue(user: int | None = None) -> dict[str, QueuedJob]:
     Raises:
         SlurmUnavailableError: squeue is not installed or does not answer.
     """
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%N|%r"]
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%N|%r|%L"]
     command.append("--me" if user is None else f"--user={user}")
     queue = {}
     for line in _run(command).splitlines():
-        job, own_id, state, nodes, reason = (line.strip().split("|") + [""] * 5)[:5]
-        queue[job] = QueuedJob(job, state, nodes, reason)
+        job, own_id, state, nodes, reason, left = (line.strip().split("|") + [""] * 6)[:6]
+        queue[job] = QueuedJob(job, state, nodes, reason, left)
         if nodes or own_id != job.partition("_")[0]:  # otherwise it is the id of the whole array
             queue[own_id] = queue[job]
     return queue
@@ -74,6 +76,25 @@ def job_state(job_id: str) -> str | None:
             return None
         raise
     return words[0] if words else None
+
+
+def read_ended(job_ids: Iterable[str]) -> dict[str, str]:
+    """How jobs ended that Slurm has forgotten, by id, such as `FAILED, exit status 2`. Empty without accounting."""
+    ids = list(job_ids)
+    if not ids:
+        return {}
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--allusers", "--format=JobID,State,ExitCode"]
+    try:
+        lines = _run([*command, f"--jobs={','.join(ids)}"]).splitlines()
+    except SlurmUnavailableError:
+        return {}
+    ended = {}
+    for line in lines:
+        job, state, codes = (line.strip().split("|") + [""] * 3)[:3]
+        status, _, number = codes.partition(":")
+        how = f", signal {number}" if number not in ("", "0") else f", exit status {status}"
+        ended[job] = state + (how if state == "FAILED" else "")
+    return ended
 
 
 def requeue_job(job_id: str) -> None:

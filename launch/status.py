@@ -24,6 +24,7 @@ from distil_tl.utils.data_wait import is_notable
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_safe
 from distil_tl.utils.log import printable, setup_console, table
+from launch.failure import explain_failures
 from launch.records import RECORD_FILE, read_sweep_record
 from launch.run_status import STATES, RunStatus, get_number, loss_of, read_status
 from launch.squeue import QueuedJob, SlurmUnavailableError, read_queue
@@ -115,7 +116,8 @@ def read_overview(folder: Path) -> Overview:
         queue = read_queue(folder.stat().st_uid)  # of the owner, who may be another user
     except SlurmUnavailableError as error:
         note = f"{error}; the states of jobs are read from their files only"
-    rows = [(read_status(run_dir, queue), trial) for run_dir, trial in values.items()]
+    statuses = explain_failures([read_status(run_dir, queue) for run_dir in values])
+    rows = list(zip(statuses, values.values(), strict=True))
     rows.sort(key=lambda row: (*_rank(row[0], metric), STATES.index(row[0].state), row[0].run_dir.name))
     return Overview(folder, metric, rows, note, frozenset(folder / name for name in earlier))
 
@@ -148,7 +150,7 @@ def to_text(overview: Overview) -> str:
     keys = list(dict.fromkeys(key for _, values in overview.rows for key in values))
     short = _short_names(keys)
     head = ["", "run", "state", "done", overview.metric, *(short[key] for key in keys)]
-    head += ["at", "data wait", "job", "restarts", "where"]
+    head += ["at", "data wait", "job", "restarts", "left", "where"]
     rows = [_cells(overview, rank, run, [values.get(key) for key in keys])
             for rank, (run, values) in enumerate(overview.rows, start=1)]  # fmt: skip
     used = [i for i in range(len(head)) if i < 5 or any(row[i] for row in rows)]
@@ -157,7 +159,9 @@ def to_text(overview: Overview) -> str:
     text.append(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]))
     for run, _ in overview.rows:
         if run.detail and run.state in ("failed", "unknown"):
-            text.append(f"{run.run_dir.name}: {run.detail}")
+            text.append(f"{printable(run.run_dir.name)}: {printable(run.detail)}")
+        if run.log is not None:
+            text.append(f"  output: {printable(run.log)}")
     if overview.earlier:
         text.append(f"no longer in the sweep: {', '.join(sorted(path.name for path in overview.earlier))}")
     if overview.note:
@@ -182,6 +186,7 @@ def _cells(overview: Overview, rank: int, run: RunStatus, values: Sequence[Any])
         f"{run.data_wait:.0%}" if run.data_wait is not None and is_notable(run.data_wait) else "",
         run.job_id or "",
         str(run.restarts or ""),
+        run.left or "",
         printable(run.host or reason),
     ]
 
@@ -192,6 +197,7 @@ def to_json(overview: Overview) -> str:
         {
             **asdict(run),
             "run_dir": str(run.run_dir),
+            "log": str(run.log) if run.log is not None else None,
             "values": values,
             "earlier": run.run_dir in overview.earlier,
         }

@@ -137,7 +137,8 @@ def restart_process() -> NoReturn:
 
 
 def _print_error(message: str, *, every_rank: bool = False) -> None:
-    """Print to standard error: on rank 0, or on every rank."""
+    """Print to standard error: on rank 0, or on every rank. The log of the rank has it, too."""
+    logger.debug("%s", message)
     if every_rank or _is_rank_zero():
         sys.stderr.write(message + "\n")
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Stand-ins for sbatch, squeue, scontrol, scancel and srun: scripts in a folder, which keep their queue in a JSON file.
+"""Stand-ins for the commands of Slurm: scripts in a folder, which keep their queue in a JSON file.
 
 They support the options that launch uses, and behave as Slurm does: the id of an array means all of its tasks, waiting
 tasks have no id of their own, and ended jobs are listed only with `--states=all`. A command fails with the message that
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
+COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "srun", "sacct")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
 
@@ -28,7 +28,7 @@ class FakeSlurm:
         for name in COMMANDS:
             (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -SE {__file__} {folder} {name} "$@"\n')
             (folder / name).chmod(0o755)
-        self._write({"next": 7, "jobs": [], "refusals": {}, "calls": []})
+        self._write({"next": 7, "jobs": [], "refusals": {}, "calls": [], "accounting": None})
 
     @property
     def path(self) -> str:
@@ -59,6 +59,12 @@ class FakeSlurm:
     def forget(self, job: str) -> None:
         content = self._read()
         content["jobs"] = [entry for entry in content["jobs"] if entry["id"] != job]
+        self._write(content)
+
+    def account(self, **jobs: str) -> None:
+        """Keep accounts of ended jobs, such as `account(_7="FAILED|2:0")`."""
+        content = self._read()
+        content["accounting"] = {job.removeprefix("_"): end for job, end in jobs.items()}
         self._write(content)
 
     def refuse(self, command: str, words: str | None) -> None:
@@ -110,9 +116,7 @@ def run(folder: Path, command: str, arguments: list[str]) -> int:
     try:
         if content["refusals"].get(command):
             raise SystemExit(content["refusals"][command])
-        {"sbatch": sbatch, "squeue": squeue, "scontrol": scontrol, "scancel": scancel, "srun": srun}[command](
-            content, arguments
-        )
+        globals()[command](content, arguments)
     finally:
         file.write_text(json.dumps(content))
     return 0
@@ -140,11 +144,11 @@ def squeue(content: dict[str, Any], arguments: list[str]) -> None:
         jobs = [job for job in jobs if job["state"] not in ENDED]
     if "--array" not in options:  # tasks that wait are one line then
         jobs = [job for job in jobs if job["state"] != "PENDING" or not re.search("_[1-9]", job["id"])]
-    letters = {"%i": "id", "%A": "own", "%T": "state", "%N": "nodes", "%r": "reason"}
+    letters = {"%i": "id", "%A": "own", "%T": "state", "%N": "nodes", "%r": "reason", "%L": "left"}
     for job in jobs:
         line = options["--format"]
         for letter, name in letters.items():
-            line = line.replace(letter, job[name])
+            line = line.replace(letter, job.get(name, ""))
         sys.stdout.write(line + "\n")
 
 
@@ -161,6 +165,14 @@ def scancel(content: dict[str, Any], arguments: list[str]) -> None:
     for number in arguments:
         for job in selected(content, number):
             job["state"] = "CANCELLED"
+
+
+def sacct(content: dict[str, Any], arguments: list[str]) -> None:
+    if content["accounting"] is None:
+        raise SystemExit("Slurm accounting storage is disabled")
+    for job in arguments[-1].removeprefix("--jobs=").split(","):
+        if job in content["accounting"]:
+            sys.stdout.write(f"{job}|{content['accounting'][job]}\n")
 
 
 def srun(content: dict[str, Any], arguments: list[str]) -> None:

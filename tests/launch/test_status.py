@@ -266,6 +266,68 @@ def test_a_run_that_waits_for_data(slurm: FakeSlurm, tmp_path: Path, capsys) -> 
     assert [run["data_wait"] for run in found] == [None, 0.04, 0.41]
 
 
+# Why a run failed, and how long others may run
+
+
+def test_a_failed_run_shows_the_last_message_the_log_and_the_state_of_its_job(
+    slurm: FakeSlurm, tmp_path: Path, capsys
+) -> None:
+    folder = sweep(tmp_path / "s", {name: {} for name in "ab"})
+    (folder / "slurm").mkdir()
+    for task, name in enumerate("ab"):
+        (folder / name).mkdir()
+        write_record(folder / name, f"7_{task}", "slurm")
+    slurm.add("7_0", "FAILED", own="8", reason="NonZeroExitCode")
+    (folder / "slurm/7_0_0_log.out").write_text(
+        "submitit INFO (2026-11-28) - Loading pickle: x\n"
+        "distil_tl.train: 2 problems:\n  - data.root=flowers is not a folder\n  - seed must be positive\n"
+        "launch: job 7_0 is FAILED, so it is not requeued\nsrun: error: n1: task 0: Exited with exit code 2\n\n"
+    )
+    finished(folder / "b", "failed")
+    (folder / "slurm/7_1_0_log.out").write_text("step 5\ndistil_tl.train: the loss is not finite at step 6\n")
+    slurm.account(_7_1="FAILED|1:0")
+    text = shown(capsys, folder)
+    assert (
+        "\na: 2 problems: - data.root=flowers is not a folder - seed must be positive (job 7_0 is FAILED, "
+        f"NonZeroExitCode)\n  output: {folder}/slurm/7_0_0_log.out\n"
+    ) in text
+    assert (
+        "\nb: the loss is not finite at step 6 (job 7_1 is FAILED, exit status 1)\n"
+        f"  output: {folder}/slurm/7_1_0_log.out\n"
+    ) in text
+    assert [call[-1] for call in slurm.calls("sacct")] == ["--jobs=7_1"], "squeue has the other one"
+    (first, _) = json.loads(shown(capsys, folder, "--json"))["runs"]
+    assert first["log"] == f"{folder}/slurm/7_0_0_log.out"
+
+
+def test_a_killed_job_without_a_message_shows_what_accounting_says(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    (tmp_path / "run").mkdir()
+    write_record(tmp_path / "run", "7", "slurm")
+    slurm.account(_7="OUT_OF_MEMORY|0:125")
+    assert "\nrun: exited without writing a status (job 7 is OUT_OF_MEMORY)" in shown(capsys, tmp_path / "run")
+
+
+def test_a_failed_run_without_a_job_shows_the_log_of_its_rank(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    run_dir = finished(sweep(tmp_path / "s", {"run": {}}) / "run", "failed")
+    (run_dir / "submitted.json").unlink()
+    (run_dir / "logs").mkdir()
+    for rank in (0, 1, 10):
+        (run_dir / f"logs/rank-{rank}.log").write_text(f"2026-11-28 19:15:33,123 DEBUG distil_tl.train: of {rank}\n")
+    assert f"\nrun: of 0\n  output: {run_dir}/logs/rank-0.log\n" in shown(capsys, tmp_path / "s")
+    assert not slurm.calls("sacct")
+
+
+def test_time_left(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    folder = sweep(tmp_path / "s", {name: {} for name in "abc"})
+    for task, (name, state, left) in enumerate(
+        (("a", "RUNNING", "1-02:30:00"), ("b", "RUNNING", "UNLIMITED"), ("c", "PENDING", "1:00:00"))
+    ):
+        (folder / name).mkdir()
+        write_record(folder / name, f"7_{task}", "slurm")
+        slurm.add(f"7_{task}", state, left=left)
+    assert column(shown(capsys, folder), "left") == ["1-02:30:00", "", ""]
+
+
 # For programs
 
 
@@ -280,7 +342,8 @@ def test_json(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
         "run_dir": f"{folder}/a", "state": "completed", "progress": 1.0,
         "best": {"stage": "full", "epoch": 2, "step": 20, "top1": 0.5, "loss": None},
         "stage": None, "epoch": None, "step": None, "job_id": "7", "restarts": 0, "host": None, "seconds": 12.5,
-        "data_wait": None, "detail": None, "values": {"stages.head.lr": 0.1}, "earlier": False,
+        "data_wait": None, "detail": None, "slurm": None, "left": None, "log": None,
+        "values": {"stages.head.lr": 0.1}, "earlier": False,
     }  # fmt: skip
     assert missing["state"] == "missing"
     assert missing.keys() == done.keys()

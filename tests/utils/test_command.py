@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from distil_tl.utils.errors import (
     UserError,
     WriteError,
 )
-from distil_tl.utils.log import logger
+from distil_tl.utils.log import add_rank_file, logger
 
 
 def fails_with(error: BaseException) -> None:
@@ -30,6 +31,19 @@ def fails_with(error: BaseException) -> None:
 def test_the_exit_status_is_what_the_command_returns() -> None:
     assert run_command("test", lambda: None) == 0
     assert run_command("test", lambda: 1) == 1
+
+
+def test_the_log_of_a_rank_ends_with_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each rank, also where only rank 0 prints it; `launch.status` reads the log of rank 0."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("RANK", "1")
+    try:
+        path = add_rank_file(tmp_path, 1)
+        logger.setLevel("DEBUG")
+        run_command("test", lambda: fails_with(UserError("message")))
+    finally:
+        logger.handlers.pop().close()
+    assert path.read_text().endswith(" DEBUG test: message\n")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
