@@ -15,12 +15,8 @@ if __name__ == "__main__":  # before torch is imported, so that a wrong argument
 
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import ALL_EXTENSIONS
-from distil_tl.data.index import Index
-from distil_tl.data.intensity import intensity_warning
-from distil_tl.data.pixels import agree_on_pixels
-from distil_tl.data.scan import scan
 from distil_tl.data.source import ImageSource
-from distil_tl.data.splits import data_root, share_indexes
+from distil_tl.data.splits import open_split
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import init_distributed
 from distil_tl.inference import restore_model
@@ -54,16 +50,7 @@ def run(options: argparse.Namespace) -> None:
     config, model, split = restored.config, restored.model, options.split
     configuration.check_evaluation(config)
     with init_distributed(launch, config.distributed) as info:
-        agree_on_pixels(info, config.data)
-
-        def scanned() -> dict[str, Index]:
-            folder = data_root(config.data) / split
-            found = scan(folder, classes=restored.classes, extensions=config.data.image_extensions)
-            if warning := intensity_warning(len(found), found.path, config.data.intensity):
-                logger.warning("%s: %s", split, warning)
-            return {split: found}
-
-        index = share_indexes(info, scanned)[split]
+        index = open_split(info, config.data, split, restored.classes)
         bad_images = BadImages(config.data.on_bad_image)
         source = ImageSource(info, config.data, {split: index}, model.preprocess, bad_images)
         compute = default_compute(restored.precision, model.module, info.device)

@@ -6,7 +6,7 @@ import hashlib
 import io
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,6 +112,23 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
     if archive and unpacked:  # records name the tar file, which is the same on all nodes and is not deleted
         indexes = {name: replace(index, root=archive / name, copy=unpacked / name) for name, index in indexes.items()}
     return Splits(indexes["train"], indexes["val"], indexes.get("test"))
+
+
+def open_split(info: DistInfo, config: DataConfig, split: str, classes: Sequence[str]) -> Index:
+    """One split for a trained model, scanned on rank 0; a target is a position in `classes`.
+
+    Raises:
+        UserError: on all ranks: they decode images differently, there is no such split, a class is not in `classes`.
+    """
+    agree_on_pixels(info, config)
+
+    def scanned() -> dict[str, Index]:
+        found = scan(data_root(config) / split, classes=classes, extensions=config.image_extensions)
+        if warning := intensity_warning(len(found), found.path, config.intensity):
+            logger.warning("%s: %s", split, warning)
+        return {split: found}
+
+    return share_indexes(info, scanned)[split]
 
 
 def _scan_splits(config: DataConfig, root: Path, archive: Path | None) -> dict[str, Index]:
