@@ -28,6 +28,8 @@ COMMANDS = {
     "sweep": ("launch.sweep", "submit the trials of a sweep file"),
     "adaptive": ("launch.adaptive", "search settings with Optuna, in Slurm jobs"),
     "status": ("launch.status", "show the status of runs and sweeps"),
+    "logs": ("launch.logs", "show the output of a run's job"),
+    "cancel": ("launch.cancel", "cancel the jobs of a run or sweep"),
     "sync": ("launch.sync", "send runs to Weights & Biases, from a machine with network"),
 }
 

@@ -37,7 +37,7 @@ def after(calls: list[list[str]], folder: Path) -> list[list[object]]:
 
 def test_help_and_wrong_arguments_are_answered_before_heavy_packages_are_imported(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text("{random: {optim.name: {choice: [sgd, adamw]}}, count: 2}")
-    names = ("submit", "sweep", "adaptive", "status", "sync", "task")
+    names = ("submit", "sweep", "adaptive", "status", "sync", "task", "cancel", "logs")
     helps = [[name, "--help"] for name in names]
     wrong = [
         ["submit", "data.root=null", "optim.nam=sgd"],
@@ -50,6 +50,9 @@ def test_help_and_wrong_arguments_are_answered_before_heavy_packages_are_importe
         ["adaptive", "sweep.yaml", "--trials=0"],
         ["status", "nowhere"],
         ["status"],
+        ["cancel", "nowhere"],
+        ["logs", "nowhere"],
+        ["logs", ".", "--rank=one"],
         ["sync", "nowhere"],
         ["task", "data.root=null", "optim.nam=sgd"],
     ]
