@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import csv
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO, TypeAlias
+from typing import TextIO
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from distil_tl.data.config import ALL_EXTENSIONS, IMG_EXTENSIONS, default_workers
 from distil_tl.data.decode import ImageError
 from distil_tl.data.intensity import intensity_warning
+from distil_tl.data.loader import Batch, Item, collate
+from distil_tl.data.loader_processes import BoundedLoader
 from distil_tl.data.walk import describe, walk
 from distil_tl.inference import Transform, restore_model
 from distil_tl.training.network import ImageNetwork, evaluation_network
@@ -24,9 +27,6 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import Progress, printable
 from distil_tl.utils.outputs import check_output, open_output
 from distil_tl.utils.threads import available_cpus
-
-# The images of a batch that can be read, uint8 [N, 3, S, S], None if there is none; and by file the reason why not.
-Files: TypeAlias = "tuple[Tensor | None, list[str | None]]"
 
 
 def predict(
@@ -65,11 +65,11 @@ def predict(
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     compute = default_compute(restored.precision, restored.model.module, where)
     network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
-    loader = DataLoader(
+    loader = BoundedLoader[Batch](
         ImageFiles(files, restored.transform()),
         batch_size=batch_size,
         num_workers=default_workers(available_cpus()) if workers is None else workers,
-        collate_fn=collate,
+        collate_fn=functools.partial(collate, image_size=restored.image_size),
         pin_memory=where.type == "cuda",
     )
     bar = Progress("predict", len(files), show=output is not None)
@@ -111,7 +111,7 @@ def find_images(
     return files
 
 
-class ImageFiles(Dataset["Tensor | str"]):
+class ImageFiles(Dataset[Item]):
     """For each file the network's input, uint8 [3, S, S], or the reason why the file can't be read."""
 
     def __init__(self, files: list[Path], transform: Transform) -> None:
@@ -121,29 +121,25 @@ class ImageFiles(Dataset["Tensor | str"]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> Tensor | str:
+    def __getitem__(self, i: int) -> Item:
         try:
-            return self.transform.view(self.files[i])
+            return Item(self.transform.view(self.files[i]), -1, i, None)
         except ImageError as error:
-            return error.reason
+            return Item(None, -1, i, error.reason)
         except OSError as error:
-            return str(error)
-
-
-def collate(items: list[Tensor | str]) -> Files:
-    """A batch as one tensor: a loader process sends it with one file descriptor."""
-    images = [item for item in items if isinstance(item, Tensor)]
-    return (torch.stack(images) if images else None), [item if isinstance(item, str) else None for item in items]
+            return Item(None, -1, i, str(error))
 
 
 def predict_all(
-    network: ImageNetwork, loader: Iterable[Files], device: torch.device, bar: Progress
+    network: ImageNetwork, loader: Iterable[Batch], device: torch.device, bar: Progress
 ) -> Iterator[Tensor | str]:
     """For each file the probabilities of its image, float32 [C] on the CPU, or the reason why it can't be read."""
-    for images, reasons in loader:
-        probabilities = iter(() if images is None else predict_batch(network, images, device))
-        yield from (next(probabilities) if reason is None else reason for reason in reasons)
-        bar.advance(len(reasons))
+    for batch in loader:
+        readable = batch.images[batch.valid] if batch.faults else batch.images
+        probabilities = iter(predict_batch(network, readable, device) if len(readable) else ())
+        reasons = dict(batch.faults)
+        yield from (reasons[i] if i in reasons else next(probabilities) for i in batch.indices.tolist())
+        bar.advance(len(batch.indices))
 
 
 @torch.inference_mode()

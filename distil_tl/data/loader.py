@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
-import signal
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from distil_tl.data.config import default_workers
 from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
+from distil_tl.data.loader_processes import WAIT_SECONDS, BoundedLoader
 from distil_tl.data.pillow import Intensity
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import ImageTransform
@@ -24,7 +24,6 @@ from distil_tl.distributed.launch_env import Launch, cpus_of_rank
 from distil_tl.distributed.shared_memory import SharedArrays
 from distil_tl.utils.log import logger
 from distil_tl.utils.rng import keyed_seed
-from distil_tl.utils.signals import STOP_SIGNALS
 from distil_tl.utils.threads import available_cpus
 
 UNREADABLE = "the file can't be read"  # the beginning of the reason
@@ -77,16 +76,30 @@ def _reduced(batch: Batch) -> tuple[Any, ...]:
     """How a loader process sends a batch to its rank: in anonymous memory, as one open file.
 
     torch would write a file in /dev/shm for each tensor. Docker limits /dev/shm to 64 MB, and what no longer fits there
-    ends a loader process with a bus error. Anonymous memory has no such limit.
+    ends a loader process with a bus error. Anonymous memory has no such limit. Where there is none, or the open file
+    can't be sent, the batch is written through the pipe between the processes, which takes longer.
     """
     *tensors, faults = batch
-    shared = SharedArrays.copied({name: tensor.numpy() for name, tensor in zip(Batch._fields, tensors, strict=False)})
-    return (Batch, tuple(batch)) if shared is None else (_received, (shared, faults))
+    arrays = {name: tensor.numpy() for name, tensor in zip(Batch._fields, tensors, strict=False)}
+    shared = SharedArrays.copied(arrays)
+    if shared is None:
+        return _received, (arrays, faults)
+    try:
+        rebuild, parts = shared.__reduce__()
+    except OSError:  # no folder for the socket through which open files are sent, or too many of these
+        return _received, (arrays, faults)
+    return _received_shared, (rebuild, parts, faults)
 
 
-def _received(shared: SharedArrays, faults: list[tuple[int, str]]) -> Batch:
-    images, targets, indices, valid = (torch.from_numpy(array) for array in shared.values())
+def _received(arrays: Mapping[str, np.ndarray], faults: list[tuple[int, str]]) -> Batch:
+    images, targets, indices, valid = (torch.from_numpy(array) for array in arrays.values())
     return Batch(images, targets, indices, valid, faults)
+
+
+def _received_shared(
+    rebuild: Callable[..., SharedArrays], parts: tuple[Any, ...], faults: list[tuple[int, str]]
+) -> Batch:
+    return _received(rebuild(*parts), faults)
 
 
 ForkingPickler.register(Batch, _reduced)
@@ -143,15 +156,19 @@ class ImageDataset(Dataset[Item]):
         return Item(image, target, key.image, None)
 
     def collate(self, items: list[Item]) -> Batch:
-        """The batch of these items. A bad image keeps its position: batches do not depend on the number of ranks."""
-        blank = torch.zeros(3, self.image_size, self.image_size, dtype=torch.uint8)
-        return Batch(
-            torch.stack([blank if item.image is None else item.image for item in items]),
-            torch.tensor([item.target for item in items]),
-            torch.tensor([item.index for item in items]),
-            torch.tensor([item.image is not None for item in items]),
-            [(item.index, item.bad_reason) for item in items if item.bad_reason is not None],
-        )
+        return collate(items, self.image_size)
+
+
+def collate(items: list[Item], image_size: int) -> Batch:
+    """The batch of these items. A bad image keeps its position: batches do not depend on the number of ranks."""
+    blank = torch.zeros(3, image_size, image_size, dtype=torch.uint8)
+    return Batch(
+        torch.stack([blank if item.image is None else item.image for item in items]),
+        torch.tensor([item.target for item in items]),
+        torch.tensor([item.index for item in items]),
+        torch.tensor([item.image is not None for item in items]),
+        [(item.index, item.bad_reason) for item in items if item.bad_reason is not None],
+    )
 
 
 def choose_workers(launch: Launch, workers: int | None) -> int:
@@ -176,35 +193,27 @@ def warn_of_few_cpus(launch: Launch, workers: int | None) -> None:
 
 
 def make_loader(
-    dataset: ImageDataset, batches: Sampler[list[SampleKey]], *, workers: int, ahead: int, pin_memory: bool
+    dataset: ImageDataset,
+    batches: Sampler[list[SampleKey]],
+    *,
+    workers: int,
+    ahead: int,
+    pin_memory: bool,
+    seconds: float = WAIT_SECONDS,
 ) -> Loader:
-    """A loader of batches, of which each loader process makes up to `ahead` before they are asked for."""
-    if workers:
-        atexit.unregister(_kill_workers)
-        atexit.register(_kill_workers)
-    loader: Loader = DataLoader(
-        dataset,  # type: ignore[arg-type]  # typed by the batches, not by the items
+    """A loader of batches, of which each loader process makes up to `ahead` before they are asked for.
+
+    Args:
+        seconds: to wait for one batch, at most.
+    """
+    loader: Loader = BoundedLoader(
+        dataset,
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
+        seconds=seconds,
         collate_fn=dataset.collate,
         prefetch_factor=ahead if workers else None,
         generator=torch.Generator(),  # else a loader that starts draws from the generator of the training
     )
     return loader
-
-
-def ignore_signals(worker: int) -> None:
-    # Slurm and terminals send signals to all processes of a job. The rank decides when to stop, and then ends its
-    # workers.
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _kill_workers() -> None:
-    # After an error, the loader's iterator may still exist at exit. multiprocessing would then send SIGTERM to its
-    # workers, which ignore it, and wait for them without a timeout.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error when they end
-    for worker in multiprocessing.active_children():
-        worker.kill()

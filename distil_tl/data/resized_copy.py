@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from distil_tl.data.config import SPLITS, DataConfig
 from distil_tl.data.decode import ImageError, read_size
 from distil_tl.data.index import Index
-from distil_tl.data.loader import ignore_signals
+from distil_tl.data.loader_processes import BoundedLoader
 from distil_tl.data.pixels import refuse_missing_decoders, unusual_pixels
 from distil_tl.data.resize import TEMPORARY, Outcome, ShrinkDataset
 from distil_tl.data.scan import scan
@@ -190,10 +189,7 @@ def copy_images(datasets: dict[str, ShrinkDataset], manifest: Manifest, workers:
     tenth = 1
     try:
         for split, dataset in datasets.items():
-            loader: DataLoader[list[Outcome]] = DataLoader(
-                dataset,  # type: ignore[arg-type]
-                batch_size=8, num_workers=workers, collate_fn=list, worker_init_fn=ignore_signals,
-            )  # fmt: skip
+            loader = BoundedLoader[list[Outcome]](dataset, batch_size=8, num_workers=workers, collate_fn=list)
             for outcomes in loader:
                 for outcome in outcomes:
                     done[settle(outcome, split, dataset, manifest)] += 1

@@ -102,7 +102,10 @@ class ImageSource:
             launch, choose_workers(launch, self.config.workers), batch_size * dataset.bytes_per_image,
             limit_mib=self.config.prefetch_mib, pinned=pinned,
         )  # fmt: skip
-        return make_loader(dataset, batches, workers=plan.workers, ahead=plan.batches, pin_memory=pinned)
+        return make_loader(
+            dataset, batches, workers=plan.workers, ahead=plan.batches, pin_memory=pinned,
+            seconds=self.info.batch_timeout,
+        )  # fmt: skip
 
     def feature_loader(
         self, features: FeatureDataset, batches: Iterable[list[SampleKey]], batch_size: int

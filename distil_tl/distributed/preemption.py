@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.utils.errors import PreemptedError, RestartError
-from distil_tl.utils.signals import STOP_SIGNALS
+from distil_tl.utils.signals import STOP_SIGNALS, note_stop
 
 EXCHANGE_SECONDS = 0.05  # aimed at between two exchanges of requests; several times what one takes on many nodes
 _EARLIER = "DISTIL_TL_SIGNAL"  # of the environment: a signal that came before this process started again
@@ -58,6 +58,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         repeated, self.name = self.name is not None, signal.Signals(number).name
+        note_stop(self.name)
         if not self._deferred and not repeated:
             raise PreemptedError(f"stopped by {self.name} before training started; run the same command to start again")
 
@@ -73,6 +74,7 @@ class StopSignal:
                 self._former[number] = signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a process that starts again has blocked them
         self.name = os.environ.pop(_EARLIER, self.name)
+        note_stop(self.name)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -82,6 +84,7 @@ class StopSignal:
         for number, handler in self._former.items():
             signal.signal(number, _note if restarts else handler)
         sys.unraisablehook = self._former_hook
+        note_stop(None)
 
 
 def _note(number: int, frame: types.FrameType | None) -> None:

@@ -43,6 +43,7 @@ class DistInfo:
     launch: Launch
     device: torch.device
     prepare_timeout: float  # seconds that the other ranks wait for work of one rank
+    batch_timeout: float = 600.0  # seconds to wait for the images of a batch: as long as for a collective
     store: Store | None = None  # None for a single rank
     watchdog: RankWatchdog | None = None  # None for a single rank
     group_sockets: dict[int, str] = field(default_factory=dict, repr=False)  # the connections of torch's process group
@@ -95,7 +96,7 @@ def init_distributed(launch: Launch, config: DistributedConfig) -> Iterator[Dist
         PreemptedError: a signal stopped another rank before training began.
     """
     device, problem = choose_device(launch, config)
-    info = DistInfo(launch, device, config.prepare_timeout_seconds)
+    info = DistInfo(launch, device, config.prepare_timeout_seconds, config.timeout_seconds)
     if launch.url is None:
         if problem:
             raise UserError(problem)

@@ -18,6 +18,7 @@ from distil_tl.utils.errors import (
     EXIT_PREEMPTED,
     EXIT_RESTART,
     EXIT_USER_ERROR,
+    LoaderError,
     LostRanksError,
     NonFiniteError,
     NoProgressError,
@@ -26,6 +27,7 @@ from distil_tl.utils.errors import (
     SupersededError,
     UserError,
     WriteError,
+    loader_fault,
 )
 from distil_tl.utils.log import logger
 from distil_tl.utils.signals import STOP_SIGNALS
@@ -68,7 +70,7 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
     except (NonFiniteError, NoProgressError) as error:
         _print_error(f"{name}: {error}")
         return EXIT_FAULT
-    except (LostRanksError, SupersededError, WriteError) as error:
+    except (LoaderError, LostRanksError, SupersededError, WriteError) as error:
         _print_error(f"{name}: {error}", every_rank=True)
         return EXIT_FAULT
     except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
@@ -79,6 +81,9 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
             operation = str(error).partition(",")[0]
             _print_error(f"{name}: deterministic=true: {operation}; use deterministic=false, or another model")
             return EXIT_USER_ERROR
+        if (fault := loader_fault(error)) is not None:
+            _print_error(f"{name}: {fault}", every_rank=True)
+            return EXIT_FAULT
         if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
             reason = str(error).partition("\n")[0]
             remedy = "use a smaller model or image size, or a device with more free memory"

@@ -51,6 +51,10 @@ class RestartError(Exception):
         self.settings = settings
 
 
+class LoaderError(RuntimeError):
+    """Images can't be loaded any more, because of the loader processes or the disk: exit status 1."""
+
+
 class SupersededError(RuntimeError):
     """A newer process took over the run, so this one must not write any more: exit status 1."""
 
@@ -69,6 +73,32 @@ class CheckpointError(WriteError):
 
 class NonFiniteError(ArithmeticError):
     """The loss or a gradient is not finite; the weights are those before that step: exit status 1."""
+
+
+def loader_fault(error: BaseException) -> str | None:
+    """What happened to a loader process, and what to do, for an error of torch; None for other errors.
+
+    torch raises it wherever the program is when the process ends.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in text:
+        return None
+    if "Bus error" in text:
+        what = (
+            "ended with a bus error, probably because /dev/shm or memory is full: give /dev/shm more space (docker run "
+            "--shm-size=8g), or set data.workers=0"
+        )
+    elif "signal: Killed" in text:
+        what = (
+            "was killed, probably for lack of memory: request more memory, or set a smaller data.workers or "
+            "data.prefetch_mib"
+        )
+    elif "killed by signal: " in text:
+        name = text.rpartition("killed by signal: ")[2].partition(". ")[0]
+        what = f"crashed ({name.rstrip('. ')}), perhaps in the decoder of an image: data.workers=0 may show which"
+    else:
+        what = "ended, for the reason above, or for lack of memory: data.workers=0 loads the images without it"
+    return f"a loader process {what}. Run the same command to resume"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
