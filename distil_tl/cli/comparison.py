@@ -10,21 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from distil_tl.cli.predictions import ImageFiles, collate, predict_all
-from distil_tl.data.config import default_workers
+from distil_tl.cli.predictions import file_loader, predict_all
 from distil_tl.data.index import Index
 from distil_tl.data.scan import scan
 from distil_tl.data.splits import data_root
-from distil_tl.inference import RestoredModel, Transform, restore_model
+from distil_tl.inference import RestoredModel, restore_model
 from distil_tl.training.network import evaluation_network
 from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_text
 from distil_tl.utils.log import Progress, printable, table
 from distil_tl.utils.outputs import open_output
-from distil_tl.utils.threads import available_cpus
 
 BATCH_SIZE = 32
 
@@ -126,12 +123,7 @@ def predict_split(model: RestoredModel, index: Index, device: torch.device, labe
     """Predicted classes of the images, int64 [N]; -1 for one that can't be read."""
     compute = default_compute(model.precision, model.model.module, device)
     network = evaluation_network(model.model, compute, device, model.image_size).eval()
-    loader = DataLoader(
-        ImageFiles([index.path(i) for i in range(len(index))], Transform(model.model.preprocess, model.image_size)),
-        batch_size=BATCH_SIZE,
-        num_workers=default_workers(available_cpus()),
-        collate_fn=collate,
-    )
+    loader = file_loader([index.path(i) for i in range(len(index))], model, BATCH_SIZE, None, device)
     with Progress(label, len(index), show=True) as bar:
         found = [-1 if isinstance(p, str) else int(p.argmax()) for p in predict_all(network, loader, device, bar)]
     return np.array(found, dtype=np.int64)

@@ -20,7 +20,7 @@ from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.loader import Batch, Item, collate
 from distil_tl.data.loader_processes import BoundedLoader
 from distil_tl.data.walk import describe, walk
-from distil_tl.inference import Transform, restore_model
+from distil_tl.inference import RestoredModel, Transform, restore_model
 from distil_tl.training.network import ImageNetwork, evaluation_network
 from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
@@ -65,13 +65,7 @@ def predict(
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     compute = default_compute(restored.precision, restored.model.module, where)
     network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
-    loader = BoundedLoader[Batch](
-        ImageFiles(files, restored.transform()),
-        batch_size=batch_size,
-        num_workers=default_workers(available_cpus()) if workers is None else workers,
-        collate_fn=functools.partial(collate, image_size=restored.image_size),
-        pin_memory=where.type == "cuda",
-    )
+    loader = file_loader(files, restored, batch_size, workers, where)
     bar = Progress("predict", len(files), show=output is not None)
     with open_output(output) as file:
         predictions = predict_all(network, loader, where, bar)
@@ -128,6 +122,19 @@ class ImageFiles(Dataset[Item]):
             return Item(None, -1, i, error.reason)
         except OSError as error:
             return Item(None, -1, i, str(error))
+
+
+def file_loader(
+    files: list[Path], restored: RestoredModel, batch_size: int, workers: int | None, device: torch.device
+) -> BoundedLoader[Batch]:
+    """The files as batches for a model; `workers` as in `predict`."""
+    return BoundedLoader[Batch](
+        ImageFiles(files, restored.transform()),
+        batch_size=batch_size,
+        num_workers=default_workers(available_cpus()) if workers is None else workers,
+        collate_fn=functools.partial(collate, image_size=restored.image_size),
+        pin_memory=device.type == "cuda",
+    )
 
 
 def predict_all(

@@ -107,7 +107,7 @@ def test_the_next_batches_are_loaded_before_they_are_asked_for(
 ) -> None:
     """While nothing asks for a batch, as during an evaluation or a checkpoint."""
 
-    def noted(path: Path, *, min_side: int | None) -> torch.Tensor:
+    def noted(path: Path, *, min_side: int | None, intensity: str) -> torch.Tensor:
         with (tmp_path / "loaded").open("a") as file:
             file.write(f"{path.relative_to(folder)}\n")
         return decode(path, min_side=min_side)
