@@ -21,11 +21,12 @@ from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import setup_console
-from launch.args import CLUSTERS, argument_parser, print_line
-from launch.executor import make_private_folder
+from launch.args import CLUSTERS, add_submission_options, argument_parser, print_line
+from launch.executor import make_private_folder, sbatch_script
 from launch.snapshot import snapshot_path, take_snapshot
 from launch.sweep_file import Sweep, Trial
 from launch.sweep_plan import SweepArgs, plan_trials, read_sweep_args, refuse_other_common
+from launch.test_only import refuse_impossible
 
 LOCK_FILE = "search.json"  # names the process that searches in the folder
 POLL_S = {"slurm": 15.0, "local": 2.0}
@@ -40,6 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--poll", type=float, metavar="SECONDS", help="time between two checks of the trials (default: 15, local 2)"
     )
+    add_submission_options(parser, parsable=False)
     parser.add_argument("--new-code", action="store_true", help="run new trials with the current code")
     options, rest = parser.parse_known_args(args)
     return run_command("launch.adaptive", lambda: search(rest, **vars(options)))
@@ -53,6 +55,7 @@ def search(
     cluster: str,
     poll: float | None,
     new_code: bool,
+    no_test: bool,
 ) -> int:
     """Propose and monitor trials until the wanted number has ended, and print the best. Returns the exit status.
 
@@ -63,6 +66,7 @@ def search(
         cluster: slurm or local.
         poll: seconds between two checks of the trials.
         new_code: further trials of an earlier search run the current code.
+        no_test: does not ask Slurm first whether it could run the jobs.
 
     Raises:
         UserError: the sweep has no `random`, its trials can't work, or the folder holds another search.
@@ -78,6 +82,8 @@ def search(
     plan = plan_trials(sweep_args, cluster, boundary_trials(sweep))
     refuse_other_common(plan)
     refuse_other_search(folder)
+    if cluster == "slurm" and not no_test:
+        refuse_impossible(sbatch_script(folder, plan.slurm, cluster, name=sweep.name), plan.slurm)
     from launch.optuna_driver import Driver
     from launch.optuna_study import open_study
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def argument_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
         description=(doc or "").splitlines()[0],
         epilog=f"Slurm keys, their defaults and meanings:\n{keys}\n\nTraining keys: python -m distil_tl.train --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_submission_options(parser: argparse.ArgumentParser, *, parsable: bool = True) -> None:
+    """Options of the commands that submit jobs."""
+    if parsable:
+        parser.add_argument(
+            "--parsable", action="store_true", help="write only the job id to standard output, for scripts"
+        )
+    parser.add_argument(
+        "--no-test", action="store_true", help="do not ask Slurm first whether it could ever run the job"
     )
 
 
@@ -152,3 +164,19 @@ def print_line(text: str) -> None:
     """Write a line to standard output. Unlike a logger, it lets `run_command` end quietly when the pipe is closed."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+@contextmanager
+def ids_only(wanted: bool) -> Iterator[Callable[[str], None]]:
+    """With `wanted`, as with --parsable, all lines go to standard error, except what the yielded function writes."""
+    if not wanted:
+        yield lambda job_id: None
+        return
+    out = sys.stdout
+
+    def print_id(job_id: str) -> None:
+        out.write(job_id + "\n")
+        out.flush()
+
+    with redirect_stdout(sys.stderr):
+        yield print_id

@@ -106,7 +106,7 @@ def submit_jobs(executor: Any, tasks: Sequence[Callable[[], int]]) -> list[Any]:
     import submitit
 
     try:
-        with _without_slurm_variables(), executor.batch():
+        with without_slurm_variables(), executor.batch():
             jobs = [executor.submit(task) for task in tasks]
     except submitit.core.utils.FailedJobError as error:
         raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
@@ -116,7 +116,7 @@ def submit_jobs(executor: Any, tasks: Sequence[Callable[[], int]]) -> list[Any]:
 
 
 @contextmanager
-def _without_slurm_variables() -> Iterator[None]:
+def without_slurm_variables() -> Iterator[None]:
     """Hide the variables of a surrounding Slurm job, such as memory per CPU: srun would apply them to the new job."""
     hidden = {}
     if "SLURM_JOB_ID" in os.environ:

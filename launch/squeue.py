@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -115,6 +116,34 @@ def cancel_jobs(job_ids: Iterable[str]) -> None:
     ids = list(job_ids)
     if ids:
         _run(["scancel", *ids])
+
+
+def list_nodes(format: str) -> str:
+    """The nodes of all partitions, in a format of sinfo.
+
+    Raises:
+        SlurmUnavailableError: sinfo is not installed or does not answer.
+    """
+    return _run(["sinfo", "--noheader", "--exact", f"--format={format}"])
+
+
+def max_array_size() -> int | None:
+    """The largest number of tasks of an array; None if Slurm does not tell."""
+    try:
+        text = _run(["scontrol", "show", "config"])
+    except SlurmUnavailableError:
+        return None
+    found = re.search(r"^MaxArraySize\s*= *(\d+)", text, re.MULTILINE)
+    return int(found[1]) if found is not None else None
+
+
+def set_array_parallelism(array: str, tasks: int) -> None:
+    """Change how many tasks of a queued array may run at once.
+
+    Raises:
+        SlurmUnavailableError: scontrol failed.
+    """
+    _run(["scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={tasks}"])
 
 
 def is_installed() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from distil_tl.utils.args import to_yaml
 from distil_tl.utils.command import run_command
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import setup_console
-from launch.args import CLUSTERS, argument_parser, print_line, read_run
+from launch.args import CLUSTERS, add_submission_options, argument_parser, ids_only, print_line, read_run
 from launch.executor import describe_resources, make_executor, make_private_folder, sbatch_script, submit_jobs
 from launch.job import Training
 from launch.local_job import wait_for_job
 from launch.preflight import check_submission, refuse_active_run
 from launch.records import write_record
 from launch.snapshot import take_snapshot
+from launch.test_only import refuse_impossible
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -31,12 +32,20 @@ def main(args: Sequence[str] | None = None) -> int:
         "--cluster", choices=CLUSTERS, default="slurm", help="local: processes of this machine; debug: this process"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script, and submit nothing")
+    add_submission_options(parser)
     options, rest = parser.parse_known_args(args)
-    return run_command("launch.submit", lambda: submit(rest, options.cluster, dry_run=options.dry_run))
+    with ids_only(options.parsable) as print_id:
+        return run_command(
+            "launch.submit", lambda: submit(rest, options.cluster, options.dry_run, options.no_test, print_id)
+        )
 
 
-def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False) -> int:
+def submit(args: Sequence[str], cluster: str, dry_run: bool, no_test: bool, print_id: Callable[[str], None]) -> int:
     """Check and submit a run, or with `dry_run` print its batch script. Waits for a local job.
+
+    Args:
+        no_test: does not ask Slurm first whether it could run the job.
+        print_id: writes the job id for scripts.
 
     Returns:
         0, or the exit status of a local job.
@@ -61,6 +70,8 @@ def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False
     if dry_run:
         print_line(sbatch_script(run_dir, slurm, cluster, name=run_dir.name))
         return 0
+    if cluster == "slurm" and not no_test:
+        refuse_impossible(sbatch_script(run_dir, slurm, cluster, name=run_dir.name), slurm)
     path = run_dir / "slurm" / "config.yaml"
     make_private_folder(path.parent)
     write_atomic(path, to_yaml(unresolved))
@@ -68,6 +79,7 @@ def submit(args: Sequence[str], cluster: str = "slurm", *, dry_run: bool = False
     (job,) = submit_jobs(executor, [Training(str(path), str(Path.cwd()))])
     (run_dir / "summary.json").unlink(missing_ok=True)  # it is about the previous attempt
     write_record(run_dir, job.job_id, cluster)
+    print_id(str(job.job_id))
     print_line(f"submitted job {job.job_id}: {run_dir}, {describe_resources(slurm, cluster)}")
     print_line(f"monitor with: python -m launch.status {shlex.quote(str(run_dir))}")
     print_line(f"output: {job.paths.stdout.parent}/{job.paths.stdout.name.replace('_0_log', '_TASK_log')}")

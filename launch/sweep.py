@@ -9,21 +9,23 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED
 from distil_tl.utils.log import setup_console
-from launch.args import CLUSTERS, argument_parser, print_line
+from launch.args import CLUSTERS, add_submission_options, argument_parser, ids_only, print_line
 from launch.executor import describe_resources, make_executor, sbatch_script
 from launch.local_job import wait_for_job
 from launch.records import read_record
 from launch.run_status import RunStatus, read_status
 from launch.snapshot import take_snapshot
-from launch.squeue import QueuedJob, SlurmUnavailableError, read_queue
+from launch.squeue import QueuedJob, SlurmUnavailableError, max_array_size, read_queue, set_array_parallelism
+from launch.status import WAITING
 from launch.sweep_plan import SweepPlan, plan_trials, read_sweep_args, refuse_other_common, save_plan, submit_trials
+from launch.test_only import refuse_impossible
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,11 +40,22 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="list the trials and print the batch script; submit nothing"
     )
+    add_submission_options(parser)
     options, rest = parser.parse_known_args(args)
-    return run_command("launch.sweep", lambda: submit_sweep(rest, **vars(options)))
+    settings = vars(options)
+    with ids_only(settings.pop("parsable")) as print_id:
+        return run_command("launch.sweep", lambda: submit_sweep(rest, **settings, print_id=print_id))
 
 
-def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_failed: bool, dry_run: bool) -> int:
+def submit_sweep(
+    args: Sequence[str],
+    dir: Path | None,
+    cluster: str,
+    resubmit_failed: bool,
+    dry_run: bool,
+    no_test: bool,
+    print_id: Callable[[str], None],
+) -> int:
     """Check all trials, and submit those that are missing or stopped. Local trials run one after another.
 
     Args:
@@ -50,6 +63,8 @@ def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_f
         cluster: slurm or local.
         resubmit_failed: submits failed trials, too.
         dry_run: only prints.
+        no_test: does not ask Slurm first whether it could run the jobs.
+        print_id: writes the id of the array for scripts.
 
     Returns:
         0, or the exit status of local trials.
@@ -64,10 +79,19 @@ def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_f
     statuses = read_statuses(list(plan.trials), cluster)
     submittable = {"missing", "stopped", *(["failed"] if resubmit_failed else [])}
     todo = [run_dir for run_dir, status in statuses.items() if status.state in submittable]
+    left: list[Path] = []
+    if cluster == "slurm" and len(todo) > 1:
+        limit = max_array_size() or len(todo)
+        todo, left = todo[:limit], todo[limit:]
     if dry_run:
         print_dry_run(plan, statuses, todo, cluster)
         return 0
-    print_not_submitted(statuses, todo, resubmit_failed)
+    print_not_submitted(statuses, [*todo, *left], resubmit_failed)
+    if cluster == "slurm" and any(pair.startswith("slurm.array_parallelism=") for pair in args):
+        change_parallelism(statuses.values(), plan.slurm.array_parallelism)
+    if cluster == "slurm" and todo and not no_test:
+        script = sbatch_script(plan.folder, plan.slurm, cluster, name=plan.sweep.name, tasks=len(todo))
+        refuse_impossible(script, plan.slurm)
     save_plan(plan)
     monitor = f"monitor with: python -m launch.status {shlex.quote(str(plan.folder))}"
     if not todo:
@@ -78,10 +102,16 @@ def submit_sweep(args: Sequence[str], dir: Path | None, cluster: str, resubmit_f
     if cluster == "slurm":
         jobs = submit_trials(plan, executor, todo, cluster)
         job_id = jobs[0].job_id.partition("_")[0]
+        print_id(job_id)
         print_line(
             f"submitted job {job_id}: {len(jobs)} trials, each on {describe_resources(plan.slurm, cluster)}; at most "
             f"{plan.slurm.array_parallelism} run at once"
         )
+        if left:
+            print_line(
+                f"not submitted yet: {len(left)} trials, as an array of this cluster has at most {len(todo)} tasks "
+                f"(MaxArraySize); run the same command again to submit them"
+            )
     else:
         status = run_locally(plan, executor, todo)
     print_line(monitor)
@@ -99,6 +129,18 @@ def read_statuses(run_dirs: Sequence[Path], cluster: str) -> dict[Path, RunStatu
             queue = None
             sys.stderr.write(f"launch: {error}; the states of jobs are read from their files only\n")
     return {run_dir: read_status(run_dir, queue) for run_dir in run_dirs}
+
+
+def change_parallelism(statuses: Iterable[RunStatus], tasks: int) -> None:
+    """Change how many tasks of the arrays that still have trials in the queue may run at once."""
+    waiting = [status.job_id for status in statuses if status.state in WAITING and status.slurm is not None]
+    for array in sorted({job.partition("_")[0] for job in waiting if job is not None and "_" in job}):
+        try:
+            set_array_parallelism(array, tasks)
+        except SlurmUnavailableError as error:
+            sys.stderr.write(f"launch: {error}; job {array} is not changed\n")
+        else:
+            print_line(f"job {array}: now at most {tasks} trials run at once")
 
 
 def print_dry_run(plan: SweepPlan, statuses: dict[Path, RunStatus], todo: list[Path], cluster: str) -> None:

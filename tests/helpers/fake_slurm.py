@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "srun", "sacct")
+COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "srun", "sacct", "sinfo")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 
 
@@ -28,7 +28,7 @@ class FakeSlurm:
         for name in COMMANDS:
             (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -SE {__file__} {folder} {name} "$@"\n')
             (folder / name).chmod(0o755)
-        self._write({"next": 7, "jobs": [], "refusals": {}, "calls": [], "accounting": None})
+        self._write({"next": 7, "jobs": [], "refusals": {}, "calls": [], "accounting": None, "limits": {}})
 
     @property
     def path(self) -> str:
@@ -65,6 +65,12 @@ class FakeSlurm:
         """Keep accounts of ended jobs, such as `account(_7="FAILED|2:0")`."""
         content = self._read()
         content["accounting"] = {job.removeprefix("_"): end for job, end in jobs.items()}
+        self._write(content)
+
+    def limit(self, **limits: str) -> None:
+        """`infinite` or another `time` in the only partition, `nodes` (see sinfo), `MaxArraySize`."""
+        content = self._read()
+        content["limits"].update(limits)
         self._write(content)
 
     def refuse(self, command: str, words: str | None) -> None:
@@ -112,6 +118,8 @@ def run(folder: Path, command: str, arguments: list[str]) -> int:
     """Run one of the commands. Returns the exit status."""
     file = folder / "queue.json"
     content = json.loads(file.read_text())
+    if arguments == ["--test-only"]:
+        command = "sbatch_test"
     content["calls"].append([command, *arguments])
     try:
         if content["refusals"].get(command):
@@ -131,6 +139,18 @@ def sbatch(content: dict[str, Any], arguments: list[str]) -> None:
         entry = {"id": job, "own": str(number), "state": "PENDING", "nodes": "", "reason": "Priority"}
         content["jobs"].append({**entry, "script": script})
     sys.stdout.write(f"Submitted batch job {number}\n")
+
+
+def sbatch_test(content: dict[str, Any], arguments: list[str]) -> None:
+    script = sys.stdin.read()
+    assert script.startswith("#!")
+    sys.stderr.write("sbatch: Job 1 to start at 2026-11-28T19:26:35 using 1 processors on nodes n1 in partition gpu\n")
+
+
+def sinfo(content: dict[str, Any], arguments: list[str]) -> None:
+    time = content["limits"].get("time", "infinite")
+    for kind in content["limits"].get("nodes", "gpu:8|64|4|idle").split():
+        sys.stdout.write(f"gpu*|{time}|{kind}\n")
 
 
 def squeue(content: dict[str, Any], arguments: list[str]) -> None:
@@ -153,6 +173,14 @@ def squeue(content: dict[str, Any], arguments: list[str]) -> None:
 
 
 def scontrol(content: dict[str, Any], arguments: list[str]) -> None:
+    if arguments == ["show", "config"]:
+        sys.stdout.write(f"MaxArraySize            = {content['limits'].get('MaxArraySize', 1001)}\n")
+        return
+    if arguments[0] == "update":
+        array, throttle = (argument.partition("=")[2] for argument in arguments[1:])
+        for task in selected(content, array):
+            task["throttle"] = throttle
+        return
     assert arguments[0] == "requeue", arguments
     jobs = selected(content, arguments[1])
     if not jobs:

@@ -89,6 +89,13 @@ def test_what_a_submission_leaves_in_the_run_directory(slurm: FakeSlurm, capsys)
     ]
 
 
+def test_only_the_id_for_scripts(slurm: FakeSlurm, capsys) -> None:
+    submitted("--parsable")
+    said = capsys.readouterr()
+    assert said.out == "7\n"
+    assert said.err.startswith("submitted job 7: ")
+
+
 def test_paths_mean_what_they_mean_here(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from submitit.core.utils import DelayedSubmission
 

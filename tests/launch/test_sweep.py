@@ -93,6 +93,39 @@ def test_the_folders_with_pickles_are_private(slurm: FakeSlurm) -> None:
         assert stat.S_IMODE((folder / "slurm").stat().st_mode) == 0o700
 
 
+def test_more_trials_than_an_array_may_have_are_submitted_in_parts(slurm: FakeSlurm, capsys) -> None:
+    slurm.limit(MaxArraySize="2")
+    sweep_file = yaml_file("seeds: [0, 1, 2]")
+    submitted(sweep_file)
+    assert jobs_of() == {0: "7_0", 1: "7_1"}
+    assert (
+        "not submitted yet: 1 trials, as an array of this cluster has at most 2 tasks (MaxArraySize); run the same "
+        "command again to submit them\n"
+    ) in capsys.readouterr().out
+    submitted(sweep_file)
+    assert jobs_of() == {0: "7_0", 1: "7_1", 2: "8"}
+
+
+def test_the_parallelism_of_a_queued_sweep_can_be_changed(slurm: FakeSlurm, capsys) -> None:
+    sweep_file = yaml_file("{seeds: [0, 1, 2], slurm: {array_parallelism: 1}}")
+    submitted(sweep_file)
+    slurm.change("7_0", "RUNNING", own="9", nodes="n1")
+    submitted(sweep_file)
+    assert not [call for call in slurm.calls("scontrol") if call[0] == "update"], "only if it is on the command line"
+    submitted(sweep_file, "slurm.array_parallelism=5")
+    assert [call for call in slurm.calls("scontrol") if call[0] == "update"] == [
+        ["update", "JobId=7", "ArrayTaskThrottle=5"]
+    ]
+    assert "job 7: now at most 5 trials run at once\n" in capsys.readouterr().out
+
+
+def test_only_the_id_of_the_array_for_scripts(slurm: FakeSlurm, capsys) -> None:
+    submitted(yaml_file("seeds: [0, 1]"), "--parsable")
+    said = capsys.readouterr()
+    assert said.out == "7\n"
+    assert "submitted job 7: 2 trials" in said.err
+
+
 def test_one_trial_is_an_array_of_one(slurm: FakeSlurm) -> None:
     submitted(yaml_file("seeds: [5]"))
     assert jobs_of() == {5: "7"}
