@@ -16,11 +16,7 @@ from distil_tl.utils.errors import UserError
 from launch.slurm_config import SlurmConfig
 from launch.snapshot import snapshot_path
 
-# The option is of coreutils 8.31. Without it the first seconds of a job are not protected.
-BLOCK_SIGNALS = (
-    "BLOCK_SIGNALS='env --block-signal=TERM --block-signal=USR2'",
-    "$BLOCK_SIGNALS true 2>/dev/null || BLOCK_SIGNALS=",
-)
+JOB_LINES = Path(__file__).with_name("job.sh")
 
 
 def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str, *, name: str) -> Any:
@@ -34,7 +30,8 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
     # Signals wait from the start of Python, which may take long, until training has handlers for them.
-    python = {"slurm_python": f"$BLOCK_SIGNALS {shlex.quote(sys.executable)}"} if cluster == "slurm" else {}
+    blocked = f'"${{BLOCK_SIGNALS[@]}}" {shlex.quote(sys.executable)}'
+    python = {"slurm_python": blocked} if cluster == "slurm" else {}
     executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster, **python)
     code = shlex.quote(str(snapshot))
     setup = [
@@ -46,8 +43,14 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
     ]
     parameters = slurm.parameters(name)
     if cluster == "slurm":
-        # Since Slurm 22.05, srun no longer takes --cpus-per-task from sbatch.
-        parameters["slurm_setup"] = [*setup, "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *BLOCK_SIGNALS]
+        parameters["slurm_setup"] = [
+            *JOB_LINES.read_text().splitlines(),
+            f"export DISTIL_TL_OUTCOME={shlex.quote(str(executor.folder))}/$SLURM_JOB_ID.outcome",
+            *setup,
+            # Since Slurm 22.05, srun no longer takes --cpus-per-task from sbatch.
+            "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",
+            'srun() { watch_run srun "$@"; }',  # submitit's next line calls it
+        ]
         # First, so that an option of the user counts. Without it the other tasks of a failed one could run on.
         parameters["slurm_srun_args"] = ["--kill-on-bad-exit=1", *parameters.get("slurm_srun_args", [])]
     else:

@@ -10,20 +10,42 @@ import sys
 from collections.abc import Sequence
 
 from distil_tl.config import check_arguments
-from distil_tl.utils.command import exit_process
-from distil_tl.utils.errors import EXIT_PREEMPTED
+from distil_tl.utils.command import ended_because_of_others, exit_process
+from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED, EXIT_USER_ERROR
+from distil_tl.utils.job_outcome import FAILED, MOST_PREEMPTED, PREEMPTED, REFUSED, is_stuck, note, notes
 from launch.args import split_slurm
 from launch.requeue import requeue_if_running
 
 
 def train_and_requeue(args: Sequence[str]) -> int:
-    """Train; if the run was preempted and has saved, rank 0 requeues the Slurm job. Returns the exit status."""
+    """Train; if the run was preempted and has saved, rank 0 requeues the Slurm job. Returns the exit status.
+
+    How the run ends is noted for the batch script, which requeues a job that was killed.
+    """
     from distil_tl.train import main as train
 
     status = train(args)
     if status == EXIT_PREEMPTED and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        requeue_if_running(os.environ)
+        _requeue()
+    elif status == EXIT_USER_ERROR:
+        note(REFUSED)
+    elif status == EXIT_FAULT and not ended_because_of_others():
+        note(FAILED)
     return status
+
+
+def _requeue() -> None:
+    """Requeue the job, unless Slurm stopped this rank because of another one that had failed."""
+    if notes()[-1:] in ([FAILED], [REFUSED]):
+        return
+    if is_stuck():
+        note(FAILED)
+        sys.stderr.write(
+            f"launch: the job is not requeued: it was stopped {MOST_PREEMPTED} times before it saved a checkpoint\n"
+        )
+        return
+    note(PREEMPTED)  # first: where this process has no squeue, the batch script requeues the job
+    requeue_if_running(os.environ)
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -33,5 +55,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    check_arguments("distil_tl.train", split_slurm(sys.argv[1:])[1])  # before torch is imported
+    try:
+        check_arguments("distil_tl.train", split_slurm(sys.argv[1:])[1])  # before torch is imported
+    except SystemExit as ended:
+        if ended.code == EXIT_USER_ERROR:
+            note(REFUSED)
+        raise
     exit_process(main())

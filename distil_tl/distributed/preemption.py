@@ -39,13 +39,15 @@ class StopSignal:
 
     Before `defer` there is nothing to save, and the first signal ends the process with a PreemptedError. Signals: INT
     (Ctrl-C), TERM (preemption, scancel), USR2 (submitit's warning before a time limit), HUP (a lost connection), unless
-    it is ignored, as after nohup.
+    it is ignored, as after nohup. A signal that was blocked before, as in a batch job, is still only recorded
+    afterwards: no signal may end the process while it requeues its job.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self._deferred = False
         self._former: dict[int, signal._HANDLER] = {}
+        self._blocked: set[int] = set()
         self._former_hook = sys.unraisablehook
 
     def __bool__(self) -> bool:
@@ -72,7 +74,8 @@ class StopSignal:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
                 self._former[number] = signal.signal(number, self._handle)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # a process that starts again has blocked them
+        # A batch job, and a process that starts again, have blocked them.
+        self._blocked = set(signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))
         self.name = os.environ.pop(_EARLIER, self.name)
         note_stop(self.name)
         return self
@@ -81,8 +84,10 @@ class StopSignal:
         restarts = kind is not None and issubclass(kind, RestartError)
         if restarts and self.name is not None:
             os.environ[_EARLIER] = self.name
+        self.defer()
         for number, handler in self._former.items():
-            signal.signal(number, _note if restarts else handler)
+            if restarts or number not in self._blocked:
+                signal.signal(number, _note if restarts else handler)
         sys.unraisablehook = self._former_hook
         note_stop(None)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from distil_tl.utils.errors import CheckpointError, UserError
 from distil_tl.utils.files import fsync_directory, sha256_file, write_atomic, write_json
+from distil_tl.utils.job_outcome import SAVED, note
 from distil_tl.utils.log import logger
 
 WEIGHTS, TRAIN_STATE, STATE, CHECKSUMS = "weights.safetensors", "train_state.pt", "state.json", "checksums"
@@ -98,6 +99,7 @@ class Checkpoints:
             if is_best:
                 self._point("best", target)
             self._prune(target)
+            note(SAVED)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             left = self.named("last")

@@ -47,12 +47,22 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 _RESTARTED = "DISTIL_TL_RESTARTED"  # of the environment: the id of the process that starts again
 
 
+class _Ended:
+    because_of_others = False
+
+
+def ended_because_of_others() -> bool:
+    """Whether the last command of this process failed because another rank was lost, or another job took over."""
+    return _Ended.because_of_others
+
+
 def run_command(name: str, body: Callable[[], int | None]) -> int:
     """Run a command; its exit status is what `body` returns (None: 0), or what the exception that it raises means.
 
     0 done; 2 the user's input is wrong; 3 preempted and saved; 1 a fault; 4 the caller must call `restart_process`.
     For an exception rank 0 prints one message; an unexpected exception is logged with its traceback.
     """
+    _Ended.because_of_others = False
     try:
         return body() or 0
     except UserError as error:
@@ -71,6 +81,7 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
         _print_error(f"{name}: {error}")
         return EXIT_FAULT
     except (LoaderError, LostRanksError, SupersededError, WriteError) as error:
+        _Ended.because_of_others = isinstance(error, (LostRanksError, SupersededError))
         _print_error(f"{name}: {error}", every_rank=True)
         return EXIT_FAULT
     except BrokenPipeError:  # the reader of standard output, such as `head`, has exited

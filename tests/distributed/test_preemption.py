@@ -65,6 +65,19 @@ def test_a_lost_connection_is_like_term_unless_it_is_ignored(ignored: bool) -> N
         signal.signal(signal.SIGHUP, former)
 
 
+def test_a_signal_that_was_blocked_before_ends_nothing_afterwards() -> None:
+    """A batch job blocks it from the start; another one may come while the job is requeued."""
+    former = signal.getsignal(signal.SIGUSR2)
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+        os.kill(os.getpid(), signal.SIGUSR2)
+        with pytest.raises(PreemptedError, match="stopped by SIGUSR2 before training"), StopSignal():
+            pass
+        os.kill(os.getpid(), signal.SIGUSR2)
+    finally:
+        signal.signal(signal.SIGUSR2, former)
+
+
 def test_a_signal_in_a_destructor_stops_the_run_later_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     class Deleted:
         def __del__(self) -> None:
