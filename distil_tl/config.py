@@ -215,8 +215,7 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
             f"data.global_batch_size={batch} can't be divided evenly among {world_size} processes; world sizes that "
             f"fit are {', '.join(fit)}, or use data.global_batch_size={larger}"
         )
-    if config.data.root is not None:
-        yield from root_problems(Path(config.data.root), config.data.stage_to, config.run_dir)
+    yield from root_problems(config.data, config.run_dir)
     if config.resume not in ("auto", "never") and not Path(config.resume).exists():
         yield f"resume={config.resume} does not exist; give auto, never, or the path of a run or checkpoint"
 

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> None:
     config, model, split = restored.config, restored.model, options.split
     configuration.check_evaluation(config)
     with init_distributed(launch, config.distributed) as info:
-        index = open_split(info, config.data, split, restored.classes)
+        index = open_split(info, config.data, split, restored.classes, options.run_dir)
         bad_images = BadImages(config.data.on_bad_image)
         source = ImageSource(info, config.data, {split: index}, model.preprocess, bad_images)
         compute = default_compute(restored.precision, model.module, info.device)

@@ -98,7 +98,7 @@ def train(config: Config, unresolved: DictConfig) -> None:
                 write_report(Path(start.run_dir))
             console.print_completed(info, Path(start.run_dir))
             return
-        splits = open_splits(info, config.data)
+        splits = open_splits(info, config.data, start.saved_run_dir)
         once_per_node(info, "weights", lambda: download_weights(config.model))
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
         check_stages(model, config.stages)

@@ -191,13 +191,37 @@ def test_a_folder_in_place_of_a_configuration(tmp_path: Path):
 
 def test_a_split_in_place_of_its_folder_and_splits_of_other_names(tmp_path: Path):
     (tmp_path / "data" / "train" / "cat").mkdir(parents=True)
+    check(config_of(f"data.root={tmp_path}/data/train"), 1)
+    (tmp_path / "data" / "Test" / "cat").mkdir(parents=True)
     assert f"give the folder that holds them: data.root={tmp_path}/data" in complaint_of(
         f"data.root={tmp_path}/data/train"
     )
     (tmp_path / "data" / "Valid" / "cat").mkdir(parents=True)
     (tmp_path / "data" / "train").rename(tmp_path / "data" / "Train")
     message = complaint_of(f"data.root={tmp_path}/data")
-    assert message.endswith("(its folders: Train, Valid); rename Train to train; rename Valid to val")
+    assert message.endswith("(its folders: Test, Train, Valid); rename Train to train; rename Valid to val")
+
+
+def test_what_is_not_divided_into_splits(tmp_path: Path):
+    flat = tmp_path / "flat"
+    for name in ("cat", "dog"):
+        (flat / name).mkdir(parents=True)
+    check(config_of(f"data.root={flat}"), 1)
+    assert "among the classes of data.root" in complaint_of(f"data.root={flat}", f"run_dir={flat}/runs/a")
+    for usual in ("train", "Train", "valid", "Test", "dev"):
+        (flat / usual).mkdir()
+        assert "it must hold train/CLASS/*.jpg and val/CLASS/*.jpg" in complaint_of(f"data.root={flat}")
+        (flat / usual).rmdir()
+    for usual in ("Train", "Val"):
+        (flat / "dog" / usual).mkdir()
+    assert f"give data.root={flat}/dog" in complaint_of(f"data.root={flat}")
+    (flat / "empty").mkdir()
+    assert "has no folder; it must hold CLASS/*.jpg" in complaint_of(f"data.root={flat}/empty")
+
+
+def test_a_split_for_images_that_have_one_is_refused(folder: Path):
+    assert "data.split has no effect" in complaint_of(f"data.root={folder}", "data.split.val=0.3")
+    assert "data.split has no effect" in complaint_of("data.split={group: x}")
 
 
 def test_a_run_directory_among_the_images_is_refused(tmp_path: Path):
@@ -433,8 +457,7 @@ def test_a_missing_root_or_split_is_refused(tmp_path: Path):
     assert "has no val folder" in complaint_of("data.root=flowers")
     (tmp_path / "flowers" / "val").mkdir()
     check(config_of("data.root=flowers"), 1)
-    assert "has no train and no val folder" in complaint_of(f"data.root={tmp_path}")
-    assert "(its folders: flowers)" in complaint_of(f"data.root={tmp_path}")
+    assert f"is a folder above the splits: give data.root={tmp_path}/flowers" in complaint_of(f"data.root={tmp_path}")
 
 
 def test_nothing_to_train():

@@ -195,8 +195,11 @@ def judge_plan(report: Report, plan: Plan, everyone: Sequence[Facts], seconds: f
         min_side = None
         if plan.preprocess is not None:
             min_side = eval_transform(plan.preprocess, plan.image_size).min_side
-        data = plan.config.data
-        guarded(report, "data", "images", SCAN_SECONDS, lambda found: look_at_images(found, data, min_side, images))
+        data, run_dir = plan.config.data, Path(plan.config.run_dir or "")
+        guarded(
+            report, "data", "images", SCAN_SECONDS,
+            lambda found: look_at_images(found, data, min_side, images, run_dir),
+        )  # fmt: skip
     if plan.model is not None:
         guarded(report, "model", "model.name", seconds, lambda found: _judge_model(found, plan, images, sizes))
         model = plan.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,35 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz")
 AUGMENTATIONS = ("none", "light", "strong")
 ON_BAD_IMAGE = ("error", "skip")
 INTENSITIES = ("dtype", "percentile")
+# What people call the folders of splits, in lower case.
+USUAL_SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+@dataclass
+class SplitConfig:
+    val: float = 0.2  # share of each class for val, where data.root has no splits
+    test: float = 0.0  # the same for test; 0: no test
+    group: str | None = None  # images to keep in one split: a regular expression on their paths
+    seed: int = 0  # of the split
+
+    def problems(self) -> list[str]:
+        found = []
+        if not 0 < self.val < 1:
+            found.append("data.split.val must be a share between 0 and 1, as in 0.2")
+        if not 0 <= self.test < 1:
+            found.append("data.split.test must be a share from 0 up to, but not including, 1")
+        if not found and self.val + self.test >= 1:
+            found.append("data.split.val and data.split.test must leave images for train: make one of them smaller")
+        return found
 
 
 @dataclass
 class DataConfig:
-    root: str | None = None  # a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; null: scikit-learn's digits
+    root: str | None = None  # a folder with CLASS/*.jpg, or with train/CLASS/*.jpg and val/CLASS/*.jpg; null: digits
+    split: SplitConfig = field(default_factory=SplitConfig)
     stage_to: str | None = None  # a folder on each node's own disk, as '$SLURM_TMPDIR', to copy the images to
     global_batch_size: int = 32  # images per optimizer step, all ranks
     max_local_batch_size: int | None = None  # images that fit one device; a larger share of a rank is accumulated
@@ -65,7 +89,7 @@ class DataConfig:
         if unknown := sorted(set(self.extensions) - set(MORE_EXTENSIONS)):
             known = ", ".join(MORE_EXTENSIONS)
             found.append(f"data.extensions has {', '.join(map(repr, unknown))}; it may have some of {known}")
-        return found
+        return found + self.split.problems()
 
 
 def intensity_problem(intensity: Any) -> str | None:
@@ -114,29 +138,67 @@ def archive_problem(root: Path, stage_to: str | None) -> str | None:
     return None if valid else f"data.root={root} is not a tar file, or is damaged; create it again"
 
 
-def root_problems(root: Path, stage_to: str | None, run_dir: str | None) -> Iterator[str]:
+def root_problems(config: DataConfig, run_dir: str | None) -> Iterator[str]:
     """Why `data.root` can't be used; nothing if it can."""
+    root = None if config.root is None else Path(config.root)
+    if config.split != SplitConfig() and (root is None or root.is_file() or has_splits(root)):
+        yield "data.split has no effect, as data.root has the splits train and val; remove data.split"
+    if root is None:
+        return
     if root.is_file():
-        if problem := archive_problem(root, stage_to):
+        if problem := archive_problem(root, config.stage_to):
             yield problem
         return
     if not root.is_dir():
         near = did_you_mean(root.name, [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else [])
         yield f"data.root={root} is not a folder{near}"
         return
-    for split in SPLITS:
-        if run_dir is not None and Path(run_dir).resolve().is_relative_to((root / split).resolve()):
-            yield f"run_dir={run_dir} is among the images of {split}, and would become a class: give another folder"
-    missing = [split for split in ("train", "val") if not (root / split).is_dir()]
-    if missing and root.name in SPLITS and (root.parent / "train").is_dir():
+    folders = _folders_in(root)
+    missing = [split for split in ("train", "val") if split not in folders]
+    beside = _folders_in(root.resolve().parent)
+    if (
+        missing
+        and root.resolve().name in beside
+        and len(set(_usual(beside).values())) > 1
+        and _usual([root.resolve().name])
+    ):
         yield f"data.root={root} is one of the splits; give the folder that holds them: data.root={root.parent}"
-    elif missing:
-        similar = {"validation": "val", "valid": "val", "dev": "val", "training": "train", "testing": "test"}
-        others = [folder.name for folder in root.iterdir() if folder.is_dir()]
-        named = {similar.get(name.lower(), name.lower()): name for name in others if name not in SPLITS}
-        rename = [f"rename {named[split]} to {split}" for split in missing if split in named]
-        have = ", ".join(sorted(p.name for p in root.iterdir() if p.is_dir())[:5]) or "none"
+    elif missing and (others := _usual(folders)):
+        rename = [f"rename {name} to {split}" for name, split in others.items() if split in missing and name != split]
         yield (
             f"data.root={root} has no {' and no '.join(missing)} folder; it must hold train/CLASS/*.jpg and "
-            f"val/CLASS/*.jpg (its folders: {have}){''.join(f'; {advice}' for advice in rename)}"
+            f"val/CLASS/*.jpg (its folders: {', '.join(folders[:5])}){''.join(f'; {advice}' for advice in rename)}"
         )
+    elif missing:
+        yield from _problems_of_classes(root, folders)
+    for among in ("train", "val", "test") if not missing else [""]:
+        if run_dir is not None and Path(run_dir).resolve().is_relative_to((root / among).resolve()):
+            among = f"the images of {among}" if among else f"the classes of data.root={root}"
+            yield f"run_dir={run_dir} is among {among}, and would become a class: give another folder"
+
+
+def _problems_of_classes(root: Path, folders: list[str]) -> Iterator[str]:
+    """Why a folder without splits can't be divided into some; nothing if it can."""
+    if not folders:
+        yield f"data.root={root} has no folder; it must hold CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg"
+    for name in folders[:20]:
+        if len(set(_usual(_folders_in(root / name)).values())) > 1:
+            yield f"data.root={root} is a folder above the splits: give data.root={root / name}"
+
+
+def has_splits(root: Path) -> bool:
+    """Whether a folder that `root_problems` accepts has the folders train and val; else it has those of the classes."""
+    return (root / "train").is_dir()
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """The sorted names of the folders in a folder; empty if it can't be read."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.is_dir())
+    except OSError:
+        return []
+
+
+def _usual(names: Iterable[str]) -> dict[str, str]:
+    """Which of the names are usual for a split, and for which."""
+    return {name: USUAL_SPLITS[name.lower()] for name in names if name.lower() in USUAL_SPLITS}

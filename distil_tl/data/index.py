@@ -65,6 +65,12 @@ class Index:
         i = range(len(self))[i]
         return os.fsdecode(self.names[self.offsets[i] : self.offsets[i + 1]].tobytes())
 
+    def relative_paths(self) -> Iterator[bytes]:
+        """The relative paths of all samples, as bytes."""
+        names = self.names.tobytes()
+        ends = self.offsets.tolist()
+        return (names[start:end] for start, end in itertools.pairwise(ends))
+
     def path(self, i: int) -> Path:
         """Path of sample i below `root`, for messages and records; raises IndexError."""
         return self.root / self.relative_path(i)
@@ -81,7 +87,7 @@ class Index:
     def samples(self) -> list[tuple[str, int]]:
         """(path, target) of every sample, as in ImageFolder. Built at each access: do not use it for millions."""
         targets = self.targets.tolist()
-        return [(f"{self.root}/{os.fsdecode(n)}", t) for n, t in zip(_paths(self), targets, strict=True)]
+        return [(f"{self.root}/{os.fsdecode(n)}", t) for n, t in zip(self.relative_paths(), targets, strict=True)]
 
     @property
     def class_counts(self) -> npt.NDArray[np.int64]:
@@ -92,6 +98,15 @@ class Index:
     def missing(self) -> tuple[str, ...]:
         """The classes without an image in this split; empty if `scan` took the classes from this split."""
         return tuple(name for name, count in zip(self.classes, self.class_counts, strict=True) if count == 0)
+
+    def selected(self, chosen: Array) -> Index:
+        """The index of the images for which `chosen`, bool [N], is true, with the same classes."""
+        lengths = np.diff(self.offsets)
+        names = self.names[np.repeat(chosen, lengths)]
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), lengths[chosen].cumsum()])
+        targets, sizes = self.targets[chosen], self.sizes[chosen]
+        fingerprint = fingerprint_of(self.classes, names, offsets, targets, sizes)
+        return replace(self, names=names, offsets=offsets, targets=targets, sizes=sizes, fingerprint=fingerprint)
 
     def to_arrays(self) -> dict[str, Array]:
         """The index as flat numpy arrays, for a broadcast or `np.savez`; the inverse of `from_arrays`."""
@@ -173,9 +188,9 @@ class Differences:
 
 def differences(old: Index, new: Index) -> Differences:
     """Images that were added, removed or changed in size between two scans of the same split."""
-    sizes = dict(zip(_paths(old), old.sizes.tolist(), strict=True))
+    sizes = dict(zip(old.relative_paths(), old.sizes.tolist(), strict=True))
     added, resized = [], []
-    for path, size in zip(_paths(new), new.sizes.tolist(), strict=True):
+    for path, size in zip(new.relative_paths(), new.sizes.tolist(), strict=True):
         old_size = sizes.pop(path, None)
         if old_size is None:
             added.append(os.fsdecode(path))
@@ -207,13 +222,6 @@ def bytes_array(data: bytes) -> Array:
 def quoted(path: str | Path) -> str:
     """A path in quotes, safe to print: line breaks and bytes that are not UTF-8 are escaped."""
     return repr(str(path))
-
-
-def _paths(index: Index) -> Iterator[bytes]:
-    """All relative paths, as bytes."""
-    names = index.names.tobytes()
-    ends = index.offsets.tolist()
-    return (names[start:end] for start, end in itertools.pairwise(ends))
 
 
 def _joined(classes: Sequence[str]) -> bytes:

@@ -31,7 +31,8 @@ def stage_folder(info: DistInfo, stage_to: str, indexes: dict[str, Index]) -> Pa
     None if this node cannot have a copy, for example because it does not fit; rank 0 prints a warning for every such
     node. It is fine if only some nodes have a copy, as all of them read the same bytes.
     """
-    source = indexes["train"].root.parent
+    roots = {index.root for index in indexes.values()}
+    source = min(roots) if len(roots) == 1 else indexes["train"].root.parent  # of a split that was made here
 
     def copy_here() -> dict[str, str | None]:
         try:

@@ -14,12 +14,14 @@ import numpy as np
 
 from distil_tl.data.config import SPLITS, DataConfig
 from distil_tl.data.digits import digits_folder
+from distil_tl.data.find_splits import find_split, find_splits
 from distil_tl.data.index import Index, differences
 from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.loader import warn_of_few_cpus
 from distil_tl.data.local_copy import stage_folder
 from distil_tl.data.pixels import agree_on_pixels
-from distil_tl.data.scan import scan
+from distil_tl.data.split_file import NAME as SPLIT_FILE
+from distil_tl.data.split_file import write_split_file
 from distil_tl.data.tar_archive import stage_archive
 from distil_tl.distributed.collectives import share_arrays
 from distil_tl.distributed.process_group import DistInfo
@@ -41,6 +43,11 @@ class Splits:
     def classes(self) -> tuple[str, ...]:
         return self.train.classes
 
+    @property
+    def made_here(self) -> bool:
+        """Whether the splits are parts of one folder or table, not folders of their own."""
+        return self.train.root == self.val.root
+
     def as_dict(self) -> dict[str, Index]:
         """The splits that exist, by name."""
         return {name: index for name in SPLITS if (index := self[name]) is not None}
@@ -50,8 +57,9 @@ class Splits:
         return index
 
     def save(self, run_dir: Path) -> None:
-        """Save the indexes in the run directory, for `refuse_changed_images` to compare with."""
+        """Save the indexes in the run directory, for `refuse_changed_images` to compare with, and a split made here."""
         (run_dir / "index").mkdir(exist_ok=True)
+        changed = False
         for split in SPLITS:
             index, path = self[split], run_dir / "index" / f"{split}.npz"
             saved = _load_index(path)
@@ -59,6 +67,9 @@ class Splits:
                 packed = io.BytesIO()
                 np.savez(packed, **index.to_arrays())  # type: ignore[arg-type]
                 write_atomic(path, packed.getvalue())
+                changed = True
+        if self.made_here and (changed or not (run_dir / SPLIT_FILE).is_file()):
+            write_split_file(run_dir / SPLIT_FILE, self.as_dict())
 
     def refuse_changed_images(self, fingerprints: dict[str, str], run_dir: Path) -> None:
         """Raises UserError, with the differences, if the images differ from those of a checkpoint."""
@@ -87,8 +98,11 @@ def _load_index(path: Path) -> Index | None:
         return None
 
 
-def open_splits(info: DistInfo, config: DataConfig) -> Splits:
+def open_splits(info: DistInfo, config: DataConfig, run_dir: Path | None = None) -> Splits:
     """The splits train, val and, if it exists, test, scanned on rank 0. A tar file is unpacked on every node first.
+
+    Args:
+        run_dir: of the run to resume, if there is one.
 
     Raises:
         UserError: on all ranks: they decode images differently, a class without images, a class that train does not
@@ -101,7 +115,7 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
     unpacked = stage_archive(info, config.stage_to, archive) if archive and config.stage_to else None
 
     try:
-        indexes = share_indexes(info, lambda: _scan_splits(config, unpacked or data_root(config), archive))
+        indexes = share_indexes(info, lambda: _scan_splits(config, unpacked or data_root(config), archive, run_dir))
     except UserError as error:
         raise UserError(f"{error} (unpacked from {archive})" if unpacked else str(error)) from error
     warn_of_few_cpus(info.launch, config.workers)
@@ -114,8 +128,8 @@ def open_splits(info: DistInfo, config: DataConfig) -> Splits:
     return Splits(indexes["train"], indexes["val"], indexes.get("test"))
 
 
-def open_split(info: DistInfo, config: DataConfig, split: str, classes: Sequence[str]) -> Index:
-    """One split for a trained model, scanned on rank 0; a target is a position in `classes`.
+def open_split(info: DistInfo, config: DataConfig, split: str, classes: Sequence[str], run_dir: Path) -> Index:
+    """One split for the trained model of a run, scanned on rank 0; a target is a position in `classes`.
 
     Raises:
         UserError: on all ranks: they decode images differently, there is no such split, a class is not in `classes`.
@@ -123,7 +137,7 @@ def open_split(info: DistInfo, config: DataConfig, split: str, classes: Sequence
     agree_on_pixels(info, config)
 
     def scanned() -> dict[str, Index]:
-        found = scan(data_root(config) / split, classes=classes, extensions=config.image_extensions)
+        found = find_split(config, data_root(config), split, classes, run_dir)
         if warning := intensity_warning(len(found), found.path, config.intensity):
             logger.warning("%s: %s", split, warning)
         return {split: found}
@@ -131,17 +145,16 @@ def open_split(info: DistInfo, config: DataConfig, split: str, classes: Sequence
     return share_indexes(info, scanned)[split]
 
 
-def _scan_splits(config: DataConfig, root: Path, archive: Path | None) -> dict[str, Index]:
+def _scan_splits(config: DataConfig, root: Path, archive: Path | None, run_dir: Path | None) -> dict[str, Index]:
     """The indexes of the splits in `root`, to which `archive` was unpacked if it is given."""
-    train = scan(root / "train", extensions=config.image_extensions)
-    indexes = {"train": train}
-    for split in SPLITS[1:]:
-        if split == "val" or (root / split).is_dir():
-            indexes[split] = scan(root / split, classes=train.classes, extensions=config.image_extensions)
+    indexes, note = find_splits(config, root, run_dir)
+    if note:
+        logger.info("split: %s", note)
+    train = indexes["train"]
     if len(train) < config.global_batch_size:
         raise UserError(
-            f"{root / 'train'} has {len(train)} images, fewer than one global batch; set data.global_batch_size to "
-            f"at most {len(train)}"
+            f"{train.root} has {len(train)} images{' in train' if train.root == root else ''}, fewer than one global "
+            f"batch; set data.global_batch_size to at most {len(train)}"
         )
     if warning := intensity_warning(len(train), train.path, config.intensity):
         logger.warning("train: %s", warning)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distil_tl.data.config import MORE_EXTENSIONS, SPLITS, DataConfig
+from distil_tl.data.config import MORE_EXTENSIONS, SPLITS, DataConfig, has_splits, root_problems
 from distil_tl.data.decode import ImageError, decode, decoder_name
+from distil_tl.data.find_splits import find_splits
 from distil_tl.data.index import Index
 from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.local_folder import StagingError, expand
@@ -40,18 +41,25 @@ class ImagesFound:
         images: by split.
         bytes: of all files.
         indexes: of the splits; empty unless all of them could be read.
+        failed: whether some could not be read.
     """
 
     classes: int | None = None
     images: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     indexes: dict[str, Index] = field(default_factory=dict)
+    failed: bool = False
+
+    def add(self, split: str, index: Index) -> None:
+        self.classes = len(index.classes) if split == "train" else self.classes
+        self.images[split], self.bytes = len(index), self.bytes + int(index.sizes.sum())
 
 
-def look_at_images(report: Report, config: DataConfig, min_side: int | None, found: ImagesFound) -> None:
+def look_at_images(report: Report, config: DataConfig, min_side: int | None, found: ImagesFound, run_dir: Path) -> None:
     """Scan the splits as training does, and decode a few images of each. Fills in `found`.
 
     Args:
+        run_dir: of the run, which may have a split already.
         min_side: length in pixels that a decoded image needs; None: decode in full.
     """
     try:
@@ -63,34 +71,61 @@ def look_at_images(report: Report, config: DataConfig, min_side: int | None, fou
     root = _root(report, config, found)
     if root is None:
         return
-    train: Index | None = None
-    indexes, complete = dict[str, Index](), True
+    if config.root is not None and not has_splits(root) and not any(root_problems(config, None)):
+        found.indexes = _look_at_divided(report, config, root, min_side, found, run_dir)
+    else:
+        found.indexes = _look_at_folders(report, config, root, min_side, found)
+    train = found.indexes.get("train")
+    if train is not None and len(train) < config.global_batch_size:
+        report.fail(
+            GROUP, "train", f"{train.root} has {len(train)} images{' in train' if train.root == root else ''}, fewer "
+            f"than one global batch; set data.global_batch_size to at most {len(train)}",
+        )  # fmt: skip
+    if found.failed or not {"train", "val"} <= found.indexes.keys():
+        found.indexes = {}
+
+
+def _look_at_folders(
+    report: Report, config: DataConfig, root: Path, min_side: int | None, found: ImagesFound
+) -> dict[str, Index]:
+    """Scan the folders of the splits."""
+    indexes = dict[str, Index]()
     for split in SPLITS:
         folder = root / split
         if not folder.is_dir():  # a missing train or val is a problem of the configuration, and named there
             continue
         began = time.monotonic()
         try:
-            classes = train.classes if train is not None else None
+            classes = indexes["train"].classes if "train" in indexes else None
             index = scan(folder, classes=classes, extensions=config.image_extensions)
         except UserError as error:
             report.fail(GROUP, split, str(error))
-            complete = False
+            found.failed = True
             continue
         indexes[split] = index
-        if split == "train":
-            train = index
-            found.classes = len(index.classes)
-        found.images[split], found.bytes = len(index), found.bytes + int(index.sizes.sum())
-        _describe(report, split, index, time.monotonic() - began)
+        found.add(split, index)
+        _describe(report, split, index, f"; scanned in {time.monotonic() - began:.1f} s, as at each start of a run")
         _decode_some(report, config, split, index, min_side)
-    if complete and {"train", "val"} <= indexes.keys():
-        found.indexes = indexes
-    if train is not None and len(train) < config.global_batch_size:
-        report.fail(
-            GROUP, "train", f"{root / 'train'} has {len(train)} images, fewer than one global batch; set "
-            f"data.global_batch_size to at most {len(train)}",
-        )  # fmt: skip
+    return indexes
+
+
+def _look_at_divided(
+    report: Report, config: DataConfig, root: Path, min_side: int | None, found: ImagesFound, run_dir: Path
+) -> dict[str, Index]:  # six values that its caller has
+    """Scan a folder of classes and divide it, as training does."""
+    began = time.monotonic()
+    try:
+        indexes, note = find_splits(config, root, run_dir)
+    except UserError as error:
+        report.fail(GROUP, "data.root", str(error))
+        found.failed = True
+        return {}
+    report.ok(GROUP, "split", f"{note}; scanned in {time.monotonic() - began:.1f} s, as at each start of a run")
+    for split, index in indexes.items():
+        found.add(split, index)
+        _describe(report, split, index, "")
+        _decode_some(report, config, split, index, min_side)
+    return indexes
 
 
 def _root(report: Report, config: DataConfig, found: ImagesFound) -> Path | None:
@@ -114,11 +149,11 @@ def _root(report: Report, config: DataConfig, found: ImagesFound) -> Path | None
     return None
 
 
-def _describe(report: Report, split: str, index: Index, seconds: float) -> None:
+def _describe(report: Report, split: str, index: Index, more: str) -> None:
     notes = f", {index.ignored} other files ignored" if index.ignored else ""
     report.ok(
-        GROUP, split, f"{len(index):,} images of {len(index.classes)} classes, {size(int(index.sizes.sum()))}{notes}; "
-        f"scanned in {seconds:.1f} s, as at each start of a run",
+        GROUP, split, f"{len(index):,} images of {len(index.classes)} classes, {size(int(index.sizes.sum()))}{notes}"
+        f"{more}",
     )  # fmt: skip
     if index.missing:
         report.warn(

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,18 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     Raises:
         OSError: the file can't be written; `path` is unchanged.
     """
+    write_parts(path, [data.encode() if isinstance(data, str) else data])
+
+
+def write_parts(path: str | Path, parts: Iterable[bytes]) -> None:
+    """As `write_atomic`, for data that need not be in memory at once."""
     path = Path(path)
     # Not tempfile: only the user may read its files, and colleagues read run directories.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

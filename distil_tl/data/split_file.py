@@ -1,0 +1,100 @@
+"""split.csv: which image is in which split. A run keeps it where the split was made for it, and holds to it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from distil_tl.data.config import SPLITS
+from distil_tl.data.index import Array, Index
+from distil_tl.data.split import keyed_order, path_key
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import write_parts
+
+NAME = "split.csv"
+COLUMNS = ["path", "label", "split", "bytes"]
+ROWS_AT_ONCE = 65_536
+ENCODING = ("utf-8", "surrogateescape")  # a file name that is not UTF-8 keeps its bytes
+
+
+class Held(NamedTuple):
+    """What split.csv says of the images of an index.
+
+    Attributes:
+        codes: uint8 [N], positions in SPLITS; train for images that it does not list.
+        listed: bool [N], whether it lists the path.
+        same: bool [N], whether it lists the path with the same size.
+    """
+
+    codes: Array
+    listed: Array
+    same: Array
+
+
+def write_split_file(path: Path, splits: Mapping[str, Index]) -> None:
+    """Write the images of all splits, in the order of their indexes. Raises OSError."""
+    write_parts(path, _parts(splits))
+
+
+def _parts(splits: Mapping[str, Index]) -> Iterator[bytes]:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for split, index in splits.items():
+        numbers = zip(index.targets.tolist(), index.sizes.tolist(), strict=True)
+        for i, (name, (target, size)) in enumerate(zip(index.relative_paths(), numbers, strict=True)):
+            writer.writerow([os.fsdecode(name), index.classes[target], split, size])
+            if i % ROWS_AT_ONCE == 0:
+                yield text.getvalue().encode(*ENCODING)
+                text.seek(0)
+                text.truncate()
+    yield text.getvalue().encode(*ENCODING)
+
+
+def read_split_file(path: Path, index: Index) -> Held:
+    """The split of each image of `index` by the file `path`. Uses 20 bytes of memory for each row.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    order = keyed_order(index, 0)
+    by_key = np.argsort(order)
+    found = Held(np.zeros(len(index), np.uint8), np.zeros(len(index), bool), np.zeros(len(index), bool))
+    try:
+        with path.open("r", -1, *ENCODING, newline="") as file:
+            for keys, codes, sizes in _chunks(csv.reader(file)):
+                at = np.searchsorted(order, keys, sorter=by_key).clip(max=len(index) - 1)
+                rows = by_key[at]
+                known = order[rows] == keys
+                rows = rows[known]
+                found.codes[rows], found.listed[rows] = codes[known], True
+                found.same[rows] = sizes[known] == index.sizes[rows]
+    except (OSError, ValueError, csv.Error) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error}"
+        raise UserError(f"{path} {reason}: it says which images are in which split; restore it") from error
+    return found
+
+
+def _chunks(rows: Iterator[list[str]]) -> Iterator[tuple[Array, Array, Array]]:
+    """Keys of the paths, codes of the splits and sizes, of some rows at a time. Raises ValueError."""
+    if next(rows, None) != COLUMNS:
+        raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+    keys, codes, sizes = list[bytes](), list[int](), list[int]()
+    for name, _, split, size in rows:
+        keys.append(path_key(os.fsencode(name), 0))
+        codes.append(SPLITS.index(split))
+        sizes.append(int(size))
+        if len(keys) == ROWS_AT_ONCE:
+            yield _arrays(keys, codes, sizes)
+            keys, codes, sizes = [], [], []
+    yield _arrays(keys, codes, sizes)
+
+
+def _arrays(keys: list[bytes], codes: list[int], sizes: list[int]) -> tuple[Array, Array, Array]:
+    return np.frombuffer(b"".join(keys), dtype="<u8"), np.array(codes, np.uint8), np.array(sizes, np.int64)
