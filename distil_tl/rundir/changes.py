@@ -33,14 +33,11 @@ FREE_ON_RESUME = (
 # saved configuration without the key gets this value, and this value is not part of a run's name.
 NEW_KEYS: dict[str, Any] = {
     "data.extensions": [],
-<<<<<<< HEAD
     "data.intensity": "dtype",
-=======
     "data.split.val": 0.2,  # folders without splits were refused
     "data.split.test": 0.0,
     "data.split.group": None,
     "data.split.seed": 0,
->>>>>>> 931b6af (A folder of classes without splits is divided into train and val, by class, group and content; split.csv keeps it)
     "data.prefetch_mib": 2048,  # it had no limit; what is computed does not depend on it
     "distributed.heartbeat_seconds": None,  # frozen ranks were not looked for
     "compile_mode": "default",
