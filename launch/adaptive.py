@@ -107,7 +107,7 @@ def _problems(sweep: Sweep, wanted: int, parallel: int, poll: float) -> Iterator
     if others:
         yield f"launch.adaptive searches in `random` only; remove `{'` and `'.join(others)}`, or use launch.sweep"
     if sweep.random and wanted < 1:
-        yield "--trials must be at least 1"
+        yield "--trials must be at least 1" + ("" if sweep.count else "; without it the sweep needs `count`")
     if wanted > sweep.max_trials:
         yield f"--trials {wanted} is more than max_trials={sweep.max_trials}; use a smaller number, or raise max_trials"
     if parallel < 1:

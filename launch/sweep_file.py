@@ -20,6 +20,7 @@ from distil_tl.utils.shipped import find_configuration
 Values = dict[str, Any]
 KEYS = ("name", "config", "set", "trials", "grid", "random", "count", "seed", "seeds", "max_trials", "metric", "slurm")
 METRICS = ("top1", "top5", "macro_f1", "loss")
+_NO_COUNT = "`random` needs `count`, the number of draws"
 DISTRIBUTIONS = ("uniform", "log_uniform", "choice")
 
 
@@ -70,8 +71,10 @@ class Sweep:
         """All trials, in a fixed order. A larger `count` keeps the draws of a smaller one; equal draws are one trial.
 
         Raises:
-            UserError: there are more than `max_trials`, or two trials set the same values.
+            UserError: there are more than `max_trials`, two trials set the same values, or `count` is missing.
         """
+        if self.random and self.count is None:
+            raise UserError(_NO_COUNT)
         seeds: list[Values] = [{"seed": seed} for seed in self.seeds] or [{}]
         combinations = math.prod(map(len, self.grid.values()))
         number = max(1, len(self.trials)) * combinations * (self.count or 1) * len(seeds)
@@ -171,8 +174,8 @@ def _space_problems(tree: dict[str, Any]) -> Iterator[str]:
     for key, distribution in (tree.get("random") or {}).items():
         yield from _distribution_problems(key, distribution)
     count = tree.get("count")
-    if tree.get("random") and not _is_integer(count, 1):
-        yield "`random` needs `count`, the number of draws"
+    if tree.get("random") and count is not None and not _is_integer(count, 1):
+        yield _NO_COUNT
     if count is not None and not tree.get("random"):
         yield "`count` is the number of draws of `random`, but there is no `random`"
 

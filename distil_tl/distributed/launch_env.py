@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,6 +39,8 @@ class Launch:
 def read_launch(env: Mapping[str, str]) -> Launch:
     """The launch that torchrun's variables describe, else those of a Slurm step, else a single process.
 
+    A single process in a Slurm job of several tasks is probably a mistake: then there is a warning.
+
     Raises:
         UserError: variables are missing or inconsistent. Without this check the process would train alone, unnoticed.
     """
@@ -46,6 +49,12 @@ def read_launch(env: Mapping[str, str]) -> Launch:
     # A batch script has most SLURM_ variables too, but only a task that srun started has a step.
     if "SLURM_STEP_ID" in env and env.get("SLURM_STEP_NUM_TASKS") != "1":
         return _checked(_slurm_launch(env))
+    tasks = env.get("SLURM_NTASKS", "")
+    if "SLURM_JOB_ID" in env and tasks.isdigit() and int(tasks) > 1:  # in the shell of salloc, or a batch script
+        sys.stderr.write(
+            f"distil_tl: this is a single process, though the Slurm job has {tasks} tasks; to use them all, start the "
+            f"command with srun\n"
+        )
     return Launch()
 
 

@@ -94,6 +94,20 @@ def test_a_batch_script_without_srun_is_a_single_process():
     assert read_launch(BATCH_SCRIPT) == Launch()
 
 
+def test_a_single_process_in_a_job_of_several_tasks_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in the shell of `salloc --ntasks=2`, which is a step of its own on some clusters."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
+    for env in (job, {**job, "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}):
+        assert read_launch(env) == Launch()
+        assert "a single process, though the Slurm job has 2 tasks; to use them all, start the command with srun" in (
+            capsys.readouterr().err
+        )
+    read_launch({**job, "SLURM_NTASKS": "1"})
+    read_launch({"SLURM_NTASKS": "2"})
+    read_launch({**SRUN, **job})
+    assert capsys.readouterr().err == ""
+
+
 def test_a_step_of_one_task_is_a_single_process():
     assert read_launch({**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == Launch()
 

@@ -70,6 +70,13 @@ def test_all_trials_run_the_code_and_the_configuration_of_the_beginning(
     assert [config["optim"]["momentum"] for config in configs] == [0.5] * 4
 
 
+def test_the_number_of_trials_is_in_the_file_or_on_the_command_line(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
+    Path("rates.yaml").write_text(SPACE.replace(", count: 4", ""))
+    assert refusal(capsys) == "--trials must be at least 1; without it the sweep needs `count`\n"
+    searched("--trials=1")
+    assert len(slurm.jobs) == 1
+
+
 def test_a_search_with_another_space_is_refused(slurm: FakeSlurm, jobs: Jobs, capsys) -> None:
     searched("--trials=1")
     Path("rates.yaml").write_text(SPACE.replace("1e-3, 1]", "1e-3, 2]").replace("{random", "{metric: loss, random"))
