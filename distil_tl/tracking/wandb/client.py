@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -41,6 +43,7 @@ class WandbClient:
     def __init__(self, task: Task, *, quiet: bool = False) -> None:
         self._task, self._quiet = task, quiet
         self._process: subprocess.Popen[bytes] | None = None
+        self._folder: str | None = None
         self._output = b""
         self._gave_up = False
         self.url: str | None = None
@@ -51,11 +54,13 @@ class WandbClient:
         self._started = time.monotonic()
         root = str(Path(__file__).resolve().parents[3])
         try:
+            self._folder = tempfile.mkdtemp(prefix="wandb-")
             process = subprocess.Popen(
-                [sys.executable, "-c", _START, root],
+                [sys.executable, "-c", _START, root, self._folder], env={**os.environ, "TMPDIR": self._folder},
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
             )  # fmt: skip
         except OSError as error:
+            self._remove_folder()
             self._warn(f"the tracking process can't be started ({error})")
             return
         assert process.stdout is not None
@@ -100,6 +105,7 @@ class WandbClient:
         if self._exit_status() is None and self._process is not None:
             kill_tree(self._process.pid)
             self._process.wait()
+            self._remove_folder()
             self._warn(f"the tracking process did not finish within {seconds:g} s")
         return False
 
@@ -110,10 +116,17 @@ class WandbClient:
         exit_status = self._process.poll()
         if exit_status is not None:
             self._read_output()
+            self._remove_folder()
             if exit_status != SENT:
                 self._warn(f"the tracking process exited with status {exit_status}")
             self._gave_up = self._gave_up or exit_status == GIVE_UP
         return exit_status
+
+    def _remove_folder(self) -> None:
+        """Remove the temporary folder of the process that has ended. W&B leaves files, as it is killed in the end."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _read_output(self) -> None:
         """Handle the lines that the process has written: warnings, and the URL of the run."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -90,6 +91,7 @@ def _wait_for_status(handle: int, statuses: queue.Queue[str]) -> None:
     statuses.put(status or "killed")
     if not status:
         time.sleep(ORPHAN_SECONDS)
+        shutil.rmtree(sys.argv[2], ignore_errors=True)  # its temporary folder, which the training would remove
         kill_tree(os.getpid())
 
 
@@ -116,6 +118,7 @@ def main() -> NoReturn:
     finally:
         sys.stderr.flush()
         kill_descendants(os.getpid())  # W&B's exit handler would wait for its processes, and they for this one
+        shutil.rmtree(sys.argv[2], ignore_errors=True)  # its temporary folder, if the training can't remove it
         os._exit(exit_status)
 
 
