@@ -26,6 +26,7 @@ from distil_tl.tracking.config import TrackingConfig
 from distil_tl.training.config import (
     COMPILE,
     COMPILE_MODES,
+    METRICS,
     PRECISIONS,
     OptimConfig,
     StageConfig,
@@ -53,6 +54,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     stages: dict[str, StageConfig] = field(default_factory=default_stages)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    metric: str = "top1"  # chooses the best epoch and head: top1 | top5 | macro_f1 | balanced_accuracy | loss
     precision: str = "auto"  # auto (chosen by a trial in long stages) | fp32 | bf16 | fp16
     compile: str = "none"  # torch.compile, which takes about a minute: none | prefix (the frozen part) | all
     compile_mode: str = "default"  # of torch.compile: default | reduce-overhead (CUDA graphs) | max-autotune
@@ -251,12 +253,10 @@ def _section_problems(config: Config) -> Iterator[str]:
     yield from config.tracking.problems()
     if all(stage.epochs == 0 for stage in config.stages.values()):
         yield "every stage has 0 epochs, so there is nothing to train; set stages.NAME.epochs"
-    if config.precision not in PRECISIONS:
-        yield f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}"
-    if config.compile not in COMPILE:
-        yield f"compile is {config.compile!r}; choose one of {', '.join(COMPILE)}"
-    if config.compile_mode not in COMPILE_MODES:
-        yield f"compile_mode is {config.compile_mode!r}; choose one of {', '.join(COMPILE_MODES)}"
+    choices = {"metric": METRICS, "precision": PRECISIONS, "compile": COMPILE, "compile_mode": COMPILE_MODES}
+    for key, known in choices.items():
+        if (value := getattr(config, key)) not in known:
+            yield f"{key} is {value!r}; choose one of {', '.join(known)}"
 
 
 def usage(program: str) -> str:

@@ -83,7 +83,7 @@ class Run:
         self.plan = plan_batches(data.global_batch_size, self.info.world_size, data.max_local_batch_size)
         self.agreement = Agreement(self.info, self.request)
         write = None if self.tracker is None else self.tracker.log
-        self.records = Records(self.state, write, data.global_batch_size)
+        self.records = Records(self.state, write, data.global_batch_size, self.config.metric)
 
     @property
     def num_classes(self) -> int:
@@ -109,6 +109,8 @@ class Run:
             precision=config.precision,
             compile=config.compile,
             compile_mode=config.compile_mode,
+            metric=config.metric,
+            balance=config.data.balance,
         ).with_search_result(None if record is None else record.search)
 
     def compute(self, name: str) -> Compute:

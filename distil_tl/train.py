@@ -23,7 +23,6 @@ if __name__ == "__main__":  # before torch is imported, so that a typo is refuse
     configuration.check_arguments("distil_tl.train", sys.argv[1:])
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from distil_tl.data.loader import Batch
@@ -129,8 +128,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     began = time.monotonic()
     setup = set_up_stage(info, stage, model, run.source, record, run.plan.micro, run.agreement)
     if stage.config.search.wanted:
-        batch = run.config.data.global_batch_size
-        stage = search_head(info, stage, setup, batch, record, run.agreement)
+        stage = search_head(info, stage, setup, run.source, record, run.agreement)
     log_every = run.config.tracking.log_every
     training = begin_stage(info, stage, model, setup, run.source, run.plan, record, log_every)
     reset_peak_memory(info)  # trials need more than training
@@ -214,8 +212,7 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
             logits = training.network(part.images)
             # From here on the ranks expect each other's gradients: DDP can't forget a forward pass.
             training.reducing = is_last and info.world_size > 1
-            smoothing = stage.optim.label_smoothing
-            losses = F.cross_entropy(logits, part.targets, label_smoothing=smoothing, reduction="none")
+            losses = training.loss(logits, part.targets)
             # DDP averages over the ranks, so each rank divides by its share of the global batch.
             loss = (losses * part.valid).sum() / (training.sampler.global_batch_size // info.world_size)
             training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

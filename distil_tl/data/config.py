@@ -20,6 +20,7 @@ MORE_EXTENSIONS = {"avif": "AVIF", "gif": "GIF", "heic": "HEIF", "heif": "HEIF",
 ALL_EXTENSIONS = (*IMG_EXTENSIONS, *(f".{extension}" for extension in MORE_EXTENSIONS), ".jfif")
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 AUGMENTATIONS = ("none", "light", "strong")
+BALANCES = ("none", "sampler", "weights", "logit_adjust", "effective_number")
 ON_BAD_IMAGE = ("error", "skip")
 INTENSITIES = ("dtype", "percentile")
 # What people call the folders of splits, in lower case.
@@ -59,6 +60,7 @@ class DataConfig:
     prefetch_mib: int = 2048  # MiB of batches that a rank loads ahead, for training and again for evaluation
     augment: str = "light"  # none | light | strong
     hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class
+    balance: str = "none"  # of classes of unequal size: none | sampler | weights | logit_adjust | effective_number
     on_bad_image: str = "error"  # error: stop with an error | skip: do not train on it, and list it in summary.json
     intensity: Any = "dtype"  # of 16-bit and float images: dtype | percentile | [LOW, HIGH], which are black and white
     extensions: list[str] = field(default_factory=list)  # files to read besides those of ImageFolder, as in [heic,avif]
@@ -82,6 +84,8 @@ class DataConfig:
             found.append("data.prefetch_mib must be at least 1")
         if self.augment not in AUGMENTATIONS:
             found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
+        if self.balance not in BALANCES:
+            found.append(f"data.balance is {self.balance!r}; choose one of {', '.join(BALANCES)}")
         if self.on_bad_image not in ON_BAD_IMAGE:
             found.append(f"data.on_bad_image is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}")
         if problem := intensity_problem(self.intensity):

@@ -30,6 +30,24 @@ def epoch_order(length: int, seed: int, stage: str, epoch: int) -> np.ndarray:
     return torch.randperm(length, generator=generator).numpy()
 
 
+def balanced_order(targets: np.ndarray, seed: int, stage: str, epoch: int) -> np.ndarray:
+    """As many samples as there are targets, with each class equally often (up to one), int64 [length].
+
+    A class takes its share by going through its images again and again, in a new order each time.
+    """
+    generator = torch.Generator().manual_seed(keyed_seed(seed, "balanced order", stage, epoch))
+    members = [np.flatnonzero(targets == target) for target in np.unique(targets)]
+    shares = np.full(len(members), len(targets) // len(members))
+    shares[torch.randperm(len(members), generator=generator).numpy()[: len(targets) % len(members)]] += 1
+    drawn = []
+    for images, share in zip(members, shares.tolist(), strict=True):
+        rounds = [torch.randperm(len(images), generator=generator) for _ in range(-(-share // len(images)))]
+        drawn += [images[torch.cat(rounds)[:share].numpy()]] if rounds else []
+    found = np.concatenate(drawn)
+    order: np.ndarray = found[torch.randperm(len(found), generator=generator).numpy()]
+    return order
+
+
 class TrainSampler(DistributedSampler[SampleKey]):
     """The training order of a stage, from a position to its end; global batches do not depend on the world size.
 
@@ -42,10 +60,21 @@ class TrainSampler(DistributedSampler[SampleKey]):
         global_batch_size: `B`; must be divisible by `world_size` and at most `length`.
         seed, stage: determine the order, together with the epoch.
         epochs: of the stage.
+        targets: classes of the images, int [length]: each class comes equally often, and an epoch has some images
+            several times and others not at all. None: an epoch has each image once.
     """
 
     def __init__(
-        self, length: int, *, global_batch_size: int, world_size: int, rank: int, seed: int, stage: str, epochs: int
+        self,
+        length: int,
+        *,
+        global_batch_size: int,
+        world_size: int,
+        rank: int,
+        seed: int,
+        stage: str,
+        epochs: int,
+        targets: np.ndarray | None = None,
     ) -> None:
         if global_batch_size % world_size or global_batch_size > length:
             raise ValueError(f"global batch {global_batch_size}, world {world_size}, {length} images")
@@ -53,6 +82,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
         self.length = length
         self.stage = stage
         self.epochs = epochs
+        self.targets = targets
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = length // global_batch_size
         self.consumed = 0
@@ -80,7 +110,10 @@ class TrainSampler(DistributedSampler[SampleKey]):
 
     def keys(self, epoch: int, consumed: int = 0) -> Iterator[SampleKey]:
         """The samples of one epoch, after `consumed` samples over all ranks."""
-        order = epoch_order(self.length, self.seed, self.stage, epoch)
+        if self.targets is None:
+            order = epoch_order(self.length, self.seed, self.stage, epoch)
+        else:
+            order = balanced_order(self.targets, self.seed, self.stage, epoch)
         for position in range(consumed + self.rank, self.end, self.num_replicas):
             yield SampleKey(int(order[position]), epoch, position)
 

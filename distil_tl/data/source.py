@@ -52,16 +52,18 @@ class ImageSource:
             self.index(split), transform, image_size, seed=seed, stage=stage, intensity=self.config.intensity
         )
 
-    def sampler(self, *, seed: int, stage: str, epochs: int) -> TrainSampler:
-        """The training order of a stage, for this rank."""
+    def sampler(self, *, seed: int, stage: str, epochs: int, whole: bool = False) -> TrainSampler:
+        """The training order of a stage, for this rank; or if `whole`, of all ranks together."""
+        index = self.index("train")
         return TrainSampler(
-            len(self.index("train")),
+            len(index),
             global_batch_size=self.config.global_batch_size,
-            world_size=self.info.world_size,
-            rank=self.info.rank,
+            world_size=1 if whole else self.info.world_size,
+            rank=0 if whole else self.info.rank,
             seed=seed,
             stage=stage,
             epochs=epochs,
+            targets=index.targets if self.config.balance == "sampler" else None,
         )
 
     def train_loader(self, dataset: ImageDataset, sampler: TrainSampler, micro_batch: int) -> Loader:

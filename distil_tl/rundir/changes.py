@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
 # saved configuration without the key gets this value, and this value is not part of a run's name.
 NEW_KEYS: dict[str, Any] = {
     "data.extensions": [],
+    "data.balance": "none",
     "data.intensity": "dtype",
     "data.split.val": 0.2,  # folders without splits were refused
     "data.split.test": 0.0,
@@ -40,6 +41,10 @@ NEW_KEYS: dict[str, Any] = {
     "data.split.seed": 0,
     "data.prefetch_mib": 2048,  # it had no limit; what is computed does not depend on it
     "distributed.heartbeat_seconds": None,  # frozen ranks were not looked for
+    "metric": "top1",
+    "optim.loss": "cross_entropy",
+    "optim.focal_gamma": 2.0,
+    "optim.effective_beta": 0.999,
     "compile_mode": "default",
     "tf32": True,
     "deterministic": False,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_tl.training.config import OptimConfig
+from distil_tl.training.losses import Loss
 
 # A smaller slope counts as 0. It is far below what float32 resolves here, and its square is a slow denormal on CPUs.
 SMALLEST_SLOPE = 1e-12
@@ -49,7 +50,12 @@ class BatchedHeads:
     """
 
     def __init__(
-        self, head: nn.Linear, settings: Sequence[HeadSettings], optim: OptimConfig, device: torch.device
+        self,
+        head: nn.Linear,
+        settings: Sequence[HeadSettings],
+        optim: OptimConfig,
+        device: torch.device,
+        loss: Loss | None = None,
     ) -> None:
         weight = head.weight.detach()
         columns = weight if head.bias is None else torch.cat([weight, head.bias.detach()[:, None]], dim=1)
@@ -58,7 +64,7 @@ class BatchedHeads:
         self.lr, self.weight_decay = (
             torch.tensor(column, device=device)[:, None, None] for column in zip(*settings, strict=True)
         )
-        self._optim = optim
+        self._optim, self._loss = optim, loss or Loss()
         self._decayed = self.weight[..., : head.in_features]  # without the bias
         self._first = torch.zeros_like(self.weight)  # AdamW's moments; the first one is SGD's buffer
         self._second = torch.zeros_like(self.weight)
@@ -71,7 +77,8 @@ class BatchedHeads:
         return (features @ self.weight.flatten(0, 1).T).view(-1, heads, classes)
 
     def step(self, batch: HeadBatch) -> None:
-        slopes = F.hardshrink(self.logits(batch.features).softmax(dim=2) - batch.targets[:, None], SMALLEST_SLOPE)
+        probabilities = self._loss.adjusted(self.logits(batch.features)).softmax(dim=2)
+        slopes = F.hardshrink(self._loss.slopes(probabilities, batch.targets), SMALLEST_SLOPE)
         slopes *= batch.shares[:, None, None]
         torch.mm(slopes.flatten(1).T, batch.features, out=self._gradient.flatten(0, 1))
         gradient = self._gradient
@@ -86,12 +93,21 @@ class BatchedHeads:
             self._adamw(gradient, self.lr * batch.factor)
 
     def score(self, features: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """Correct predictions of a batch and the sum of its losses: float64 [2, H]."""
+        """The sums of a batch for each head, float64 [H, 4 + 3 C], as in `ClassificationMetrics.of`."""
         logits = self.logits(features)
-        right = logits.argmax(dim=2) == targets[:, None]
-        expanded = targets[:, None].expand(right.shape)
-        losses = F.cross_entropy(logits.transpose(1, 2), expanded, reduction="none")
-        return torch.stack([(part * valid[:, None]).double().sum(dim=0) for part in (right, losses)])
+        predicted, own = logits.argmax(dim=2), targets[:, None].expand(logits.shape[:2])
+        losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
+        right = (predicted == own) * valid[:, None]
+        above = (logits > logits.gather(2, own[..., None])).sum(dim=2)
+        counted = valid[:, None].expand(right.shape).double()
+        columns = ((losses * valid[:, None]).double(), counted, right.double(), (above < 5) * counted)
+        sums = torch.stack([column.sum(dim=0) for column in columns], dim=1)
+        by_class = sums.new_zeros(3, len(sums), logits.shape[2])
+        for total, index, values in zip(
+            by_class, (own, predicted, own), (right.double(), counted, counted), strict=True
+        ):
+            total.scatter_add_(1, index.T, values.T)
+        return torch.cat([sums, *by_class], dim=1)
 
     def _adamw(self, gradient: Tensor, lr: Tensor) -> None:
         self._decayed.mul_(1 - lr * self.weight_decay)

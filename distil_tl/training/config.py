@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +14,23 @@ OPTIMIZERS = ("adamw", "sgd")
 COMPRESSIONS = ("none", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+LOSSES = ("cross_entropy", "focal")
+METRICS = ("top1", "top5", "macro_f1", "balanced_accuracy", "loss")
 COMPILE = ("none", "prefix", "all")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
+
+
+def rank_by(metric: str, figures: Mapping[str, Any]) -> tuple[float, float]:
+    """A sort key for evaluations, the best first: by the metric, then by the loss."""
+    value = figures[metric]
+    return (value if metric == "loss" else -value), figures["loss"]
 
 
 @dataclass
 class SearchConfig:
     """A grid of heads, trained on features before the stage. An empty list means the stage's own value."""
 
-    lr: list[float] = field(default_factory=list)  # candidates for lr, chosen by top-1 on val; []: no search
+    lr: list[float] = field(default_factory=list)  # candidates for lr, chosen by `metric` on val; []: no search
     weight_decay: list[float] = field(default_factory=list)  # candidates for optim.weight_decay
 
     @property
@@ -113,6 +122,9 @@ class OptimConfig:
     momentum: float = 0.9  # Nesterov, for sgd
     warmup: float = 0.1  # share of a stage's steps
     schedule: str = "cosine"  # after the warm-up: cosine | linear | constant
+    loss: str = "cross_entropy"  # cross_entropy | focal (less weight for images that are right already)
+    focal_gamma: float = 2.0  # of the focal loss: 0 is cross-entropy
+    effective_beta: float = 0.999  # of data.balance=effective_number: 0 is none, 1 is data.balance=weights
     label_smoothing: float = 0.0  # share of each target spread over all classes
     clip_norm: float | None = 1.0  # limit of the global gradient norm; null: no clipping
     compression: str = "none"  # gradients between ranks: none | bf16 (half the bytes, for slow networks)
@@ -125,6 +137,14 @@ class OptimConfig:
             found.append(f"optim.schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
         if self.compression not in COMPRESSIONS:
             found.append(f"optim.compression is {self.compression!r}; choose one of {', '.join(COMPRESSIONS)}")
+        if self.loss not in LOSSES:
+            found.append(f"optim.loss is {self.loss!r}; choose one of {', '.join(LOSSES)}")
+        if self.loss == "focal" and self.label_smoothing:
+            found.append("optim.loss=focal has no label smoothing; set optim.label_smoothing=0")
+        if self.focal_gamma != 0 and self.focal_gamma < 1:
+            found.append("optim.focal_gamma must be 0, or at least 1")
+        if not 0 <= self.effective_beta < 1:
+            found.append("optim.effective_beta must be at least 0 and below 1")
         if self.weight_decay < 0:
             found.append("optim.weight_decay must be 0 or more")
         if not 0 <= self.momentum < 1:

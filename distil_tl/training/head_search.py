@@ -24,13 +24,17 @@ from distil_tl.data.feature_cache import FeatureDataset
 from distil_tl.data.loader import Batch
 from distil_tl.data.read_ahead import PinnedLoader
 from distil_tl.data.sampler import SampleKey, TrainSampler
+from distil_tl.data.source import ImageSource
 from distil_tl.distributed.collectives import gather_objects, max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import StageRecord
 from distil_tl.training.batched_heads import BatchedHeads, HeadBatch, HeadSettings
+from distil_tl.training.config import rank_by
 from distil_tl.training.features import Features
+from distil_tl.training.losses import Loss, training_loss
 from distil_tl.training.memory import free_memory, is_out_of_memory
+from distil_tl.training.metrics import ClassificationMetrics
 from distil_tl.training.network import FeatureNetwork, Network
 from distil_tl.training.optim import lr_factor
 from distil_tl.training.stage import Stage
@@ -41,7 +45,7 @@ from distil_tl.utils.rng import seed_torch
 
 # Weights that train together. On a CPU they fit its cache with their moments; a GPU is best with few, large kernels.
 GROUP_SIZE = {"cpu": 200_000, "cuda": 1 << 26}
-Scores: TypeAlias = "list[dict[str, float | None]]"  # of each head of a group: top1 and loss
+Scores: TypeAlias = "list[dict[str, float | None]]"  # of each head of a group: top1, loss and the metric
 BLOCK = 2048  # images whose features are read at once
 
 
@@ -54,6 +58,7 @@ class _Search:
     dropout: nn.Sequential
     head: nn.Linear
     sampler: TrainSampler
+    loss: Loss
     device: torch.device
 
     def load(self, dataset: FeatureDataset, blocks: Iterable[list[SampleKey]]) -> Iterator[Batch]:
@@ -73,7 +78,8 @@ class _Search:
         optim, stage = self.stage.optim, self.stage
         smooth, total = optim.label_smoothing, stage.config.epochs * self.sampler.steps_per_epoch
         targets = F.one_hot(block.targets, classes).float() * (1 - smooth) + smooth / classes
-        columns = (block.images.float(), targets, block.valid.float() / size)
+        shares = self.loss.weighted(block.valid.float() / size, block.targets)
+        columns = (block.images.float(), targets, shares)
         parts = zip(*(torch.split(column, size) for column in columns), strict=True)
         found = []
         for step, (part, target, share) in enumerate(parts, start=epoch * self.sampler.steps_per_epoch + first):
@@ -96,7 +102,7 @@ def search_head(
     info: DistInfo,
     stage: Stage,
     setup: StageSetup,
-    global_batch_size: int,
+    source: ImageSource,
     record: StageRecord,
     agreement: Agreement,
 ) -> Stage:
@@ -114,27 +120,25 @@ def search_head(
     info.phase = f"the search for stage {stage.name}"
     dropout, head = _dropout_and_head(setup.network, stage.name)
     assert setup.features is not None
-    sampler = TrainSampler(
-        len(setup.features.train), global_batch_size=global_batch_size, world_size=1, rank=0,
-        seed=stage.seed, stage=stage.name, epochs=stage.config.epochs,
-    )  # fmt: skip
-    search = _Search(stage, setup.features, dropout, head, sampler, info.device)
+    sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs, whole=True)
+    loss = training_loss(stage.optim, stage.balance, source.index("train").class_counts, info.device)
+    search = _Search(stage, setup.features, dropout, head, sampler, loss, info.device)
     result = search_heads(info, search, agreement)
     record.search = {**result, "seconds": time.monotonic() - start}
     logger.info(
-        "\nsearch for stage %s: %d heads in %.1f s; best is lr %g with weight decay %g, top-1 %.4f on val",
+        "\nsearch for stage %s: %d heads in %.1f s; best is lr %g with weight decay %g, %s %.4f on val",
         stage.name, len(result["heads"]), record.search["seconds"], result["lr"], result["weight_decay"],
-        result["top1"],
+        "top-1" if stage.metric == "top1" else stage.metric, result[stage.metric],
     )  # fmt: skip
     return stage.with_search_result(record.search)
 
 
 @torch.no_grad()
 def search_heads(info: DistInfo, search: _Search, agreement: Agreement) -> dict[str, Any]:
-    """Train the heads of the grid and choose the best: by top-1 on val, then by loss there, then the first.
+    """Train the heads of the grid and choose the best: by `metric` on val, then by loss there, then the first.
 
     Groups of heads are divided among the ranks. They are the same for any number of ranks, and so is the result, on
-    all ranks alike: `lr`, `weight_decay`, `top1` and `loss` of the best, and the same of each in `heads`.
+    all ranks alike: `lr`, `weight_decay`, `top1`, `loss` and the metric of the best, and the same of each in `heads`.
     """
     settings, rounds = grid(search.stage), 1
     while True:
@@ -147,17 +151,14 @@ def search_heads(info: DistInfo, search: _Search, agreement: Agreement) -> dict[
     parts = gather_objects(info, own)
     scores = [row for i in range(len(groups)) for row in parts[i % info.world_size][i // info.world_size]]
     heads = [{**each._asdict(), **score} for each, score in zip(settings, scores, strict=True)]
-    best = min((head for head in heads if head["loss"] is not None), key=_rank, default=None)
+    finite = (head for head in heads if head["loss"] is not None)
+    best = min(finite, key=lambda head: rank_by(search.stage.metric, head), default=None)
     if best is None:
         raise NonFiniteError(
             f"none of the {len(heads)} heads of stages.{search.stage.name}.search has a finite loss; try lower "
             f"learning rates, or a longer optim.warmup"
         )
     return {**best, "heads": heads}
-
-
-def _rank(head: dict[str, Any]) -> tuple[float, float]:
-    return -head["top1"], head["loss"]
 
 
 def _dropout_and_head(network: Network, name: str) -> tuple[nn.Sequential, nn.Linear]:
@@ -228,7 +229,8 @@ class _Groups:
         self.heads: list[BatchedHeads] = []
         self.out_of_memory = False
         with self.unless_out_of_memory():
-            self.heads = [BatchedHeads(search.head, group, search.stage.optim, search.device) for group in settings]
+            optim, loss = search.stage.optim, search.loss
+            self.heads = [BatchedHeads(search.head, group, optim, search.device, loss) for group in settings]
 
     @contextlib.contextmanager
     def unless_out_of_memory(self) -> Iterator[None]:
@@ -263,9 +265,9 @@ def _train(search: _Search, groups: _Groups, agreement: Agreement, *, show: bool
 
 
 def _score_heads(search: _Search, groups: _Groups, agreement: Agreement) -> list[Scores]:
-    """For each group and head, top-1 and mean loss on val, from counts; None where a number is not finite."""
-    sums = [torch.zeros(2, len(heads.weight), dtype=torch.float64, device=search.device) for heads in groups.heads]
-    count, val = 0, search.features.val
+    """For each group and head, its figures on val, from counts; None where a number is not finite."""
+    classes, val = search.head.out_features, search.features.val
+    sums = [heads.weight.new_zeros(len(heads.weight), 4 + 3 * classes, dtype=torch.float64) for heads in groups.heads]
     blocks = _blocks((SampleKey(i, 0, i) for i in range(len(val))), BLOCK)
     loaded = search.load(val, blocks) if groups.heads else iter(())
     for _ in range(0, len(val), BLOCK):
@@ -274,16 +276,20 @@ def _score_heads(search: _Search, groups: _Groups, agreement: Agreement) -> list
             continue
         with groups.unless_out_of_memory():
             block = next(loaded)
-            count += len(block.indices) - len(block.faults)
             features = search.with_ones(block.images.float())
             for heads, total in zip(groups.heads, sums, strict=True):
                 total += heads.score(features, block.targets, block.valid)
+    kept = dict.fromkeys(("top1", "loss", search.stage.metric))
     return [
-        [_score(top1, loss, finite) for top1, loss, finite in zip(*means, heads.finite.tolist(), strict=True)]
-        for heads, means in zip(groups.heads, [(total / max(1, count)).tolist() for total in sums], strict=False)
+        [
+            _score(ClassificationMetrics.of(row, classes), kept, finite)
+            for row, finite in zip(total.cpu(), fine, strict=True)
+        ]
+        for total, fine in zip(sums, [heads.finite.tolist() for heads in groups.heads], strict=False)
     ]
 
 
-def _score(top1: float, loss: float, finite: bool) -> dict[str, float | None]:
-    valid = finite and math.isfinite(loss)
-    return {"top1": top1 if valid else None, "loss": loss if valid else None}
+def _score(counted: ClassificationMetrics, kept: Iterable[str], finite: bool) -> dict[str, float | None]:
+    figures = counted.compute()
+    valid = finite and math.isfinite(figures["loss"])
+    return {name: figures[name] if valid else None for name in kept}

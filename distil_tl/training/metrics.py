@@ -51,6 +51,13 @@ class ClassificationMetrics:
         if self._confusion is not None:
             self._confusion.index_add_(0, targets * c + predicted, valid.long())
 
+    @classmethod
+    def of(cls, sums: Tensor, num_classes: int) -> ClassificationMetrics:
+        """Metrics from their sums, float64 [4 + 3 C]: loss, n, hits, hits among five; by class hits, predictions, n."""
+        metrics = cls.__new__(cls)
+        metrics.num_classes, metrics._sums, metrics._confusion = num_classes, sums, None
+        return metrics
+
     def reduce(self, info: DistInfo) -> ClassificationMetrics:
         """These metrics over all ranks, as a new object; this one keeps counting its own. A collective."""
         total = ClassificationMetrics.__new__(ClassificationMetrics)
@@ -68,7 +75,11 @@ class ClassificationMetrics:
         return window
 
     def compute(self) -> dict[str, float]:
-        """loss, top1, top5 and macro_f1, as fractions. F1 is averaged over classes with a target or a prediction."""
+        """loss, top1, top5, macro_f1 and balanced_accuracy, as fractions.
+
+        F1 is averaged over the classes with a target or a prediction, recall (balanced accuracy) over those with a
+        target.
+        """
         loss, n, top1, top5 = self._sums[:4].tolist()
         n = max(n, 1.0)
         return {
@@ -76,6 +87,7 @@ class ClassificationMetrics:
             "top1": top1 / n,
             "top5": top5 / n,
             "macro_f1": self._macro_f1(),
+            "balanced_accuracy": self._balanced_accuracy(),
         }
 
     @property
@@ -92,6 +104,11 @@ class ClassificationMetrics:
         if not bool(seen.any()):
             return 0.0
         return float((2 * hits[seen] / (predictions + targets)[seen]).mean())
+
+    def _balanced_accuracy(self) -> float:
+        hits, _, targets = self._per_class()
+        seen = targets > 0
+        return float((hits[seen] / targets[seen]).mean()) if bool(seen.any()) else 0.0
 
     def per_class(self, classes: tuple[str, ...] | list[str]) -> list[dict[str, Any]]:
         """One row per class: n, correct, predicted, recall, precision, f1. A ratio with denominator 0 is None."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distil_tl.rundir.state import RunState
+from distil_tl.training.config import rank_by
 from distil_tl.training.metrics import ClassificationMetrics
 
 
@@ -26,9 +27,17 @@ class Records:
         state: of the run; its results and stage records are updated.
         write: writes a line of metrics.jsonl; None on other ranks than 0.
         global_batch_size: images of an optimizer step, over all ranks.
+        metric: chooses the best evaluation.
     """
 
-    def __init__(self, state: RunState, write: Callable[[dict[str, Any]], None] | None, global_batch_size: int) -> None:
+    def __init__(
+        self,
+        state: RunState,
+        write: Callable[[dict[str, Any]], None] | None,
+        global_batch_size: int,
+        metric: str = "top1",
+    ) -> None:
+        self._metric = metric
         self._state = state
         self._write = write
         self._global_batch_size = global_batch_size
@@ -56,12 +65,12 @@ class Records:
         """Record the evaluation after an epoch. Returns whether it is the best so far."""
         record = self._state.stages[at.stage]
         line = self._log(at, counted, seconds, waited, split="val", window="epoch")
-        kept = ("split", "loss", "top1", "top5", "macro_f1", "stage", "epoch", "step")
+        kept = ("split", "loss", "top1", "top5", "macro_f1", "balanced_accuracy", "stage", "epoch", "step")
         final = self._state.final = {key: line[key] for key in kept}
         record.epochs, record.top1 = at.epoch + 1, final["top1"]
         record.seconds += seconds
         best = self._state.best
-        if best is None or (final["top1"], -final["loss"]) > (best["top1"], -best["loss"]):
+        if best is None or rank_by(self._metric, final) < rank_by(self._metric, best):
             self._state.best = final
             return True
         return False

@@ -31,7 +31,8 @@ class Stage:
         augment: name of the augmentation.
         seed: of the run.
         precision: `precision` of the run.
-        compile, compile_mode: of the run.
+        compile, compile_mode, metric: of the run.
+        balance: `data.balance`.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Stage:
     precision: str
     compile: str
     compile_mode: str = "default"
+    metric: str = "top1"
+    balance: str = "none"
 
     @property
     def uses_cuda_graphs(self) -> bool:

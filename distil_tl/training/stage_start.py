@@ -18,6 +18,7 @@ from distil_tl.data.stage_batches import StageBatches
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.graph.equivalence import preserve_state
 from distil_tl.rundir.state import StageRecord
+from distil_tl.training.losses import training_loss
 from distil_tl.training.memory import PartSize, SavedStatistics, training_part_size, until_memory_suffices
 from distil_tl.training.metrics import Meter
 from distil_tl.training.optim import build_optimizer
@@ -51,7 +52,7 @@ def begin_stage(
         record: of the stage; sizes of parts are recorded in it when memory runs out.
         log_every: steps between two calls of `check_finite`, at most.
     """
-    batches = build_loaders(stage, setup, source, plan)
+    batches, images = build_loaders(stage, setup, source, plan), source.index("train")
     network = wrap_in_ddp(info, setup.network, stage.optim.compression)
     optimizer = build_optimizer(model, stage.config, stage.optim)
     optimizer.zero_grad(set_to_none=True)  # a trial that failed may have left gradients
@@ -60,7 +61,8 @@ def begin_stage(
         inner=setup.network,
         network=network,
         batches=batches,
-        images=source.index("train"),
+        images=images,
+        loss=training_loss(stage.optim, stage.balance, images.class_counts, info.device),
         micro=plan.micro,
         accumulation=plan.accumulation,
         optimizer=optimizer,
@@ -69,7 +71,7 @@ def begin_stage(
         trains_statistics=stage.config.batch_norm == "train" and info.world_size > 1,
         first_bad_step=torch.full((), torch.inf, device=info.device),
         recent=collections.deque(maxlen=log_every * plan.accumulation),
-        meter=Meter(info, len(source.index("train").classes)),
+        meter=Meter(info, len(images.classes)),
         part_size=training_part_size(stage, setup.network, record),
         val_part_size=PartSize("evaluation", f"the evaluation of stage {stage.name}", record.part_sizes),
         statistics=SavedStatistics(trained_statistics(network)),

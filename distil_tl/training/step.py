@@ -21,6 +21,7 @@ from distil_tl.distributed.collectives import average_over_ranks, gather_objects
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import Position
 from distil_tl.training.compiling import compile_network
+from distil_tl.training.losses import Loss
 from distil_tl.training.memory import (
     PartSize,
     SavedStatistics,
@@ -49,6 +50,7 @@ class StageTraining:
         network: the same, under DDP when there are several ranks.
         batches: of training and of the evaluations.
         images: index of the training images, to name them in messages.
+        loss: of each image.
         micro: images of a micro-batch.
         accumulation: micro-batches of a step.
         total_steps: of the stage.
@@ -69,6 +71,7 @@ class StageTraining:
     network: nn.Module
     batches: StageBatches
     images: Index
+    loss: Loss
     accumulation: int
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler

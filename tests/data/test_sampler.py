@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from distil_tl.data.config import fitting_world_sizes
 from distil_tl.data.loader import plan_batches
-from distil_tl.data.sampler import EvalBatches, EvalSampler, SampleKey, TrainSampler, epoch_order, in_batches
+from distil_tl.data.sampler import (
+    EvalBatches,
+    EvalSampler,
+    SampleKey,
+    TrainSampler,
+    balanced_order,
+    epoch_order,
+    in_batches,
+)
 
 
 def samplers(
@@ -189,3 +197,52 @@ def test_a_plan_divides_the_batch_into_the_largest_parts_that_fit(batch: int, da
 def test_fitting_world_sizes_are_the_divisors():
     assert fitting_world_sizes(12) == [1, 2, 3, 4, 6, 12]
     assert all(a < b for a, b in pairwise(fitting_world_sizes(360)))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(0, 9))
+def test_a_balanced_epoch_has_each_class_equally_often(targets: list[int], epoch: int) -> None:
+    order = balanced_order(np.array(targets), 7, "head", epoch)
+    assert len(order) == len(targets)
+    by_class: dict[int, list[int]] = {target: [] for target in targets}
+    for image in order.tolist():
+        by_class[targets[image]].append(image)
+    numbers = [len(images) for images in by_class.values()]
+    assert max(numbers) - min(numbers) <= 1
+    for images in by_class.values():  # each image of a class as often as another, up to one
+        repeats = (
+            [images.count(image) for image in range(len(targets)) if targets[image] == targets[images[0]]]
+            if images
+            else [0]
+        )
+        assert max(repeats) - min(repeats) <= 1
+    assert order.tolist() == balanced_order(np.array(targets), 7, "head", epoch).tolist()
+
+
+def test_balanced_epochs_and_seeds_differ() -> None:
+    targets = np.array([0] * 50 + [1] * 5)
+    orders = [balanced_order(targets, seed, "head", epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+@given(trainings())
+def test_balanced_global_batches_do_not_depend_on_the_world_size(training: tuple[int, int, int, int]) -> None:
+    length, batch, *worlds = training
+    targets = np.arange(length) % 3 * (np.arange(length) % 2)
+    one, other = (
+        [
+            TrainSampler(
+                length,
+                global_batch_size=batch,
+                world_size=world,
+                rank=rank,
+                seed=3,
+                stage="x",
+                epochs=2,
+                targets=targets,
+            )
+            for rank in range(world)
+        ]
+        for world in worlds
+    )
+    assert stage_batches(one, 0) == stage_batches(other, 0)
+    assert stage_batches(one, 1, batch * 0) == stage_batches(other, 1)

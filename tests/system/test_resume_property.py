@@ -9,11 +9,12 @@ from __future__ import annotations
 import collections
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,6 +35,7 @@ from distil_tl.run import Run
 from distil_tl.rundir.state import Position, RunState, StageRecord
 from distil_tl.train import train_one_epoch
 from distil_tl.training.config import StageConfig
+from distil_tl.training.losses import Loss
 from distil_tl.training.metrics import Meter
 from distil_tl.training.optim import current_lr
 from distil_tl.training.stage import Stage
@@ -60,6 +62,11 @@ class Plan:
     seed: int
     every: int | None
     attempts: tuple[Attempt, ...]
+    balanced: bool = False
+
+    @property
+    def undisturbed(self) -> Plan:
+        return replace(self, every=None, attempts=(Attempt(1, None, 10**9, False),))
 
 
 @dataclass
@@ -144,7 +151,7 @@ def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: S
     try:
         for name in config.stages:
             if not run.has_finished(name):
-                run_stage(run, clock, run.stage(name))
+                run_stage(run, plan, clock, run.stage(name))
     except KilledError:
         return run.saved, False
     except AllRanksStopError:
@@ -153,12 +160,13 @@ def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: S
     return run.saved, True
 
 
-def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
+def run_stage(run: Run, plan: Plan, clock: Clock, stage: Stage) -> None:
     """As in distil_tl.train, but for the network, evaluations and records."""
     info, data, index = run.info, run.config.data, run.source.index("train")
     sampler = TrainSampler(
         len(index.targets), global_batch_size=data.global_batch_size, world_size=info.world_size,
         rank=info.rank, seed=stage.seed, stage=stage.name, epochs=stage.config.epochs,
+        targets=np.array(index.targets) if plan.balanced else None,
     )  # fmt: skip
     dataset = ImageDataset(index, ImageTransform([InitialSeed()], 8), 8, seed=stage.seed, stage=stage.name)
     loader = make_loader(dataset, in_batches(sampler, run.plan.micro), workers=0, ahead=0, pin_memory=False)
@@ -166,7 +174,7 @@ def run_stage(run: Run, clock: Clock, stage: Stage) -> None:
     network: Any = Tiny()
     group = {"params": list(network.parameters()), "peak_lr": stage.config.lr}
     training = StageTraining(
-        stage=stage, inner=network, network=network, images=index,
+        stage=stage, loss=Loss(), inner=network, network=network, images=index,
         batches=StageBatches(run.source, sampler, loader, val_sampler, loader),
         accumulation=run.plan.accumulation, optimizer=torch.optim.SGD([group], lr=stage.config.lr, fused=True),
         scaler=torch.amp.GradScaler("cpu", enabled=False), total_steps=stage.config.epochs * sampler.steps_per_epoch,
@@ -242,21 +250,21 @@ def plans(draw: st.DrawFn) -> Plan:
 
     interrupted = [attempt(draw(st.integers(1, total))) for _ in range(draw(st.integers(1, 4)))]
     every = draw(st.none() | st.integers(1, 3))
-    return Plan(images, batch, epochs, draw(st.integers(0, 2**40)), every, (*interrupted, attempt(total + 1)))
+    seed, balanced = draw(st.integers(0, 2**40)), draw(st.booleans())
+    return Plan(images, batch, epochs, seed, every, (*interrupted, attempt(total + 1)), balanced)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_files() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "decode", lambda path, min_side: torch.zeros(1))
+        patch.setattr(loading, "decode", lambda path, **_: torch.zeros(1))
         yield
 
 
 @settings(max_examples=60, deadline=None)
 @given(plans())
 def test_an_interrupted_job_trains_on_the_same_samples(plan: Plan) -> None:
-    whole = Plan(plan.images, plan.batch, plan.epochs, plan.seed, None, (Attempt(1, None, 10**9, False),))
-    expected, end = carry_out(whole)
+    expected, end = carry_out(plan.undisturbed)
     steps = plan.images // plan.batch
     stages = [(name, epochs) for name, epochs in zip(NAMES, plan.epochs, strict=False) if epochs]
     assert list(expected.samples) == [(n, e, s) for n, epochs in stages for e in range(epochs) for s in range(steps)]
@@ -272,6 +280,5 @@ def test_an_interrupted_job_trains_on_the_same_samples(plan: Plan) -> None:
 @settings(max_examples=20, deadline=None)
 @given(plans())
 def test_no_two_samples_of_a_job_have_the_same_seed(plan: Plan) -> None:
-    whole = Plan(plan.images, plan.batch, plan.epochs, plan.seed, None, (Attempt(1, None, 10**9, False),))
-    seeds = [seed for pairs in carry_out(whole)[0].samples.values() for _, seed in pairs]
+    seeds = [seed for pairs in carry_out(plan.undisturbed)[0].samples.values() for _, seed in pairs]
     assert len(set(seeds)) == len(seeds)

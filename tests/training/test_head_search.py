@@ -6,9 +6,11 @@ import dataclasses
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,9 @@ from distil_tl.models.transfer import TransferModel, build
 from distil_tl.train import main
 from distil_tl.training import head_search as module
 from distil_tl.training.batched_heads import BatchedHeads, HeadBatch, HeadSettings
-from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig
+from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig, rank_by
 from distil_tl.training.head_search import grid
+from distil_tl.training.losses import training_loss
 from distil_tl.training.optim import clip_gradients
 from distil_tl.training.stage import Stage
 from distil_tl.utils.errors import UserError
@@ -56,14 +59,17 @@ def one(folder: Path, run_dir: Path, *more: str) -> list[str]:
         OptimConfig(clip_norm=None, label_smoothing=0.1),
         OptimConfig(name="sgd", clip_norm=0.3),
         OptimConfig(name="sgd", momentum=0.0, clip_norm=None),
+        OptimConfig(loss="focal"),
     ],
 )
+@pytest.mark.parametrize("balance", ["none", "effective_number", "logit_adjust"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_each_head_is_what_the_optimizer_makes_of_it(optim: OptimConfig, bias: bool) -> None:
+def test_each_head_is_what_the_optimizer_makes_of_it(optim: OptimConfig, balance: str, bias: bool) -> None:
     torch.manual_seed(0)
     head = nn.Linear(12, 5, bias=bias)
     settings = [HeadSettings(0.1, 0.0), HeadSettings(0.03, 0.7), HeadSettings(1e-4, 0.01)]
-    heads = BatchedHeads(head, settings, optim, CPU)
+    loss = training_loss(optim, balance, np.array([900, 300, 100, 30, 10]), CPU)
+    heads = BatchedHeads(head, settings, optim, CPU, loss)
     singles = [nn.Linear(12, 5, bias=bias) for _ in settings]
     optimizers = []
     for single, (lr, decay) in zip(singles, settings, strict=True):
@@ -80,14 +86,15 @@ def test_each_head_is_what_the_optimizer_makes_of_it(optim: OptimConfig, bias: b
         for single, optimizer, (lr, _) in zip(singles, optimizers, settings, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
-            each = F.cross_entropy(single(features), targets, label_smoothing=optim.label_smoothing, reduction="none")
+            each = loss(single(features), targets)
             optimizer.zero_grad()
             (each * valid).sum().div(8).backward()  # type: ignore[no-untyped-call]
             clip_gradients(optimizer, optim.clip_norm)
             optimizer.step()
         smoothed = F.one_hot(targets, 5) * (1 - optim.label_smoothing) + optim.label_smoothing / 5
         with torch.no_grad():
-            heads.step(HeadBatch(F.pad(features, (0, int(bias)), value=1.0), smoothed, valid / 8, factor))
+            shares = loss.weighted(valid / 8, targets)
+            heads.step(HeadBatch(F.pad(features, (0, int(bias)), value=1.0), smoothed, shares, factor))
         for single, weight in zip(singles, heads.weight, strict=True):
             torch.testing.assert_close(weight[:, :12], single.weight, rtol=0, atol=1e-5)
             if bias:
@@ -121,13 +128,16 @@ def test_a_head_of_the_search_is_the_one_that_the_stage_trains(
         monkeypatch.setattr(train_module, "build", with_dropout)
     separates = "model.name=resnet18"  # the classes, by the features of random weights
     args = one(data, tmp_path / "run", separates, f"optim.name={optim}", "data.on_bad_image=skip")
-    assert main([*args, "stages.head.search.lr=[0.1]", "optim.label_smoothing=0.1", "stages.head.views=2"]) == 0
+    loss = ["optim.loss=focal", "data.balance=sampler"] if dropout else ["optim.label_smoothing=0.1"]
+    more = ["stages.head.views=2", "metric=balanced_accuracy", *loss]
+    assert main([*args, "stages.head.search.lr=[0.1]", *more]) == 0
     weights = load_file(tmp_path / "run" / "checkpoints" / "last" / "weights.safetensors")
     (weight,) = (value for key, value in weights.items() if value.ndim == 2 and len(value) == 3)
     torch.testing.assert_close(trained[0].weight[0, :, :-1], weight, rtol=0, atol=1e-5)
     (head,) = found(tmp_path / "run")["heads"]
     final = summary_of(tmp_path / "run")["final"]
-    assert head == {"lr": 0.1, "weight_decay": 0.01, "top1": final["top1"], "loss": pytest.approx(final["loss"], 1e-5)}
+    figures = {name: final[name] for name in ("top1", "balanced_accuracy")}
+    assert head == {"lr": 0.1, "weight_decay": 0.01, "loss": pytest.approx(final["loss"], 1e-5), **figures}
     assert final["top1"] > 0.4, "it has learned something"
 
 
@@ -153,14 +163,15 @@ def test_the_choice_is_that_of_separate_trainings(folder: Path, tmp_path: Path) 
     assert "<h2>Head search" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_ties_are_decided_by_loss_and_then_by_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ties_are_decided_by_loss_and_then_by_order() -> None:
     rows = [
         {"top1": 0.5, "loss": 0.1},
         {"top1": 0.9, "loss": 0.3},
         {"top1": 0.9, "loss": 0.2},
         {"top1": 0.9, "loss": 0.2},
     ]
-    assert rows.index(min(rows, key=module._rank)) == 2
+    assert rows.index(min(rows, key=partial(rank_by, "top1"))) == 2
+    assert rows.index(min(rows, key=partial(rank_by, "loss"))) == 0
 
 
 def test_pieces_do_not_depend_on_the_ranks_and_cover_all() -> None:

@@ -57,6 +57,9 @@ def test_figures_are_scikit_learns(n: int, classes: int, seed: int):
     assert metrics.count == n
     assert found["loss"] == pytest.approx(sk.log_loss(targets, logits.double().softmax(1), labels=labels), rel=1e-5)
     assert found["top1"] == pytest.approx(sk.accuracy_score(targets, predicted))
+    assert found["balanced_accuracy"] == pytest.approx(
+        sk.recall_score(targets, predicted, average="macro", labels=np.unique(targets))
+    )
     # Without `labels`, scikit-learn averages over the classes that occur among targets or predictions.
     assert found["macro_f1"] == pytest.approx(sk.f1_score(targets, predicted, average="macro", zero_division=0))
     assert metrics.confusion_matrix() == sk.confusion_matrix(targets, predicted, labels=labels).tolist()
@@ -103,7 +106,8 @@ def test_top5_counts_the_fifth_and_not_the_sixth():
 
 def test_nothing_counted_is_zero_and_not_an_error():
     metrics = ClassificationMetrics(3, CPU)
-    assert metrics.compute() == {"loss": 0.0, "top1": 0.0, "top5": 0.0, "macro_f1": 0.0}
+    names = ("loss", "top1", "top5", "macro_f1", "balanced_accuracy")
+    assert metrics.compute() == dict.fromkeys(names, 0.0)
     assert metrics.count == 0
     add(metrics, torch.empty(0, 3), torch.empty(0, dtype=torch.int64))
     assert metrics.count == 0
