@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 
 from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.rundir.lock import is_alive, read_attempt
+from distil_tl.training.config import METRICS, rank_by
 from distil_tl.utils.args import read_yaml
 from distil_tl.utils.data_wait import wait_share
 from distil_tl.utils.errors import UserError
@@ -197,8 +199,18 @@ def _best(run_dir: Path, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     evaluations = [line for line in lines if line.get("split") == "val"]
     if isinstance(before, dict):
         evaluations.append(before)
-    scored = [line for line in evaluations if get_number(line, "top1") is not None]
-    return max(scored, key=lambda line: (line["top1"], -loss_of(line)), default=None)
+    metric = metric_of(run_dir)
+    scored = [line for line in evaluations if get_number(line, metric) is not None]
+    return min(scored, key=lambda line: rank_by(metric, {**line, "loss": loss_of(line)}), default=None)
+
+
+def metric_of(run_dir: Path) -> str:
+    """What chooses the best epoch of a run. Only its line of config.yaml is read."""
+    try:
+        found = re.search(r"^metric: (\w+)$", (run_dir / "config.yaml").read_text(), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        found = None
+    return found[1] if found and found[1] in METRICS else "top1"
 
 
 def get_number(line: Json, key: str) -> float | None:

@@ -26,7 +26,7 @@ from distil_tl.utils.files import json_safe
 from distil_tl.utils.log import printable, setup_console, table
 from launch.failure import explain_failures
 from launch.records import RECORD_FILE, read_sweep_record
-from launch.run_status import STATES, RunStatus, get_number, loss_of, read_status
+from launch.run_status import STATES, RunStatus, get_number, loss_of, metric_of, read_status
 from launch.squeue import QueuedJob, SlurmUnavailableError, read_queue
 from launch.sweep_file import Values
 
@@ -107,7 +107,8 @@ def read_overview(folder: Path) -> Overview:
         values = {folder / name: trial for name, trial in {**earlier, **sweep["trials"]}.items()}
     else:
         values = {run_dir: {} for run_dir in find_runs(folder)}
-    metric = (sweep or {}).get("metric", DEFAULT_METRIC)
+    metrics = {metric_of(run_dir) for run_dir in values} if sweep is None else {sweep.get("metric", DEFAULT_METRIC)}
+    metric = metrics.pop() if len(metrics) == 1 else DEFAULT_METRIC
     if not values:
         raise UserError(f"{folder} contains no run; a run directory has {ATTEMPT_FILE} or {RECORD_FILE}")
     queue: dict[str, QueuedJob] | None = None

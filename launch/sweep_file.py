@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distil_tl.training.config import METRICS
 from distil_tl.utils.args import flatten, read_yaml, refuse
 from distil_tl.utils.errors import UserError, did_you_mean
 from distil_tl.utils.shipped import find_configuration
 
 Values = dict[str, Any]
 KEYS = ("name", "config", "set", "trials", "grid", "random", "count", "seed", "seeds", "max_trials", "metric", "slurm")
-METRICS = ("top1", "top5", "macro_f1", "loss")
 _NO_COUNT = "`random` needs `count`, the number of draws"
 DISTRIBUTIONS = ("uniform", "log_uniform", "choice")
 
@@ -52,7 +52,7 @@ class Sweep:
         grid: lists of values, by key.
         random: distributions, by key, of which `count` values are drawn with `seed`.
         seeds: values of the training's `seed`.
-        metric: ranks the trials, by `best` in summary.json. Larger is better, except for `loss`.
+        metric: ranks the trials, by `best` in summary.json. Larger is better, except for `loss`. Empty: as of the runs.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Sweep:
     seed: int = 0
     seeds: list[int] = field(default_factory=list)
     max_trials: int = 1000
-    metric: str = "top1"
+    metric: str = ""
 
     def all_trials(self) -> list[Trial]:
         """All trials, in a fixed order. A larger `count` keeps the draws of a smaller one; equal draws are one trial.
@@ -118,7 +118,7 @@ def read_sweep(path: Path) -> Sweep:
         seed=tree.get("seed", 0),
         seeds=tree.get("seeds") or [],
         max_trials=tree.get("max_trials", 1000),
-        metric=tree.get("metric", "top1"),
+        metric=tree.get("metric") or "",
     )
 
 
@@ -150,7 +150,7 @@ def _value_problems(path: Path, tree: dict[str, Any]) -> Iterator[str]:
         yield f"config: there is no file {found}"
     if "name" in tree and not _is_name(tree["name"]):
         yield f"name: {tree['name']!r} can't be the name of a folder; use letters, digits, `_`, `-` and `.`"
-    if tree.get("metric", "top1") not in METRICS:
+    if tree.get("metric") not in (None, *METRICS):
         yield f"metric: {tree['metric']!r} is not one of {', '.join(METRICS)}"
     for key, minimum in (("seed", None), ("max_trials", 1)):
         if key in tree and not _is_integer(tree[key], minimum):

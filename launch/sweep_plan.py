@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.rundir.changes import new_keys, unsafe_changes
+from distil_tl.rundir.changes import NEW_KEYS, new_keys, unsafe_changes
 from distil_tl.utils.args import flatten, is_file, overlay, plain, read_yaml, to_yaml
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json
@@ -66,14 +66,33 @@ def read_sweep_args(program: str, args: Sequence[str], folder: Path | None) -> S
     files = [arg for arg in args if is_file(arg)]
     if len(files) != 1 or any(arg.startswith("-") for arg in args):
         raise UserError(f"usage: python -m {program} SWEEP.yaml [key=value ...] [slurm.key=value ...]; see --help")
-    sweep = read_sweep(Path(files[0]))
     slurm_pairs, pairs = split_slurm([arg for arg in args if arg != files[0]])
+    sweep = read_sweep(Path(files[0]))
+    sweep.metric = agree_on_metric(sweep, pairs)
     section = load_slurm_section(Path(files[0]))
     base = load_slurm_section(sweep.config) if sweep.config is not None else None
     if section is None or (isinstance(base, dict) and isinstance(section, dict)):
         section = overlay(base or {}, section or {})
     folder = (folder or Path("sweeps") / sweep.name).absolute()
     return SweepArgs(sweep, pairs, folder, parse_slurm(section, slurm_pairs))
+
+
+def agree_on_metric(sweep: Sweep, pairs: Sequence[str]) -> str:
+    """What ranks the trials and what chooses the best epoch of each: one is the default of the other.
+
+    Raises:
+        UserError: they are not the same.
+    """
+    named = [pair.partition("=")[2] for pair in pairs if pair.startswith("metric=")]
+    given = named[-1] if named else sweep.set.get("metric")
+    if given is None and sweep.config is not None:
+        given = read_yaml(sweep.config).get("metric")
+    if sweep.metric and given not in (None, sweep.metric):
+        raise UserError(
+            f"the sweep ranks its trials by `metric: {sweep.metric}`, but each run chooses its best epoch by "
+            f"metric={given}; remove one of them"
+        )
+    return sweep.metric or str(given or "top1")
 
 
 def plan_trials(args: SweepArgs, cluster: str, trials: Sequence[Trial]) -> SweepPlan:
@@ -88,7 +107,8 @@ def plan_trials(args: SweepArgs, cluster: str, trials: Sequence[Trial]) -> Sweep
     if twice:
         raise UserError(f"the sweep varies {', '.join(twice)}, and the command line sets it for all trials; remove one")
     config = [str(sweep.config)] if sweep.config is not None else []
-    shared = [*config, *_older_values(sweep.config, folder), *as_arguments(sweep.set), *args.pairs]
+    metric = [f"metric={sweep.metric}"] if sweep.metric != "top1" else []
+    shared = [*config, *metric, *_older_values(sweep.config, folder), *as_arguments(sweep.set), *args.pairs]
     # The common configuration needs some data.root, though no trial uses it.
     images = ["data.root=null"] if "data.root" in varied else []
     common = configuration.load([*shared, *images, f"run_dir={folder}"])[1]
@@ -125,7 +145,8 @@ def _older_values(config: Path | None, folder: Path) -> list[str]:
     if saved is None:
         return []
     known = flatten(saved).keys() | (flatten(read_yaml(config)).keys() if config is not None else set())
-    return as_arguments({key: value for key, value in new_keys(saved.get("stages") or {}).items() if key not in known})
+    older = {key: value for key, value in new_keys(saved.get("stages") or {}).items() if key not in known}
+    return as_arguments({**older, "metric": saved.get("metric", NEW_KEYS["metric"])})
 
 
 def _trial_yaml(config: Config, source: DictConfig, trial: Trial, sweep: str) -> str:

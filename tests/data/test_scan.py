@@ -14,7 +14,9 @@ from torchvision.datasets import ImageFolder, folder
 from distil_tl.data.config import IMG_EXTENSIONS, DataConfig
 from distil_tl.data.index import Index
 from distil_tl.data.scan import scan
+from distil_tl.data.splits import hint_at_balance
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import logger
 from tests.helpers.image_folders import assert_as_torchvision, assert_equal, plant
 
 
@@ -219,3 +221,22 @@ def test_messages_can_be_printed(tmp_path: Path):
 def test_threads_change_nothing(tmp_path: Path, threads):
     plant(tmp_path, *(f"{c}/{i}.jpg" for c in range(30) for i in range(c % 4 + 1)))
     assert_equal(scan(tmp_path, threads=threads), scan(tmp_path))
+
+
+@pytest.mark.parametrize(("numbers", "balance", "said"), [((40, 4), "none", True), ((39, 4), "none", False), ((40, 4), "weights", False)])
+def test_classes_of_very_different_size_are_pointed_out(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    numbers: tuple[int, int],
+    balance: str,
+    said: bool,
+) -> None:
+    for name, number in zip("ab", numbers, strict=True):
+        (tmp_path / name).mkdir()
+        for i in range(number):
+            (tmp_path / name / f"{i}.png").touch()
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO")
+    hint_at_balance(scan(tmp_path), balance)
+    assert ("class a has 10 times as many images as b (40 and 4): see data.balance" in caplog.text) is said

@@ -307,6 +307,15 @@ def test_the_best_so_far(run: Run) -> None:
     assert run.summary("completed", best={"top1": 0.8}).stands().best == {"top1": 0.8}
 
 
+def test_the_metric_of_the_run_chooses_the_best(run: Run) -> None:
+    run.attempt()
+    for epoch, (top1, balanced) in enumerate([(0.9, 0.2), (0.5, 0.4), (0.6, 0.4)], start=1):
+        run.evaluated(top1, balanced_accuracy=balanced, epoch=epoch, loss=1 / epoch)
+    assert (read_status(run.path, {}).best or {})["top1"] == 0.9
+    (run.path / "config.yaml").write_text("seed: 1\nmetric: balanced_accuracy\n")
+    assert (read_status(run.path, {}).best or {})["top1"] == 0.6
+
+
 def test_only_the_end_of_a_long_metrics_file_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best evaluation before that is in the checkpoint; without a checkpoint the whole file is read."""
     monkeypatch.setattr(states, "TAIL", 4096)

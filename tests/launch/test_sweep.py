@@ -56,6 +56,22 @@ def ended(run_dir: Path, status: str) -> None:
 # What is submitted
 
 
+def test_the_metrics_of_a_sweep_and_its_runs_are_the_same(slurm: FakeSlurm, capsys) -> None:
+    def metrics(name: str) -> tuple[str, set[str]]:
+        folder = Path("sweeps", name)
+        runs = {yaml.safe_load(path.read_text())["metric"] for path in folder.glob("*/slurm/config.yaml")}
+        return json.loads((folder / "sweep.json").read_text())["metric"], runs
+
+    submitted(yaml_file("{seeds: [0], metric: macro_f1}", "a.yaml"))
+    submitted(yaml_file("{seeds: [0], set: {metric: loss}}", "b.yaml"))
+    submitted(yaml_file("{seeds: [0]}", "c.yaml"), "metric=balanced_accuracy")
+    submitted(yaml_file("{seeds: [0]}", "d.yaml"))
+    expected = {"a": "macro_f1", "b": "loss", "c": "balanced_accuracy", "d": "top1"}
+    assert {name: metrics(name) for name in expected} == {name: (metric, {metric}) for name, metric in expected.items()}
+    message = refusal(capsys, yaml_file("{seeds: [0], metric: macro_f1}", "e.yaml"), "metric=loss")
+    assert "ranks its trials by `metric: macro_f1`, but each run chooses its best epoch by metric=loss" in message
+
+
 def test_a_sweep_is_one_array(slurm: FakeSlurm, capsys) -> None:
     submitted(yaml_file("{seeds: [0, 1, 2], slurm: {time: 8:00:00, array_parallelism: 2}}"))
     assert len(slurm.calls("sbatch")) == 1

@@ -311,7 +311,7 @@ def test_a_sweep_is_named_after_its_file(sweep_file) -> None:
         ("seed: x", "`seed` must be an integer"),
         ("max_trials: many", "`max_trials` must be an integer, at least 1"),
         ("max_trials: 0", "`max_trials` must be an integer, at least 1"),
-        ("metric: accuracy", "metric: 'accuracy' is not one of top1, top5, macro_f1, loss"),
+        ("metric: accuracy", "metric: 'accuracy' is not one of top1, top5, macro_f1, balanced_accuracy, loss"),
     ],
 )
 def test_mistakes_are_named(sweep_file, tmp_path: Path, text: str, message: str) -> None:

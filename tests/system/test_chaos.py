@@ -21,7 +21,14 @@ stages:
 """
 VARIANTS = {
     "sgd": ["optim.name=sgd"],
-    "features": ["optim.name=sgd", "stages.head.views=2", "stages.head.epochs=2"],
+    "features": [
+        "optim.name=sgd",
+        "stages.head.views=2",
+        "stages.head.epochs=2",
+        "data.balance=sampler",
+        "optim.loss=focal",
+        "metric=balanced_accuracy",
+    ],
     # Dropout and BatchNorm depend on the images of a rank: exact only on the same number of ranks.
     "dropout": ["optim.name=adamw", "model.name=mobilenet_v3_small", "stages.all.batch_norm=train"],
 }
