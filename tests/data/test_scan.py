@@ -223,7 +223,9 @@ def test_threads_change_nothing(tmp_path: Path, threads):
     assert_equal(scan(tmp_path, threads=threads), scan(tmp_path))
 
 
-@pytest.mark.parametrize(("numbers", "balance", "said"), [((40, 4), "none", True), ((39, 4), "none", False), ((40, 4), "weights", False)])
+@pytest.mark.parametrize(
+    ("numbers", "balance", "said"), [((40, 4), "none", True), ((39, 4), "none", False), ((40, 4), "weights", False)]
+)
 def test_classes_of_very_different_size_are_pointed_out(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
