@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from distil_tl import config as configuration
+from distil_tl import arguments
 
 TOP = 8
 IMPORTS = ("torch", "torchvision", "distil_tl.train")  # timm is imported later, if the network is one of timm's
@@ -55,7 +55,7 @@ class Parts:
 
 
 def main(args: list[str]) -> int:
-    configuration.check_arguments("benchmarks.profiles", args)
+    arguments.check_arguments("benchmarks.profiles", args)
     imports = []
     for name in IMPORTS:
         began = time.monotonic()

@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from distil_tl.utils.import_path import leave_current_folder
 
-from distil_tl.utils.version import __version__
+leave_current_folder()  # before anything else is imported
+
+from pathlib import Path  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+
+from distil_tl.utils.version import __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from distil_tl.inference import TrainedModel

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,8 +15,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.data.config import SPLITS, DataConfig, data_name, fitting_world_sizes, root_problems
-from distil_tl.distributed.config import DistributedConfig
+from distil_tl.data.config import DataConfig, data_name, fitting_world_sizes, root_problems
+from distil_tl.distributed.config import DistributedConfig, cuda_is_available
 from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.rundir.changes import is_free_on_resume, new_keys
 from distil_tl.rundir.config import CheckpointConfig
@@ -30,12 +28,12 @@ from distil_tl.training.config import (
     PRECISIONS,
     OptimConfig,
     StageConfig,
+    compiler_problem,
     default_stages,
     wants_features,
 )
 from distil_tl.utils.args import (
     apply,
-    explain,
     flatten,
     is_file,
     parse_overrides,
@@ -44,8 +42,9 @@ from distil_tl.utils.args import (
     refuse_spaces,
     to_object,
 )
-from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.home import expand_home, home_problems
+from distil_tl.utils.log import logger
 
 
 @dataclass
@@ -72,13 +71,14 @@ class Config:
 DEMO: dict[str, Any] = {"data": {"image_size": 64, "augment": "none", "hflip": False}}
 
 
-def load(args: Sequence[str], *, saved: bool = False) -> tuple[Config, DictConfig]:
+def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None = None) -> tuple[Config, DictConfig]:
     """The configuration of the arguments `[CONFIG.yaml] [key=value ...]`.
 
     Dataclass defaults, then the YAML file (over its `base:`), then `key=value`.
 
     Args:
         saved: the YAML file is the config.yaml of a run. Keys newer than that run get the value for the old behaviour.
+        unread: gets the problems of keys and values that can't be read, which are left out; None: they are an error.
 
     Returns:
         The configuration, and the same as a DictConfig with interpolations such as `${oc.env:USER}` unresolved, which
@@ -107,7 +107,9 @@ def load(args: Sequence[str], *, saved: bool = False) -> tuple[Config, DictConfi
         apply(schema, DEMO, "", problems)
     apply(schema, tree, "", problems)
     apply(schema, overrides, "", problems)
-    if problems:
+    if unread is not None:
+        unread += problems
+    elif problems:
         with suppress(UserError):  # an interpolation that can't be resolved
             problems += values_out_of_range(_to_config(schema), without_model=True)  # which would import torch
         refuse(problems)
@@ -134,7 +136,7 @@ def _saved_configuration(config: Config) -> Path | None:
     found = [config.run_dir] if config.run_dir is not None else []
     if config.resume not in ("auto", "never"):  # a run directory, or RUN_DIR/checkpoints/STEP
         found += [config.resume, str(Path(config.resume).parent.parent)]
-    paths = [Path(folder).expanduser() / "config.yaml" for folder in found]
+    paths = [expand_home(folder) / "config.yaml" for folder in found]
     return next((path for path in paths if path.is_file() and config.resume != "never"), None)
 
 
@@ -170,7 +172,7 @@ def _resolve_defaults(config: Config, schema: DictConfig) -> None:
     for section, key in ((config.data, "root"), (config, "run_dir"), (config, "resume")):
         path = getattr(section, key)
         if path is not None and path.startswith("~"):
-            setattr(section, key, str(Path(path).expanduser()))
+            setattr(section, key, str(expand_home(path)))
     if config.run_dir is None:
         config.run_dir = schema.run_dir = f"runs/{run_name(config)}"
 
@@ -187,12 +189,14 @@ def run_name(config: Config) -> str:
 
 
 def check(config: Config, world_size: int) -> None:
-    """Check the configuration before any process group, download or GPU work.
+    """Check the configuration before any process group, download or GPU work. What has no effect is a warning.
 
     Raises:
         UserError: lists all problems.
     """
     refuse(list(problems(config, world_size)))
+    for hint in hints(config):
+        logger.warning("%s", hint)
 
 
 def check_evaluation(config: Config) -> None:
@@ -217,8 +221,12 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
             f"data.global_batch_size={batch} can't be divided evenly among {world_size} processes; world sizes that "
             f"fit are {', '.join(fit)}, or use data.global_batch_size={larger}"
         )
+    device = config.distributed.device
+    if config.compile in COMPILE and (problem := compiler_problem(config.compile, device, cuda_is_available)):
+        yield problem
     yield from root_problems(config.data, config.run_dir)
-    if config.resume not in ("auto", "never") and not Path(config.resume).exists():
+    elsewhere = config.resume not in ("auto", "never") and not config.resume.startswith("~")  # else named above
+    if elsewhere and not Path(config.resume).exists():
         yield f"resume={config.resume} does not exist; give auto, never, or the path of a run or checkpoint"
 
 
@@ -227,6 +235,12 @@ def values_out_of_range(config: Config, *, without_model: bool = False) -> Itera
     found = [] if without_model else config.model.problems()
     found += _section_problems(config)
     yield from found
+    paths = {
+        "data.root": config.data.root,
+        "data.stage_to": config.data.stage_to,
+        "model.weights": config.model.weights,
+    }
+    yield from home_problems({**paths, "run_dir": config.run_dir, "resume": config.resume})
     for key, value in flatten(dataclasses.asdict(config)).items():
         if any(problem.startswith(key) for problem in found):
             continue
@@ -259,40 +273,7 @@ def _section_problems(config: Config) -> Iterator[str]:
             yield f"{key} is {value!r}; choose one of {', '.join(known)}"
 
 
-def usage(program: str) -> str:
-    """Help: every key with its default and the comment beside it in the code."""
-    lines = [f"usage: {program} [CONFIG.yaml] [key=value ...]", "", "Keys, defaults and meanings:", ""]
-    lines += explain(Config(), "")
-    return "\n".join(lines) + "\n"
-
-
-def check_arguments(program: str, argv: Sequence[str]) -> None:
-    """Print help, or refuse arguments that can't be read, and exit; return if there is nothing to say.
-
-    For use before torch is imported, which takes seconds.
-    """
-    if argv and argv[0] in ("-h", "--help"):
-        sys.stdout.write(usage(f"python -m {program}"))
-        sys.exit(0)
-
-    def read() -> None:
-        load(argv)
-
-    if status := run_command(program, read):
-        sys.exit(status)
-
-
-def evaluation_parser() -> argparse.ArgumentParser:
-    """The arguments of `distil_tl.evaluate`, here so that they can be read before torch is imported."""
-    found = argparse.ArgumentParser(
-        prog="python -m distil_tl.evaluate",
-        description="Evaluate a checkpoint on a split, with the same result on any number of ranks.",
-        epilog="key=value changes the configuration for this evaluation, for example data.root=OTHER_FOLDER.",
-    )
-    found.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory with a checkpoint")
-    found.add_argument("overrides", nargs="*", metavar="key=value")
-    found.add_argument("--split", choices=SPLITS, default="val")
-    found.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
-    found.add_argument("--json", type=Path, metavar="FILE", help="write all results to FILE")
-    found.add_argument("--mistakes", type=int, default=50, metavar="N", choices=range(100_000), help="how many to keep")
-    return found
+def hints(config: Config) -> Iterator[str]:
+    """Values that have no effect, where somebody may expect one."""
+    if config.compile_mode != "default" and config.compile == "none":
+        yield f"compile_mode={config.compile_mode} has no effect with compile=none; set compile=prefix or compile=all"

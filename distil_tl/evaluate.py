@@ -7,11 +7,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from distil_tl import arguments
 from distil_tl import config as configuration
 from distil_tl.utils.command import exit_process, run_command
 
 if __name__ == "__main__":  # before torch is imported, so that a wrong argument is refused in less than a second
-    configuration.evaluation_parser().parse_intermixed_args()
+    arguments.evaluation_parser().parse_intermixed_args()
 
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import ALL_EXTENSIONS
@@ -30,14 +31,14 @@ from distil_tl.utils.outputs import check_output, open_output
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    return run_command("distil_tl.evaluate", lambda: run(configuration.evaluation_parser().parse_intermixed_args(args)))
+    return run_command("distil_tl.evaluate", lambda: run(arguments.evaluation_parser().parse_intermixed_args(args)))
 
 
 def run(options: argparse.Namespace) -> None:
     """Evaluate, print the metrics, and write them to a file if asked to.
 
     Args:
-        options: as `config.evaluation_parser` defines them.
+        options: as `arguments.evaluation_parser` defines them.
 
     Raises:
         UserError: there is no such run, checkpoint or split, or the split has classes that the model does not know.

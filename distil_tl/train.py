@@ -15,12 +15,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distil_tl import config as configuration
-from distil_tl.config import Config
+from distil_tl import arguments
+from distil_tl.config import Config, check, load
 from distil_tl.utils.command import exit_process, run_command
 
 if __name__ == "__main__":  # before torch is imported, so that a typo is refused in less than a second
-    configuration.check_arguments("distil_tl.train", sys.argv[1:])
+    arguments.check_arguments("distil_tl.train", sys.argv[1:])
 
 import torch
 from torch import Tensor
@@ -69,9 +69,9 @@ MISTAKES = 50  # most confident mistakes kept in evaluation.json
 def main(args: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if args is None else list(args)
     if argv and argv[0] in ("-h", "--help"):
-        sys.stdout.write(configuration.usage("python -m distil_tl.train"))
+        sys.stdout.write(arguments.usage("python -m distil_tl.train"))
         return 0
-    return run_command("distil_tl.train", lambda: train(*configuration.load(argv)))
+    return run_command("distil_tl.train", lambda: train(*load(argv)))
 
 
 def train(config: Config, unresolved: DictConfig) -> None:
@@ -87,7 +87,7 @@ def train(config: Config, unresolved: DictConfig) -> None:
     """
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
-    configuration.check(config, launch.world_size)
+    check(config, launch.world_size)
     set_rounding(tf32=config.tf32, deterministic=config.deterministic)
     with StopSignal() as stop, init_distributed(launch, config.distributed) as info:
         # Rank 0 looks, and sends what it finds to the other ranks as JSON.

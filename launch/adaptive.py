@@ -7,7 +7,6 @@ evaluations and stops weak trials early. All its state is in SWEEP_DIR, so it ca
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from distil_tl.utils.args import read_yaml, refuse, to_yaml
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
+from distil_tl.utils.home import path_argument
+from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import setup_console
 from launch.args import CLUSTERS, add_submission_options, argument_parser, print_line
 from launch.executor import make_private_folder, sbatch_script
@@ -34,7 +35,9 @@ POLL_S = {"slurm": 15.0, "local": 2.0}
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argument_parser("python -m launch.adaptive", __doc__)
-    parser.add_argument("--dir", type=Path, help="folder for the run directories of the trials (default: sweeps/NAME)")
+    parser.add_argument(
+        "--dir", type=path_argument, help="folder for the run directories of the trials (default: sweeps/NAME)"
+    )
     parser.add_argument("--trials", type=int, help="total number of trials (default: the sweep's `count`)")
     parser.add_argument("--parallel", type=int, default=4, help="maximum number of jobs at a time (default: 4)")
     parser.add_argument("--cluster", choices=CLUSTERS[:2], default="slurm", help="local: processes of this machine")
@@ -77,7 +80,7 @@ def search(
     wanted = trials if trials is not None else sweep.count or 0
     poll = poll if poll is not None else POLL_S[cluster]
     refuse(list(_problems(sweep, wanted, parallel, poll)))
-    if importlib.util.find_spec("optuna") is None:
+    if not is_installed("optuna"):
         raise UserError("launch.adaptive needs Optuna: pip install 'distil_tl[optuna]'")
     plan = plan_trials(sweep_args, cluster, boundary_trials(sweep))
     refuse_other_common(plan)

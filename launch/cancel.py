@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, UserError, listed
+from distil_tl.utils.home import path_argument
 from launch.adaptive import refuse_other_search
 from launch.args import print_line
 from launch.local_job import is_job_alive, stop_job
@@ -26,7 +27,7 @@ AT_ONCE = 500  # jobs in one call of scancel
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m launch.cancel", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dir", type=Path, help="a run directory, or the folder of a sweep")
+    parser.add_argument("dir", type=path_argument, help="a run directory, or the folder of a sweep")
     parser.add_argument("--pending", action="store_true", help="only jobs that wait; running ones continue")
     options = parser.parse_args(args)
     return run_command("launch.cancel", lambda: cancel(options.dir, pending=options.pending))

@@ -15,6 +15,7 @@ from time import monotonic, sleep
 
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import setup_console
 from launch.job_output import output_files
 from launch.records import read_record, read_sweep_record
@@ -27,7 +28,7 @@ ASK_S = 15.0  # between two questions whether a run without new output has ended
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m launch.logs", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dir", type=Path, help="a run directory")
+    parser.add_argument("dir", type=path_argument, help="a run directory")
     parser.add_argument("-f", "--follow", action="store_true", help="also wait for further output until the run ends")
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="output of rank N (default: 0)")
     options = parser.parse_args(args)

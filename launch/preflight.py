@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.rundir.lock import read_attempt
 from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.import_path import is_installed
 from launch.local_job import is_job_alive
 from launch.records import read_record
 from launch.slurm_config import SlurmConfig
@@ -52,7 +52,7 @@ def _without_device(config: Config) -> Config:
 
 
 def _cluster_problems(config: Config, slurm: SlurmConfig, cluster: str) -> Iterator[str]:
-    if importlib.util.find_spec("submitit") is None:
+    if not is_installed("submitit"):
         yield "launch needs submitit: pip install 'distil_tl[slurm]'"
     missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
     if cluster == "slurm" and missing:

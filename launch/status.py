@@ -23,6 +23,7 @@ from distil_tl.utils.command import run_command
 from distil_tl.utils.data_wait import is_notable
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_safe
+from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable, setup_console, table
 from launch.failure import explain_failures
 from launch.records import RECORD_FILE, read_sweep_record
@@ -37,7 +38,9 @@ DEFAULT_METRIC = "top1"
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m launch.status", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dir", type=Path, help="a run directory, the folder of a sweep, or any folder with runs in it")
+    parser.add_argument(
+        "dir", type=path_argument, help="a run directory, the folder of a sweep, or any folder with runs in it"
+    )
     parser.add_argument(
         "--watch",
         type=float,

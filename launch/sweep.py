@@ -15,6 +15,7 @@ from typing import Any
 
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED
+from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import setup_console
 from launch.args import CLUSTERS, add_submission_options, argument_parser, ids_only, print_line
 from launch.executor import describe_resources, make_executor, sbatch_script
@@ -30,7 +31,9 @@ from launch.test_only import refuse_impossible
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argument_parser("python -m launch.sweep", __doc__)
-    parser.add_argument("--dir", type=Path, help="folder for the run directories of the trials (default: sweeps/NAME)")
+    parser.add_argument(
+        "--dir", type=path_argument, help="folder for the run directories of the trials (default: sweeps/NAME)"
+    )
     parser.add_argument(
         "--cluster", choices=CLUSTERS[:2], default="slurm", help="local: on this machine, one trial after another"
     )

@@ -7,7 +7,6 @@ metrics.jsonl, which is complete and has each step once, even if the run was kil
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,8 @@ from distil_tl.tracking.wandb.state import Marks, segments
 from distil_tl.tracking.wandb.task import Task, wandb_id, wandb_task
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, UserError
+from distil_tl.utils.home import path_argument
+from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import setup_console
 from launch.args import print_line
 from launch.records import read_json
@@ -32,7 +33,9 @@ from launch.status import find_runs
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m launch.sync", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("dir", type=Path, help="a run directory, the folder of a sweep, or any folder with runs in it")
+    parser.add_argument(
+        "dir", type=path_argument, help="a run directory, the folder of a sweep, or any folder with runs in it"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
     parser.add_argument(
         "--timeout", type=float, default=600, metavar="SECONDS", help="time limit for each run (default: 600)"
@@ -80,7 +83,7 @@ def sync(folder: Path, dry_run: bool = False, timeout: float = 600) -> int:
         raise UserError(
             f"{folder} contains no run for Weights & Biases, which needs tracking.wandb.mode=offline or online"
         )
-    if importlib.util.find_spec("wandb") is None:
+    if not is_installed("wandb"):
         raise UserError("launch.sync needs wandb: pip install wandb")
     failed = 0
     for run_dir in runs:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from distil_tl.config import check_arguments
+from distil_tl.arguments import check_arguments
 from distil_tl.utils.command import ended_because_of_others, exit_process
 from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED, EXIT_USER_ERROR
 from distil_tl.utils.job_outcome import FAILED, MOST_PREEMPTED, PREEMPTED, REFUSED, is_stuck, note, notes

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from distil_tl.config import Config, check, load, run_name, usage
+from distil_tl.arguments import usage
+from distil_tl.config import Config, check, hints, load, run_name
 from distil_tl.rundir.changes import unsafe_changes
-from distil_tl.training.config import default_stages
+from distil_tl.training.config import compiler_problem, default_stages
 from distil_tl.utils.args import flatten, plain, to_yaml
 from distil_tl.utils.errors import UserError
 
@@ -173,6 +174,60 @@ def test_problems_of_all_kinds_are_named_together():
 
 def test_a_list_is_asked_for():
     assert message_of("tracking.wandb.tags=a") == "`tracking.wandb.tags` is a list: write tracking.wandb.tags=[a]"
+
+
+@pytest.mark.parametrize("key", ["stages.head.search.lr", "tracking.wandb.tags", "data.extensions"])
+def test_a_list_is_asked_for_whatever_is_given(key: str):
+    for value, shown in [("5", "5"), ("a,b", "a,b"), ("null", ""), ("true", "True")]:
+        assert message_of(f"{key}={value}") == f"`{key}` is a list: write {key}=[{shown}]"
+
+
+@pytest.mark.parametrize("arg", ["tf32=3", "deterministic=-1", "data.hflip=0.5", "tracking.wandb.artifact=2"])
+def test_a_number_is_not_a_truth_value(arg: str):
+    key, _, value = arg.partition("=")
+    assert message_of(arg) == f"`{key}` is true or false, not {value}"
+    assert key in message_of(f"{key}=[1]")
+    assert [config_of(f"tf32={value}").tf32 for value in ("1", "0", "yes", "off")] == [True, False, True, False]
+
+
+def test_what_can_not_be_read_may_be_left_out():
+    unread: list[str] = []
+    config, _ = load(["seed=x", "data.image_size=64", "no.such=1", "optim.name=adam"], unread=unread)
+    assert (config.seed, config.data.image_size, config.optim.name) == (0, 64, "adam")
+    assert len(unread) == 2
+
+
+def test_a_hint_at_what_has_no_effect():
+    assert list(hints(config_of("compile_mode=max-autotune"))) == [
+        "compile_mode=max-autotune has no effect with compile=none; set compile=prefix or compile=all"
+    ]
+    assert list(hints(config_of("compile_mode=max-autotune", "compile=all"))) == []
+    assert list(hints(config_of())) == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str):
+    for name in ("CC", "CXX", "TORCH_INDUCTOR_INSTALL_GXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("distil_tl.training.config.is_installed", lambda name: True)
+    message = str(compiler_problem("all", device, lambda: device == "cuda"))
+    tool, variable = ("g++", "CXX") if device == "cpu" else ("gcc or clang", "CC")
+    assert f"there is no {tool} on this machine: install one, name one with" in message
+    assert compiler_problem("all", "auto", lambda: device == "cuda") == message
+    assert compiler_problem("none", device, lambda: False) is None
+    if device == "cpu":
+        assert "compile=prefix needs a C++ compiler" in complaint_of("compile=prefix", "distributed.device=cpu")
+    (tmp_path / "mine").touch(0o755)
+    monkeypatch.setenv(variable, "mine -m64")
+    assert compiler_problem("all", device, lambda: device == "cuda") is None
+
+
+@pytest.mark.parametrize("key", ["data.root", "data.stage_to", "run_dir", "resume", "model.weights"])
+def test_the_home_of_an_unknown_user_is_refused(key: str, tmp_path: Path):
+    value = "~no-such-user/x" + (".pth" if key == "model.weights" else "")
+    assert complaint_of(f"{key}={value}").startswith(f"{key}={value}: there is no user no-such-user")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -473,6 +528,7 @@ def test_nothing_to_train():
         "data.augment=wild",
         "data.image_size=4",
         "data.global_batch_size=0",
+        "data.workers=500",
         "model.name=resnet19",
         "stages.head.unfreeze=tail",
         "stages.head.epochs=-1",

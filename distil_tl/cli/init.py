@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.home import path_argument
 from distil_tl.utils.shipped import name_of, shipped_files
 
 
@@ -20,7 +21,9 @@ def main(args: Sequence[str] | None = None) -> int:
         epilog="Configurations and sweep files can also be used by name, as in `distil-tl train resnet50 ...`.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="without it, the names are listed")
-    parser.add_argument("path", nargs="?", type=Path, metavar="FILE", help="the copy (default: in this folder)")
+    parser.add_argument(
+        "path", nargs="?", type=path_argument, metavar="FILE", help="the copy (default: in this folder)"
+    )
     options = parser.parse_args(args)
     return run_command("distil-tl init", lambda: run(options.name, options.path))
 

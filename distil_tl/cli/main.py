@@ -82,12 +82,12 @@ def check_arguments(command: str, args: list[str]) -> None:
     """For the commands whose modules import torch: print help, or refuse wrong arguments, and exit."""
     if command not in ("train", "evaluate"):
         return
-    from distil_tl import config as configuration  # OmegaConf: not needed for the other commands
+    from distil_tl import arguments  # OmegaConf: not needed for the other commands
 
     if command == "train":
-        configuration.check_arguments("distil_tl.train", args)
+        arguments.check_arguments("distil_tl.train", args)
     else:
-        configuration.evaluation_parser().parse_intermixed_args(args)
+        arguments.evaluation_parser().parse_intermixed_args(args)
 
 
 def usage() -> str:

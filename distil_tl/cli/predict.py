@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from distil_tl.data.config import ALL_EXTENSIONS
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.home import path_argument
 from distil_tl.utils.outputs import check_output
 
 
@@ -18,9 +18,9 @@ def main(args: Sequence[str] | None = None) -> int:
         prog="distil-tl predict",
         description="Write a CSV row for each image: path, prediction, probability, and an error if it can't be read.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory with a checkpoint")
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="an image, or a folder to search")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
+    parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="a run directory with a checkpoint")
+    parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="an image, or a folder to search")
+    parser.add_argument("-o", "--output", type=path_argument, metavar="FILE", help="default: standard output")
     parser.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
     parser.add_argument("--all", action="store_true", help="add a column with the probability of each class")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images (default: 32)")

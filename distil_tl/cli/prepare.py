@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from distil_tl.data.config import DataConfig
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable, setup_console
 
 
@@ -19,9 +19,13 @@ def main(args: Sequence[str] | None = None) -> int:
         description="Copy an image folder with its large images made smaller, so that training reads it faster. "
         "If it is stopped, run the same command to resume.",
     )
-    parser.add_argument("root", type=Path, metavar="ROOT", help="a folder with train/CLASS/*.jpg; val and test as well")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the copy: a new or empty folder, "
-                        "or a copy to resume")  # fmt: skip
+    parser.add_argument(
+        "root", type=path_argument, metavar="ROOT", help="a folder with train/CLASS/*.jpg; val and test as well"
+    )
+    parser.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR",
+        help="the copy: a new or empty folder, or a copy to resume",
+    )  # fmt: skip
     parser.add_argument("--resize", type=int, required=True, metavar="N", help="maximum shorter side in pixels")
     parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEGs, 1 to 100 (default: 95)")
     parser.add_argument("--extensions", nargs="+", default=[], metavar="EXT", help="files to read besides those of "

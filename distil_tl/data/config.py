@@ -22,6 +22,7 @@ ARCHIVES = (".tar", ".tar.gz", ".tgz")
 AUGMENTATIONS = ("none", "light", "strong")
 BALANCES = ("none", "sampler", "weights", "logit_adjust", "effective_number")
 ON_BAD_IMAGE = ("error", "skip")
+MAX_WORKERS = 256  # loader processes of a rank
 INTENSITIES = ("dtype", "percentile")
 # What people call the folders of splits, in lower case.
 USUAL_SPLITS = {
@@ -80,6 +81,11 @@ class DataConfig:
             found.append("data.image_size must be at least 8 pixels")
         if self.workers is not None and self.workers < 0:
             found.append("data.workers must be 0 or more, or null to choose by the available CPUs")
+        if self.workers is not None and self.workers > MAX_WORKERS:
+            found.append(
+                f"data.workers={self.workers} is for each rank, and more than any machine has CPUs for: give at most "
+                f"{MAX_WORKERS}, or null to choose by the available CPUs"
+            )
         if self.prefetch_mib < 1:
             found.append("data.prefetch_mib must be at least 1")
         if self.augment not in AUGMENTATIONS:
@@ -147,7 +153,7 @@ def root_problems(config: DataConfig, run_dir: str | None) -> Iterator[str]:
     root = None if config.root is None else Path(config.root)
     if config.split != SplitConfig() and (root is None or root.is_file() or has_splits(root)):
         yield "data.split has no effect, as data.root has the splits train and val; remove data.split"
-    if root is None:
+    if root is None or str(root).startswith("~"):  # a home that is not known, which is named with those of other paths
         return
     if root.is_file():
         if problem := archive_problem(root, config.stage_to):

@@ -31,6 +31,7 @@ from typing import Any
 from distil_tl.data.config import data_name
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.utils.files import write_json
+from distil_tl.utils.home import expand_home
 from distil_tl.utils.log import Progress, logger, printable
 
 BLOCK_SIZE = 1 << 22  # bytes read and written at once
@@ -94,7 +95,7 @@ def expand(stage_to: str) -> Path:
     if unset:
         verb = "is" if len(unset) == 1 else "are"
         raise StagingError(f"{', '.join(unset)} {verb} not set in {stage_to!r}")
-    return Path(os.path.expanduser(os.path.expandvars(stage_to)))  # noqa: PTH111  # pathlib's raises
+    return expand_home(os.path.expandvars(stage_to))
 
 
 def require_free_space(folder: Path, needed: int) -> None:

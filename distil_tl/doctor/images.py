@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from distil_tl.data.scan import scan
 from distil_tl.doctor.lines import FAIL, WARN, Report, first_line, name_ranks, size
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import cache_dir
+from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import printable
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _root(report: Report, config: DataConfig, found: ImagesFound) -> Path | None
     if folder.is_dir():
         report.ok(GROUP, "data.root", f"none given: the embedded digits, {folder}")
         return folder
-    if importlib.util.find_spec("sklearn") is None:
+    if not is_installed("sklearn"):
         report.fail(GROUP, "data.root", "none given, and the embedded digits need scikit-learn: give data.root, or "
                     "pip install 'distil_tl[demo]'")  # fmt: skip
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import configparser
-import importlib.util
 import netrc
 import os
 from pathlib import Path
@@ -12,6 +11,8 @@ from urllib.parse import urlsplit
 from distil_tl.doctor.lines import Report
 from distil_tl.doctor.network import reach
 from distil_tl.tracking.config import WandbConfig
+from distil_tl.utils.home import expand_home
+from distil_tl.utils.import_path import is_installed
 
 GROUP = "tracking"
 _LATER = "training continues without it, and `python -m launch.sync RUN_DIR` sends the run later"
@@ -22,7 +23,7 @@ def judge_wandb(report: Report, config: WandbConfig) -> None:
     if config.mode == "disabled":
         report.ok(GROUP, "W&B", "disabled; metrics.jsonl and report.html have every figure")
         return
-    if importlib.util.find_spec("wandb") is None:
+    if not is_installed("wandb"):
         report.warn(GROUP, "W&B", f"tracking.wandb.mode={config.mode}, but wandb is not installed: pip install "
                     f"'distil_tl[wandb]'; {_LATER}")  # fmt: skip
         return
@@ -45,7 +46,7 @@ def judge_wandb(report: Report, config: WandbConfig) -> None:
 def server() -> str:
     """The URL of the server, from the environment or W&B's settings files."""
     url = os.environ.get("WANDB_BASE_URL")
-    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config/wandb")
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or expand_home("~") / ".config/wandb")
     for file in (Path("wandb/settings"), folder / "settings"):
         parser = configparser.ConfigParser()
         try:
@@ -61,7 +62,7 @@ def has_key(url: str) -> bool:
     if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
         return True
     named = os.environ.get("NETRC")
-    for file in [Path(named)] if named else [Path.home() / ".netrc", Path.home() / "_netrc"]:
+    for file in [Path(named)] if named else [expand_home("~") / ".netrc", expand_home("~") / "_netrc"]:
         try:
             if netrc.netrc(str(file)).authenticators(urlsplit(url).netloc):
                 return True

@@ -11,6 +11,7 @@ from pathlib import Path
 from distil_tl.models.names import TIMM_PREFIX, WEIGHTS_SUFFIXES
 from distil_tl.models.weight_packages import PACKAGES
 from distil_tl.utils.errors import did_you_mean
+from distil_tl.utils.home import expand_home
 
 KEYWORDS = ("auto", "default", "none", "package")
 
@@ -36,7 +37,7 @@ class ModelConfig:
     def path(self) -> Path | None:
         """The weights file if `weights` is a path."""
         if "/" in self.weights or self.weights.endswith(WEIGHTS_SUFFIXES):
-            return Path(self.weights).expanduser()
+            return expand_home(self.weights)
         return None
 
     def problems(self) -> list[str]:
@@ -93,6 +94,8 @@ class ModelConfig:
         )
 
     def _path_problem(self, path: Path) -> str | None:
+        if str(path).startswith("~"):  # a home that is not known, which is named with those of other paths
+            return None
         if not path.is_file():
             return f"model.weights: there is no file {path} (relative paths start at {Path.cwd()}); correct the path"
         if path.suffix not in WEIGHTS_SUFFIXES:

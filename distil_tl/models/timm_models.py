@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 from pathlib import Path
@@ -17,6 +16,7 @@ from distil_tl.models.layer_groups import LayerGroup, groups_from_parts, paramet
 from distil_tl.models.names import TIMM_PREFIX
 from distil_tl.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.import_path import is_installed
 
 INSTALL = "pip install 'distil_tl[timm]'"
 # Those that torchvision supports for tensors; timm also has others.
@@ -25,7 +25,7 @@ _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
 def installed() -> bool:
     """Whether timm is installed; does not import it."""
-    return importlib.util.find_spec("timm") is not None
+    return is_installed("timm")
 
 
 def _timm() -> ModuleType:

@@ -11,6 +11,7 @@ from distil_tl.report.load import load_run
 from distil_tl.report.page import render
 from distil_tl.utils.command import run_command
 from distil_tl.utils.files import write_atomic, writing
+from distil_tl.utils.home import path_argument
 from distil_tl.utils.outputs import check_output
 
 __all__ = ["main", "write_report"]
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="distil-tl report",
         description="Write RUN_DIR/report.html: one self-contained file, also for a run in progress.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory with metrics.jsonl")
+    parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="a run directory with metrics.jsonl")
     run_dir = parser.parse_args(argv).run_dir
 
     def report() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, Node, OmegaConf, StringNode
+from omegaconf import BooleanNode, DictConfig, ListConfig, Node, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
 from distil_tl.utils.errors import UserError, did_you_mean
@@ -120,12 +120,19 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
             else:
                 problems.append(f"`{full}` is a section: set `{full}.KEY=VALUE`, not {value!r}")
         elif isinstance(found, ListConfig) and not isinstance(value, list):
-            problems.append(f"`{full}` is a list: write {full}=[{value}]")
+            problems.append(f"`{full}` is a list: write {full}=[{'' if value is None else value}]")
+        elif isinstance(_node_at(schema, full), BooleanNode) and _is_other_number(value):
+            problems.append(f"`{full}` is true or false, not {value}")
         else:
             try:
                 OmegaConf.update(schema, full, value)
             except OmegaConfBaseException as error:
                 problems.append(f"`{full}`: {str(error).splitlines()[0]}")
+
+
+def _is_other_number(value: Any) -> bool:
+    """Whether a value is a number that would be taken as true without a doubt about it, such as 3."""
+    return isinstance(value, (int, float)) and value not in (0, 1)
 
 
 def _takes_any_key(node: DictConfig) -> bool:

@@ -29,6 +29,7 @@ from distil_tl.utils.errors import (
     WriteError,
     loader_fault,
 )
+from distil_tl.utils.home import provide_home
 from distil_tl.utils.log import logger
 from distil_tl.utils.signals import STOP_SIGNALS
 from distil_tl.utils.threads import has_abandoned_threads
@@ -63,6 +64,7 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
     For an exception rank 0 prints one message; an unexpected exception is logged with its traceback.
     """
     _Ended.because_of_others = False
+    provide_home(show=_is_rank_zero())
     try:
         return body() or 0
     except UserError as error:

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distil_tl.utils.errors import WriteError
+from distil_tl.utils.errors import UserError, WriteError
+from distil_tl.utils.home import expand_home, home_problems, provide_home
 
 _NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP)
 
@@ -89,10 +90,13 @@ def cache_dir() -> Path:
     `$DISTIL_TL_CACHE`, else `$XDG_CACHE_HOME/distil_tl`, else `~/.cache/distil_tl`. An empty variable counts as unset.
     """
     if own := os.environ.get("DISTIL_TL_CACHE"):
-        return Path(own).expanduser()
+        for problem in home_problems({"DISTIL_TL_CACHE": own}):
+            raise UserError(problem)
+        return expand_home(own)
+    provide_home(show=False)  # for programs that import this package
     if xdg := os.environ.get("XDG_CACHE_HOME"):
         return Path(xdg) / "distil_tl"
-    return Path.home() / ".cache" / "distil_tl"
+    return expand_home("~/.cache/distil_tl")
 
 
 def json_safe(obj: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distil_tl import arguments
 from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.models.config import ModelConfig
@@ -103,7 +104,7 @@ def test_the_picture_shows_gradual() -> None:
 
 def usage_rows() -> dict[str, tuple[str, str]]:
     """Default and meaning of each key, as in --help."""
-    lines = re.findall(r"^  ([\w.]+)=(\S*) *(.*)$", configuration.usage("train"), re.MULTILINE)
+    lines = re.findall(r"^  ([\w.]+)=(\S*) *(.*)$", arguments.usage("train"), re.MULTILINE)
     return {key: (default, meaning) for key, default, meaning in lines}
 
 

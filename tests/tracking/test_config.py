@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from distil_tl.tracking.config import TrackingConfig, WandbConfig
 
 
@@ -14,3 +16,22 @@ def test_problems():
     assert [problem.split()[0] for problem in problems[2:]] == [
         "tracking.wandb.mistakes", "tracking.wandb.finish_timeout_seconds",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wandb", "said"),
+    [
+        (WandbConfig(project="a/b"), "project=a/b must have none of / \\ # ? % :; the user or team goes in"),
+        (WandbConfig(project="a?b"), "project=a?b must have none of"),
+        (WandbConfig(project="x" * 129), "project has 129 characters; W&B permits 128"),
+        (WandbConfig(entity="my team"), "entity=my team is the name of a user or team, without spaces"),
+        (WandbConfig(tags=["ok", "x" * 65]), "must have 1 to 64 characters"),
+    ],
+)
+def test_names_that_wandb_refuses(wandb: WandbConfig, said: str):
+    assert TrackingConfig(wandb=wandb).problems() == [], "nothing is sent"
+    for mode in ("offline", "online"):
+        wandb.mode = mode
+        (problem,) = TrackingConfig(wandb=wandb).problems()
+        assert problem.startswith("tracking.wandb.")
+        assert said in problem

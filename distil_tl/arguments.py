@@ -1,0 +1,52 @@
+"""The arguments of the commands that import torch, so that they can be read before it is imported."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from distil_tl.config import Config, load
+from distil_tl.data.config import SPLITS
+from distil_tl.utils.args import explain
+from distil_tl.utils.command import run_command
+from distil_tl.utils.home import path_argument
+
+
+def usage(program: str) -> str:
+    """Help: every key with its default and the comment beside it in the code."""
+    lines = [f"usage: {program} [CONFIG.yaml] [key=value ...]", "", "Keys, defaults and meanings:", ""]
+    lines += explain(Config(), "")
+    return "\n".join(lines) + "\n"
+
+
+def check_arguments(program: str, argv: Sequence[str]) -> None:
+    """Print help, or refuse arguments that can't be read, and exit; return if there is nothing to say.
+
+    For use before torch is imported, which takes seconds.
+    """
+    if argv and argv[0] in ("-h", "--help"):
+        sys.stdout.write(usage(f"python -m {program}"))
+        sys.exit(0)
+
+    def read() -> None:
+        load(argv)
+
+    if status := run_command(program, read):
+        sys.exit(status)
+
+
+def evaluation_parser() -> argparse.ArgumentParser:
+    """The arguments of `distil_tl.evaluate`, here so that they can be read before torch is imported."""
+    found = argparse.ArgumentParser(
+        prog="python -m distil_tl.evaluate",
+        description="Evaluate a checkpoint on a split, with the same result on any number of ranks.",
+        epilog="key=value changes the configuration for this evaluation, for example data.root=OTHER_FOLDER.",
+    )
+    found.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="a run directory with a checkpoint")
+    found.add_argument("overrides", nargs="*", metavar="key=value")
+    found.add_argument("--split", choices=SPLITS, default="val")
+    found.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
+    found.add_argument("--json", type=path_argument, metavar="FILE", help="write all results to FILE")
+    found.add_argument("--mistakes", type=int, default=50, metavar="N", choices=range(100_000), help="how many to keep")
+    return found
