@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
-from distil_tl.data.loader import Batch
+if TYPE_CHECKING:
+    from distil_tl.data.loader import Batch
 
 
 def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
@@ -20,7 +22,7 @@ def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]
     return _Copies(batches, device) if device.type == "cuda" else batches
 
 
-class _Copies(Iterator[Batch]):
+class _Copies(Iterator["Batch"]):
     """Batches on a CUDA device. If memory runs out in a copy, the next request copies the same batch."""
 
     def __init__(self, batches: Iterator[Batch], device: torch.device) -> None:

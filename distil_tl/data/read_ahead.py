@@ -6,15 +6,17 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
-from distil_tl.data.loader import Batch
+if TYPE_CHECKING:
+    from distil_tl.data.loader import Batch
 
 END_SECONDS = 5.0  # for the thread to end; what it does takes milliseconds, unless a disk hangs
 
 
-class ReadAhead(Iterator[Batch]):
+class ReadAhead(Iterator["Batch"]):
     """The batches of an iterator, made by a thread. It ends when this object is deleted.
 
     Args:
@@ -77,7 +79,7 @@ def _end(thread: threading.Thread, room: threading.Semaphore, stop: threading.Ev
     thread.join(END_SECONDS)
 
 
-class PinnedLoader(Iterable[Batch]):
+class PinnedLoader(Iterable["Batch"]):
     """The batches of a loader without loader processes, read by a thread into pinned memory, for a GPU."""
 
     def __init__(self, loader: Iterable[Batch], device: torch.device, ahead: int) -> None:
