@@ -13,6 +13,7 @@ from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.rundir.lock import read_attempt
+from distil_tl.training.config import COMPILE
 from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.import_path import is_installed
@@ -41,14 +42,15 @@ def submission_problems(config: Config, slurm: SlurmConfig, cluster: str) -> lis
 
 
 def _without_device(config: Config) -> Config:
-    """The configuration with device and backend auto where only a compute node can check them."""
+    """The configuration without what only a compute node can check: device, backend, and a compiler."""
     device, backend = config.distributed.device, config.distributed.backend
     distributed = dataclasses.replace(
         config.distributed,
         device="auto" if device == "cuda" else device,
         backend="auto" if backend == "nccl" and device != "cpu" else backend,
     )
-    return dataclasses.replace(config, distributed=distributed)
+    compile = "none" if config.compile in COMPILE else config.compile
+    return dataclasses.replace(config, distributed=distributed, compile=compile)
 
 
 def _cluster_problems(config: Config, slurm: SlurmConfig, cluster: str) -> Iterator[str]:
