@@ -12,7 +12,8 @@ TAIL = 65536  # bytes of a file in which the last line is searched
 LONGEST = 400  # characters of a message
 # Lines that only repeat that the job ends, and submitit's own.
 _NOISE = re.compile(
-    r"srun: (error: .*(Exited with exit code|Terminated|Killed$)|Terminating |Job step aborted|First task exited)"
+    r"srun: (launch/slurm: )?(error: .*(Exited with exit code|Terminated|Killed$)|_step_signal: |Terminating )"
+    r"|srun: (Job step aborted|First task exited|cluster configuration lacks support)"
     r"|slurmstepd: error: \*\*\* (STEP|JOB) |submitit (INFO|WARNING|ERROR) |launch: job \S+ is |\s*$"
 )
 _STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ ")  # of rank-N.log

@@ -180,6 +180,8 @@ def scontrol(content: dict[str, Any], arguments: list[str]) -> None:
         array, throttle = (argument.partition("=")[2] for argument in arguments[1:])
         for task in selected(content, array):
             task["throttle"] = throttle
+        if any(task["state"] in ENDED for task in selected(content, array)):
+            raise SystemExit(f"{array}_0: Job has already finished\n{array}_1: No error")
         return
     assert arguments[0] == "requeue", arguments
     jobs = selected(content, arguments[1])

@@ -282,6 +282,7 @@ def test_a_failed_run_shows_the_last_message_the_log_and_the_state_of_its_job(
         "submitit INFO (2026-11-28) - Loading pickle: x\n"
         "distil_tl.train: 2 problems:\n  - data.root=flowers is not a folder\n  - seed must be positive\n"
         "launch: job 7_0 is FAILED, so it is not requeued\nsrun: error: n1: task 0: Exited with exit code 2\n\n"
+        "srun: launch/slurm: _step_signal: Terminating StepId=6.0\n"
     )
     finished(folder / "b", "failed")
     (folder / "slurm/7_1_0_log.out").write_text("step 5\ndistil_tl.train: the loss is not finite at step 6\n")

@@ -133,6 +133,10 @@ def test_the_parallelism_of_a_queued_sweep_can_be_changed(slurm: FakeSlurm, caps
         ["update", "JobId=7", "ArrayTaskThrottle=5"]
     ]
     assert "job 7: now at most 5 trials run at once\n" in capsys.readouterr().out
+    slurm.change("7_0", "COMPLETED")  # scontrol fails then, though it changes the others
+    submitted(sweep_file, "slurm.array_parallelism=6")
+    assert slurm.jobs["7_1"]["throttle"] == "6"
+    assert "job 7: now at most 6 trials run at once\n" in capsys.readouterr().out
 
 
 def test_only_the_id_of_the_array_for_scripts(slurm: FakeSlurm, capsys) -> None:
