@@ -237,12 +237,14 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
     )  # fmt: skip
     bad_images.refuse_none_usable(result.metrics.count, "val", run.source.index("val"))
     line, moment = run.records.add_epoch(training.moment(position), trained), training.moment(position)
-    is_best = run.records.add_evaluation(moment, result.metrics, time.monotonic() - began, result.waited)
+    seconds = time.monotonic() - began
+    is_best = run.records.add_evaluation(moment, result.metrics, seconds, result.waited)
     if is_best:
         run.best_evaluation = result if in_full else None
     record = run.state.stages[stage.name]
     record.peak_memory_mb = max(record.peak_memory_mb, max_over_ranks(info, peak_memory_mb(info)))
-    console.print_epoch(info, training, run.state, line)
+    left = console.time_left(run.config.stages, position, line["seconds"] + seconds)
+    console.print_epoch(info, training, run.state, line, left)
     run.state.position = following = Position(stage.name, position.epoch + 1, 0, position.step)
     training.meter = Meter(info, run.num_classes)
     run.save(training, is_best=is_best)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distil_tl.data.index import Index
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.rundir.state import RunState, StageRecord
+from distil_tl.rundir.state import Position, RunState, StageRecord
+from distil_tl.training.config import StageConfig
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.stage import trainable_groups
 from distil_tl.utils.data_wait import is_notable, wait_share
-from distil_tl.utils.log import logger, table
+from distil_tl.utils.log import duration, logger, table
 
 if TYPE_CHECKING:
     from distil_tl.models.transfer import TransferModel
@@ -64,15 +67,33 @@ def waiting(line: dict[str, Any]) -> str:
     return f"  waited for data {share:.0%} of the time" if share is not None and is_notable(share) else ""
 
 
-def print_epoch(info: DistInfo, training: StageTraining, state: RunState, trained: dict[str, Any]) -> None:
-    """Figures of the evaluation after an epoch. `trained` is the line of its training in metrics.jsonl."""
+def print_epoch(info: DistInfo, training: StageTraining, state: RunState, trained: dict[str, Any], left: str) -> None:
+    """Figures of the evaluation after an epoch.
+
+    Args:
+        trained: the line of its training in metrics.jsonl.
+        left: the time that is left, in words.
+    """
     if info.is_main and state.final is not None:
         final = state.final
         logger.info(
-            "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s%s",
+            "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s%s%s",
             training.stage.name, final["epoch"], training.stage.config.epochs, final["loss"], final["top1"],
-            final["macro_f1"], "  (best)" if final is state.best else "", waiting(trained),
+            final["macro_f1"], "  (best)" if final is state.best else "", waiting(trained), left and f"  {left}",
         )  # fmt: skip
+
+
+def time_left(stages: Mapping[str, StageConfig], at: Position, seconds: float) -> str:
+    """How long it will still take, in words, after an epoch that took `seconds` with its evaluation.
+
+    How long the epochs of a later stage take is not known before it has begun.
+    """
+    names = [name for name, stage in stages.items() if stage.epochs > 0]
+    later = names[names.index(at.stage) + 1 :]
+    epochs = stages[at.stage].epochs - at.epoch - 1
+    if epochs == 0:
+        return f"next: {', '.join(later)}" if later else ""
+    return f"about {duration(epochs * seconds)} left" + (f", then {', '.join(later)}" if later else "")
 
 
 def evaluation_json(split: str, index: Index, result: Evaluation) -> dict[str, Any]:
@@ -125,7 +146,12 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     )  # fmt: skip
     if summary.get("test"):
         logger.info("test: top-1 %.4f, macro-F1 %.4f", summary["test"]["top1"], summary["test"]["macro_f1"])
-    logger.info("results are in %s (open report.html)", run_dir)
+    quoted = shlex.quote(str(run_dir))
+    logger.info("\nresults are in %s: open report.html", run_dir)
+    logger.info("predict:  distil-tl predict %s FOLDER -o predictions.csv", quoted)
+    logger.info("export:   distil-tl export %s -o model.onnx", quoted)
+    if not summary.get("test"):
+        logger.info("evaluate: distil-tl evaluate %s --split test data.root=FOLDER", quoted)
 
 
 def print_completed(info: DistInfo, run_dir: Path) -> None:

@@ -98,6 +98,16 @@ class Progress:
         self.close()
 
 
+def duration(seconds: float) -> str:
+    """Seconds as text, in the two largest units: `45 s`, `3 min`, `2 h 5 min`, `1 d 4 h`."""
+    whole = round(seconds)
+    for unit, size, part, part_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "", 60)):
+        if whole >= size:
+            rest = whole % size // part_size
+            return f"{whole // size} {unit}" + (f" {rest} {part}" if rest and part else "")
+    return f"{whole} s"
+
+
 def table(rows: list[list[str]], header: list[str]) -> str:
     """A plain-text table: first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
