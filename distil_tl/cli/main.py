@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": ("distil_tl.cli.doctor", "check what a run will use on this machine, and what will fail"),
     "report": ("distil_tl.report", "write a run's report.html, one self-contained file"),
     "compare": ("distil_tl.cli.compare", "compare two runs on the same images"),
+    "extend": ("distil_tl.cli.extend", "train a run further, in a new stage"),
     "init": ("distil_tl.cli.init", "copy a configuration, sweep file or batch script that comes with the package"),
     "submit": ("launch.submit", "submit a run to Slurm (same as python -m launch.submit)"),
     "sweep": ("launch.sweep", "submit the trials of a sweep file"),

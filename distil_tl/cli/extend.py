@@ -1,0 +1,100 @@
+"""`distil-tl extend RUN_DIR stages.full.epochs=+3`: train a run further, in a new stage."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distil_tl.utils.args import parse_overrides, read_yaml, refuse
+from distil_tl.utils.command import exit_process, run_command
+from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.outputs import check_output, open_output
+
+_MORE = re.compile(r"stages\.([\w-]+)\.epochs=\+(\d+)")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="distil-tl extend",
+        description="Train a run further: a new stage with the settings of an earlier one, from the last checkpoint. "
+        "The learning rate warms up and decays again. The new stage is recorded in config.yaml like the others. Under "
+        "torchrun: torchrun ... -m distil_tl extend ...",
+        epilog="Further arguments change the new stage (stages.full.lr=1e-4), or settings that may change when a run "
+        "is resumed (data.workers=4).",
+    )
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory")
+    parser.add_argument("overrides", nargs="+", metavar="key=value", help="stages.NAME.epochs=+N, and others")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="only write the configuration, to submit it")
+    options = parser.parse_intermixed_args(args)
+    return run_command("distil-tl extend", lambda: run(options.run_dir, options.overrides, options.config))
+
+
+def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> None:
+    """Train the extended run, or write its configuration to `config_file`.
+
+    Raises:
+        UserError: no such run or stage, or arguments that can't be read; and whatever training refuses.
+    """
+    tree, pairs = extended(run_dir, overrides)
+    content = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    if config_file is not None:
+        check_output("--config", config_file)
+        with open_output(config_file) as file:
+            file.write(content)
+        sys.stdout.write(f"{config_file}: submit it with distil-tl submit {' '.join([str(config_file), *pairs])}\n")
+        return
+    from distil_tl import config as configuration
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.yaml"
+        path.write_text(content, encoding="utf-8")
+        config = configuration.load([str(path), *pairs], saved=True)
+    from distil_tl.train import train
+
+    train(*config)
+
+
+def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The run's configuration with the new stage, and the arguments that are not about that stage.
+
+    Raises:
+        UserError: no such run or stage, or not exactly one `stages.NAME.epochs=+N`.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is not a run directory: config.yaml is missing")
+    wanted = [found for argument in overrides if (found := _MORE.fullmatch(argument))]
+    if len(wanted) != 1 or wanted[0][2] == "0":
+        raise UserError("say once which stage to continue, and for how many epochs, as in stages.full.epochs=+3")
+    name, epochs = wanted[0][1], int(wanted[0][2])
+    tree = read_yaml(run_dir / "config.yaml")
+    stages: dict[str, Any] = tree["stages"]
+    if name not in stages:
+        hint = did_you_mean(name, stages) or f"; its stages are {', '.join(stages)}"
+        raise UserError(f"{run_dir} has no stage {name}{hint}")
+    new = next(f"{name}_{number}" for number in range(2, len(stages) + 3) if f"{name}_{number}" not in stages)
+    prefix = f"stages.{name}."
+    own = [argument.removeprefix(prefix) for argument in overrides if argument.startswith(prefix)]
+    changes = _values([argument for argument in own if not argument.startswith("epochs=")])
+    stages[new] = {**stages[name], "search": {}, **changes, "epochs": epochs}
+    tree["run_dir"] = str(run_dir)
+    return tree, [argument for argument in overrides if not argument.startswith(prefix)]
+
+
+def _values(pairs: list[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    problems: list[str] = []
+    values = parse_overrides(OmegaConf.create(), pairs, problems)
+    refuse(problems)
+    return values
+
+
+if __name__ == "__main__":
+    exit_process(main())

@@ -1,0 +1,55 @@
+"""`distil-tl extend`: a run goes on in a new stage, which is recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distil_tl.cli.extend import main
+from tests.helpers.arguments import head_args
+from tests.helpers.ranks import train
+from tests.helpers.runs import summary_of
+
+
+def test_a_completed_run_is_trained_further_twice(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(head_args(folder, run_dir, "stages.full.epochs=0", "stages.head.epochs=1")) == 0
+    before = summary_of(run_dir)["final"]["step"]
+    assert main([str(run_dir), "stages.head.epochs=+2", "stages.head.lr=0.003", "data.workers=0"]) == 0
+    assert main([str(run_dir), "stages.head_2.epochs=+1"]) == 0
+    stages = yaml.safe_load((run_dir / "config.yaml").read_text())["stages"]
+    assert [(name, stage["epochs"]) for name, stage in stages.items() if stage["epochs"]] == [
+        ("head", 1),
+        ("head_2", 2),
+        ("head_2_2", 1),
+    ]
+    assert [stages[name]["lr"] for name in ("head_2", "head_2_2")] == [0.003, 0.003]
+    summary = summary_of(run_dir)
+    assert (summary["status"], summary["final"]["step"]) == ("completed", 4 * before)
+    assert main([str(run_dir), "stages.fulll.epochs=+1"]) == 2
+    assert "has no stage fulll, did you mean `full`?" in capsys.readouterr().err
+
+
+def test_the_configuration_can_be_written_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("stages: {full: {unfreeze: all, epochs: 4, search: {lr: [1]}}}\nseed: 3\n")
+    out = tmp_path / "more.yaml"
+    assert main([str(tmp_path), "stages.full.epochs=+3", "data.workers=4", "--config", str(out)]) == 0
+    assert f"distil-tl submit {out} data.workers=4" in capsys.readouterr().out
+    written = yaml.safe_load(out.read_text())
+    assert written["stages"]["full_2"] == {"unfreeze": "all", "epochs": 3, "search": {}}
+    assert (written["seed"], written["run_dir"]) == (3, str(tmp_path))
+
+
+@pytest.mark.parametrize("arguments", [["stages.full.epochs=7"], ["stages.full.epochs=+0"], ["seed=1"]])
+def test_the_number_of_further_epochs_is_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("stages: {full: {unfreeze: all}}\n")
+    assert main([str(tmp_path), *arguments]) == 2
+    assert "as in stages.full.epochs=+3" in capsys.readouterr().err
+    assert main([str(tmp_path / "nowhere"), "stages.full.epochs=+1"]) == 2
+    assert "is not a run directory" in capsys.readouterr().err
