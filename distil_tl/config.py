@@ -45,6 +45,7 @@ from distil_tl.utils.args import (
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import expand_home, home_problems
 from distil_tl.utils.log import logger
+from distil_tl.utils.paths import impossible_paths
 
 
 @dataclass
@@ -67,6 +68,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+PATHS = ("data.root", "data.stage_to", "run_dir", "resume", "model.weights")
 # Defaults of the demo, when no data is given: 8x8 digits, which are not to be mirrored or cropped.
 DEMO: dict[str, Any] = {"data": {"image_size": 64, "augment": "none", "hflip": False}}
 
@@ -81,8 +83,7 @@ def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None =
         unread: gets the problems of keys and values that can't be read, which are left out; None: they are an error.
 
     Returns:
-        The configuration, and the same as a DictConfig with interpolations such as `${oc.env:USER}` unresolved, which
-        may be written to disk.
+        The configuration, and the same with interpolations such as `${oc.env:USER}` unresolved, to be written to disk.
 
     Raises:
         UserError: unknown keys (with suggestions), values of the wrong type, files that can't be read: all together.
@@ -141,8 +142,8 @@ def _saved_configuration(config: Config) -> Path | None:
 
 
 def _to_config(schema: DictConfig) -> Config:
-    config = to_object(schema)
-    assert isinstance(config, Config)
+    config: Config = to_object(schema)
+    refuse(list(impossible_paths(flatten(dataclasses.asdict(config)), PATHS)))
     return config
 
 

@@ -17,6 +17,7 @@ from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.utils.args import apply, explain, is_file, overlay, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.paths import read_text
 from distil_tl.utils.shipped import find_configuration
 from launch.profile import find_profile
 from launch.slurm_config import SlurmConfig
@@ -99,7 +100,9 @@ def load_slurm_section(path: Path) -> Any:
     read_yaml(path)  # raises for an unreadable file
 
     def section(path: Path) -> Any:
-        tree = yaml.load(path.read_text(), _TextLoader)
+        tree = yaml.load(read_text(path, "the configuration"), _TextLoader)
+        if not isinstance(tree, dict):  # empty
+            return None
         base = tree.get("base")
         base = None if base is None else section(find_configuration(Path(str(base)), path.parent).resolve())
         own = tree.get("slurm")

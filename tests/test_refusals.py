@@ -59,6 +59,15 @@ def test_a_run_directory_below_a_file_is_refused(
         assert f"run_dir={tmp_path}/{where}: {tmp_path}/file is a file; choose another run_dir" in message
 
 
+def test_a_run_directory_that_cannot_be_made_is_refused_before_any_work(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dangling").symlink_to("nowhere")
+    message = refused([*small, f"run_dir={tmp_path}/dangling/run"], capsys)
+    assert f"{tmp_path}/dangling is a broken symbolic link; choose another run_dir" in message
+    assert "can't write in /proc/self/fd" in refused([*small, "run_dir=/proc/self/fd/run"], capsys)
+
+
 def test_a_run_directory_that_cannot_be_opened_is_reported_in_a_sentence(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

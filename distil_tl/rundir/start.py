@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +111,19 @@ def _status(run_dir: Path) -> str | None:
 
 def _refuse_unwritable(run_dir: Path) -> None:
     """Refuse a run directory that can't be written to, before any work is done."""
-    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
-        raise UserError(f"run_dir={run_dir}: {existing} is a file; choose another run_dir")
+        kind = "a file" if existing.exists() else "a broken symbolic link"
+        raise UserError(f"run_dir={run_dir}: {existing} is {kind}; choose another run_dir")
     for folder in (existing, *(run_dir / name for name in ("checkpoints", "index", "logs"))):
         if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(
                 f"run_dir={run_dir}: {folder} can't be written to (its permissions, or a disk mounted read-only); "
                 f"choose another run_dir"
             )
+    probe = existing / f".{secrets.token_hex(8)}.tmp"
+    try:  # in /proc and the like, folders can't be made whatever the permissions
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise UserError(f"run_dir={run_dir}: can't write in {existing}: {error.strerror}") from None

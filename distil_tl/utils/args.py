@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from omegaconf import BooleanNode, DictConfig, ListConfig, Node, OmegaConf, Stri
 from omegaconf.errors import OmegaConfBaseException
 
 from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.log import printable
+from distil_tl.utils.paths import path_problem, read_text
 from distil_tl.utils.shipped import find_configuration, shipped_files
 
 
@@ -41,19 +44,21 @@ def read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: the file, or a base of it, can't be read.
     """
+    if reason := path_problem(path):
+        raise UserError(f"can't read the configuration {printable(path)}: {reason}")
     path = find_configuration(path).resolve()
     if path in above:
         raise UserError(f"{path} is its own `base:`, through {', '.join(p.name for p in above)}")
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a configuration file; did you mean data.root={path}?")
     try:
-        node = OmegaConf.load(path)
+        node = OmegaConf.load(io.StringIO(read_text(path, "the configuration")))
     except FileNotFoundError:
         where = f" (the `base:` of {above[-1]})" if above else "; give a YAML file, or only key=value arguments"
         hint = did_you_mean(path.stem, shipped_files())
         raise UserError(f"there is no configuration file {path}{where}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read the configuration {path}: {error}") from None
+    except UserError:
+        raise
     except Exception as error:  # errors of the YAML parser have no common public base class
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(node, DictConfig):

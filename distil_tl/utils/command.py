@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import os
 import signal
@@ -30,7 +31,7 @@ from distil_tl.utils.errors import (
     loader_fault,
 )
 from distil_tl.utils.home import provide_home
-from distil_tl.utils.log import logger
+from distil_tl.utils.log import logger, printable
 from distil_tl.utils.signals import STOP_SIGNALS
 from distil_tl.utils.threads import has_abandoned_threads
 
@@ -45,6 +46,7 @@ atexit.register(gc.freeze)
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+_WRONG_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # no file can have such a path: the user's input is wrong
 _RESTARTED = "DISTIL_TL_RESTARTED"  # of the environment: the id of the process that starts again
 
 
@@ -102,6 +104,10 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
             remedy = "use a smaller model or image size, or a device with more free memory"
             _print_error(f"{name}: the device has too little memory; {remedy}. {reason}", every_rank=True)
             return EXIT_USER_ERROR
+        if isinstance(error, OSError) and error.filename is not None:  # a bug rarely names a file of the system
+            logger.debug("%s: traceback", name, exc_info=True)
+            _print_error(f"{name}: {printable(error.filename)}: {error.strerror or error}", every_rank=True)
+            return EXIT_USER_ERROR if error.errno in _WRONG_PATH else EXIT_FAULT
         if not logger.handlers:
             raise
         logger.exception("%s: internal error", name)

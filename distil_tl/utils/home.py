@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from distil_tl.utils.paths import path_problem
+
 _UNKNOWN = "~"  # what os.path.expanduser leaves as it is
 
 
@@ -19,10 +21,12 @@ def expand_home(text: str | Path) -> Path:
 
 def path_argument(text: str) -> Path:
     """A path on the command line. The shell replaces `~`, but not in --output=~/file, nor in quotes."""
+    if problem := path_problem(text):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}: {problem}")
     if Path(text).exists():
         return Path(text)
-    for problem in home_problems({"path": text}):
-        raise argparse.ArgumentTypeError(problem)
+    for unknown in home_problems({"path": text}):
+        raise argparse.ArgumentTypeError(unknown)
     return expand_home(text)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distil_tl.utils.paths import path_problem
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 # A wheel has them in the package, see pyproject.toml; a checkout has them beside it.
 _ROOT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
@@ -22,8 +24,8 @@ def find_configuration(path: Path, folder: Path | None = None) -> Path:
     Without either it is `path`, which does not exist.
     """
     own = path if folder is None else folder / path
-    is_name = path.parent == Path() and not path.suffix
-    return own if own.is_file() or not is_name else shipped_files().get(path.name, own)
+    is_name = path.parent == Path() and not path.suffix and not path_problem(path)
+    return own if not is_name or own.is_file() else shipped_files().get(path.name, own)
 
 
 def name_of(path: Path) -> str:

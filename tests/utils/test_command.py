@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -90,6 +91,13 @@ def test_an_operation_that_does_not_repeat_is_named(capsys: pytest.CaptureFixtur
     assert run_command("test", lambda: fails_with(RuntimeError(text))) == 2
     assert "adaptive_avg_pool2d_backward_cuda does not have" in (said := capsys.readouterr().err)
     assert "use deterministic=false" in said
+
+
+def test_a_file_of_the_system_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    error = PermissionError(errno.EACCES, "Permission denied", "/some\nfile")
+    assert run_command("command", lambda: fails_with(error)) == 1
+    assert capsys.readouterr().err == "command: /some\\nfile: Permission denied\n"
+    assert run_command("command", lambda: fails_with(OSError(errno.ENAMETOOLONG, "File name too long", "x"))) == 2
 
 
 def test_an_exception_that_is_not_expected_has_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
