@@ -122,6 +122,8 @@ def _create(name: str, pretrained: bool, **options: object) -> nn.Module:
         return timm.create_model(name, pretrained=True, **options)  # type: ignore[no-any-return]
     # Errors of the hub's client have no common base class: OSError, httpx errors, its own.
     except Exception as error:
+        with torch.device("meta"):  # raises where the architecture can't be built, say for this image size
+            timm.create_model(name, pretrained=False, **options)
         published = timm.models.get_pretrained_cfg(name)
         origin = published and (published.hf_hub_id or published.url)
         raise UserError(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from distil_tl.models import timm_models, torchvision_models
@@ -14,6 +15,7 @@ from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.head import init_head, seeded
 from distil_tl.models.layer_groups import LayerGroup, groups_of_modules, groups_of_parameters
 from distil_tl.models.preprocess import Preprocess
+from distil_tl.models.size_trial import failure_at, first_line, size_error
 from distil_tl.models.torchvision_groups import torchvision_groups
 from distil_tl.models.weight_packages import PACKAGES
 from distil_tl.models.weights import StateDict, load_backbone, match_by_position, read_state_dict, strip_prefixes
@@ -45,7 +47,7 @@ class TransferModel:
         weights: their source.
         image_size: side in pixels of the images that it was built for.
         fixed_image_size: whether it supports images of this size only.
-        check_size: raises UserError for an image size that it does not support.
+        check_size: raises UserError for an image size that its family is known not to support.
         name: as in `model.name`.
         parameter_groups: for each parameter, by name, the index of its group.
         module_groups: for each module, by path, the index of its group; None for a module with several groups.
@@ -74,6 +76,12 @@ class TransferModel:
     def heads(self) -> tuple[str, ...]:
         """Paths of the classifier layers: one, or two in timm models trained with distillation."""
         return self.groups[-1].prefixes
+
+    def try_size(self, size: int, key: str) -> None:
+        """Check an image size with one trial image. Raises UserError with sizes that work; `key` is where it is set."""
+        self.check_size(size)
+        if (reason := failure_at(self.module, size)) is not None:
+            raise _size_error(key, self.name, size, reason, self.preprocess)
 
     def group_of(self, name: str) -> int | None:
         """Index into `groups` for the dotted name of a parameter, buffer or module.
@@ -116,20 +124,19 @@ def build(
     preprocess = default_preprocess(config)
     size = image_size if image_size is not None else preprocess.crop_size
 
+    try:
+        module, head, fixed = _build_module(config, num_classes, size, seed, pretrained=pretrained)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # the code of some models fails while they are built for a size
+        raise _size_error("data.image_size", config.name, size, first_line(error), preprocess) from error
     if config.from_timm:
-        from_library = pretrained and weights == "default"
-        name = config.library_name
-        module, head, fixed = timm_models.build(name, num_classes, size, pretrained=from_library, seed=seed)
-        skip = head
-        groups = timm_models.groups(module, head)
-        check_size = functools.partial(timm_models.check_size, name, module)
+        skip, groups = head, timm_models.groups(module, head)
+        check_size = functools.partial(timm_models.check_size, config.library_name, module)
     else:
-        name = config.name
-        module, head = torchvision_models.build(name, num_classes, size, random=weights == "none", seed=seed)
-        fixed = torchvision_models.fixed_size(name)
-        skip = (*head, *torchvision_models.auxiliary_classifiers(name))
+        skip = (*head, *torchvision_models.auxiliary_classifiers(config.name))
         groups = torchvision_groups(module, head)
-        check_size = functools.partial(torchvision_models.check_size, name)
+        check_size = functools.partial(torchvision_models.check_size, config.name)
 
     if pretrained:
         state, info = _read_weights(config, weights, module, head)
@@ -142,6 +149,26 @@ def build(
             load_backbone(module, state, skip=skip, source=info.source)
     init_head(module, head, seed)
     return TransferModel(module.train(), groups, preprocess, info, size, fixed, check_size, config.name)
+
+
+def _build_module(
+    config: ModelConfig, num_classes: int, size: int, seed: int, *, pretrained: bool
+) -> tuple[nn.Module, tuple[str, ...], bool]:
+    """The architecture, with its weights if timm's own are wanted; the paths of its head; whether its size is fixed."""
+    weights = resolve_weights(config)
+    if config.from_timm:
+        from_library = pretrained and weights == "default"
+        return timm_models.build(config.library_name, num_classes, size, pretrained=from_library, seed=seed)
+    module, head = torchvision_models.build(config.name, num_classes, size, random=weights == "none", seed=seed)
+    return module, head, torchvision_models.fixed_size(config.name)
+
+
+def _size_error(key: str, name: str, size: int, reason: str, preprocess: Preprocess) -> UserError:
+    def build_at(other: int) -> nn.Module:
+        with torch.device("meta"):
+            return _build_module(ModelConfig(name, "none"), 2, other, 0, pretrained=False)[0]
+
+    return size_error(key, name, size, reason, preprocess.crop_size, build_at)
 
 
 def _read_weights(

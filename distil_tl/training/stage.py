@@ -91,7 +91,7 @@ def trainable_groups(unfreeze: Any, names: list[str], key: str = "unfreeze") -> 
 
 
 def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> None:
-    """Refuse what can only be checked against the built model.
+    """Refuse what can only be checked against the built model. One trial image of each size goes through it.
 
     Raises:
         UserError: a stage unfreezes a group that the model does not have, or sets an image size it can't take.
@@ -103,6 +103,7 @@ def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> Non
             "learns that way. Use pretrained weights, or stages.%s.batch_norm=train",
             ", ".join(frozen), frozen[0],
         )  # fmt: skip
+    sizes: dict[int, str] = {}
     for name, stage in stages.items():
         trainable_groups(stage.unfreeze, list(model.group_names), f"stages.{name}.unfreeze")
         if model.fixed_image_size and stage.image_size not in (None, model.image_size):
@@ -110,8 +111,11 @@ def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> Non
                 f"stages.{name}.image_size={stage.image_size}, but this model is built for {model.image_size} px; "
                 f"remove it there and set data.image_size"
             )
-        if stage.image_size is not None:
-            model.check_size(stage.image_size)
+        if stage.epochs > 0:
+            key = "data.image_size" if stage.image_size is None else f"stages.{name}.image_size"
+            sizes.setdefault(stage.image_size or model.image_size, key)
+    for size, key in sizes.items():
+        model.try_size(size, key)
 
 
 def apply_stage(model: TransferModel, stage: StageConfig) -> None:

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 TOLERANCE = 1e-4  # relative to the largest logit: what folding and reordering may change in float32
@@ -41,6 +41,11 @@ def in_full_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def without_report(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`network`, without the traceback that torch.fx prints to standard error where its graph raises an error."""
+    return network.forward if isinstance(network, fx.GraphModule) else network
 
 
 @torch.no_grad()

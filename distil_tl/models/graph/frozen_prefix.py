@@ -12,7 +12,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from distil_tl.models.graph.equivalence import NotEquivalentError, check_equivalent, in_full_float32, preserve_state
+from distil_tl.models.graph.equivalence import (
+    NotEquivalentError,
+    check_equivalent,
+    in_full_float32,
+    preserve_state,
+    without_report,
+)
 from distil_tl.models.graph.fold_batchnorm import fold_at_each_call, fold_frozen, has_folded_batchnorm
 from distil_tl.models.graph.trace import (
     FrozenBlockTracer,
@@ -69,6 +75,10 @@ def cut_frozen_prefix(module: nn.Module, images: Tensor) -> CutNetwork:
             return _cut(module, graph, images)
         except CannotCutError as error:
             reason = str(error)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a graph need not do what the code does
+            reason = f"its parts can't be run ({type(error).__name__})"
     raise CannotCutError(reason)
 
 
@@ -171,15 +181,16 @@ def _check(cut: CutNetwork, module: nn.Module, images: Tensor) -> None:
     Raises:
         CannotCutError: they differ from the whole, or the prefix differs between two calls.
     """
+    prefix, suffix = without_report(cut.prefix), without_report(cut.suffix)
     with preserve_state(module, images.device):
         torch.manual_seed(1)
-        features = cut.prefix(images)
+        features = prefix(images)
         if not isinstance(features, Tensor) or len(features) != len(images):
             raise CannotCutError("the output of its frozen part is not one tensor with a row per image")
-        if not torch.equal(features, cut.prefix(images)):
+        if not torch.equal(features, prefix(images)):
             raise CannotCutError("its frozen part gives different results in two calls")
     try:
         # A copy of the features, as the suffix may begin with an in-place operation.
-        check_equivalent(lambda _: cut.suffix(features.clone()), module, images, called="its two parts")
+        check_equivalent(lambda _: suffix(features.clone()), module, images, called="its two parts")
     except NotEquivalentError as error:
         raise CannotCutError(str(error)) from error

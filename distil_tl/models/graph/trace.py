@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from distil_tl.models.graph.equivalence import preserve_state
+from distil_tl.models.graph.equivalence import preserve_state, without_report
 
 MAX_CONDITIONS = 32  # conditions on values that a network's code may evaluate; each one starts the trace again
 
@@ -73,7 +73,7 @@ def trace(tracer: type[LayerTracer], module: nn.Module, images: Tensor) -> fx.Gr
             if len(outcomes) == MAX_CONDITIONS:
                 raise
             with torch.no_grad(), preserve_state(module, images.device):
-                outcomes.append(bool(fx.GraphModule(module, error.condition)(images)))
+                outcomes.append(bool(without_report(fx.GraphModule(module, error.condition))(images)))
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
@@ -116,6 +116,8 @@ class Small(nn.Module):
             found = found + self.calls
         elif self.how == "value" and float(found.sum()) > 0:
             found = -found
+        elif self.how == "other code" and isinstance(found, fx.Proxy):
+            found = found.reshape(7, 7)
         elif self.how == "two":
             return self.last(found), found  # type: ignore[return-value]
         return self.last(found)  # type: ignore[no-any-return]
@@ -129,13 +131,15 @@ class Small(nn.Module):
         ("random", "its frozen part gives different results in two calls"),
         ("state", "its two parts give other results than the whole network"),
         ("value", "its code can't be traced (TypeError)"),
+        ("other code", "its parts can't be run (RuntimeError)"),
         ("two", "its output is not one tensor of logits"),
     ],
 )
-def test_a_network_that_cannot_be_cut(how: str, reason: str) -> None:
+def test_a_network_that_cannot_be_cut(how: str, reason: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CannotCutError) as caught:
         cut_frozen_prefix(Small(how), torch.randn(3, 3, 8, 8))
     assert str(caught.value) == reason
+    assert capfd.readouterr() == ("", ""), "torch.fx prints no traceback"
 
 
 def test_random_layers_are_in_the_suffix() -> None:
