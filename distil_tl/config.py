@@ -15,7 +15,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.data.config import DataConfig, data_name, fitting_world_sizes, root_problems
+from distil_tl.data.config import (
+    DataConfig,
+    data_name,
+    evaluation_problems,
+    fitting_world_sizes,
+    root_problems,
+)
 from distil_tl.distributed.config import DistributedConfig, cuda_is_available
 from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.rundir.changes import is_free_on_resume, new_keys
@@ -102,9 +108,9 @@ def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None =
     if "stages" in tree:
         _define_stages(schema, tree.pop("stages"), problems)
     named = flatten(tree.get("data")) | flatten(overrides.get("data"))
-    if files and "root" not in named:
+    if files and not named.keys() & {"root", "labels"}:
         problems.append(f"{files[0]} names no images: add data.root=FOLDER (data.root=null is the embedded digits)")
-    if not files and named.get("root") is None:
+    if not files and named.get("root") is None and named.get("labels") is None:
         apply(schema, DEMO, "", problems)
     apply(schema, tree, "", problems)
     apply(schema, overrides, "", problems)
@@ -170,10 +176,12 @@ def _resolve_defaults(config: Config, schema: DictConfig) -> None:
     """Fill in defaults that depend on other values, so that the saved file holds what was used."""
     if config.model.weights == "auto" and not config.model.problems():
         config.model.weights = schema.model.weights = resolve_weights(config.model)
-    for section, key in ((config.data, "root"), (config, "run_dir"), (config, "resume")):
+    for section, key in ((config.data, "root"), (config.data, "labels"), (config, "run_dir"), (config, "resume")):
         path = getattr(section, key)
         if path is not None and path.startswith("~"):
             setattr(section, key, str(expand_home(path)))
+    if config.data.labels is not None and config.data.root is None:
+        config.data.root = schema.data.root = str(Path(config.data.labels).parent)
     if config.run_dir is None:
         config.run_dir = schema.run_dir = f"runs/{run_name(config)}"
 
@@ -183,6 +191,8 @@ def run_name(config: Config) -> str:
     values = flatten(dataclasses.asdict(config))
     unset = {key for key, before in new_keys(config.stages).items() if values.get(key) == before}
     hashed = {key: value for key, value in values.items() if not is_free_on_resume(key) and key not in unset}
+    if config.data.labels is not None:
+        hashed["data.labels"] = str(Path(config.data.labels).resolve())
     hashed["data.root"] = str(Path(config.data.root).resolve()) if config.data.root else None
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:8]
     data = data_name(Path(config.data.root)) if config.data.root else "digits"
@@ -205,10 +215,7 @@ def check_evaluation(config: Config) -> None:
     found = [*config.data.problems(), *config.distributed.problems()]
     if config.precision not in PRECISIONS:
         found.append(f"precision is {config.precision!r}; choose one of {', '.join(PRECISIONS)}")
-    if config.data.root is not None and not Path(config.data.root).is_dir():
-        tar = "; unpack it and give the folder" if Path(config.data.root).is_file() else ""
-        found.append(f"data.root={config.data.root} is not a folder{tar}")
-    refuse(found)
+    refuse([*found, *evaluation_problems(config.data)])
 
 
 def problems(config: Config, world_size: int) -> Iterator[str]:

@@ -274,6 +274,25 @@ def test_what_is_not_divided_into_splits(tmp_path: Path):
     assert "has no folder; it must hold CLASS/*.jpg" in complaint_of(f"data.root={flat}/empty")
 
 
+def test_a_table_of_labels(folder: Path, tmp_path: Path):
+    table = tmp_path / "labels.csv"
+    table.touch()
+    config = config_of(f"data.labels={table}")
+    check(config, 1)
+    assert config.data.root == str(tmp_path)
+    assert config.data.image_size is None, "it is not the demo"
+    assert "labls.csv is not a file, did you mean `labels.csv`?" in complaint_of(f"data.labels={tmp_path}/labls.csv")
+    assert "is a folder, not a file" in complaint_of(f"data.labels={tmp_path}")
+    assert "with data.labels it must be the folder" in complaint_of(f"data.labels={table}", f"data.root={table}")
+    assert "data.columns has no effect" in complaint_of(f"data.root={folder}", "data.columns.label=x")
+    one, other = (config_of(f"data.labels={table}", f"data.root={folder}", *more) for more in ([], ["data.labels=x"]))
+    assert one.run_dir != other.run_dir
+    assert (
+        Path(one.run_dir or "").name
+        == Path(config_of(f"data.labels={table}", f"data.root={folder}").run_dir or "").name
+    )
+
+
 def test_a_split_for_images_that_have_one_is_refused(folder: Path):
     assert "data.split has no effect" in complaint_of(f"data.root={folder}", "data.split.val=0.3")
     assert "data.split has no effect" in complaint_of("data.split={group: x}")

@@ -32,10 +32,17 @@ USUAL_SPLITS = {
 
 
 @dataclass
+class ColumnsConfig:
+    path: str | None = None  # column of data.labels with the images' paths; null: found by its name
+    label: str | None = None  # column with the classes; null: found by its name
+    split: str | None = None  # column with train, val or test; null: found by its name; none: there is none
+
+
+@dataclass
 class SplitConfig:
-    val: float = 0.2  # share of each class for val, where data.root has no splits
+    val: float = 0.2  # share of each class for val, where the images have no splits
     test: float = 0.0  # the same for test; 0: no test
-    group: str | None = None  # images to keep in one split: a regular expression on their paths
+    group: str | None = None  # images to keep in one split: a column of data.labels, or a regular expression on paths
     seed: int = 0  # of the split
 
     def problems(self) -> list[str]:
@@ -52,6 +59,8 @@ class SplitConfig:
 @dataclass
 class DataConfig:
     root: str | None = None  # a folder with CLASS/*.jpg, or with train/CLASS/*.jpg and val/CLASS/*.jpg; null: digits
+    labels: str | None = None  # a table, CSV, TSV or Parquet, with paths below data.root (null: its folder) and labels
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     stage_to: str | None = None  # a folder on each node's own disk, as '$SLURM_TMPDIR', to copy the images to
     global_batch_size: int = 32  # images per optimizer step, all ranks
@@ -151,6 +160,11 @@ def archive_problem(root: Path, stage_to: str | None) -> str | None:
 def root_problems(config: DataConfig, run_dir: str | None) -> Iterator[str]:
     """Why `data.root` can't be used; nothing if it can."""
     root = None if config.root is None else Path(config.root)
+    if config.labels is not None:
+        yield from _problems_of_table(Path(config.labels), root)
+        return
+    if config.columns != ColumnsConfig():
+        yield "data.columns has no effect without data.labels=FILE; remove data.columns"
     if config.split != SplitConfig() and (root is None or root.is_file() or has_splits(root)):
         yield "data.split has no effect, as data.root has the splits train and val; remove data.split"
     if root is None or str(root).startswith("~"):  # a home that is not known, which is named with those of other paths
@@ -187,6 +201,29 @@ def root_problems(config: DataConfig, run_dir: str | None) -> Iterator[str]:
             yield f"run_dir={run_dir} is among {among}, and would become a class: give another folder"
 
 
+def evaluation_problems(config: DataConfig) -> Iterator[str]:
+    """Why the images can't be used in an evaluation, which may be of a folder without train; nothing if they can."""
+    if config.labels is not None:
+        yield from root_problems(config, None)
+    elif config.root is not None and not Path(config.root).is_dir():
+        tar = "; unpack it and give the folder" if Path(config.root).is_file() else ""
+        yield f"data.root={config.root} is not a folder{tar}"
+
+
+def _problems_of_table(table: Path, root: Path | None) -> Iterator[str]:
+    """Why `data.labels` can't be used; nothing if its content decides."""
+    if not table.is_file():
+        near = did_you_mean(table.name, [p.name for p in table.parent.iterdir()] if table.parent.is_dir() else [])
+        yield f"data.labels={table} is {'a folder, not a file' if table.exists() else 'not a file'}{near}"
+    if root is not None and not root.is_dir():
+        what = (
+            "is a file; with data.labels it must be the folder"
+            if root.exists()
+            else "is not a folder; it must be the one"
+        )
+        yield f"data.root={root} {what} that the paths in the table begin in"
+
+
 def _problems_of_classes(root: Path, folders: list[str]) -> Iterator[str]:
     """Why a folder without splits can't be divided into some; nothing if it can."""
     if not folders:
@@ -194,6 +231,11 @@ def _problems_of_classes(root: Path, folders: list[str]) -> Iterator[str]:
     for name in folders[:20]:
         if len(set(_usual(_folders_in(root / name)).values())) > 1:
             yield f"data.root={root} is a folder above the splits: give data.root={root / name}"
+
+
+def is_divided(config: DataConfig, root: Path) -> bool:
+    """Whether the images are those of a table or a folder of classes, and not of folders train and val."""
+    return config.labels is not None or (config.root is not None and not has_splits(root))
 
 
 def has_splits(root: Path) -> bool:

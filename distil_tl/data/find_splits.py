@@ -8,66 +8,111 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_tl.data.config import SPLITS, DataConfig, has_splits
+from distil_tl.data.config import SPLITS, DataConfig, SplitConfig, has_splits, is_divided
 from distil_tl.data.index import Array, Index, quoted
 from distil_tl.data.scan import scan
-from distil_tl.data.split import MOST_READ, assign_splits
+from distil_tl.data.split import MOST_READ, TRAIN, VAL, assign_splits
 from distil_tl.data.split_file import NAME, read_split_file
+from distil_tl.data.table import Table, read_table
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger, printable
 
 
 def find_splits(config: DataConfig, root: Path, run_dir: Path | None = None) -> tuple[dict[str, Index], str]:
-    """The indexes of train, val and, if there is one, test, in the folder `root`; and how they were made, in words.
+    """The indexes of train, val and, if there is one, test; and how they were made, in words.
 
     Args:
+        root: the folder of the images.
         run_dir: of the run to resume, whose split.csv decides where the split was made here.
 
     Raises:
-        UserError: a class without images, a class that train does not have, or images that can't be divided.
+        UserError: a class without images, a class that train does not have, a table that can't be used, or images
+            that can't be divided.
     """
-    if has_splits(root):
+    if not is_divided(config, root):
         train = scan(root / "train", extensions=config.image_extensions)
         indexes = {"train": train}
         for split in SPLITS[1:]:
             if split == "val" or (root / split).is_dir():
                 indexes[split] = scan(root / split, classes=train.classes, extensions=config.image_extensions)
         return indexes, ""
-    whole = scan(root, extensions=config.image_extensions)
+    if config.labels is None:
+        table = Table(scan(root, extensions=config.image_extensions), None, None, "")
+    else:
+        table = read_table(config, root)
+    whole, said = table.index, f"{table.note}; " if table.note else ""
+    if table.splits is not None and VAL in table.splits:
+        _refuse_useless_split(config)
+        return divided(whole, table.splits), table.note
     if run_dir is not None and (run_dir / NAME).is_file():
-        return divided(whole, read_split_file(run_dir / NAME, whole).codes), f"that of {printable(run_dir / NAME)}"
-    assigned = assign_splits(whole, config.split, None, compare_contents=len(whole) <= MOST_READ)
-    note = printable(f"{root} has no split, so one is made: {'; '.join(assigned.notes)}")
-    return divided(whole, assigned.codes), note
+        return divided(whole, read_split_file(run_dir / NAME, whole).codes), f"{said}as in {run_dir / NAME}"
+    codes, notes = _assigned(config, table)
+    lacking = "val" if table.splits is not None else "split"
+    return divided(whole, codes), f"{said}{'it' if said else root} has no {lacking}, so one is made: {notes}"
+
+
+def _assigned(config: DataConfig, table: Table) -> tuple[Array, str]:
+    """The split that is made for the images, or for those of train where a table has only train and test."""
+    whole, groups = table.index, table.groups
+    if table.splits is None:
+        assigned = assign_splits(whole, config.split, groups, compare_contents=len(whole) <= MOST_READ)
+        return assigned.codes, "; ".join(assigned.notes)
+    if config.split.test:
+        raise UserError("data.split.test has no effect, as the table has test in a column; remove it")
+    chosen = table.splits == TRAIN
+    part, codes = whole.selected(chosen), table.splits.copy()
+    groups = None if groups is None else groups[chosen]
+    assigned = assign_splits(part, config.split, groups, compare_contents=len(part) <= MOST_READ)
+    codes[chosen] = assigned.codes
+    return codes, "; ".join(assigned.notes)
+
+
+def _refuse_useless_split(config: DataConfig) -> None:
+    if config.split != SplitConfig():
+        raise UserError(
+            f"data.split has no effect, as data.labels={config.labels} has a column with the split; remove data.split, "
+            f"or set data.columns.split=none to make another one"
+        )
 
 
 def find_split(config: DataConfig, root: Path, split: str, classes: Sequence[str], run_dir: Path) -> Index:
-    """The index of one split of `root` for the evaluation of a run with these classes.
+    """The index of one split for the evaluation of a run with these classes.
 
-    The split of the run decides, if one was made for it and `root` has its images. A folder of other images, which
-    has no splits, counts as a whole.
+    The split of the run decides, if one was made for it and these are its images. Other images, which have no splits,
+    count as a whole.
 
     Raises:
-        UserError: there is no such split, some images are of the run and some not, or an error of `scan`.
+        UserError: there is no such split, some images are of the run and some not, or an error of `find_splits`.
     """
-    if has_splits(root) or (root / split).is_dir() or not (run_dir / NAME).is_file():
+    kept = run_dir / NAME
+    if config.labels is not None:
+        table = read_table(config, root, classes)
+    elif has_splits(root) or (root / split).is_dir() or not kept.is_file():
         return scan(root / split, classes=classes, extensions=config.image_extensions)
-    whole = scan(root, classes=classes, extensions=config.image_extensions)
-    held = read_split_file(run_dir / NAME, whole)
-    if not held.same.any():
-        logger.info("%s has no image of %s and no splits: all its images are evaluated", printable(root),
-                    printable(run_dir / NAME))  # fmt: skip
-        return whole
+    else:
+        table = Table(scan(root, classes=classes, extensions=config.image_extensions), None, None, "")
+    whole = table.index
+    held = read_split_file(kept, whole) if kept.is_file() else None
+    if held is None or not held.same.any():
+        if table.splits is None:
+            name = printable(config.labels or root)
+            logger.info("%s has no splits, and no image of the run: all are evaluated", name)
+            return whole
+        return _of_split(whole, table.splits, split, f"data.labels={config.labels} has no image in {split}")
     if not held.same.all():
         unknown = np.flatnonzero(~held.same)[:3].tolist()
         raise UserError(
-            f"{int((~held.same).sum())} of the {len(whole)} images in {root} are not those of {run_dir / NAME}, which "
-            f"says what is in {split} ({', '.join(quoted(whole.relative_path(i)) for i in unknown)}): restore the "
-            f"images, or put others into a folder of their own, as in data.root=OTHER"
+            f"{int((~held.same).sum())} of the {len(whole)} images in {config.labels or root} are not those of {kept}, "
+            f"which says what is in {split} ({', '.join(quoted(whole.relative_path(i)) for i in unknown)}): restore "
+            f"the images, or put others into a folder of their own, as in data.root=OTHER"
         )
-    chosen = held.codes == SPLITS.index(split)
+    return _of_split(whole, held.codes, split, f"{kept} has no images in {split}")
+
+
+def _of_split(whole: Index, codes: Array, split: str, problem: str) -> Index:
+    chosen = codes == SPLITS.index(split)
     if not chosen.any():
-        raise UserError(f"{run_dir / NAME} has no images in {split}; it was made without, as data.split.{split} was 0")
+        raise UserError(problem)
     return whole.selected(chosen)
 
 

@@ -41,7 +41,7 @@ def assign_splits(index: Index, config: SplitConfig, groups: Array | None, *, co
         UserError: `config.group` does not match a path, no image is left for a split, or a file can't be read.
     """
     notes: list[str] = []
-    by = f", by {config.group}" if config.group is not None else ""
+    by = "" if groups is None and config.group is None else f", by {config.group or 'group'}"
     test = f" and {config.test:.0%} test" if config.test else ""
     if groups is None and config.group is not None:
         groups = groups_by_path(index, config.group)
@@ -101,7 +101,7 @@ def groups_by_path(index: Index, pattern: str) -> Array:
     if missed:
         raise UserError(
             f"data.split.group={pattern} is not found in the paths of {len(missed)} of {len(index)} images: "
-            f"{listed(missed, 3)}; paths begin with the class, as in {quoted(index.relative_path(0))}"
+            f"{listed(missed, 3)}; the first path is {quoted(index.relative_path(0))}"
         )
     return found
 

@@ -163,7 +163,7 @@ def _scan_splits(config: DataConfig, root: Path, archive: Path | None, run_dir: 
     """The indexes of the splits in `root`, to which `archive` was unpacked if it is given."""
     indexes, note = find_splits(config, root, run_dir)
     if note:
-        logger.info("split: %s", note)
+        logger.info("split: %s", printable(note))
     train = indexes["train"]
     if len(train) < config.global_batch_size:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distil_tl.data.config import MORE_EXTENSIONS, SPLITS, DataConfig, has_splits, root_problems
+from distil_tl.data.config import MORE_EXTENSIONS, SPLITS, DataConfig, is_divided, root_problems
 from distil_tl.data.decode import ImageError, decode, decoder_name
 from distil_tl.data.find_splits import find_splits
 from distil_tl.data.index import Index
@@ -71,7 +71,7 @@ def look_at_images(report: Report, config: DataConfig, min_side: int | None, fou
     root = _root(report, config, found)
     if root is None:
         return
-    if config.root is not None and not has_splits(root) and not any(root_problems(config, None)):
+    if is_divided(config, root) and not any(root_problems(config, None)):
         found.indexes = _look_at_divided(report, config, root, min_side, found, run_dir)
     else:
         found.indexes = _look_at_folders(report, config, root, min_side, found)
@@ -120,7 +120,9 @@ def _look_at_divided(
         report.fail(GROUP, "data.root", str(error))
         found.failed = True
         return {}
-    report.ok(GROUP, "split", f"{note}; scanned in {time.monotonic() - began:.1f} s, as at each start of a run")
+    report.ok(
+        GROUP, "split", f"{printable(note)}; scanned in {time.monotonic() - began:.1f} s, as at each start of a run"
+    )
     for split, index in indexes.items():
         found.add(split, index)
         _describe(report, split, index, "")

@@ -18,6 +18,7 @@ FREE_ON_RESUME = (
     "run_dir",
     "resume",
     "data.root",  # a folder may be moved; the fingerprint of its index is compared
+    "data.labels",  # the same
     "data.stage_to",
     "data.workers",
     "data.prefetch_mib",
@@ -35,6 +36,10 @@ NEW_KEYS: dict[str, Any] = {
     "data.extensions": [],
     "data.balance": "none",
     "data.intensity": "dtype",
+    "data.labels": None,
+    "data.columns.path": None,
+    "data.columns.label": None,
+    "data.columns.split": None,
     "data.split.val": 0.2,  # folders without splits were refused
     "data.split.test": 0.0,
     "data.split.group": None,

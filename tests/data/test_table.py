@@ -1,0 +1,226 @@
+"""Tables of labels: their forms, their columns, and the rows that are refused."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distil_tl.data import table as table_module
+from distil_tl.data import table_file
+from distil_tl.data.config import DataConfig
+from distil_tl.data.find_splits import find_splits
+from distil_tl.data.index import Index
+from distil_tl.data.scan import scan
+from distil_tl.data.table import Table, read_table
+from distil_tl.utils.errors import UserError
+from tests.helpers.image_folders import assert_equal, plant
+
+FILES = ("a/x.jpg", "a/y.jpg", "a-b/x.jpg", "a/deep/z.jpg", "b/x.jpg", "b/ä ö.png")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return plant(tmp_path / "images", *FILES)
+
+
+def read(root: Path, content: str | bytes, name: str = "labels.csv", **config: object) -> Table:
+    file = root / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_table(DataConfig(root=str(root), labels=str(file), **config), root)  # type: ignore[arg-type]
+
+
+def refusal(root: Path, content: str | bytes, name: str = "labels.csv", **config: object) -> str:
+    with pytest.raises(UserError) as caught:
+        read(root, content, name, **config)
+    return str(caught.value)
+
+
+def paths(index: Index) -> list[str]:
+    return [index.relative_path(i) for i in range(len(index))]
+
+
+def test_a_table_of_an_image_folder_gives_the_index_of_the_folder(root: Path) -> None:
+    rows = [f"{name},{name.split('/')[0]}" for name in FILES]
+    random.Random(0).shuffle(rows)
+    found = read(root, "\n".join(["path,label", *rows]))
+    (root / "labels.csv").unlink()
+    assert_equal(found.index, scan(root))
+
+
+def test_order_of_classes_of_many_images() -> None:
+    rng = random.Random(1)
+    names = sorted(
+        {"/".join(rng.choices(["a", "b-", "b", "c/d", "ä"], k=rng.randint(1, 4))) + ".jpg" for _ in range(400)}
+    )
+    packed = [name.encode() for name in names]
+    rng.shuffle(packed)
+    targets = np.array([rng.randint(0, 2) for _ in packed])
+    joined = np.frombuffer(b"".join(packed), dtype=np.uint8)
+    offsets = np.concatenate([[0], np.cumsum([len(name) for name in packed])])
+    order = table_module._folder_order(joined, offsets, targets)
+
+    def key(i: int) -> tuple[int, str]:
+        folder, slash, name = packed[i].decode().rpartition("/")
+        return int(targets[i]), folder + ("\0" if slash else "") + name
+
+    assert order.tolist() == sorted(range(len(packed)), key=key)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "said"),
+    [
+        ("\ufeffPfad;Klasse;Notiz\r\na\\x.jpg;Gänse;\r\n\"b/ä ö.png\";Häher;\"x\n;y\"\r\n", "l.csv", "semicolons"),
+        ("Pfad;Klasse\r\na/x.jpg;Gänse\r\nb/ä ö.png;Häher\r\n".encode("cp1252"), "l.csv", "Windows-1252"),
+        ("sep=;\r\nPfad;Klasse\r\na/x.jpg;Gänse\r\nb/ä ö.png;Häher;;\r\n", "l.csv", "semicolons"),
+        ("path\tclass\na/x.jpg\tGänse\n\nb/ä ö.png\tHäher\n".encode("utf-16"), "l.txt", "tabs"),
+        ("Image Path,Class\n./a/x.jpg, Gänse \na/../b/ä ö.png,Häher\n", "l.csv", "'Image Path'"),
+    ],
+    ids=["excel", "windows-1252", "sep", "utf-16", "unusual paths"],
+)  # fmt: skip
+def test_forms_of_text(root: Path, content: str | bytes, name: str, said: str) -> None:
+    found = read(root, content, name)
+    assert said in found.note
+    assert found.index.classes == ("Gänse", "Häher")
+    assert paths(found.index) == ["a/x.jpg", "b/ä ö.png"]
+    assert found.index.sizes.tolist() == [7, 9]
+
+
+def test_a_parquet_file_gives_the_same(root: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"file": ["b/x.jpg", "a/x.jpg"], "label": [3, 10], "split": ["valid", "train"]}
+    parquet.write_table(pyarrow.table(columns), root / "l.parquet")
+    config = DataConfig(root=str(root), labels=str(root / "l.parquet"))
+    found = read_table(config, root)
+    same = read(root, "file,label,split\nb/x.jpg,3,val\na/x.jpg,10,Training\n")
+    assert found.index.classes == ("10", "3")
+    assert_equal(found.index, same.index)
+    assert found.splits is not None
+    assert same.splits is not None
+    assert found.splits.tolist() == same.splits.tolist() == [0, 1]
+    parquet.write_table(pyarrow.table({"file": ["a/x.jpg", None], "label": ["a", "b"]}), root / "l.parquet")
+    with pytest.raises(UserError, match="row 2: the path is empty"):
+        read_table(config, root)
+
+
+def test_paths_of_another_machine(root: Path) -> None:
+    for prefix in ("C:\\Users\\anna\\images\\", "/home/anna/images/", "images/", f"{root}/"):
+        found = read(root, f"path,label\n{prefix}a\\x.jpg,a\n{prefix}b/x.jpg,b\n")
+        assert paths(found.index) == ["a/x.jpg", "b/x.jpg"]
+    assert "C:/Users/anna/ in the paths means" in read(root, "path,label\nC:\\Users\\anna\\b\\x.jpg,b\n").note
+    found = read(root, "image_id,label\na/x,a\nb/x,b\n")
+    assert paths(found.index) == ["a/x.jpg", "b/x.jpg"]
+    assert "the paths lack .jpg" in found.note
+    assert f"'x.jpg' is in {root}/a: give data.root={root}/a" in refusal(root, "path,label\nx.jpg,a\n")
+
+
+def test_umlauts_in_the_other_form(root: Path) -> None:
+    plant(root, unicodedata.normalize("NFD", "b/ü.jpg"))
+    found = read(root, "path,label\n" + unicodedata.normalize("NFC", "b/ü.jpg,b\n"))
+    assert paths(found.index) == [unicodedata.normalize("NFD", "b/ü.jpg")]
+
+
+def test_all_wrong_rows_are_refused_together_by_line(root: Path) -> None:
+    (root / "c.jpg").mkdir()
+    message = refusal(
+        root,
+        'path,label,split,group\na/x.jpg,a,train,1\na/lost.jpg,a,val,1\n"b/x.jpg",,train,1\n\n../x.jpg,a,train,1\n'
+        "a/notes.txt,a,train,1\na/y.jpg,a,later,1\na-b/x.jpg,a\na/deep/z.jpg,a,train,\na/./x.jpg,b,train,1\nc.jpg,a,val,1\n",
+    )
+    assert message.splitlines()[0].endswith("has 9 rows that can't be used; correct or remove them:")
+    assert [line.strip("- ").split(": ")[0] for line in message.splitlines()[1:]] == [
+        "line 9", "line 3", "line 4", "line 6", "line 7", "line 8", "line 10", "line 12", "line 11",
+    ]  # fmt: skip
+    for reason in (
+        "line 9: 2 cells instead of 4",
+        f"line 3: there is no file '{root}/a/lost.jpg'",
+        "line 4: the label is empty",
+        f"line 6: '../x.jpg' is outside {root}",
+        "line 7: 'a/notes.txt' does not end as the name of an image",
+        "line 8: the split 'later' is not train, val or test",
+        "line 10: the group is empty",
+        "line 11: the same image as in line 2, with another label: an image has one label",
+        "line 12: 'c.jpg' is not a regular file",
+    ):
+        assert reason in message
+
+
+def test_columns_that_can_not_be_told(root: Path) -> None:
+    assert "say which one has the labels with data.columns.label=NAME" in refusal(root, "path,x,y2\na/x.jpg,a,b\n")
+    assert "its first line must name the columns" in refusal(root, "a/x.jpg,a\nb/x.jpg,b\n")
+    assert "of which some have the same name" in refusal(root, "path,label,label\na/x.jpg,a,b\n")
+    assert "is empty" in refusal(root, "\n\n")
+    assert "has no rows" in refusal(root, "path,label\n")
+    assert "save it as CSV" in refusal(root, b"PK", "labels.xlsx")
+    assert "is not a Parquet file" in refusal(root, b"PK", "labels.parquet")
+    assert "after line 1: " in refusal(root, "path,label\na/x.jpg," + "x" * 200_000)
+    assert "label from column 'what'" in read(root, "where,what\na/x.jpg,a\n").note
+    config = DataConfig(root=str(root), labels="x")
+    config.columns.label = "kinds"
+    (root / "labels.csv").write_text("path,kind,label\na/x.jpg,a,b\n")
+    config.labels = str(root / "labels.csv")
+    with pytest.raises(UserError, match=r"not data.columns.label=kinds, did you mean `kind`"):
+        read_table(config, root)
+    config.columns.label = "kind"
+    assert read_table(config, root).index.classes == ("a",)
+    config.split.group = "kin"
+    with pytest.raises(UserError, match=r"not data.split.group=kin, did you mean"):
+        read_table(config, root)
+
+
+def test_reading_ends_after_many_wrong_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_module, "MOST_COUNTED", 30)
+    monkeypatch.setattr(table_file, "ROWS_AT_ONCE", 10)
+    message = refusal(root, "path,label\n" + "".join(f"{i}.jpg,a\n" for i in range(1000)))
+    assert "has at least 30 rows that can't be used" in message
+    assert len(message.splitlines()) == 22
+    assert message.endswith("and 10 more")
+
+
+# Splits.
+
+
+def many(tmp_path: Path, rows: list[str]) -> tuple[dict[str, Index], str]:
+    root = plant(tmp_path / "many", *(row.split(",")[0] for row in rows[1:]))
+    for i, path in enumerate(root.iterdir()):
+        path.write_bytes(b"x" * i)
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    return find_splits(DataConfig(root=str(root), labels=str(tmp_path / "labels.csv")), root)
+
+
+def test_a_column_decides_the_split(tmp_path: Path) -> None:
+    found, note = many(
+        tmp_path, ["path,label,subset", "1.jpg,a,train", "2.jpg,b,TRAIN", "3.jpg,b,validation", "4.jpg,a,test"]
+    )
+    assert {split: paths(index) for split, index in found.items()} == {
+        "train": ["1.jpg", "2.jpg"], "val": ["3.jpg"], "test": ["4.jpg"],
+    }  # fmt: skip
+    assert "split from column 'subset'" in note
+    root = tmp_path / "many"
+    config = DataConfig(root=str(root), labels=str(tmp_path / "labels.csv"))
+    config.split.seed = 1
+    with pytest.raises(UserError, match="has a column with the split; remove data.split"):
+        find_splits(config, root)
+
+
+def test_val_is_made_where_a_table_has_only_train_and_test(tmp_path: Path) -> None:
+    rows = [f"{i:02d}.jpg,{'ab'[i % 2]},{'test' if i < 10 else 'train'}" for i in range(50)]
+    found, note = many(tmp_path, ["path,label,split", *rows])
+    assert {split: len(index) for split, index in found.items()} == {"train": 32, "val": 8, "test": 10}
+    assert paths(found["test"])[0] == "00.jpg"
+    assert "it has no val, so one is made: 20% val of each class, seed 0" in note
+
+
+def test_groups_of_a_column_stay_together(tmp_path: Path) -> None:
+    rows = [f"{i:02d}.jpg,{'ab'[i % 2]},plant {i // 4}" for i in range(80)]
+    found, note = many(tmp_path, ["path,label,group", *rows])
+    assert len(found["val"]) == 16
+    plants = {split: {int(path[:2]) // 4 for path in paths(index)} for split, index in found.items()}
+    assert not plants["train"] & plants["val"]
+    assert "by group, seed 0" in note
+    _, note = many(tmp_path, ["path,label,Patient-ID", *rows])
+    assert "add data.split.group=Patient-ID" in note
