@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +28,8 @@ MOST_LISTED = 20  # rows that can't be used
 MOST_COUNTED = 10_000  # such rows until the rest is not read any more
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True)
+class Table:
     """The images of a table.
 
     Attributes:
