@@ -245,6 +245,7 @@ def values_out_of_range(config: Config, *, without_model: bool = False) -> Itera
     yield from found
     paths = {
         "data.root": config.data.root,
+        "data.labels": config.data.labels,
         "data.stage_to": config.data.stage_to,
         "model.weights": config.model.weights,
     }
