@@ -46,11 +46,31 @@ def test_four_ranks_on_two_nodes_give_the_metrics_of_four_ranks_on_one_machine(
 @concurrent()
 def test_sbatch_accepts_the_script_of_a_dry_run(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     options = ["slurm.nodes=2", "slurm.gpus_per_node=2", "slurm.cpus_per_task=1", "slurm.time=1:00:00", "slurm.mem=1GB"]
-    options += ["slurm.partition=batch", "slurm.extra.comment=mine", "slurm.exclude=null"]
+    options += ["slurm.partition=batch", "slurm.comment=mine", "slurm.exclude=null"]
     output = launched(partition, "submit", *inputs.small, f"run_dir={tmp_path}/run", *options, "--dry-run")
     (tmp_path / "script").write_text(output[output.index("#!") :])
     partition.run("sbatch", "--test-only", tmp_path / "script")
     assert not (tmp_path / "run").exists()
+
+
+@concurrent()
+def test_jobs_that_can_never_run_are_refused_and_one_that_waits_is_cancelled(
+    partition: Partition, inputs: Inputs, tmp_path: Path
+) -> None:
+    """A fake Slurm can't know what the real one answers."""
+    run_dir = tmp_path / "run"
+    args = [*inputs.small, f"run_dir={run_dir}", f"slurm.partition={partition.name}", "slurm.cpus_per_task=1"]
+    for impossible, reason in (
+        ("slurm.gpus_per_node=8", "Requested node configuration is not available"),
+        ("slurm.gpus_per_node=a100:1", "Requested node configuration is not available"),
+        ("slurm.partition=nowhere", "Invalid partition name specified"),
+    ):
+        assert f"{reason} (sbatch --test-only)" in launched(partition, "submit", *args, impossible, status=2)
+    assert not run_dir.exists()
+    launched(partition, "submit", *args, "slurm.extra.begin=now+1hour")
+    assert "(BeginTime)" in launched(partition, "status", run_dir)
+    assert "cancelled 1 job: " in launched(partition, "cancel", run_dir, "--pending")
+    assert partition.run("squeue", "--noheader", f"--partition={partition.name}") == ""
 
 
 def write_sweep(partition: Partition, inputs: Inputs, tmp_path: Path) -> Path:
@@ -77,6 +97,7 @@ def test_a_sweep_with_two_failures(partition: Partition, inputs: Inputs, tmp_pat
     assert len(status["runs"]) == 4
     failed = [run for run in status["runs"] if run["state"] == "failed"]
     assert [run["values"]["stages.head.lr"] for run in failed] == [2e-3] * 2
+    assert all("broken.pt" in run["detail"] and "is FAILED" in run["detail"] for run in failed), failed
     top1 = [run["best"]["top1"] for run in status["runs"] if run["state"] == "completed"]
     assert len(top1) == 2
     assert top1 == sorted(top1, reverse=True)
