@@ -17,7 +17,6 @@ from launch.adaptive import refuse_other_search
 from launch.args import print_line
 from launch.local_job import is_job_alive, stop_job
 from launch.records import read_record, read_sweep_record
-from launch.run_status import RunStatus
 from launch.squeue import SlurmUnavailableError, cancel_jobs
 from launch.status import WAITING, is_run, read_overview
 
@@ -45,42 +44,36 @@ def cancel(folder: Path, *, pending: bool = False) -> int:
     refuse_other_search(folder)
     overview = read_overview(folder)
     states = WAITING if pending else (*WAITING, "running")
-    runs = [run for run, _ in overview.rows if run.state in states]
-    jobs, local, others = sort_by_kind(runs)
-    if overview.note is not None and any(run.state in (*states, "unknown") for run, _ in overview.rows):
-        sys.stderr.write(f"launch.cancel: {overview.note}\n")
+    jobs: list[str] = []
+    local: list[str] = []
+    problems: list[str] = [overview.note] if overview.note is not None else []
+    for run, _ in overview.rows:
+        record = read_record(run.run_dir)
+        if run.state == "unknown":
+            problems.append(f"{run.run_dir.name} is not cancelled: {run.detail}")
+        elif run.state in states and run.slurm is not None and run.job_id is not None:
+            jobs.append(run.job_id)
+        elif run.state in states and record is not None and is_job_alive(record):
+            local.append(str(record["job_id"]))
+        elif run.state in states:
+            why = run.detail or f"launch did not start it; end its process on {run.host}"
+            problems.append(f"{run.run_dir.name} is not cancelled: {why}")
     for job in local:
         stop_job(job)
     try:
         for start in range(0, len(jobs), AT_ONCE):
             cancel_jobs(jobs[start : start + AT_ONCE])
     except SlurmUnavailableError as error:
-        sys.stderr.write(f"launch.cancel: {error}\n")
-        return EXIT_FAULT
+        problems.append(str(error))
+        jobs = []
+    for problem in problems:
+        sys.stderr.write(f"launch.cancel: {problem}\n")
     cancelled = [*jobs, *local]
-    for run in others:
-        sys.stderr.write(f"launch.cancel: {run.run_dir} was not started by launch; end its process on {run.host}\n")
-    if not cancelled and not others:
-        print_line("nothing to cancel: no job is waiting" + ("" if pending else " or running"))
-    elif cancelled:
+    if cancelled:
         print_line(f"cancelled {len(cancelled)} job{'s'[: len(cancelled) > 1]}: {listed(cancelled, SHOWN)}")
-    return EXIT_FAULT if others or (overview.note is not None and not cancelled) else 0
-
-
-def sort_by_kind(runs: Sequence[RunStatus]) -> tuple[list[str], list[str], list[RunStatus]]:
-    """Ids of Slurm jobs, ids of local jobs, and runs that are neither."""
-    jobs: list[str] = []
-    local: list[str] = []
-    others: list[RunStatus] = []
-    for run in runs:
-        record = read_record(run.run_dir)
-        if run.slurm is not None and run.job_id is not None:
-            jobs.append(run.job_id)
-        elif record is not None and is_job_alive(record):
-            local.append(str(record["job_id"]))
-        else:
-            others.append(run)
-    return jobs, local, others
+    elif not problems:
+        print_line("nothing to cancel: no job is waiting" + ("" if pending else " or running"))
+    return EXIT_FAULT if problems else 0
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def test_a_process_that_launch_did_not_start_is_named(slurm: FakeSlurm, capsys) 
     Path("run").mkdir()
     Attempt(Path("run")).begin(0, {})
     assert cancel.main(["run"]) == 1
-    assert "run was not started by launch; end its process on" in capsys.readouterr().err
+    assert "run is not cancelled: launch did not start it; end its process on" in capsys.readouterr().err
 
 
 def test_what_is_refused(slurm: FakeSlurm, sweep: Path, capsys, monkeypatch) -> None:
@@ -93,4 +93,7 @@ def test_slurm_that_does_not_answer(slurm: FakeSlurm, sweep: Path, capsys) -> No
     assert "Access/permission denied" in capsys.readouterr().err
     slurm.refuse("squeue", "Unable to contact slurm controller")
     assert cancel.main([str(sweep)]) == 1
-    assert "Unable to contact slurm controller" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "Unable to contact slurm controller" in said.err
+    assert "t1 is not cancelled: Slurm does not answer" in said.err
+    assert said.out == ""
