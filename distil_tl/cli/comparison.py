@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distil_tl.cli.predictions import file_loader, predict_all
+from distil_tl.cli.predictions import file_loader, predict_all, predict_batch
 from distil_tl.data.index import Index
 from distil_tl.data.scan import scan
 from distil_tl.data.splits import data_root
@@ -123,9 +124,11 @@ def predict_split(model: RestoredModel, index: Index, device: torch.device, labe
     """Predicted classes of the images, int64 [N]; -1 for one that can't be read."""
     compute = default_compute(model.precision, model.model.module, device)
     network = evaluation_network(model.model, compute, device, model.image_size).eval()
-    loader = file_loader([index.path(i) for i in range(len(index))], model, BATCH_SIZE, None, device)
+    probabilities = functools.partial(predict_batch, network, device)
+    files = [index.path(i) for i in range(len(index))]
+    loader = file_loader(files, model.transform(), BATCH_SIZE, None, pin_memory=device.type == "cuda")
     with Progress(label, len(index), show=True) as bar:
-        found = [-1 if isinstance(p, str) else int(p.argmax()) for p in predict_all(network, loader, device, bar)]
+        found = [-1 if isinstance(p, str) else int(p.argmax()) for p in predict_all(probabilities, loader, bar)]
     return np.array(found, dtype=np.int64)
 
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("distil_tl.train", "train a model in stages (same as python -m distil_tl.train)"),
     "evaluate": ("distil_tl.evaluate", "exact metrics of a checkpoint, on any number of ranks"),
     "predict": ("distil_tl.cli.predict", "predict the classes of image files and folders, as CSV"),
+    "export": ("distil_tl.cli.export", "write a trained model as ONNX, or as timm and torchvision load it"),
     "prepare": ("distil_tl.cli.prepare", "copy an image folder with large images made smaller, for faster reading"),
     "prefetch": ("distil_tl.cli.prefetch", "download and check pretrained weights before a job without network"),
     "doctor": ("distil_tl.cli.doctor", "check what a run will use on this machine, and what will fail"),

@@ -1,4 +1,4 @@
-"""`distil-tl predict RUN_DIR PATH...`: predicted classes of images, files or whole folders, as CSV."""
+"""`distil-tl predict RUN_DIR|MODEL.onnx PATH...`: predicted classes of images, files or whole folders, as CSV."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 
 from distil_tl.data.config import ALL_EXTENSIONS
+from distil_tl.export.names import ONNX
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import path_argument
+from distil_tl.utils.log import printable
 from distil_tl.utils.outputs import check_output
 
 
@@ -18,7 +20,9 @@ def main(args: Sequence[str] | None = None) -> int:
         prog="distil-tl predict",
         description="Write a CSV row for each image: path, prediction, probability, and an error if it can't be read.",
     )
-    parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="a run directory with a checkpoint")
+    parser.add_argument(
+        "model", type=path_argument, metavar="MODEL", help="a run directory, or an .onnx file of distil-tl export"
+    )
     parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="an image, or a folder to search")
     parser.add_argument("-o", "--output", type=path_argument, metavar="FILE", help="default: standard output")
     parser.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
@@ -39,11 +43,13 @@ def run(options: argparse.Namespace) -> None:
     if options.batch_size < 1 or (options.workers or 0) < 0:
         raise UserError("--batch-size must be at least 1, and --workers at least 0")
     if options.output is not None:
-        check_output("--output", options.output, options.paths, ALL_EXTENSIONS)
+        check_output("--output", options.output, [options.model, *options.paths], ALL_EXTENSIONS)
+    if options.model.suffix == ONNX and options.checkpoint != "best":
+        raise UserError(f"--checkpoint is for a run directory; {printable(options.model)} has one model")
     from distil_tl.cli.predictions import predict  # imports torch, which takes seconds; --help does not need it
 
     predict(
-        options.run_dir,
+        options.model,
         options.paths,
         checkpoint=options.checkpoint,
         output=options.output,

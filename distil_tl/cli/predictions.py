@@ -6,7 +6,8 @@ import csv
 import functools
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -20,7 +21,9 @@ from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.loader import Batch, Item, collate
 from distil_tl.data.loader_processes import BoundedLoader
 from distil_tl.data.walk import describe, walk
-from distil_tl.inference import RestoredModel, Transform, restore_model
+from distil_tl.export.names import ONNX
+from distil_tl.export.onnx_model import OnnxModel
+from distil_tl.inference import Transform, restore_model
 from distil_tl.training.network import ImageNetwork, evaluation_network
 from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
@@ -30,7 +33,7 @@ from distil_tl.utils.threads import available_cpus
 
 
 def predict(
-    run_dir: Path,
+    model: Path,
     paths: Sequence[Path],
     *,
     checkpoint: str,
@@ -43,6 +46,7 @@ def predict(
     """Write a row for each image among `paths` to `output` (None: standard output).
 
     Args:
+        model: a run directory, or an ONNX file that `distil-tl export` wrote.
         all_classes: whether a row also has the probability of each class.
         workers: loader processes; None: one fewer than the CPUs.
         device: auto, cpu or cuda.
@@ -51,30 +55,64 @@ def predict(
         UserError: no such run, checkpoint, path or device, no image among the paths, none that can be read, or an
             output that can't be written.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but torch finds no CUDA device")
-    restored = restore_model(run_dir, checkpoint)
+    predictor = onnx_predictor(model, device) if model.suffix == ONNX else trained_predictor(model, checkpoint, device)
     ignored: Counter[str] = Counter()
-    files = find_images(paths, restored.config.data.image_extensions, ignored)
+    files = find_images(paths, predictor.extensions, ignored)
     if output is not None:
-        check_output("--output", output, files, ALL_EXTENSIONS)
+        check_output("--output", output, [model, *files], ALL_EXTENSIONS)
     if ignored:
         sys.stderr.write(f"distil-tl predict: {printable(describe(ignored))}\n")
-    if warning := intensity_warning(len(files), files.__getitem__, restored.config.data.intensity):
+    if warning := intensity_warning(len(files), files.__getitem__, predictor.transform.intensity):
         sys.stderr.write(f"distil-tl predict: {warning}\n")
-    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    compute = default_compute(restored.precision, restored.model.module, where)
-    network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
-    loader = file_loader(files, restored, batch_size, workers, where)
+    loader = file_loader(files, predictor.transform, batch_size, workers, pin_memory=predictor.pin_memory)
     bar = Progress("predict", len(files), show=output is not None)
     with open_output(output) as file:
-        predictions = predict_all(network, loader, where, bar)
-        unreadable = write_rows(file, files, predictions, restored.classes, all_classes=all_classes)
+        predictions = predict_all(predictor.probabilities, loader, bar)
+        unreadable = write_rows(file, files, predictions, predictor.classes, all_classes=all_classes)
     bar.close()
     if unreadable:
         sys.stderr.write(f"distil-tl predict: {unreadable} of {len(files)} files can't be read; see column error\n")
     if unreadable == len(files):
         raise UserError("none of the files is a readable image")
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that predicts classes.
+
+    Attributes:
+        classes: names, in the order of the probabilities.
+        transform: from an image to the input of the model.
+        extensions: how the names of images end.
+        probabilities: of images uint8 [N, 3, S, S] on the CPU, float32 [N, C] on the CPU.
+        pin_memory: whether batches should be in pinned memory.
+    """
+
+    classes: list[str]
+    transform: Transform
+    extensions: tuple[str, ...]
+    probabilities: Callable[[Tensor], Tensor]
+    pin_memory: bool = False
+
+
+def trained_predictor(run_dir: Path, checkpoint: str, device: str) -> Predictor:
+    """The model of a run directory, in the precision that it was trained in."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no CUDA device")
+    restored = restore_model(run_dir, checkpoint)
+    where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    compute = default_compute(restored.precision, restored.model.module, where)
+    network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
+    probabilities = functools.partial(predict_batch, network, where)
+    extensions = restored.config.data.image_extensions
+    return Predictor(restored.classes, restored.transform(), extensions, probabilities, where.type == "cuda")
+
+
+def onnx_predictor(path: Path, device: str) -> Predictor:
+    """The model of an ONNX file that `distil-tl export` wrote."""
+    model = OnnxModel(path, device)
+    transform = Transform(model.preprocess, model.image_size, model.intensity)
+    return Predictor(model.classes, transform, model.extensions, lambda images: torch.from_numpy(model(images.numpy())))
 
 
 def find_images(
@@ -125,32 +163,36 @@ class ImageFiles(Dataset[Item]):
 
 
 def file_loader(
-    files: list[Path], restored: RestoredModel, batch_size: int, workers: int | None, device: torch.device
+    files: list[Path], transform: Transform, batch_size: int, workers: int | None, *, pin_memory: bool
 ) -> BoundedLoader[Batch]:
     """The files as batches for a model; `workers` as in `predict`."""
     return BoundedLoader[Batch](
-        ImageFiles(files, restored.transform()),
+        ImageFiles(files, transform),
         batch_size=batch_size,
         num_workers=default_workers(available_cpus()) if workers is None else workers,
-        collate_fn=functools.partial(collate, image_size=restored.image_size),
-        pin_memory=device.type == "cuda",
+        collate_fn=functools.partial(collate, image_size=transform.image_size),
+        pin_memory=pin_memory,
     )
 
 
 def predict_all(
-    network: ImageNetwork, loader: Iterable[Batch], device: torch.device, bar: Progress
+    probabilities: Callable[[Tensor], Tensor], loader: Iterable[Batch], bar: Progress
 ) -> Iterator[Tensor | str]:
-    """For each file the probabilities of its image, float32 [C] on the CPU, or the reason why it can't be read."""
+    """For each file the probabilities of its image, float32 [C] on the CPU, or the reason why it can't be read.
+
+    Args:
+        probabilities: float32 [N, C] on the CPU, of images uint8 [N, 3, S, S] on the CPU.
+    """
     for batch in loader:
         readable = batch.images[batch.valid] if batch.faults else batch.images
-        probabilities = iter(predict_batch(network, readable, device) if len(readable) else ())
+        results = iter(probabilities(readable) if len(readable) else ())
         reasons = dict(batch.faults)
-        yield from (reasons[i] if i in reasons else next(probabilities) for i in batch.indices.tolist())
+        yield from (reasons[i] if i in reasons else next(results) for i in batch.indices.tolist())
         bar.advance(len(batch.indices))
 
 
 @torch.inference_mode()
-def predict_batch(network: ImageNetwork, images: Tensor, device: torch.device) -> Tensor:
+def predict_batch(network: ImageNetwork, device: torch.device, images: Tensor) -> Tensor:
     """Probabilities, float32 [N, C] on the CPU, of images uint8 [N, 3, S, S]."""
     return network(images.to(device, non_blocking=True)).softmax(dim=1).cpu()  # type: ignore[no-any-return]
 

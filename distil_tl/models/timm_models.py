@@ -89,16 +89,19 @@ def build(
     Raises:
         UserError: the weights cannot be loaded, the model is not a classifier, or it does not support `image_size`.
     """
-    arguments = _constructor_arguments(name)
-    options: dict[str, object] = {}
-    if "dynamic_img_size" in arguments:
-        options["dynamic_img_size"] = True
-    elif "img_size" in arguments:
-        options["img_size"] = image_size
+    options = arguments(name, image_size)
     with seeded(seed, "model"):
         module = _create(name, pretrained, num_classes=num_classes, **options)
     check_size(name, module, image_size)
     return module, _heads(name, module, num_classes), "img_size" in options
+
+
+def arguments(name: str, image_size: int) -> dict[str, object]:
+    """Arguments of timm's `create_model` besides the number of classes."""
+    accepted = _constructor_arguments(name)
+    if "dynamic_img_size" in accepted:
+        return {"dynamic_img_size": True}
+    return {"img_size": image_size} if "img_size" in accepted else {}
 
 
 def _constructor_arguments(name: str) -> set[str]:

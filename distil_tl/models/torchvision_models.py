@@ -68,18 +68,22 @@ def build(
         UserError: the architecture does not support `image_size`.
     """
     check_size(name, image_size)
-    options: dict[str, object] = {}
-    if name.startswith("vit_"):
-        options["image_size"] = image_size
-    elif name.startswith("maxvit"):
-        options["input_size"] = (image_size, image_size)
-    elif name in _WITH_AUXILIARY:
-        options = {"aux_logits": False, "init_weights": random, "transform_input": not random}
     with seeded(seed, "model"):
-        module: nn.Module = tv.get_model(name, weights=None, **options)
+        module: nn.Module = tv.get_model(name, weights=None, **arguments(name, image_size, random=random))
         head = find_head(module)
         replace_head(module, head, num_classes)
     return module, (head,)
+
+
+def arguments(name: str, image_size: int, *, random: bool) -> dict[str, object]:
+    """Arguments of torchvision's constructor besides the number of classes; `random` as for `build`."""
+    if name.startswith("vit_"):
+        return {"image_size": image_size}
+    if name.startswith("maxvit"):
+        return {"input_size": (image_size, image_size)}
+    if name in _WITH_AUXILIARY:
+        return {"aux_logits": False, "init_weights": random, "transform_input": not random}
+    return {}
 
 
 def check_size(name: str, size: int) -> None:

@@ -19,6 +19,7 @@ from distil_tl.utils.errors import (
     EXIT_PREEMPTED,
     EXIT_RESTART,
     EXIT_USER_ERROR,
+    ExportError,
     LoaderError,
     LostRanksError,
     NonFiniteError,
@@ -81,7 +82,7 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
         _print_error(f"{name}: {error}")
         os.environ.update({**error.settings, _RESTARTED: str(os.getpid())})
         return EXIT_RESTART
-    except (NonFiniteError, NoProgressError) as error:
+    except (NonFiniteError, NoProgressError, ExportError) as error:
         _print_error(f"{name}: {error}")
         return EXIT_FAULT
     except (LoaderError, LostRanksError, SupersededError, WriteError) as error:

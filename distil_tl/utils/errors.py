@@ -71,6 +71,10 @@ class CheckpointError(WriteError):
     """A checkpoint could not be written; older ones are unchanged."""
 
 
+class ExportError(RuntimeError):
+    """A model can't be exported, or the exported one answers otherwise: exit status 1."""
+
+
 class NonFiniteError(ArithmeticError):
     """The loss or a gradient is not finite; the weights are those before that step: exit status 1."""
 

@@ -77,12 +77,24 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
         with path.open("w", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
             yield file
         return
+    with replaced_output(path) as partial, partial.open("x", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
+        yield file
+
+
+@contextmanager
+def replaced_output(path: Path) -> Iterator[Path]:
+    """A new name beside `path`, for the body to write to. When the body ends, that file replaces `path`.
+
+    A link to a file keeps pointing to it. If the body raises, nothing is left, and `path` is unchanged.
+
+    Raises:
+        UserError: the file can't be written.
+    """
     target = _target(path)
     partial = _partial(target)
     try:
-        with partial.open("x", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
-            yield file
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         if target.exists():
             shutil.copymode(target, partial)

@@ -1,0 +1,152 @@
+"""A trained model as its library loads it: model.safetensors, and config.json for timm or torchvision."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torchvision
+
+from distil_tl.export.names import CONFIG, WEIGHTS
+from distil_tl.models import timm_models, torchvision_models
+from distil_tl.models.config import ModelConfig, resolve_weights
+from distil_tl.models.preprocess import Preprocess
+from distil_tl.models.transfer import TransferModel
+from distil_tl.utils.errors import ExportError, UserError
+from distil_tl.utils.files import json_text
+from distil_tl.utils.log import printable
+from distil_tl.utils.outputs import check_output, replaced_output
+
+ROUNDING = 1e-5  # of logits in float32, relative to the largest one
+_TIMM_KEYS = ("first_conv", "classifier", "pool_size")  # of a published configuration
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError if `folder` can't be made or written to, or has another model's files."""
+    shown = f"-o {printable(folder)}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{shown} is a file: name a folder for {WEIGHTS} and {CONFIG}")
+    if not folder.parent.is_dir():
+        raise UserError(f"{shown}: there is no folder {printable(folder.parent)}")
+    there = [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
+    if there and not _is_own(folder / CONFIG):
+        raise UserError(f"{shown} has a {there[0]} that `distil-tl export` did not write: name another folder")
+    for name in (WEIGHTS, CONFIG) if folder.is_dir() else ():
+        check_output("-o", folder / name)
+    if not folder.is_dir() and not os.access(folder.parent, os.W_OK):
+        raise UserError(f"{shown}: no permission to write in {printable(folder.parent)}")
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return "distil_tl" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def write_library_files(folder: Path, config: ModelConfig, model: TransferModel, content: Mapping[str, Any]) -> None:
+    """Write model.safetensors and config.json into `folder`, which is made.
+
+    Args:
+        content: of config.json, as `library_config` returns it.
+
+    Raises:
+        ExportError: the library does not load them as the same model; nothing is written then.
+    """
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in model.module.state_dict().items()}
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+        partial = Path(temporary)
+        (partial / WEIGHTS).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
+        (partial / CONFIG).write_text(json_text(content), encoding="utf-8", errors="backslashreplace")
+        _check(partial, config, model, content)
+        folder.mkdir(exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            with replaced_output(folder / name) as target:
+                shutil.move(partial / name, target)
+
+
+def loading_lines(folder: Path, config: ModelConfig) -> str:
+    """The lines of Python that load what `write_library_files` wrote."""
+    if config.from_timm:
+        return (
+            f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+        )
+    return (
+        f'config = json.load(open("{folder / CONFIG}"))\n'
+        'model = torchvision.models.get_model(config["architecture"], **config["model_args"]).eval()\n'
+        f'model.load_state_dict(safetensors.torch.load_file("{folder / WEIGHTS}"))'
+    )
+
+
+def library_config(
+    config: ModelConfig, model: TransferModel, image_size: int, classes: list[str], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of config.json: as timm's own `save_config_for_hf` writes it, or for torchvision's `get_model`."""
+    found: dict[str, Any] = {"architecture": config.library_name.partition(".")[0], "num_classes": len(classes)}
+    found["label_names"] = classes
+    preprocess = model.preprocess
+    statistics = {"interpolation": preprocess.interpolation, "mean": preprocess.mean, "std": preprocess.std}
+    if config.from_timm:
+        network: Any = model.module
+        published: dict[str, Any] = getattr(network, "pretrained_cfg", None) or {}
+        found["num_features"] = getattr(network, "num_features", None)
+        found["model_args"] = timm_models.arguments(config.library_name, model.image_size)
+        found["pretrained_cfg"] = {
+            **{key: published[key] for key in _TIMM_KEYS if published.get(key) is not None},
+            "num_classes": len(classes),
+            "input_size": [3, image_size, image_size],
+            "fixed_input_size": model.fixed_image_size,
+            "crop_pct": crop_share(preprocess, image_size),
+            "crop_mode": "center",
+            **statistics,
+        }
+    else:
+        random = resolve_weights(config) == "none"
+        arguments = torchvision_models.arguments(config.name, model.image_size, random=random)
+        found["model_args"] = {"num_classes": len(classes), **arguments}
+        found["preprocess"] = {
+            "resize_size": preprocess.resize_for(image_size), "crop_size": image_size, **statistics
+        }  # fmt: skip
+    return {**found, "distil_tl": dict(provenance)}
+
+
+def crop_share(preprocess: Preprocess, image_size: int) -> float:
+    """`crop_pct`, with which timm resizes to the same size: it rounds `image_size / crop_pct` down."""
+    resized = preprocess.resize_for(image_size)
+    share = image_size / resized
+    return share if math.floor(image_size / share) == resized else image_size / (resized + 0.5)
+
+
+def _check(folder: Path, config: ModelConfig, model: TransferModel, content: Mapping[str, Any]) -> None:
+    """Build the model with its library from what was written, and compare its answers with those of `model`."""
+    library = "timm" if config.from_timm else "torchvision"
+    try:
+        if config.from_timm:
+            import timm
+
+            loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        else:
+            loaded = torchvision.models.get_model(content["architecture"], **content["model_args"])
+            loaded.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+    except Exception as error:  # of many types
+        reason = printable(str(error).strip().partition("\n")[0])
+        raise ExportError(
+            f"{library} does not load {config.name} as it was trained ({reason}). No file was written"
+        ) from error
+    images = torch.rand(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = (network.eval()(images) for network in (model.module, loaded))
+    off = float((expected - found).abs().max())
+    if not off <= ROUNDING * max(1.0, float(expected.abs().max())):  # also if it is not a number
+        raise ExportError(
+            f"{config.name} answers otherwise when {library} loads it: logits differ by {off:.1e}. No file was written"
+        )

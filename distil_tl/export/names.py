@@ -1,0 +1,15 @@
+"""Names in exported files, and how to install what writes and reads them. Imports no torch."""
+
+from __future__ import annotations
+
+ONNX = ".onnx"
+INPUT, OUTPUT = "images", "probabilities"  # of the graph
+SCRIPT = "predict.py"  # written beside a model
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+# Keys of the metadata of an ONNX file; the values are JSON.
+CLASSES = "distil_tl.classes"
+PREPROCESS = "distil_tl.preprocess"
+PROVENANCE = "distil_tl.provenance"
+
+INSTALL = "pip install 'distil_tl[export]'"

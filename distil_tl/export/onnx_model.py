@@ -1,0 +1,78 @@
+"""An ONNX file that `distil-tl export` wrote, run by onnxruntime."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from distil_tl.data.pillow import Intensity
+from distil_tl.export.names import CLASSES, INPUT, INSTALL, PREPROCESS
+from distil_tl.models.preprocess import Preprocess
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import printable
+
+_ONLY_ERRORS = 3  # of onnxruntime's log levels
+
+
+class OnnxModel:
+    """uint8 images [N, 3, S, S] to probabilities, float32 [N, C].
+
+    Args:
+        path: the file.
+        device: auto, cpu or cuda. `auto` uses CUDA if onnxruntime was built with it.
+
+    Attributes:
+        classes: names, in the order of the probabilities.
+        preprocess, image_size, intensity: how an image becomes an input.
+        extensions: how the names of images end.
+
+    Raises:
+        UserError: onnxruntime is missing or lacks the device; there is no such file, it is not an ONNX model, or
+            another program wrote it.
+    """
+
+    def __init__(self, path: Path, device: str = "cpu") -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UserError(f"onnxruntime cannot be imported ({error}): {INSTALL}") from error
+        if not path.is_file():
+            raise UserError(f"there is no file {printable(path)}")
+        has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        if device == "cuda" and not has_cuda:
+            raise UserError("--device cuda, but the installed onnxruntime is for CPUs: pip install onnxruntime-gpu")
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if has_cuda and device != "cpu":
+            providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ONLY_ERRORS
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # of several types of its own
+            reason = printable(str(error).partition("\n")[0])
+            raise UserError(f"onnxruntime can't read {printable(path)} ({reason})") from error
+        metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        if CLASSES not in metadata or PREPROCESS not in metadata:
+            raise UserError(
+                f"{printable(path)} was not written by `distil-tl export`: its metadata has no {CLASSES} or "
+                f"{PREPROCESS}"
+            )
+        settings: dict[str, Any] = json.loads(metadata[PREPROCESS])
+        self.classes: list[str] = json.loads(metadata[CLASSES])
+        self.image_size: int = settings["image_size"]
+        self.intensity: Intensity = settings["intensity"]
+        self.extensions: tuple[str, ...] = tuple(settings["extensions"])
+        self.preprocess = Preprocess(
+            mean=tuple(settings["mean"]), std=tuple(settings["std"]), interpolation=settings["interpolation"],
+            crop_size=settings["image_size"], resize_size=settings["shorter_side"],
+        )  # fmt: skip
+
+    def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        answer: npt.NDArray[np.float32] = self._session.run(None, {INPUT: images})[0]
+        return answer

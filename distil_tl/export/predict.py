@@ -1,0 +1,291 @@
+#!/usr/bin/env python3
+"""Predict the classes of images with the ONNX model beside this script: python predict.py PATH... [-o FILE.csv]
+
+`distil-tl export` wrote both. The script needs onnxruntime, numpy and Pillow alone, and reads 8-bit RGB and grey JPEGs
+and PNGs. It prepares them to the same bytes as evaluation in training did; any other image gets a row with an error. A
+folder is searched at any depth. The CSV is that of `distil-tl predict MODEL.onnx PATH...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 178_956_970
+ORIENTATION = 0x0112  # of EXIF
+LEFTOVERS = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".thumbnails", ".AppleDouble", ".Trashes", "lost+found")
+
+
+class RefusedError(Exception):
+    """Why the content of a file can't be used."""
+
+
+def read_image(path: Path, min_side: int) -> Any:
+    """The pixels of an 8-bit RGB or grey JPEG or PNG, uint8 [H, W, 3], upright.
+
+    Args:
+        min_side: length in pixels that is sufficient for the shorter side: a large JPEG is decoded at 1/2, 1/4 or 1/8
+            of its size, down to this length.
+
+    Raises:
+        RefusedError: it is another image, or damaged.
+        OSError: the file can't be read.
+    """
+    data = path.read_bytes()
+    if not data:
+        raise RefusedError("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise RefusedError(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} allowed; make it smaller")
+        _refuse_other_kinds(image, data)
+        image.draft(None, (min_side, min_side))
+        image.load()
+        _refuse_other_kinds(image, data)  # transparency may be declared after the pixels
+        return upright(np.asarray(image.convert("RGB")), image)
+    except UnidentifiedImageError:
+        raise RefusedError("not a JPEG or PNG, which are the formats that this script reads") from None
+    except (RefusedError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises errors of any type for damaged files
+        raise RefusedError(f"damaged image: {error or type(error).__name__}") from error
+
+
+def _refuse_other_kinds(image: Image.Image, data: bytes) -> None:
+    kind = "PNG" if image.format == "PNG" else "JPEG"
+    if image.mode not in ("RGB", "L"):
+        found = f"mode {image.mode}"
+    elif kind == "PNG" and data[24] != 8:
+        found = f"{data[24]} bits per channel"
+    elif "transparency" in image.info:
+        found = "transparency"
+    else:
+        return
+    raise RefusedError(f"a {kind} with {found}: this script reads 8-bit RGB and grey without transparency")
+
+
+def upright(pixels: Any, image: Image.Image) -> Any:
+    """`pixels` [H, W, 3] rotated and mirrored according to the EXIF data of `image`."""
+    try:
+        orientation = int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # damaged metadata of an intact image
+        return pixels
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def resize_and_crop(pixels: Any, shorter_side: int, size: int, interpolation: str) -> Any:
+    """`pixels` [H, W, 3] resized to a shorter side of `shorter_side`, and of these the centre, [size, size, 3].
+
+    The same bytes as torchvision's `Resize(shorter_side, interpolation, antialias=True)` and `CenterCrop(size)` of a
+    uint8 tensor on the CPU.
+    """
+    height, width = pixels.shape[:2]
+    longer_side = int(shorter_side * max(height, width) / min(height, width))
+    new_height, new_width = (longer_side, shorter_side) if width <= height else (shorter_side, longer_side)
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    rows, columns = slice(top, top + size), slice(left, left + size)
+    if interpolation == "nearest":
+        return pixels[nearest(height, new_height)[rows]][:, nearest(width, new_width)[columns]]
+    needed = slice(None)
+    if new_height != height:
+        first, table, _ = filters(height, new_height, interpolation)
+        needed = slice(int(first[top]), int(first[top + size - 1]) + table.shape[1])
+    pixels = pixels[needed]
+    if new_width != width:
+        pixels = weighted_sums(pixels.transpose(1, 0, 2), filters(width, new_width, interpolation), columns, 0)
+        pixels = pixels.transpose(1, 0, 2)
+    else:
+        pixels = pixels[:, columns]
+    if new_height != height:
+        return weighted_sums(pixels, filters(height, new_height, interpolation), rows, needed.start)
+    return pixels[rows]
+
+
+def nearest(length: int, new_length: int) -> Any:
+    """For each position of a side of `new_length` pixels the position in one of `length`, int64 [new_length]."""
+    scale = np.float32(length) / np.float32(new_length)
+    positions = np.floor(np.arange(new_length, dtype=np.float32) * scale).astype(np.int64)
+    return np.minimum(positions, length - 1)
+
+
+@functools.lru_cache(maxsize=64)
+def filters(length: int, new_length: int, interpolation: str) -> tuple[Any, Any, int]:
+    """The weights of a resize from `length` to `new_length` pixels, as PyTorch computes them for uint8 images.
+
+    Returns:
+        For each new pixel the first pixel that it is computed from, int64 [new_length]; the weights of the pixels from
+        there on, int32 [new_length, taps]; and by how many bits the weights are shifted: together they are 1 << bits.
+    """
+    radius = 2 if interpolation == "bicubic" else 1
+    scale = length / new_length
+    support = radius * max(scale, 1.0)
+    taps = math.ceil(support) * 2 + 1
+    inverse = 1.0 / scale if scale >= 1 else 1.0
+    centre = scale * (np.arange(new_length) + 0.5)
+    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)  # towards zero
+    count = np.clip(np.minimum((centre + support + 0.5).astype(np.int64), length) - first, 0, taps)
+    distance = np.abs((np.arange(taps) + (first - centre)[:, None] + 0.5) * inverse)
+    values = np.where(np.arange(taps) < count[:, None], (cubic if radius == 2 else triangle)(distance), 0.0)
+    total = np.zeros(new_length)
+    for tap in range(taps):  # one after the other, for the same rounding
+        total = total + values[:, tap]
+    values = values / np.where(total == 0, 1.0, total)[:, None]
+    bits = next((n for n in range(22) if int(0.5 + values.max() * (1 << (n + 1))) >= 1 << 15), 22)
+    scaled = values * (1 << bits)
+    return first, np.trunc(np.where(scaled < 0, scaled - 0.5, scaled + 0.5)).astype(np.int32), bits
+
+
+def triangle(x: Any) -> Any:
+    return np.where(x < 1, 1 - x, 0.0)
+
+
+def cubic(x: Any) -> Any:
+    a = -0.5
+    inner, outer = ((a + 2) * x - (a + 3)) * x * x + 1, ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
+
+
+def weighted_sums(pixels: Any, weights: tuple[Any, Any, int], wanted: slice, offset: int) -> Any:
+    """`pixels` uint8 [N, M, 3] filtered along the first side: the positions `wanted` of the new one, uint8.
+
+    Args:
+        offset: the position of pixels[0] in the whole image.
+    """
+    first, table, bits = weights
+    first, table = first[wanted] - offset, table[wanted]
+    total = np.full((len(first), *pixels.shape[1:]), 1 << (bits - 1), dtype=np.int32)
+    for tap in range(table.shape[1]):
+        positions = np.minimum(first + tap, len(pixels) - 1)  # beyond the end the weight is zero
+        total += pixels[positions] * table[:, tap, None, None]
+    return np.clip(total >> bits, 0, 255).astype(np.uint8)
+
+
+def prepare(path: Path, settings: dict[str, Any]) -> Any:
+    """An image as the model expects it, uint8 [3, S, S]; raises as `read_image` does.
+
+    Args:
+        settings: `image_size`, `shorter_side` and `interpolation`, as in the metadata of the model.
+    """
+    shorter_side = settings["shorter_side"]
+    pixels = read_image(path, min_side=2 * shorter_side)
+    view = resize_and_crop(pixels, shorter_side, settings["image_size"], settings["interpolation"])
+    return np.ascontiguousarray(view.transpose(2, 0, 1))
+
+
+def find_images(paths: Sequence[Path], extensions: tuple[str, ...]) -> list[Path]:
+    """The files in `paths`, and those inside its folders with one of `extensions`, sorted by folder and name."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            files += [
+                Path(folder) / name for folder, names in sorted(walk(str(path), extensions, ())) for name in names
+            ]
+        elif path.exists():
+            files.append(path)
+        else:
+            raise SystemExit(f"predict.py: there is no file or folder {path}")
+    if not files:
+        raise SystemExit(f"predict.py: no image in {', '.join(map(str, paths))}")
+    return files
+
+
+def walk(folder: str, extensions: tuple[str, ...], parents: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
+    """Each folder with the names of its images. What file managers and notebooks leave behind is left out."""
+    real, names = os.path.realpath(folder), list[str]()
+    if real in parents:
+        raise SystemExit(f"predict.py: {folder} contains itself: remove the symbolic link that forms this loop")
+    for entry in os.scandir(folder):
+        if entry.is_dir() and entry.name not in LEFTOVERS and not entry.name.startswith("._"):
+            yield from walk(os.path.join(folder, entry.name), extensions, (*parents, real))  # noqa: PTH118
+        elif not entry.is_dir() and entry.name.lower().endswith(extensions) and not entry.name.startswith("._"):
+            names.append(entry.name)
+    yield folder, sorted(names)
+
+
+def predictions(session: Any, files: list[Path], settings: dict[str, Any], batch_size: int) -> Iterator[Any]:
+    """For each file the probabilities, float32 [C], or the reason why it can't be used."""
+    for begin in range(0, len(files), batch_size):
+        items: list[Any] = []
+        for path in files[begin : begin + batch_size]:
+            try:
+                items.append(prepare(path, settings))
+            except (RefusedError, OSError) as error:
+                items.append(str(error))
+        images = [item for item in items if not isinstance(item, str)]
+        results = iter(session.run(None, {"images": np.stack(images)})[0] if images else ())
+        yield from (item if isinstance(item, str) else next(results) for item in items)
+
+
+def write_rows(file: TextIO, files: list[Path], results: Iterator[Any], classes: list[str], every: bool) -> int:
+    """Write the CSV; return how many files could not be used."""
+    columns = [f"p({name})" for name in classes] if every else []
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["path", "prediction", "probability", *columns, "error"])
+    unusable = 0
+    for path, result in zip(files, results):  # noqa: B905  # Python 3.9
+        if isinstance(result, str):
+            unusable += 1
+            writer.writerow([path, "", "", *("" for _ in columns), result])
+            continue
+        best = int(result.argmax())
+        writer.writerow([path, classes[best], f"{result[best]:.6f}", *(f"{p:.6f}" for p in result if every), ""])
+    return unusable
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="predict.py", description=(__doc__ or "").partition("\n\n")[2])
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="an image, or a folder to search")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="default: the only .onnx file beside this script")
+    parser.add_argument("--all", action="store_true", help="add a column with the probability of each class")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images (default: 32)")
+    options = parser.parse_args()
+    beside = sorted(Path(__file__).parent.glob("*.onnx"))
+    if options.model is None and len(beside) != 1:
+        parser.error(f"{len(beside)} .onnx files are beside this script: name one with --model")
+    if options.batch_size < 1:
+        parser.error("--batch-size must be at least 1")
+    if options.output is not None and options.output.exists():
+        parser.error(f"--output {options.output} exists: name a new file")
+    import onnxruntime
+
+    Image.MAX_IMAGE_PIXELS = None  # the limit is checked here
+    session = onnxruntime.InferenceSession(str(options.model or beside[0]), providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    settings, classes = json.loads(metadata["distil_tl.preprocess"]), json.loads(metadata["distil_tl.classes"])
+    files = find_images(options.paths, tuple(settings["extensions"]))
+    results = predictions(session, files, settings, options.batch_size)
+    text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    standard = options.output is None
+    with (
+        open(sys.stdout.fileno(), "w", closefd=False, **text)
+        if standard
+        else options.output.open("x", **text) as opened
+    ):
+        unusable = write_rows(opened, files, results, classes, options.all)
+    if unusable:
+        sys.stderr.write(f"predict.py: {unusable} of {len(files)} files can't be used; see column error\n")
+    return 2 if unusable == len(files) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

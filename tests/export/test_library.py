@@ -1,0 +1,70 @@
+"""`distil-tl export --format safetensors`: timm and torchvision load the files as they are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+import distil_tl
+from distil_tl.cli.export import main
+from distil_tl.export.library import crop_share
+from distil_tl.models.preprocess import Preprocess
+from tests.export.conftest import SIZE
+from tests.helpers.arguments import SMALLEST
+from tests.helpers.images import CLASSES
+
+
+def test_timm_loads_it(make_run: Callable[[str], Path], tmp_path: Path) -> None:
+    run_dir, out = make_run(SMALLEST), tmp_path / "out"
+    for _ in range(2):  # an earlier export is replaced
+        assert main([str(run_dir), "-o", str(out), "--format", "safetensors"]) == 0
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    own, transform, _ = distil_tl.load(run_dir)
+    images = torch.rand(2, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        assert torch.allclose(loaded(images), own(images), atol=1e-5)
+    assert loaded.pretrained_cfg["label_names"] == list(CLASSES)
+    steps = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded)).transforms
+    assert (steps[0].size, tuple(steps[1].size)) == (transform._view[0].size[0], (SIZE, SIZE))
+    assert torch.equal(steps[-1].mean.flatten() * 255, transform._normalize.mean.flatten())
+
+
+def test_torchvision_loads_it(make_run: Callable[[str], Path], tmp_path: Path) -> None:
+    run_dir = make_run("shufflenet_v2_x0_5")
+    assert main([str(run_dir), "-o", str(tmp_path / "out"), "--format", "safetensors"]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    loaded = torchvision.models.get_model(config["architecture"], **config["model_args"]).eval()
+    loaded.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    images = torch.rand(2, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        assert torch.allclose(loaded(images), distil_tl.load(run_dir).model(images), atol=1e-5)
+    assert (config["label_names"], config["preprocess"]["crop_size"]) == (list(CLASSES), SIZE)
+
+
+def test_files_of_others_are_not_replaced(
+    make_run: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for path, message in (
+        (tmp_path, "has a config.json that `distil-tl export` did not write"),
+        (tmp_path / "config.json", "is a file: name a folder"),
+        (tmp_path / "no" / "folder", "there is no folder"),
+    ):
+        assert main([str(tmp_path), "-o", str(path), "--format", "safetensors"]) == 2
+        assert message in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
+
+
+def test_timm_resizes_to_the_same_size() -> None:
+    for crop, resize in ((224, 256), (224, 235), (224, 224), (288, 304), (380, 418)):
+        preprocess = Preprocess(crop_size=crop, resize_size=resize)
+        for size in range(8, 400):
+            assert math.floor(size / crop_share(preprocess, size)) == preprocess.resize_for(size)
