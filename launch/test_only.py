@@ -18,14 +18,24 @@ _NO_NODES = "node configuration is not available"  # also while too many of the 
 
 
 def refuse_impossible(script: str, slurm: SlurmConfig) -> None:
-    """Check that Slurm could run the job of a batch script. Where it can't be asked, only print a warning.
+    """As `find_obstacle`, with the warning on standard error."""
+    warning = find_obstacle(script, slurm)
+    if warning is not None:
+        sys.stderr.write(f"launch: {warning}\n")
+
+
+def find_obstacle(script: str, slurm: SlurmConfig) -> str | None:
+    """Check that Slurm could run the job of a batch script. Returns a warning if it can't say so now.
 
     Raises:
         UserError: it could not, with Slurm's own reason.
     """
     partitions = read_partitions(slurm.partition)
-    reason = ask_slurm(script)
-    if reason is not None and not (_NO_NODES in reason and _only_down(slurm, partitions)):
+    reason, is_final = ask_slurm(script)
+    warning = f"sbatch --test-only did not say that Slurm can run the job now: {reason}"
+    if reason is not None and _NO_NODES in reason and _are_down(slurm, partitions):
+        is_final, warning = False, "nodes that the job needs are down or drained now; it waits for them"
+    if is_final:
         raise UserError(
             f"this cluster can't run the job: {reason} (sbatch --test-only). Change the keys of `slurm`, or add "
             f"--no-test to submit it all the same"
@@ -34,36 +44,27 @@ def refuse_impossible(script: str, slurm: SlurmConfig) -> None:
     if slurm.qos is None and limits and all(limit is not None and limit < slurm.minutes for limit in limits):
         shown = ", ".join(f"{partition.limit} in {partition.name}" for partition in partitions)
         raise UserError(f"slurm.time={slurm.time} is above the limit of the partition ({shown}); use a shorter time")
+    return None if reason is None else warning
 
 
-def ask_slurm(script: str) -> str | None:
-    """Slurm's reason why it can't run a script; None if it can, or if it gave no answer, with a warning."""
+def ask_slurm(script: str) -> tuple[str | None, bool]:
+    """Slurm's reason why it can't run a script, None if it can; and whether that is final, not about now."""
     try:
         with without_slurm_variables():
             done = subprocess.run(
                 ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
             )
     except (OSError, subprocess.TimeoutExpired) as error:
-        _warn(str(error))
-        return None
+        return str(error), False
     if done.returncode == 0:
-        return None
+        return None, False
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ").strip() for line in done.stderr.splitlines()]
     text = "; ".join(dict.fromkeys(line for line in lines if line)) or f"exit status {done.returncode}"
-    if "allocation failure" not in text or _FOR_NOW.search(text):
-        _warn(text)
-        return None
-    return text.replace("allocation failure: ", "")
+    is_final = "allocation failure" in text and not _FOR_NOW.search(text)
+    return text.replace("allocation failure: ", ""), is_final
 
 
-def _only_down(slurm: SlurmConfig, partitions: list[Partition]) -> bool:
-    """Whether there are enough such nodes, but some are down or drained now: then the job waits for them."""
-    fitting = [nodes_for(slurm, partition) for partition in partitions]
-    if not any(partition.has_down for partition in partitions) or not any(n >= slurm.nodes for n in fitting):
-        return False
-    _warn("nodes are down or drained, and the job waits for them")
-    return True
-
-
-def _warn(why: str) -> None:
-    sys.stderr.write(f"launch: sbatch --test-only did not say that Slurm can run the job now: {why}\n")
+def _are_down(slurm: SlurmConfig, partitions: list[Partition]) -> bool:
+    """Whether there are enough nodes of the kind that the job needs, but some are down or drained now."""
+    enough = any(nodes_for(slurm, partition) >= slurm.nodes for partition in partitions)
+    return enough and any(partition.has_down for partition in partitions)

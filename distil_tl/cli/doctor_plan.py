@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distil_tl import config as configuration
+from distil_tl.cli.doctor_slurm import judge_slurm
 from distil_tl.config import Config
 from distil_tl.data.config import DataConfig, default_workers
 from distil_tl.data.index import Index
@@ -28,7 +29,6 @@ from distil_tl.doctor.folders import archive_size
 from distil_tl.doctor.images import ImagesFound, look_at_images, stage_folder
 from distil_tl.doctor.lines import Report, counted, guarded
 from distil_tl.doctor.slurm import GROUP as SLURM
-from distil_tl.doctor.slurm import judge_partition
 from distil_tl.doctor.wandb import judge_wandb
 from distil_tl.doctor.weights import ModelFound, judge_weights, look_at_model
 from distil_tl.models.config import ModelConfig
@@ -256,22 +256,6 @@ def _judge_space(
         space.judge_features(report, folders["cache"], sizes[0], images, config.stages, config.data.augment)
     if "data.stage_to" in folders and config.data.root is not None and (images.bytes or archive is not None):
         space.judge_copy(report, folders["data.stage_to"], config.data.root, images, archive)
-
-
-def judge_slurm(report: Report, plan: Plan) -> None:
-    """Lines about the section `slurm`, and about Slurm on this machine."""
-    assert plan.slurm is not None
-    preflight = importlib.import_module("launch.preflight")
-    slurm = plan.slurm
-    if plan.is_submission:
-        problems = preflight.submission_problems(plan.config, slurm, "slurm")
-        for problem in problems:
-            if problem not in plan.problems:
-                report.fail(SLURM, "slurm", problem)
-        if not problems:
-            report.ok(SLURM, "slurm", f"{slurm.nodes} nodes x {slurm.tasks} tasks x {slurm.cpus_per_task} CPUs")
-        report.ok(SLURM, "nodes", "not looked at: run this command with srun in a job to check the nodes themselves")
-    judge_partition(report, slurm.partition, slurm.gpus, slurm.tasks * slurm.cpus_per_task)
 
 
 def judge_start(report: Report, plan: Plan, indexes: Mapping[str, Index]) -> None:

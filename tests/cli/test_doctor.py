@@ -283,6 +283,16 @@ def test_a_partition_that_does_not_exist(doctor: Doctor, slurm: FakeSlurm) -> No
     assert "fail Slurm/slurm.partition: there is no partition gpus, did you mean `gpu`?" in shown
 
 
+def test_a_job_that_slurm_could_never_run(doctor: Doctor, slurm: FakeSlurm) -> None:
+    slurm.refuse("sbatch_test", "allocation failure: Requested node configuration is not available")
+    status, lines = doctor("slurm.nodes=2")
+    assert status == 2
+    assert "fail Slurm/job: this cluster can't run the job: Requested node configuration is not available" in (
+        "\n".join(problems(lines))
+    )
+    assert not slurm.jobs
+
+
 def test_an_incomplete_launch_environment(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, lines = doctor()

@@ -148,9 +148,13 @@ def sbatch_test(content: dict[str, Any], arguments: list[str]) -> None:
 
 
 def sinfo(content: dict[str, Any], arguments: list[str]) -> None:
-    time = content["limits"].get("time", "infinite")
-    for kind in content["limits"].get("nodes", "gpu:8|64|4|idle").split():
-        sys.stdout.write(f"gpu*|{time}|{kind}\n")
+    limits = content["limits"]
+    for kind in limits.get("nodes", "gpu:8|64|4|idle").split():
+        line = arguments[-1].removeprefix("--format=")
+        values = ["gpu*", "gpu", "up", limits.get("time", "infinite"), *kind.split("|")]
+        for letter, value in zip("PRalGcDT", values, strict=True):
+            line = line.replace(f"%{letter}", value)
+        sys.stdout.write(line + "\n")
 
 
 def squeue(content: dict[str, Any], arguments: list[str]) -> None:

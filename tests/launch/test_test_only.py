@@ -53,7 +53,7 @@ def test_nodes_that_are_down_now_do_not_make_a_job_impossible(slurm: FakeSlurm, 
     slurm.limit(nodes="gpu:a100:4(S:0-1)|64|1|idle gpu:a100:4|64|1|down* gpu:v100:8|64|2|drained")
     fits = ["slurm.nodes=2", "slurm.gpus_per_node=a100:4", "data.global_batch_size=64"]
     submitted(*fits)
-    assert "nodes are down or drained, and the job waits for them" in capsys.readouterr().err
+    assert "nodes that the job needs are down or drained now; it waits for them" in capsys.readouterr().err
     for impossible in ("slurm.nodes=3", "slurm.gpus_per_node=a100:8", "slurm.cpus_per_task=17"):
         more = ["run_dir=runs/other", "data.global_batch_size=192"]
         assert "configuration is not available" in refusal(capsys, *fits, *more, impossible)
