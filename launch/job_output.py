@@ -10,6 +10,9 @@ from typing import Any
 
 TAIL = 65536  # bytes of a file in which the last line is searched
 LONGEST = 400  # characters of a message
+NEAR = 30  # lines before the last one in which our own message is preferred
+_OWN = "distil_tl.train: "
+_START = "Starting with JobEnvironment"  # submitit's first line
 # Lines that only repeat that the job ends, and submitit's own.
 _NOISE = re.compile(
     r"srun: (launch/slurm: )?(error: .*(Exited with exit code|Terminated|Killed$)|_step_signal: |Terminating )"
@@ -47,11 +50,17 @@ def last_message(path: Path) -> str | None:
     except OSError:
         return None
     lines = [_STAMP.sub("", line) for line in lines]
-    last = next((i for i in reversed(range(len(lines))) if not _NOISE.match(lines[i])), None)
+    starts = [i for i, line in enumerate(lines) if _START in line]
+    lines = lines[starts[-1] :] if starts else lines  # of the last start of the job
+    last = max((i for i in range(len(lines)) if not _NOISE.match(lines[i])), default=None)
     if last is None:
         return None
+    # Libraries may print something after our own message.
+    own = [i for i in range(max(0, last - NEAR), last + 1) if lines[i].startswith(_OWN)]
+    if own:
+        last = next((i for i in range(own[-1], last) if not lines[i + 1][:1].isspace()), last)
     first = last
     while first > 0 and lines[first][:1].isspace():  # a message of several lines
         first -= 1
-    text = " ".join(line.strip() for line in lines[first : last + 1]).removeprefix("distil_tl.train: ")
+    text = " ".join(line.strip() for line in lines[first : last + 1]).removeprefix(_OWN)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from launch import status
+from launch.job_output import last_message
 from launch.records import write_record
 from tests.helpers.fake_slurm import FakeSlurm
 from tests.helpers.paths import ROOT
@@ -299,6 +300,25 @@ def test_a_failed_run_shows_the_last_message_the_log_and_the_state_of_its_job(
     assert [call[-1] for call in slurm.calls("sacct")] == ["--jobs=7_1"], "squeue has the other one"
     (first, _) = json.loads(shown(capsys, folder, "--json"))["runs"]
     assert first["log"] == f"{folder}/slurm/7_0_0_log.out"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", None),
+        ("submitit INFO (x) - y\n", None),
+        ("Traceback\n  File x\nValueError: wrong\n", "ValueError: wrong"),
+        ("distil_tl.train: no\nlib.py:5: UserWarning: leaked\n  warnings.warn(\n", "no"),
+        ("distil_tl.train: 2 problems:\n  - a\n  - b\n[rank0]: warning\n", "2 problems: - a - b"),
+        ("distil_tl.train: of the first start\nsubmitit INFO - Starting with JobEnvironment(x)\nKilled\n", "Killed"),
+        ("slurmstepd: error: Detected 1 oom_kill event\nsrun: error: n1: task 0: Out Of Memory\n",
+         "srun: error: n1: task 0: Out Of Memory"),
+        ("x" * 1000, "x" * 400 + "..."),
+    ],
+)  # fmt: skip
+def test_the_last_message_of_an_output(tmp_path: Path, text: str, message: str | None) -> None:
+    (tmp_path / "log").write_text(text)
+    assert last_message(tmp_path / "log") == message
 
 
 def test_a_killed_job_without_a_message_shows_what_accounting_says(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
