@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from omegaconf import OmegaConf
 from distil_tl.rundir.lock import Attempt, is_alive, read_attempt
 from distil_tl.utils.args import read_yaml, refuse, to_yaml
 from distil_tl.utils.command import run_command
-from distil_tl.utils.errors import UserError
+from distil_tl.utils.errors import UserError, WriteError
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import setup_console
 from launch.args import CLUSTERS, add_submission_options, argument_parser, print_line
-from launch.executor import make_private_folder, sbatch_script
+from launch.executor import sbatch_script
+from launch.folder_lock import submission_lock
 from launch.snapshot import snapshot_path, take_snapshot
+from launch.submission import nothing_submitted, settle
 from launch.sweep_file import Sweep, Trial
 from launch.sweep_plan import SweepArgs, plan_trials, read_sweep_args, refuse_other_common
 from launch.test_only import refuse_impossible
@@ -90,15 +93,43 @@ def search(
     from launch.optuna_driver import Driver
     from launch.optuna_study import open_study
 
-    make_private_folder(folder / "slurm")
     lock = Attempt(folder, LOCK_FILE)
-    lock.begin(0, {})
+    with nothing_submitted(folder), submission_lock(folder):
+        settle(folder)
+        refuse_other_common(plan)  # again, with what another process or an interrupted one has submitted
+        refuse_other_search(folder)
+        lock.begin(0, {})
+    with ended(lock):
+        with nothing_submitted(folder):
+            study = open_study(sweep, folder)
+            code = choose_code(study, folder, new=new_code)
+            driver = Driver(study, copy_config(sweep_args), plan, code, cluster, lock)
+        with writing_records(folder):
+            return driver.run(wanted, parallel, poll)
+
+
+@contextmanager
+def ended(lock: Attempt) -> Iterator[None]:
+    """Release the search's lock at the end, as far as it can be written."""
     try:
-        study = open_study(sweep, folder)
-        code = choose_code(study, folder, new=new_code)
-        return Driver(study, copy_config(sweep_args), plan, code, cluster, lock).run(wanted, parallel, poll)
+        yield
     finally:
-        lock.end()
+        with suppress(OSError):
+            lock.end()
+
+
+@contextmanager
+def writing_records(folder: Path) -> Iterator[None]:
+    """Turn an error of writing during a search into a WriteError."""
+    try:
+        yield
+    except (WriteError, BrokenPipeError):
+        raise
+    except OSError as error:
+        raise WriteError(
+            f"can't write in {folder}: {error.strerror or error}. The jobs of the trials continue; free some "
+            f"space, and run the same command to resume"
+        ) from error
 
 
 def _problems(sweep: Sweep, wanted: int, parallel: int, poll: float) -> Iterator[str]:

@@ -23,6 +23,7 @@ from launch.profile import find_profile
 from launch.slurm_config import SlurmConfig
 
 CLUSTERS = ("slurm", "local", "debug")
+ASSUME_ENDED = "also submit what can't be checked, as on another cluster, because you know that it has ended"
 
 
 def argument_parser(program: str, doc: str | None) -> argparse.ArgumentParser:

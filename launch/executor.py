@@ -86,12 +86,30 @@ def sbatch_script(folder: Path, slurm: SlurmConfig, cluster: str, *, name: str, 
     """
     if cluster != "slurm":
         raise UserError(f"--dry-run prints the script for sbatch; --cluster {cluster} has none")
-    # submitit has no public function that returns the script without submitting it.
-    inner = make_executor(folder, snapshot_path(folder), slurm, cluster, name=name)._executor
+    executor = make_executor(folder, snapshot_path(folder), slurm, cluster, name=name)
+    return slurm_script(executor, "distil_tl-dry-run", tasks).rstrip()
+
+
+def slurm_script(executor: Any, token: str, tasks: int) -> str:
+    """The batch script of one job or an array. It has the submission's token, by which its jobs are found.
+
+    A job finds what to call even if its submitter was killed before it could name the pickle after the job: it makes a
+    link of that name, which is also the proof that it has started.
+    """
+    from submitit.slurm.slurm import _make_sbatch_string  # no public function returns the script without submitting it
+
+    inner = executor._executor
+    parameters = dict(inner.parameters)
+    if parameters.get("comment") is None and "comment" not in (parameters.get("additional_parameters") or {}):
+        parameters["comment"] = token
+    job = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
+    name = f'{shlex.quote(str(executor.folder))}/"{job}_submitted.pkl"'
+    link = f"[ -e {name} ] || ln -s .{token}-${{SLURM_ARRAY_TASK_ID:-0}}.pkl {name} 2> /dev/null || true"
+    parameters["setup"] = [link, *parameters["setup"]]
     if tasks > 1:
-        inner.parameters["map_count"] = tasks
-    text: str = inner._make_submission_file_text(inner._submitit_command_str, "dry-run")
-    return text.rstrip()
+        parameters["map_count"] = tasks
+    text: str = _make_sbatch_string(command=inner._submitit_command_str, folder=inner.folder, **parameters)
+    return text
 
 
 def make_private_folder(folder: Path) -> None:
@@ -100,22 +118,10 @@ def make_private_folder(folder: Path) -> None:
     folder.chmod(0o700)
 
 
-def submit_jobs(executor: Any, tasks: Sequence[Callable[[], int]]) -> list[Any]:
-    """Submit one job, or several as one array. Returns submitit's jobs, in the order of `tasks`.
-
-    Raises:
-        UserError: sbatch refused the job.
-    """
-    import submitit
-
-    try:
-        with without_slurm_variables(), executor.batch():
-            jobs = [executor.submit(task) for task in tasks]
-    except submitit.core.utils.FailedJobError as error:
-        raise UserError(f"sbatch refused the job: {str(error).strip()}") from None
-    except submitit.core.utils.FailedSubmissionError as error:
-        raise UserError(f"sbatch printed no job id: {str(error).splitlines()[0]}") from None
-    return jobs
+def start_job(executor: Any, task: Callable[[], int]) -> Any:
+    """Start a job of this machine or this process. Returns submitit's job."""
+    with without_slurm_variables():
+        return executor.submit(task)
 
 
 @contextmanager

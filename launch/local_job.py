@@ -1,4 +1,4 @@
-"""Jobs of `--cluster local` and `debug`: waiting, stopping, exit status."""
+"""Jobs of `--cluster local` and `debug`: starting, waiting, stopping, exit status."""
 
 from __future__ import annotations
 
@@ -6,12 +6,30 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED
+from launch.executor import start_job
+from launch.records import write_record
+
+
+def start_recorded(executor: Any, run_dir: Path, task: Callable[[], int], cluster: str) -> Any:
+    """Start a run on this machine, and record its job. Returns submitit's job.
+
+    Raises:
+        OSError: the record can't be written; the job is stopped.
+    """
+    job = start_job(executor, task)
+    try:
+        (run_dir / "summary.json").unlink(missing_ok=True)  # it is about the previous attempt
+        write_record(run_dir, job.job_id, cluster)
+    except OSError:
+        stop_job(job.job_id)
+        raise
+    return job
 
 
 def wait_for_job(job: Any, cluster: str) -> int:

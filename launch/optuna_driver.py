@@ -22,13 +22,16 @@ from distil_tl.rundir.lock import Attempt
 from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED, UserError
 from distil_tl.utils.files import write_json
 from launch.args import print_line
+from launch.evidence import ask_slurm
 from launch.executor import make_executor
 from launch.failure import explain_failures
+from launch.folder_lock import submission_lock
 from launch.local_job import is_job_alive, stop_job
 from launch.optuna_study import ask_trial
-from launch.records import read_record
+from launch.records import read_open_submissions, read_record
 from launch.run_status import PRUNED_FILE, get_number, read_evaluations, read_status
-from launch.squeue import QueuedJob, SlurmUnavailableError, cancel_jobs, read_queue
+from launch.squeue import Queue, QueuedJob, SlurmUnavailableError, cancel_jobs
+from launch.submission import settle
 from launch.sweep_file import Trial, Values
 from launch.sweep_plan import SweepArgs, SweepPlan, plan_trials, save_plan, submit_trials
 
@@ -90,6 +93,9 @@ class Driver:
     def step(self, wanted: int, parallel: int) -> None:
         """Propose new trials, and check all active ones once."""
         self.lock.check()
+        if read_open_submissions(self.plan.folder):  # sbatch failed, and Slurm did not say whether it has the job
+            with suppress(UserError), submission_lock(self.plan.folder):
+                settle(self.plan.folder)
         while len(self.values) < wanted and len(self.active) < parallel:
             self.propose()
         queue = self.read_queue()
@@ -142,7 +148,9 @@ class Driver:
             self.tell(name, None, TrialState.FAIL)
             raise
         try:
-            (job,) = submit_trials(plan, self.executor, list(plan.trials), self.cluster)
+            with submission_lock(self.plan.folder) as descriptor:
+                self.lock.check()
+                (job,) = submit_trials(plan, self.executor, list(plan.trials), self.cluster, descriptor)
         except UserError as error:
             if not any(read_record(self.plan.folder / other) for other in self.active if other != name):
                 raise
@@ -183,16 +191,12 @@ class Driver:
         result = {"COMPLETE": "", "FAIL": "failed", "PRUNED": "pruned"}[state.name] if value is None else f"{value:.4f}"
         print_line(f"trial {trial.number}: {result}{f': {why}' if why else ''}")
 
-    def read_queue(self) -> dict[str, QueuedJob] | None:
+    def read_queue(self) -> Queue | None:
         """Slurm's queue; None if Slurm does not answer, empty if no active trial is a Slurm job."""
-        records = [read_record(self.plan.folder / name) for name in self.active]
-        if not any(record is not None and record["cluster"] == "slurm" for record in records):
-            return {}
-        try:
-            return read_queue()
-        except SlurmUnavailableError as error:
-            _warn_retry(error)
-            return None
+        queue, why = ask_slurm([self.plan.folder / name for name in self.active])
+        if why is not None:
+            _warn_retry(why)
+        return queue
 
     def stop(self) -> None:
         """End the search after Ctrl-C: local jobs save and stop, Slurm's jobs continue."""
@@ -219,7 +223,7 @@ class Driver:
         return 0 if completed else EXIT_FAULT
 
 
-def _warn_retry(error: Exception) -> None:
+def _warn_retry(error: object) -> None:
     sys.stderr.write(f"launch: {error}; trying again later\n")
 
 

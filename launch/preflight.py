@@ -11,16 +11,14 @@ from pathlib import Path
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
-from distil_tl.rundir.lock import read_attempt
 from distil_tl.training.config import COMPILE
 from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.import_path import is_installed
+from launch.evidence import ask_slurm, gather_evidence
 from launch.local_job import is_job_alive
-from launch.records import read_record
+from launch.run_status import decide_state
 from launch.slurm_config import SlurmConfig
-from launch.squeue import SlurmUnavailableError, read_queue
 
 
 def check_submission(config: Config, slurm: SlurmConfig, cluster: str) -> None:
@@ -86,31 +84,35 @@ def _weights_problems(config: Config, slurm: SlurmConfig, cluster: str) -> Itera
         )
 
 
-def refuse_active_run(run_dir: Path) -> None:
-    """Check that no waiting or running job uses the run directory. If Slurm does not answer, only print a warning.
+def refuse_active_run(run_dir: Path, *, assume_ended: bool = False, dry_run: bool = False) -> None:
+    """Check that no job or process uses the run directory, or may use it.
+
+    Args:
+        assume_ended: what can't be checked has ended, as the user knows.
+        dry_run: only print a note about what can't be checked.
 
     Raises:
-        UserError: a job does; the message names it.
+        UserError: a job or process does, or that can't be checked; the message names it.
     """
-    record = read_record(run_dir)
+    queue, why = ask_slurm([run_dir])
+    seen = gather_evidence(run_dir, queue)
+    state, detail = decide_state(seen)
+    job, record, attempt = seen.job, seen.record, seen.attempt or {}
+    elsewhere = "choose another run_dir"
     if record is not None and is_job_alive(record):
+        raise UserError(f"local job {record['job_id']} is using {run_dir}; wait until it ends, or {elsewhere}")
+    if job is not None and job.is_active:
         raise UserError(
-            f"local job {record['job_id']} is using {run_dir}; wait until it ends, or choose another run_dir"
+            f"job {job.id} ({job.state}) is using {run_dir}; wait until it ends, run `scancel {job.id}`, or {elsewhere}"
         )
-    jobs = {str(record["job_id"])} if record is not None and record["cluster"] == "slurm" else set()
-    attempt = read_attempt(run_dir / ATTEMPT_FILE)
-    if attempt is not None and "ended_at" not in attempt and attempt["slurm_job_id"] is not None:
-        jobs.add(attempt["slurm_job_id"])
-    if not jobs:
-        return
-    try:
-        queue = read_queue()
-    except SlurmUnavailableError as error:
-        sys.stderr.write(f"launch: can't check with Slurm whether a job is using {run_dir} ({error})\n")
-        return
-    for job in sorted(jobs):
-        if job in queue and queue[job].is_active:
-            raise UserError(
-                f"job {job} ({queue[job].state}) is using {run_dir}; wait until it ends, run `scancel {job}`, or "
-                f"choose another run_dir"
-            )
+    if state == "running" and detail is None:
+        raise UserError(
+            f"{run_dir} is in use: process {attempt['pid']} on {attempt['host']} has been training there since "
+            f"{attempt['started_at']}. Wait for it, end it with `kill {attempt['pid']}`, or {elsewhere}"
+        )
+    if state in ("running", "unknown") and not assume_ended:
+        certain = "has written lately" if state == "running" else "may be training"
+        text = f"the run in {run_dir} {certain}, and can't be checked: {detail}{f' ({why})' if why else ''}"
+        if not dry_run:
+            raise UserError(f"{text}. If you know that it has ended, add --assume-ended; or {elsewhere}")
+        sys.stderr.write(f"launch: {text}\n")

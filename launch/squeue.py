@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 ACTIVE = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 TIMEOUT_S = 60  # of one command
+TOKEN = re.compile(r"distil_tl-[0-9a-f]{16}")  # of a submission: in the comment of its jobs, and in their script's name
 
 
 class SlurmUnavailableError(Exception):
@@ -45,23 +47,66 @@ class QueuedJob:
         return self.state in WAITING or self.state in ACTIVE
 
 
-def read_queue(user: int | None = None) -> dict[str, QueuedJob]:
-    """All jobs of a user (the current one if None) by id. Slurm forgets ended jobs after some minutes.
+class Queue(dict[str, QueuedJob]):
+    """Jobs by id, of some users of a cluster.
+
+    Attributes:
+        cluster: Slurm's name of the cluster; None if it is not known.
+        uids: the users whose jobs it has; None if it has those of all who are asked about.
+        submissions: the job id, or that of the array, by the token of the submission.
+    """
+
+    def __init__(self, cluster: str | None = None, uids: Collection[int] | None = None) -> None:
+        super().__init__()
+        self.cluster, self.uids = cluster, uids
+        self.submissions: dict[str, str] = {}
+
+    def covers(self, cluster: str | None, uid: int) -> bool:
+        """Whether a job of that cluster (None: not recorded) and user would be listed."""
+        return (cluster is None or cluster == self.cluster) and (self.uids is None or uid in self.uids)
+
+
+def read_queue(uids: Collection[int] = ()) -> Queue:
+    """All jobs of some users (the current one if none are given). Slurm forgets ended jobs after some minutes.
 
     A started task of an array has two keys: ARRAY_TASK, and its own job id, which is in its environment.
 
     Raises:
         SlurmUnavailableError: squeue is not installed or does not answer.
     """
-    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%N|%r|%L"]
-    command.append("--me" if user is None else f"--user={user}")
-    queue = {}
-    for line in _run(command).splitlines():
+    command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%A|%T|%N|%r|%L|%k|%o"]
+    me, others = os.getuid(), {uid for uid in uids if uid != os.getuid() and _has_name(uid)}
+    command.append(f"--user={','.join(map(str, sorted({me, *others})))}" if others else "--me")
+    lines = _run(command).splitlines()
+    cluster, private = read_cluster()
+    queue = Queue(cluster, {me} if private and me != 0 else {me, *others})
+    for line in lines:
         job, own_id, state, nodes, reason, left = (line.strip().split("|") + [""] * 6)[:6]
         queue[job] = QueuedJob(job, state, nodes, reason, left)
         if nodes or own_id != job.partition("_")[0]:  # otherwise it is the id of the whole array
             queue[own_id] = queue[job]
+        for token in TOKEN.findall(line):
+            queue.submissions[token] = job.partition("_")[0]
     return queue
+
+
+def _has_name(uid: int) -> bool:
+    """Whether squeue knows the user: it refuses to list anything if it is asked about one that it does not."""
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    return True
+
+
+def read_cluster() -> tuple[str | None, bool]:
+    """Slurm's name of the cluster (None if it is not known), and whether users see only their own jobs."""
+    try:
+        text = _run(["scontrol", "show", "config"])
+    except SlurmUnavailableError:
+        return None, False
+    values = dict(re.findall(r"^(\w+)\s*= *(.*?)\s*$", text, re.MULTILINE))
+    return values.get("ClusterName"), "jobs" in values.get("PrivateData", "").split(",")
 
 
 def job_state(job_id: str) -> str | None:
@@ -166,5 +211,7 @@ def _run(command: list[str]) -> str:
     except subprocess.TimeoutExpired:
         raise SlurmUnavailableError(f"{command[0]} does not answer") from None
     if done.returncode != 0:
-        raise SlurmUnavailableError(f"{command[0]}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        lines = dict.fromkeys(line.strip() for line in done.stderr.splitlines() if line.strip())
+        why = "; ".join(line.removeprefix(f"{command[0]}: ") for line in lines) or f"exit status {done.returncode}"
+        raise SlurmUnavailableError(f"{command[0]}: {why}")
     return done.stdout

@@ -25,10 +25,10 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_safe
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable, setup_console, table
+from launch.evidence import ask_slurm
 from launch.failure import explain_failures
 from launch.records import RECORD_FILE, read_sweep_record
 from launch.run_status import STATES, RunStatus, get_number, loss_of, metric_of, read_status
-from launch.squeue import QueuedJob, SlurmUnavailableError, read_queue
 from launch.sweep_file import Values
 
 ENDED = ("completed", "failed", "stopped", "pruned")
@@ -114,12 +114,8 @@ def read_overview(folder: Path) -> Overview:
     metric = metrics.pop() if len(metrics) == 1 else DEFAULT_METRIC
     if not values:
         raise UserError(f"{folder} contains no run; a run directory has {ATTEMPT_FILE} or {RECORD_FILE}")
-    queue: dict[str, QueuedJob] | None = None
-    note = None
-    try:
-        queue = read_queue(folder.stat().st_uid)  # of the owner, who may be another user
-    except SlurmUnavailableError as error:
-        note = f"{error}; the states of jobs are read from their files only"
+    queue, why = ask_slurm(values)
+    note = f"{why}; the states of jobs are read from their files only" if why is not None else None
     statuses = explain_failures([read_status(run_dir, queue) for run_dir in values])
     rows = list(zip(statuses, values.values(), strict=True))
     rows.sort(key=lambda row: (*_rank(row[0], metric), STATES.index(row[0].state), row[0].run_dir.name))

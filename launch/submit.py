@@ -16,13 +16,15 @@ from distil_tl.utils.args import to_yaml
 from distil_tl.utils.command import run_command
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import setup_console
-from launch.args import CLUSTERS, add_submission_options, argument_parser, ids_only, print_line, read_run
-from launch.executor import describe_resources, make_executor, make_private_folder, sbatch_script, submit_jobs
+from launch.args import ASSUME_ENDED, CLUSTERS, add_submission_options, argument_parser, ids_only, print_line, read_run
+from launch.executor import describe_resources, make_executor, sbatch_script
+from launch.folder_lock import submission_lock
 from launch.job import Training
-from launch.local_job import wait_for_job
+from launch.local_job import start_recorded, wait_for_job
 from launch.preflight import check_submission, refuse_active_run
-from launch.records import write_record
+from launch.records import read_open_submissions
 from launch.snapshot import take_snapshot
+from launch.submission import nothing_submitted, settle, submit_to_slurm
 from launch.test_only import refuse_impossible
 
 
@@ -32,18 +34,26 @@ def main(args: Sequence[str] | None = None) -> int:
         "--cluster", choices=CLUSTERS, default="slurm", help="local: processes of this machine; debug: this process"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the batch script, and submit nothing")
+    parser.add_argument("--assume-ended", action="store_true", help=ASSUME_ENDED)
     add_submission_options(parser)
     options, rest = parser.parse_known_args(args)
+    chosen = {name: value for name, value in vars(options).items() if name != "parsable"}
     with ids_only(options.parsable) as print_id:
-        return run_command(
-            "launch.submit", lambda: submit(rest, options.cluster, options.dry_run, options.no_test, print_id)
-        )
+        return run_command("launch.submit", lambda: submit(rest, **chosen, print_id=print_id))
 
 
-def submit(args: Sequence[str], cluster: str, dry_run: bool, no_test: bool, print_id: Callable[[str], None]) -> int:
+def submit(
+    args: Sequence[str],
+    cluster: str,
+    dry_run: bool,
+    assume_ended: bool,
+    no_test: bool,
+    print_id: Callable[[str], None],
+) -> int:
     """Check and submit a run, or with `dry_run` print its batch script. Waits for a local job.
 
     Args:
+        assume_ended: submits a run whose state can't be checked, too.
         no_test: does not ask Slurm first whether it could run the job.
         print_id: writes the job id for scripts.
 
@@ -52,6 +62,7 @@ def submit(args: Sequence[str], cluster: str, dry_run: bool, no_test: bool, prin
 
     Raises:
         UserError: the run can't work, or sbatch refuses it. Nothing was submitted.
+        WriteError: the job is submitted, but can't be recorded.
     """
     setup_console(True)
     config, unresolved, slurm = read_run(args)  # before torch is imported, so that a typo is refused at once
@@ -61,7 +72,10 @@ def submit(args: Sequence[str], cluster: str, dry_run: bool, no_test: bool, prin
     run_dir = Path(config.run_dir).absolute()
     unresolved.run_dir = str(run_dir)
     check_submission(config, slurm, cluster)
-    refuse_active_run(run_dir)
+    if not dry_run and read_open_submissions(run_dir):  # of a command that was killed
+        with nothing_submitted(run_dir), submission_lock(run_dir):
+            settle(run_dir)
+    refuse_active_run(run_dir, assume_ended=assume_ended, dry_run=dry_run)
     if look_for_start(asdict(config), unresolved).completed and not dry_run:
         print_line(f"the run in {run_dir} is already completed; for another run change seed or run_dir")
         return 0
@@ -72,13 +86,18 @@ def submit(args: Sequence[str], cluster: str, dry_run: bool, no_test: bool, prin
         return 0
     if cluster == "slurm" and not no_test:
         refuse_impossible(sbatch_script(run_dir, slurm, cluster, name=run_dir.name), slurm)
-    path = run_dir / "slurm" / "config.yaml"
-    make_private_folder(path.parent)
-    write_atomic(path, to_yaml(unresolved))
-    executor = make_executor(run_dir, take_snapshot(run_dir), slurm, cluster, name=run_dir.name)
-    (job,) = submit_jobs(executor, [Training(str(path), str(Path.cwd()))])
-    (run_dir / "summary.json").unlink(missing_ok=True)  # it is about the previous attempt
-    write_record(run_dir, job.job_id, cluster)
+    with nothing_submitted(run_dir), submission_lock(run_dir) as lock:
+        settle(run_dir)
+        # Again, as another process may have submitted it.
+        refuse_active_run(run_dir, assume_ended=assume_ended, dry_run=dry_run)
+        path = run_dir / "slurm" / "config.yaml"
+        write_atomic(path, to_yaml(unresolved))
+        executor = make_executor(run_dir, take_snapshot(run_dir), slurm, cluster, name=run_dir.name)
+        task = Training(str(path), str(Path.cwd()))
+        if cluster == "slurm":
+            (job,) = submit_to_slurm(executor, run_dir, [run_dir], [task], lock)
+        else:
+            job = start_recorded(executor, run_dir, task, cluster)
     print_id(str(job.job_id))
     print_line(f"submitted job {job.job_id}: {run_dir}, {describe_resources(slurm, cluster)}")
     print_line(f"monitor with: python -m launch.status {shlex.quote(str(run_dir))}")

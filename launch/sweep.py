@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import setup_console
-from launch.args import CLUSTERS, add_submission_options, argument_parser, ids_only, print_line
+from launch.args import ASSUME_ENDED, CLUSTERS, add_submission_options, argument_parser, ids_only, print_line
+from launch.evidence import ask_slurm
 from launch.executor import describe_resources, make_executor, sbatch_script
+from launch.folder_lock import submission_lock
 from launch.local_job import wait_for_job
-from launch.records import read_record
 from launch.run_status import RunStatus, read_status
 from launch.snapshot import take_snapshot
-from launch.squeue import QueuedJob, SlurmUnavailableError, max_array_size, read_queue, set_array_parallelism
+from launch.squeue import SlurmUnavailableError, max_array_size, set_array_parallelism
 from launch.status import WAITING
+from launch.submission import nothing_submitted, settle
 from launch.sweep_plan import SweepPlan, plan_trials, read_sweep_args, refuse_other_common, save_plan, submit_trials
 from launch.test_only import refuse_impossible
 
@@ -40,6 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--resubmit-failed", action="store_true", help="also resume failed trials, from their last checkpoint"
     )
+    parser.add_argument("--assume-ended", action="store_true", help=ASSUME_ENDED)
     parser.add_argument(
         "--dry-run", action="store_true", help="list the trials and print the batch script; submit nothing"
     )
@@ -55,6 +58,7 @@ def submit_sweep(
     dir: Path | None,
     cluster: str,
     resubmit_failed: bool,
+    assume_ended: bool,
     dry_run: bool,
     no_test: bool,
     print_id: Callable[[str], None],
@@ -65,6 +69,7 @@ def submit_sweep(
         dir: holds the run directories of the trials; sweeps/NAME if None.
         cluster: slurm or local.
         resubmit_failed: submits failed trials, too.
+        assume_ended: submits trials whose state can't be checked, too.
         dry_run: only prints.
         no_test: does not ask Slurm first whether it could run the jobs.
         print_id: writes the id of the array for scripts.
@@ -74,64 +79,81 @@ def submit_sweep(
 
     Raises:
         UserError: a trial can't work, or sbatch refuses the array. Nothing was submitted.
+        WriteError: the array is submitted, but can't be recorded.
     """
     setup_console(True)
     sweep_args = read_sweep_args("launch.sweep", args, dir)
     plan = plan_trials(sweep_args, cluster, sweep_args.sweep.all_trials())
     refuse_other_common(plan)
-    statuses = read_statuses(list(plan.trials), cluster)
-    submittable = {"missing", "stopped", *(["failed"] if resubmit_failed else [])}
-    todo = [run_dir for run_dir, status in statuses.items() if status.state in submittable]
-    left: list[Path] = []
-    if cluster == "slurm" and len(todo) > 1:
-        limit = max_array_size() or len(todo)
-        todo, left = todo[:limit], todo[limit:]
+    states = {"missing", "stopped", *(["failed"] if resubmit_failed else []), *(["unknown"] if assume_ended else [])}
+    statuses, todo, left = find_todo(plan, states, cluster, quiet=not dry_run)
     if dry_run:
         print_dry_run(plan, statuses, todo, cluster)
         return 0
-    print_not_submitted(statuses, [*todo, *left], resubmit_failed)
-    if cluster == "slurm" and any(pair.startswith("slurm.array_parallelism=") for pair in args):
-        change_parallelism(statuses.values(), plan.slurm.array_parallelism)
     if cluster == "slurm" and todo and not no_test:
         script = sbatch_script(plan.folder, plan.slurm, cluster, name=plan.sweep.name, tasks=len(todo))
         refuse_impossible(script, plan.slurm)
-    save_plan(plan)
     monitor = f"monitor with: python -m launch.status {shlex.quote(str(plan.folder))}"
-    if not todo:
-        print_line(f"nothing to submit; {monitor}")
-        return 0
-    executor = make_executor(plan.folder, take_snapshot(plan.folder), plan.slurm, cluster, name=plan.sweep.name)
+    with nothing_submitted(plan.folder), submission_lock(plan.folder) as lock:
+        settle(plan.folder)
+        # Again, with what another process, or this command before it was killed, has submitted.
+        refuse_other_common(plan)
+        statuses, todo, left = find_todo(plan, states, cluster)
+        print_not_submitted(statuses, [*todo, *left], resubmit_failed)
+        if cluster == "slurm" and any(pair.startswith("slurm.array_parallelism=") for pair in args):
+            change_parallelism(statuses.values(), plan.slurm.array_parallelism)
+        save_plan(plan)
+        if not todo:
+            print_line(f"nothing to submit; {monitor}")
+            return 0
+        executor = make_executor(plan.folder, take_snapshot(plan.folder), plan.slurm, cluster, name=plan.sweep.name)
+        if cluster == "slurm":
+            jobs = submit_trials(plan, executor, todo, cluster, lock)
     status = 0
     if cluster == "slurm":
-        jobs = submit_trials(plan, executor, todo, cluster)
-        job_id = jobs[0].job_id.partition("_")[0]
-        print_id(job_id)
-        print_line(
-            f"submitted job {job_id}: {len(jobs)} trials, each on {describe_resources(plan.slurm, cluster)}; at most "
-            f"{plan.slurm.array_parallelism} run at once"
-        )
-        if left:
-            print_line(
-                f"not submitted yet: {len(left)} trials, as an array of this cluster has at most {len(todo)} tasks "
-                f"(MaxArraySize); run the same command again to submit them"
-            )
+        print_id(jobs[0].job_id.partition("_")[0])
+        print_submitted(plan, jobs, left)
     else:
-        status = run_locally(plan, executor, todo)
+        status = run_locally(plan, executor, todo, states)
     print_line(monitor)
     return status
 
 
-def read_statuses(run_dirs: Sequence[Path], cluster: str) -> dict[Path, RunStatus]:
-    """The status of each trial. squeue is called only if there can be Slurm jobs."""
-    records = [record for run_dir in run_dirs if (record := read_record(run_dir)) is not None]
-    queue: dict[str, QueuedJob] | None = {}
-    if "slurm" in {cluster, *(record["cluster"] for record in records)}:
-        try:
-            queue = read_queue()
-        except SlurmUnavailableError as error:
-            queue = None
-            sys.stderr.write(f"launch: {error}; the states of jobs are read from their files only\n")
+def find_todo(
+    plan: SweepPlan, states: Collection[str], cluster: str, *, quiet: bool = False
+) -> tuple[dict[Path, RunStatus], list[Path], list[Path]]:
+    """The status of each trial, the trials to submit now, and those for which an array has no room.
+
+    Args:
+        states: in which a trial is submitted.
+        quiet: does not say when Slurm does not answer.
+    """
+    statuses = read_statuses(list(plan.trials), quiet=quiet)
+    todo = [run_dir for run_dir, status in statuses.items() if status.state in states]
+    if cluster != "slurm" or len(todo) < 2:
+        return statuses, todo, []
+    limit = max_array_size() or len(todo)
+    return statuses, todo[:limit], todo[limit:]
+
+
+def read_statuses(run_dirs: Sequence[Path], *, quiet: bool = False) -> dict[Path, RunStatus]:
+    """The status of each trial. squeue is called only if there are Slurm jobs."""
+    queue, why = ask_slurm(run_dirs)
+    if why is not None and not quiet:
+        sys.stderr.write(f"launch: {why}; the states of jobs are read from their files only\n")
     return {run_dir: read_status(run_dir, queue) for run_dir in run_dirs}
+
+
+def print_submitted(plan: SweepPlan, jobs: Sequence[Any], left: Sequence[Path]) -> None:
+    print_line(
+        f"submitted job {jobs[0].job_id.partition('_')[0]}: {len(jobs)} trials, each on "
+        f"{describe_resources(plan.slurm, 'slurm')}; at most {plan.slurm.array_parallelism} run at once"
+    )
+    if left:
+        print_line(
+            f"not submitted yet: {len(left)} trials, as an array of this cluster has at most {len(jobs)} tasks "
+            f"(MaxArraySize); run the same command again to submit them"
+        )
 
 
 def change_parallelism(statuses: Iterable[RunStatus], tasks: int) -> None:
@@ -161,14 +183,25 @@ def print_not_submitted(statuses: dict[Path, RunStatus], todo: list[Path], resub
         print_line(f"not submitted: {listing}")
     if counts["failed"] and not resubmit_failed:
         print_line("to resume failed trials, add --resubmit-failed")
+    for why in dict.fromkeys(status.detail for status in statuses.values() if status.state == "unknown"):
+        print_line(f"unknown: {why}. If you know that they have ended, add --assume-ended")
 
 
-def run_locally(plan: SweepPlan, executor: Any, run_dirs: Sequence[Path]) -> int:
-    """Run trials on this machine, one after another, until one is stopped. The exit status: a fault if any failed."""
+def run_locally(plan: SweepPlan, executor: Any, run_dirs: Sequence[Path], states: Collection[str]) -> int:
+    """Run trials on this machine, one after another, until one is stopped. The exit status: a fault if any failed.
+
+    Args:
+        states: in which a trial is run; another process may have run it meanwhile.
+    """
     failed = 0
     for number, run_dir in enumerate(run_dirs, start=1):
-        print_line(f"trial {number} of {len(run_dirs)}: {run_dir}")
-        (job,) = submit_trials(plan, executor, [run_dir], "local")
+        with nothing_submitted(plan.folder), submission_lock(plan.folder) as lock:
+            state = read_statuses([run_dir])[run_dir].state
+            if state not in states:
+                print_line(f"trial {number} of {len(run_dirs)}: {run_dir} is {state} now")
+                continue
+            print_line(f"trial {number} of {len(run_dirs)}: {run_dir}")
+            (job,) = submit_trials(plan, executor, [run_dir], "local", lock)
         status = wait_for_job(job, "local")
         if status == EXIT_PREEMPTED:
             return status

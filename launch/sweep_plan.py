@@ -16,11 +16,13 @@ from distil_tl.utils.args import flatten, is_file, overlay, plain, read_yaml, to
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json
 from launch.args import load_slurm_section, parse_slurm, split_slurm
-from launch.executor import make_private_folder, submit_jobs
+from launch.executor import make_private_folder
 from launch.job import Training
+from launch.local_job import start_recorded
 from launch.preflight import check_submission
-from launch.records import RECORD_FILE, SWEEP_FILE, read_record, read_sweep_record, write_record
+from launch.records import RECORD_FILE, SWEEP_FILE, read_record, read_sweep_record
 from launch.slurm_config import SlurmConfig
+from launch.submission import submit_to_slurm
 from launch.sweep_file import Sweep, Trial, Values, as_arguments, read_sweep, varied_keys
 
 COMMON_FILE = "common.yaml"  # the configuration that all trials of a sweep share
@@ -204,11 +206,16 @@ def save_plan(plan: SweepPlan, trials: dict[str, Values] | None = None) -> None:
     write_json(plan.folder / SWEEP_FILE, record)
 
 
-def submit_trials(plan: SweepPlan, executor: Any, run_dirs: Sequence[Path], cluster: str) -> list[Any]:
-    """Submit the trials of these run directories, several as one array. Returns submitit's jobs.
+def submit_trials(plan: SweepPlan, executor: Any, run_dirs: Sequence[Path], cluster: str, lock: int) -> list[Any]:
+    """Submit the trials of these run directories, several as one array, or start one here. Returns submitit's jobs.
+
+    Args:
+        lock: descriptor of the submission lock of the sweep.
 
     Raises:
         UserError: sbatch refused them.
+        WriteError: they are submitted, but not all are recorded.
+        OSError: the folder can't be written, and nothing is submitted.
     """
     tasks = []
     for run_dir in run_dirs:
@@ -216,9 +223,7 @@ def submit_trials(plan: SweepPlan, executor: Any, run_dirs: Sequence[Path], clus
         make_private_folder(path.parent)
         write_atomic(path, plan.trials[run_dir][1])
         tasks.append(Training(str(path), str(Path.cwd())))
-    jobs = submit_jobs(executor, tasks)
-    for run_dir in run_dirs:
-        (run_dir / "summary.json").unlink(missing_ok=True)  # it is about the previous attempt
-    for run_dir, job in zip(run_dirs, jobs, strict=True):
-        write_record(run_dir, job.job_id, cluster)
-    return jobs
+    if cluster == "slurm":
+        return submit_to_slurm(executor, plan.folder, run_dirs, tasks, lock)
+    ((run_dir,), (task,)) = run_dirs, tasks
+    return [start_recorded(executor, run_dir, task, cluster)]

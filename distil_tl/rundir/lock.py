@@ -83,6 +83,8 @@ class Attempt:
             "pid": os.getpid(),
             "process": _process(os.getpid()),
             "slurm_job_id": job,
+            "slurm_cluster": environ.get("SLURM_CLUSTER_NAME"),
+            "uid": os.getuid() if hasattr(os, "getuid") else None,
             "restarts": restarts,
             "step": step,
             "stuck": stuck,
@@ -120,6 +122,17 @@ def read_attempt(path: Path) -> dict[str, Any] | None:
 def is_alive(signed: Mapping[str, Any]) -> bool:
     """Whether the process that signed is running on this machine; False for a process of another machine."""
     return signed["process"] is not None and signed["process"] == _process(signed["pid"])
+
+
+def can_be_checked(signed: Mapping[str, Any]) -> bool:
+    """Whether `is_alive` tells that the process has ended: not of another machine, or another container of this one."""
+    if signed["host"] != socket.gethostname():
+        return False
+    own, other = _process(os.getpid()), signed["process"]
+    if own is None or not isinstance(other, str):
+        return True
+    (boot, namespace), (its_boot, its_namespace) = own.split(" ")[:2], [*other.split(" "), ""][:2]
+    return its_boot != boot or its_namespace == namespace  # with another boot id, the machine has restarted since
 
 
 def _slurm(environ: Mapping[str, str]) -> tuple[str | None, int]:

@@ -7,11 +7,13 @@ a test sets by `refuse`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,10 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 class FakeSlurm:
-    """The queue, for a test to read and change. A job has `id`, `own`, `state`, `nodes`, `reason` and `script`."""
+    """The queue, for a test to read and change.
+
+    A job has `id`, `own`, `state`, `nodes`, `reason`, `script`, `comment`, `command` and `uid`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.file = folder, folder / "queue.json"
@@ -28,7 +33,8 @@ class FakeSlurm:
         for name in COMMANDS:
             (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -SE {__file__} {folder} {name} "$@"\n')
             (folder / name).chmod(0o755)
-        self._write({"next": 7, "jobs": [], "refusals": {}, "calls": [], "accounting": None, "limits": {}})
+        own = {"cluster": "fake", "private": False, "accounting": None, "limits": {}}
+        self._write({"next": 7, "jobs": [], "refusals": {}, "calls": [], **own})
 
     @property
     def path(self) -> str:
@@ -46,7 +52,8 @@ class FakeSlurm:
     def add(self, job: str, state: str = "PENDING", **fields: str) -> None:
         number = job.partition("_")[0]
         content = self._read()
-        content["jobs"].append({"id": job, "own": number, "state": state, "nodes": "", "reason": "None", **fields})
+        entry = {"id": job, "own": number, "state": state, "nodes": "", "reason": "None", "uid": os.getuid()}
+        content["jobs"].append({**entry, **fields})
         self._write(content)
 
     def change(self, job: str, state: str, **fields: str) -> None:
@@ -73,6 +80,10 @@ class FakeSlurm:
         content["limits"].update(limits)
         self._write(content)
 
+    def configure(self, **values: Any) -> None:
+        """Such as `cluster="other"`, `private=True` (users see only their own jobs) or `delay=1.5` of sbatch."""
+        self._write({**self._read(), **values})
+
     def refuse(self, command: str, words: str | None) -> None:
         content = self._read()
         content["refusals"][command] = words
@@ -83,7 +94,14 @@ class FakeSlurm:
         return found
 
     def _write(self, content: dict[str, Any]) -> None:
-        self.file.write_text(json.dumps(content))
+        replace(self.file, content)
+
+
+def replace(file: Path, content: dict[str, Any]) -> None:
+    """In one step, as a test may kill a command."""
+    partial = file.with_name(f"queue.{os.getpid()}")
+    partial.write_text(json.dumps(content))
+    partial.replace(file)
 
 
 def instead_of_slurm(tmp_path: Path, monkeypatch: Any) -> FakeSlurm:
@@ -117,16 +135,26 @@ def fake_training(source: Path, body: str) -> Path:
 def run(folder: Path, command: str, arguments: list[str]) -> int:
     """Run one of the commands. Returns the exit status."""
     file = folder / "queue.json"
-    content = json.loads(file.read_text())
     if arguments == ["--test-only"]:
         command = "sbatch_test"
-    content["calls"].append([command, *arguments])
-    try:
-        if content["refusals"].get(command):
-            raise SystemExit(content["refusals"][command])
-        globals()[command](content, arguments)
-    finally:
-        file.write_text(json.dumps(content))
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content = json.loads(file.read_text())
+        content["calls"].append([command, *arguments])
+        delay = content.get("delay", 0) if command == "sbatch" else 0
+        if delay:  # as when the controller is busy; other commands are answered meanwhile
+            content["calls"].append(["sbatch-began"])
+            replace(file, content)
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            time.sleep(delay)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            content = json.loads(file.read_text())
+        try:
+            if content["refusals"].get(command):
+                raise SystemExit(content["refusals"][command])
+            globals()[command](content, arguments)
+        finally:
+            replace(file, content)
     return 0
 
 
@@ -137,7 +165,11 @@ def sbatch(content: dict[str, Any], arguments: list[str]) -> None:
     ids = [f"{number}_{task}" for task in range(int(array[1]) + 1)] if array else [str(number)]
     for job in ids:
         entry = {"id": job, "own": str(number), "state": "PENDING", "nodes": "", "reason": "Priority"}
-        content["jobs"].append({**entry, "script": script})
+        comment = re.search(r"^#SBATCH --comment=(.*)", script, re.MULTILINE)
+        more = {"comment": comment[1] if comment else "(null)", "command": arguments[-1], "uid": os.getuid()}
+        content["jobs"].append({**entry, **more, "script": script})
+    if content.get("lost"):  # the answer
+        raise SystemExit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
     sys.stdout.write(f"Submitted batch job {number}\n")
 
 
@@ -164,11 +196,16 @@ def squeue(content: dict[str, Any], arguments: list[str]) -> None:
         jobs = selected(content, options["--jobs"])
         if not jobs:
             raise SystemExit("slurm_load_jobs error: Invalid job id specified")
+    else:
+        users = [os.getuid()] if "--me" in options else [int(user) for user in options["--user"].split(",")]
+        seen = {os.getuid()} if content["private"] else set(users)
+        jobs = [job for job in jobs if job["uid"] in seen and job["uid"] in users]
     if options.get("--states") != "all":
         jobs = [job for job in jobs if job["state"] not in ENDED]
     if "--array" not in options:  # tasks that wait are one line then
         jobs = [job for job in jobs if job["state"] != "PENDING" or not re.search("_[1-9]", job["id"])]
     letters = {"%i": "id", "%A": "own", "%T": "state", "%N": "nodes", "%r": "reason", "%L": "left"}
+    letters |= {"%k": "comment", "%o": "command"}
     for job in jobs:
         line = options["--format"]
         for letter, name in letters.items():
@@ -178,7 +215,10 @@ def squeue(content: dict[str, Any], arguments: list[str]) -> None:
 
 def scontrol(content: dict[str, Any], arguments: list[str]) -> None:
     if arguments == ["show", "config"]:
+        private = "jobs,usage" if content["private"] else "none"
+        sys.stdout.write(f"AccountingStoreFlags    = (null)\nClusterName             = {content['cluster']}\n")
         sys.stdout.write(f"MaxArraySize            = {content['limits'].get('MaxArraySize', 1001)}\n")
+        sys.stdout.write(f"PrivateData             = {private}\n")
         return
     if arguments[0] == "update":
         array, throttle = (argument.partition("=")[2] for argument in arguments[1:])

@@ -120,7 +120,7 @@ def test_a_job_of_a_batch_script_is_found_by_its_attempt(slurm: FakeSlurm, capsy
     attempt = json.loads(Path("runs/flowers/attempt.json").read_text())
     Path("runs/flowers/attempt.json").write_text(json.dumps({**attempt, "process": "of a node"}))
     slurm.add("5_2", "RUNNING", own="9", nodes="n1")
-    assert "job 9 (RUNNING) is using" in refusal(capsys)
+    assert "job 5_2 (RUNNING) is using" in refusal(capsys)
     slurm.forget("5_2")
     submitted()
 
@@ -145,8 +145,12 @@ def test_a_local_job_blocks_a_submission_before_it_trains(slurm: FakeSlurm, caps
     submitted()
 
 
-def test_when_slurm_does_not_answer_a_warning_is_printed(slurm: FakeSlurm, capsys) -> None:
+def test_a_run_that_cannot_be_checked_gets_no_second_job(slurm: FakeSlurm, capsys) -> None:
     submitted()
     slurm.refuse("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
-    submitted()
-    assert "can't check with Slurm whether a job is using" in capsys.readouterr().err
+    message = refusal(capsys)
+    assert "can't be checked: Slurm does not answer (squeue: slurm_load_jobs error: Unable to contact" in message
+    assert "add --assume-ended" in message
+    assert len(slurm.calls("sbatch")) == 1
+    submitted("--assume-ended")
+    assert len(slurm.calls("sbatch")) == 2

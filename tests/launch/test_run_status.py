@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distil_tl.rundir.lock import Attempt
-from launch import run_status as states
+from launch import evidence
 from launch.records import read_record, write_record
 from launch.run_status import QUIET_S, STATES, RunStatus, read_evaluations, read_status
 from launch.squeue import ACTIVE, WAITING, QueuedJob
+from launch.squeue import Queue as SlurmQueue
 
 Queue = dict[str, QueuedJob]
 
@@ -241,6 +242,94 @@ def test_unknown_before_the_start_on_another_machine(run: Run) -> None:
     assert run.submitted("123", "local", host="colleague").stands().detail == "can't check its process on colleague"
 
 
+def listed(cluster: str = "here", uids: tuple[int, ...] = (0, 5), **jobs: str) -> Queue:
+    """Slurm's queue of a cluster, with the jobs of those users."""
+    queue = SlurmQueue(cluster, uids)
+    queue.update(queued(**jobs))
+    return queue
+
+
+def test_a_job_of_another_cluster_is_unknown(run: Run) -> None:
+    """Not ended, because this cluster does not list it; nor running, because this cluster has a job of that number."""
+    run.submitted(slurm_cluster="there", uid=0)
+    for queue in (listed(), listed(_7="RUNNING"), listed(_7="FAILED")):
+        found = run.stands(queue)
+        assert (found.state, found.detail) == (
+            "unknown", "job 7 is of the cluster there, which can't be asked from here"
+        )  # fmt: skip
+    assert run.stands(listed("there", _7="RUNNING")).state == "running"
+    run.attempt(slurm_cluster="there", uid=0, ended_at="now").summary("preempted")
+    assert run.stands(listed()).state == "unknown", "it may be in the queue of its cluster again"
+    assert run.stands(listed("there")).state == "stopped"
+    assert run.summary("completed").stands(listed()).state == "completed"
+    assert run.summary("failed").stands(listed()).state == "failed"
+
+
+def test_a_job_of_a_user_who_is_not_listed_is_unknown(run: Run) -> None:
+    run.submitted(slurm_cluster="here", uid=9, user="colleague")
+    found = run.stands(listed())
+    assert (found.state, found.detail) == ("unknown", "job 7 is of colleague, whose jobs Slurm does not show to you")
+    assert run.stands(listed(uids=(9,))).state == "stopped"
+
+
+def test_a_batch_script_on_another_cluster_is_unknown(run: Run) -> None:
+    run.attempt(slurm_cluster="there", uid=0)
+    assert run.stands(listed()).detail == "job 7 is of the cluster there, which can't be asked from here"
+    assert run.evaluated(0.5).stands(listed()).state == "running"
+    assert run.stands(listed("there")).state == "failed"
+
+
+def test_a_later_process_counts_beside_a_job_that_has_ended(run: Run) -> None:
+    """Someone trains by hand in the run directory of a job: on another machine, or in another job."""
+    run.submitted(time="2020-01-01T00:00:00+00:00").attempt(slurm_job_id=None, host="colleague")
+    assert run.stands(_7="FAILED").detail == "can't check its process on colleague"
+    run.attempt(slurm_job_id="12")
+    assert run.stands(_7="FAILED", _12="RUNNING").state == "running"
+    run.attempt(slurm_job_id=None, started_at="2019-01-01T00:00:00+00:00", host="colleague")
+    assert run.stands(_7="FAILED").state == "failed", "it was known to have ended when the job was submitted"
+
+
+def test_a_process_of_another_container_on_this_machine_is_unknown(run: Run) -> None:
+    Attempt(run.path).begin(0, {})
+    own = json.loads((run.path / "attempt.json").read_text())
+    boot, _, start = own["process"].split(" ")
+    (run.path / "attempt.json").write_text(json.dumps({**own, "process": f"{boot} pid:[1] {start}"}))
+    assert run.stands().detail == f"can't check its process on {own['host']}"
+    (run.path / "attempt.json").write_text(json.dumps({**own, "process": f"another-boot pid:[1] {start}"}))
+    assert run.stands().state == "failed", "this machine has restarted since"
+
+
+def test_an_attempt_says_on_which_cluster_it_trains(run: Run) -> None:
+    Attempt(run.path).begin(0, {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "there"})
+    content = json.loads((run.path / "attempt.json").read_text())
+    assert (content["slurm_cluster"], content["uid"]) == ("there", os.getuid())
+
+
+# Jobs that never started
+
+
+def test_cancelled_before_it_started_and_forgotten_by_slurm(run: Run) -> None:
+    run.submitted("7_3")
+    found = run.stands()
+    assert (found.state, found.detail) == ("stopped", "its job was cancelled before it started; submit it again")
+    assert run.unasked.state == "unknown"
+    assert run.stands(_7_3="FAILED").state == "failed"
+
+
+@pytest.mark.parametrize("folder", ["run", "."], ids=["of a run", "of a sweep"])
+def test_a_job_that_started_without_training_has_failed(run: Run, folder: str) -> None:
+    """For example in slurm.setup: it is not submitted again by itself."""
+    run.submitted("7_3")
+    (run.path.parent / folder / "slurm").mkdir()
+    (run.path.parent / folder / "slurm/7_3_0_log.out").touch()
+    assert run.stands().state == "failed"
+
+
+def test_an_attempt_before_the_last_submission_is_no_start(run: Run) -> None:
+    run.attempt(started_at="2020-01-01T00:00:00+00:00", ended_at="now").submitted("8", time="2020-01-02T00:00:00+00:00")
+    assert run.stands().state == "stopped"
+
+
 def test_every_state_is_in_the_table() -> None:
     assert set(STATES) == {
         "completed", "running", "pending", "requeued", "stopped", "failed", "pruned", "unknown", "missing"
@@ -318,7 +407,7 @@ def test_the_metric_of_the_run_chooses_the_best(run: Run) -> None:
 
 def test_only_the_end_of_a_long_metrics_file_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The best evaluation before that is in the checkpoint; without a checkpoint the whole file is read."""
-    monkeypatch.setattr(states, "TAIL", 4096)
+    monkeypatch.setattr(evidence, "TAIL", 4096)
     run.submitted().stages(head=1000)
     path = run.path / "metrics.jsonl"
     run.evaluated(0.9).evaluated(*[0.5] * 500, loss=2.0)

@@ -157,7 +157,8 @@ def test_a_running_run_shows_its_progress_and_host(slurm: FakeSlurm, tmp_path: P
 
 
 def test_the_reason_of_a_failure_is_below_the_table(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run/slurm").mkdir(parents=True)
+    (tmp_path / "run/slurm/7_0_log.out").touch()
     write_record(tmp_path / "run", "7", "slurm")
     assert "\nrun: exited without writing a status (its job is no longer in the queue)\n" in shown(
         capsys, tmp_path / "run"
@@ -231,13 +232,30 @@ def test_a_sweep_file_that_is_not_whole_leaves_the_runs_to_be_found(
 # Slurm
 
 
-def test_the_queue_is_that_of_the_folders_owner(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+def test_the_queue_is_that_of_those_who_submitted(slurm: FakeSlurm, tmp_path: Path, capsys, monkeypatch) -> None:
     """With --me, the jobs of another user would seem to have ended."""
     finished(tmp_path / "run", top1=0.5)
     shown(capsys, tmp_path / "run")
-    (call,) = slurm.calls("squeue")
-    assert f"--user={(tmp_path / 'run').stat().st_uid}" in call
-    assert "--me" not in call
+    record = json.loads((tmp_path / "run/submitted.json").read_text())
+    (tmp_path / "run/submitted.json").write_text(json.dumps({**record, "uid": 1}))
+    shown(capsys, tmp_path)
+    own, other = slurm.calls("squeue")
+    assert own[-1] == "--me"
+    assert other[-1] == f"--user={os.getuid()},1"
+
+
+def test_slurm_is_not_asked_about_runs_of_this_machine(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    """squeue's error has four lines where Slurm is installed and not set up."""
+    for name in "ab":
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        write_record(tmp_path / "runs" / name, "4711", "local")
+    slurm.refuse("squeue", "squeue: fatal: no config\nsqueue: fatal: no config\nsqueue: fatal: no config")
+    assert "squeue" not in shown(capsys, tmp_path / "runs")
+    assert not slurm.calls("squeue")
+    write_record(tmp_path / "runs/b", "7", "slurm")
+    assert shown(capsys, tmp_path / "runs").endswith(
+        "\nsqueue: fatal: no config; the states of jobs are read from their files only\n"
+    )
 
 
 def test_a_note_says_that_slurm_does_not_answer(slurm: FakeSlurm, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import executor, snapshot, submit
-from launch import run_status as states
+from launch import evidence, executor, snapshot, submit
 from launch.records import read_record
+from launch.run_status import read_status
 from tests.helpers.arguments import WITHOUT_TIMM, small_args
 from tests.helpers.fake_slurm import FakeSlurm, fake_training
 from tests.helpers.paths import ROOT
@@ -130,8 +130,8 @@ def test_the_best_evaluation_is_shown_before_the_end(trained: Path, tmp_path: Pa
     """From the checkpoint, as the end of metrics.jsonl need not hold it."""
     shutil.copytree(trained, tmp_path / "run", symlinks=True)
     (tmp_path / "run/summary.json").unlink()
-    monkeypatch.setattr(states, "TAIL", 10)
-    assert states.read_status(tmp_path / "run", {}).best == json.loads((trained / "summary.json").read_text())["best"]
+    monkeypatch.setattr(evidence, "TAIL", 10)
+    assert read_status(tmp_path / "run", {}).best == json.loads((trained / "summary.json").read_text())["best"]
 
 
 def wait_for_steps(run_dir: Path, count: int) -> None:

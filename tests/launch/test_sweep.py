@@ -302,6 +302,41 @@ def test_trials_without_a_snapshot_of_their_own_keep_theirs(
     assert [Path(code, "distil_tl/train.py").read_text() == "# edited" for code in codes] == [False, True]
 
 
+def test_trials_on_another_cluster_are_submitted_only_on_request(slurm: FakeSlurm, capsys) -> None:
+    submitted(yaml_file("seeds: [0, 1]"))
+    slurm.configure(cluster="other", jobs=[])
+    capsys.readouterr()
+    submitted("rates.yaml", "--resubmit-failed")
+    said = capsys.readouterr().out
+    assert "not submitted: 2 unknown\n" in said
+    assert "unknown: job 7_0 is of the cluster fake, which can't be asked from here. If you know that they have" in said
+    assert len(slurm.calls("sbatch")) == 1
+    submitted("rates.yaml", "--assume-ended")
+    assert jobs_of() == {0: "8_0", 1: "8_1"}
+
+
+def test_trials_of_a_colleague_are_asked_about(slurm: FakeSlurm, capsys, monkeypatch) -> None:
+    submitted(yaml_file("seeds: [0]"))
+    content = json.loads((trials_of()[0] / "submitted.json").read_text())
+    (trials_of()[0] / "submitted.json").write_text(json.dumps({**content, "uid": 1, "user": "daemon"}))
+    slurm.configure(jobs=[{**job, "uid": 1} for job in slurm.jobs.values()])
+    submitted("rates.yaml", "--resubmit-failed")
+    assert "not submitted: 1 pending\n" in capsys.readouterr().out
+    monkeypatch.setattr(os, "getuid", lambda: 5)
+    slurm.configure(private=True)
+    submitted("rates.yaml", "--resubmit-failed")
+    assert "job 7 is of daemon, whose jobs Slurm does not show to you" in capsys.readouterr().out
+
+
+def test_cancelled_trials_that_never_started_are_submitted_again(slurm: FakeSlurm) -> None:
+    submitted(yaml_file("seeds: [0, 1]"))
+    for task in (0, 1):
+        slurm.forget(f"7_{task}")
+    (Path("sweeps/rates/slurm") / "7_1_0_log.out").touch()  # it started, and left nothing
+    submitted("rates.yaml")
+    assert jobs_of() == {0: "8", 1: "7_1"}
+
+
 # What is refused
 
 
