@@ -30,12 +30,13 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
 
     logging.getLogger("submitit").setLevel(logging.WARNING)
     # Signals wait from the start of Python, which may take long, until training has handlers for them.
-    blocked = f'"${{BLOCK_SIGNALS[@]}}" {shlex.quote(sys.executable)}'
-    python = {"slurm_python": blocked} if cluster == "slurm" else {}
-    executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster, **python)
+    python = slurm.python or shlex.quote(sys.executable)
+    pythons = {"slurm_python": f'"${{BLOCK_SIGNALS[@]}}" {python}', "local_python": python}
+    chosen = {key: value for key, value in pythons.items() if key.startswith(cluster)}
+    executor = submitit.AutoExecutor(folder / "slurm", cluster=cluster, **chosen)
     code = shlex.quote(str(snapshot))
     setup = [
-        *slurm.setup,
+        *setup_lines(slurm),
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",  # as torchrun does; the data loader has its own processes
         # `python -m` looks first in the current folder, and then in PYTHONPATH.
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
@@ -61,6 +62,17 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
     if cluster == "slurm":  # submitit's default is --wckey=submitit, which a cluster that checks such keys refuses
         executor._executor.parameters["wckey"] = None
     return executor
+
+
+def setup_lines(slurm: SlurmConfig) -> list[str]:
+    """The lines of `slurm.setup`; one that fails ends the job, unless the user has turned that off with `set +e`."""
+    if not slurm.setup:
+        return []
+    failed = (
+        "status=$?; [[ $- != *e* ]] || { [ $BASH_SUBSHELL -gt 0 ] || "
+        'echo "launch: slurm.setup failed with exit status $status: $BASH_COMMAND" >&2; exit 2; }'
+    )
+    return [f"trap {shlex.quote(failed)} ERR", "set -eE", *slurm.setup, "set +eE", "trap - ERR"]
 
 
 def _bash_command(setup: Sequence[str], folder: Path, gpus: int) -> str:

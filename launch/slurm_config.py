@@ -44,7 +44,10 @@ class SlurmConfig:
     array_parallelism: int = 16  # trials of a sweep that may run at once
     signal_delay_s: int = 120  # seconds before the time limit at which a job is signalled to save and be requeued
     nodes_download: bool = False  # whether compute nodes may download missing weights
-    setup: list[str] = field(default_factory=list)  # shell lines before training, as in [module load cuda]
+    setup: list[str] = field(default_factory=list)  # shell lines before training, as in [module load cuda], with set -e
+    python: str | None = (
+        None  # Python of the job, as in python after `source venv/bin/activate`; null: the one used here
+    )
     srun_args: list[str] = field(default_factory=list)  # options of srun, as in [--cpu-bind=cores]
     job_name: str | None = None  # name of the job; null: that of the run directory or sweep
     mail_user: str | None = None  # address for mail about the job
@@ -99,6 +102,8 @@ class SlurmConfig:
             )
         if self.mem is not None and not re.fullmatch(r"0|\d+[KMGT]B?", self.mem, re.IGNORECASE):
             yield f"slurm.mem={self.mem} is not an amount of memory; use for example 64GB, or 0 for all of a node"
+        if self.python is not None and not self.python.strip():
+            yield "slurm.python is empty; use for example /shared/venv/bin/python, or null for the one used here"
         yield from self._mail_problems()
         for option in self.extra:
             name = option.replace("_", "-")

@@ -29,15 +29,15 @@ def take_snapshot(folder: Path) -> Path:
     if target.exists():
         return target
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-    for path, content in files.items():
-        (partial / path).parent.mkdir(parents=True, exist_ok=True)
-        (partial / path).write_bytes(content)
-    write_atomic(partial / "distil_tl" / SNAPSHOT, json.dumps(directory.git_state()) + "\n")
     try:
+        for path, content in files.items():
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            (partial / path).write_bytes(content)
+        write_atomic(partial / "distil_tl" / SNAPSHOT, json.dumps(directory.git_state()) + "\n")
         partial.rename(target)
-    except OSError:  # another process created it first
-        shutil.rmtree(partial)
-        if not target.exists():
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError) or not target.exists():  # otherwise another process created it first
             raise
     return target
 

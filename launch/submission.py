@@ -23,7 +23,7 @@ from typing import Any
 from distil_tl.utils.errors import UserError, WriteError
 from distil_tl.utils.files import write_atomic, write_json
 from launch.executor import slurm_script, without_slurm_variables
-from launch.records import RECORD_FILE, Submission, read_json, read_open_submissions
+from launch.records import OPEN_FOLDER, RECORD_FILE, Submission, read_json, read_open_submissions
 from launch.squeue import Queue, SlurmUnavailableError, read_cluster, read_queue
 
 DELAYED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -81,6 +81,8 @@ def settle(folder: Path, queue: Queue | None = None) -> None:
         UserError: Slurm can't be asked for the jobs of one.
         OSError: a record can't be written.
     """
+    for partial in (folder / OPEN_FOLDER).glob("*.tmp"):  # of a write that was interrupted
+        partial.unlink(missing_ok=True)
     for submission in read_open_submissions(folder):
         if submission.job_id is None:
             found = find_job(submission, queue)

@@ -7,6 +7,7 @@ metrics.jsonl, which is complete and has each step once, even if the run was kil
 from __future__ import annotations
 
 import argparse
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from distil_tl.tracking.wandb.rows import Rows
 from distil_tl.tracking.wandb.state import Marks, segments
 from distil_tl.tracking.wandb.task import Task, wandb_id, wandb_task
 from distil_tl.utils.command import run_command
-from distil_tl.utils.errors import EXIT_FAULT, UserError
+from distil_tl.utils.errors import EXIT_FAULT, UserError, listed
+from distil_tl.utils.files import write_atomic
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import setup_console
@@ -85,10 +87,12 @@ def sync(folder: Path, dry_run: bool = False, timeout: float = 600) -> int:
         )
     if not is_installed("wandb"):
         raise UserError("launch.sync needs wandb: pip install wandb")
+    found = [find_unsent(run_dir) for run_dir in runs]
+    if not dry_run:
+        refuse_unwritable([unsent.run_dir for unsent in found if not unsent.nothing])
     failed = 0
-    for run_dir in runs:
-        name = run_dir.relative_to(folder.parent)
-        unsent = find_unsent(run_dir)
+    for unsent in found:
+        name = unsent.run_dir.relative_to(folder.parent)
         if unsent.nothing or dry_run:
             print_line(f"{name}: {unsent}")
             continue
@@ -98,9 +102,32 @@ def sync(folder: Path, dry_run: bool = False, timeout: float = 600) -> int:
         except UserError as error:
             failed += 1
             print_line(f"{name}: {error}")
+        except OSError as error:
+            failed += 1
+            print_line(f"{name}: can't write what was sent: {error.strerror or error}")
     if failed:
         print_line(f"{failed} of {len(runs)} failed; run the same command to retry")
     return EXIT_FAULT if failed else 0
+
+
+def refuse_unwritable(runs: Sequence[Path]) -> None:
+    """Check that what is sent can be noted in the run directories: otherwise it would be sent again and again.
+
+    Raises:
+        UserError: names those where it can't.
+    """
+    reasons: dict[str, list[str]] = {}
+    for run_dir in runs:
+        try:
+            (run_dir / "wandb").mkdir(exist_ok=True)
+            probe = run_dir / "wandb" / f".{secrets.token_hex(8)}.tmp"
+            write_atomic(probe, bytes(4096))
+            probe.unlink()
+        except OSError as error:
+            reasons.setdefault(error.strerror or str(error), []).append(str(run_dir))
+    if reasons:
+        shown = "; ".join(f"{listed(names, 3)}: {reason}" for reason, names in reasons.items())
+        raise UserError(f"what is sent can't be noted in {shown}. Nothing was sent")
 
 
 def find_unsent(run_dir: Path) -> Unsent:

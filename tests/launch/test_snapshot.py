@@ -111,3 +111,18 @@ def test_two_submissions_at_once_share_a_snapshot(
     code = snapshot.take_snapshot(tmp_path / "run")
     assert list((tmp_path / "run/code").iterdir()) == [code], "no incomplete copy is left"
     assert len(content(code)) == 5
+
+
+def test_a_full_disk_leaves_no_part_of_a_snapshot(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            snapshot.take_snapshot(tmp_path / "run")
+    assert not list((tmp_path / "run/code").iterdir())
+    assert snapshot.take_snapshot(tmp_path / "run").is_dir()

@@ -342,6 +342,8 @@ def test_the_last_message_of_an_output(tmp_path: Path, text: str, message: str |
 def test_a_killed_job_without_a_message_shows_what_accounting_says(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     (tmp_path / "run").mkdir()
     write_record(tmp_path / "run", "7", "slurm")
+    (tmp_path / "run/slurm").mkdir()
+    (tmp_path / "run/slurm/7_0_log.out").touch()
     slurm.account(_7="OUT_OF_MEMORY|0:125")
     assert "\nrun: exited without writing a status (job 7 is OUT_OF_MEMORY)" in shown(capsys, tmp_path / "run")
 

@@ -78,7 +78,7 @@ class Command:
         records = [read_record(self.folder / name) for name in "abc"]
         assert sorted(record["job_id"] for record in records if record is not None) == sorted(jobs)
         assert len(jobs) == 3
-        left = [path for path in self.folder.rglob("*") if "distil_tl-" in path.name or path.name.endswith(".tmp")]
+        left = [path for path in self.folder.rglob("*") if "distil_tl-" in path.name]
         assert not left
         for job in jobs:
             assert (self.folder / "slurm" / f"{job}_submitted.pkl").exists(), "without it the job can't train"

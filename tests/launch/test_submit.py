@@ -7,13 +7,15 @@ import os
 import re
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from launch import snapshot, submit
+from launch import executor, snapshot, submit
 from launch.records import read_record, write_record
+from launch.slurm_config import SlurmConfig
 from tests.helpers.fake_slurm import FakeSlurm, fake_training
 from tests.helpers.submissions import ON_CPUS, PLAIN, refusal, submitted
 
@@ -159,6 +161,38 @@ def test_a_queued_job_runs_the_code_that_was_submitted(
     (code,) = (run_dir / "code").iterdir()
     assert (train, job) == (f"{code}/distil_tl/train.py", f"{code}/launch/job.py")
     assert (cwd, args, threads) == (str(tmp_path / "here"), [str(run_dir / "slurm/config.yaml")], "1")
+
+
+# What runs before it, and with which Python
+
+
+@pytest.mark.parametrize(
+    ("setup", "said"),
+    [
+        (["false", "touch reached"], "launch: slurm.setup failed with exit status 1: false\n"),
+        (["f() { (exit 5); }", "f", "touch reached"], "launch: slurm.setup failed with exit status 5: ( exit 5 )\n"),
+        (["value=$(exit 7)", "touch reached"], "launch: slurm.setup failed with exit status 7: value=$(exit 7)\n"),
+        (["source nowhere/bin/activate"], "nowhere/bin/activate: No such file or directory\n"),
+        (["set +e", "false", "touch reached"], None),
+        (["false || true", "if false; then true; fi", "for i in 1 2; do", "touch reached", "done"], None),
+    ],
+)
+def test_a_line_of_setup_that_fails_ends_the_job(tmp_path: Path, setup: list[str], said: str | None) -> None:
+    lines = [*executor.setup_lines(SlurmConfig(setup=setup)), "false", "echo training"]
+    ran = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == ((0, "training\n") if said is None else (2, ""))
+    assert (said or "") in ran.stderr
+    assert ran.stderr.count("launch: ") == (said is not None)
+    assert (tmp_path / "reached").exists() is (said is None)
+
+
+def test_the_python_of_the_job(slurm: FakeSlurm, capsys) -> None:
+    submitted("--dry-run", "slurm.python=python", "slurm.setup=[source /shared/venv/bin/activate]")
+    script = capsys.readouterr().out
+    assert re.search(r'^srun .* "\$\{BLOCK_SIGNALS\[@\]\}" python -u -m submitit', script, re.MULTILINE)
+    submitted("--dry-run")
+    assert f'"${{BLOCK_SIGNALS[@]}}" {sys.executable} -u -m submitit' in capsys.readouterr().out
+    assert "slurm.python is empty" in refusal(capsys, "slurm.python=''")
 
 
 # Errors of sbatch

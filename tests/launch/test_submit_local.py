@@ -112,7 +112,7 @@ def test_a_local_run_is_set_up_as_by_sbatch(
         tmp_path / "source", f"if os.environ.get('SUBMITIT_LOCAL_GLOBALID') == '0': {body}\n    return 0"
     )
     monkeypatch.setattr(snapshot, "_source_root", lambda: source)
-    setup = "slurm.setup=['false', '[[ bash == b* ]] && words=(\"an array\") && export X=$words']"
+    setup = "slurm.setup=['true', '[[ bash == b* ]] && words=(\"an array\") && export X=$words']"
     assert submit.main([*local(folder, setup), f"slurm.gpus_per_node={gpus}"]) == 0
     assert json.loads(told.read_text()) == [seen, "an array"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,13 @@ def test_errors_are_explained(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     assert "pip install wandb" in refused(run_dir)
     monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.ftruncate(-1, 0))  # an OSError, as of a full disk
+        assert refused(run_dir) == (
+            f"launch.sync: what is sent can't be noted in {run_dir}: Bad file descriptor. Nothing was sent\n"
+        )
+        assert main([str(run_dir), "--dry-run"]) == 0
+        capsys.readouterr()
     monkeypatch.setenv("HOME", str(tmp_path))  # with no netrc
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
