@@ -68,11 +68,10 @@ def setup_lines(slurm: SlurmConfig) -> list[str]:
     """The lines of `slurm.setup`; one that fails ends the job, unless the user has turned that off with `set +e`."""
     if not slurm.setup:
         return []
-    failed = (
-        "status=$?; [[ $- != *e* ]] || { [ $BASH_SUBSHELL -gt 0 ] || "
-        'echo "launch: slurm.setup failed with exit status $status: $BASH_COMMAND" >&2; exit 2; }'
-    )
-    return [f"trap {shlex.quote(failed)} ERR", "set -eE", *slurm.setup, "set +eE", "trap - ERR"]
+    failed = 'echo "launch: slurm.setup failed with exit status $status: $BASH_COMMAND" >&2; exit 2'
+    trap = f"status=$?; [ $status = 0 ] || {{ {failed}; }}"
+    remove = "[[ $(trap -p EXIT) != *slurm.setup* ]] || trap - EXIT"  # not one that the user has set
+    return [f"trap {shlex.quote(trap)} EXIT", "set -e", *slurm.setup, "set +e", remove]
 
 
 def _bash_command(setup: Sequence[str], folder: Path, gpus: int) -> str:

@@ -81,7 +81,7 @@ class FakeSlurm:
         self._write(content)
 
     def configure(self, **values: Any) -> None:
-        """Such as `cluster="other"`, `private=True` (users see only their own jobs) or `delay=1.5` of sbatch."""
+        """Such as `cluster="other"`, `private=True` (users see only their own jobs) or `hold=True` (sbatch waits for the file `go`)."""
         self._write({**self._read(), **values})
 
     def refuse(self, command: str, words: str | None) -> None:
@@ -141,12 +141,12 @@ def run(folder: Path, command: str, arguments: list[str]) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)
         content = json.loads(file.read_text())
         content["calls"].append([command, *arguments])
-        delay = content.get("delay", 0) if command == "sbatch" else 0
-        if delay:  # as when the controller is busy; other commands are answered meanwhile
+        if command == "sbatch" and content.get("hold"):  # as when the controller is busy
             content["calls"].append(["sbatch-began"])
             replace(file, content)
             fcntl.flock(lock, fcntl.LOCK_UN)
-            time.sleep(delay)
+            while not (folder / "go").exists():
+                time.sleep(0.01)
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = json.loads(file.read_text())
         try:

@@ -125,26 +125,34 @@ def test_a_submitter_killed_at_twenty_moments_forgets_and_doubles_no_job(slurm: 
     assert struck == 20
 
 
-def test_a_job_whose_submitter_was_killed_before_sbatch_answered(slurm: FakeSlurm, command: Command, capfd) -> None:
-    """sbatch goes on, and holds the lock; the next command waits for it."""
-    slurm.configure(delay=1.0)
+def test_a_job_whose_submitter_was_killed_before_sbatch_answered(
+    slurm: FakeSlurm, command: Command, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    """sbatch goes on, and holds the lock."""
+    slurm.configure(hold=True)
     process = command.start()
     while not slurm.calls("sbatch-began"):
         time.sleep(0.01)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.folder_lock.PATIENCE_S", 0)
+        assert command.run() == 2
+    assert f"process {process} on " in capfd.readouterr().err
     assert not slurm.jobs
+    (slurm.folder / "go").touch()
     assert command.run() == 0
     command.assert_one_job_each(slurm)
     assert len(slurm.jobs) == 3
-    said = capfd.readouterr().err
-    assert f"launch: waiting for process {process} on " in said
-    assert "launch: found job 7, whose submission was interrupted\n" in said
+    assert "launch: found job 7, whose submission was interrupted\n" in capfd.readouterr().err
 
 
 def test_two_commands_at_once_submit_once(slurm: FakeSlurm, command: Command) -> None:
-    slurm.configure(delay=0.3)
+    slurm.configure(hold=True)
     processes = [command.start() for _ in range(3)]
+    while not slurm.calls("sbatch-began"):
+        time.sleep(0.01)
+    (slurm.folder / "go").touch()
     assert [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes] == [0, 0, 0]
     command.assert_one_job_each(slurm)
     assert len(slurm.calls("sbatch")) == 1

@@ -170,15 +170,16 @@ def test_a_queued_job_runs_the_code_that_was_submitted(
     ("setup", "said"),
     [
         (["false", "touch reached"], "launch: slurm.setup failed with exit status 1: false\n"),
-        (["f() { (exit 5); }", "f", "touch reached"], "launch: slurm.setup failed with exit status 5: ( exit 5 )\n"),
+        (["f() { (exit 5); }", "f", "touch reached"], "launch: slurm.setup failed with exit status 5: "),
         (["value=$(exit 7)", "touch reached"], "launch: slurm.setup failed with exit status 7: value=$(exit 7)\n"),
-        (["source nowhere/bin/activate"], "nowhere/bin/activate: No such file or directory\n"),
+        (["source nowhere/activate"], "launch: slurm.setup failed with exit status 1: source nowhere/activate\n"),
         (["set +e", "false", "touch reached"], None),
         (["false || true", "if false; then true; fi", "for i in 1 2; do", "touch reached", "done"], None),
+        (["trap 'touch reached' EXIT"], None),
     ],
 )
 def test_a_line_of_setup_that_fails_ends_the_job(tmp_path: Path, setup: list[str], said: str | None) -> None:
-    lines = [*executor.setup_lines(SlurmConfig(setup=setup)), "false", "echo training"]
+    lines = [*executor.setup_lines(SlurmConfig(setup=setup)), "false", "echo training", "exit 0"]
     ran = subprocess.run(["bash", "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == ((0, "training\n") if said is None else (2, ""))
     assert (said or "") in ran.stderr
@@ -192,7 +193,9 @@ def test_the_python_of_the_job(slurm: FakeSlurm, capsys) -> None:
     assert re.search(r'^srun .* "\$\{BLOCK_SIGNALS\[@\]\}" python -u -m submitit', script, re.MULTILINE)
     submitted("--dry-run")
     assert f'"${{BLOCK_SIGNALS[@]}}" {sys.executable} -u -m submitit' in capsys.readouterr().out
-    assert "slurm.python is empty" in refusal(capsys, "slurm.python=''")
+    assert list(SlurmConfig(python=" ").problems()) == [
+        "slurm.python is empty; use for example /shared/venv/bin/python, or null for the one used here"
+    ]
 
 
 # Errors of sbatch
