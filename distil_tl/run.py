@@ -33,6 +33,7 @@ from distil_tl.training.console import print_start
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.precision import Compute, default_compute
 from distil_tl.training.records import Records
+from distil_tl.training.samples import write_samples
 from distil_tl.training.stage import Stage
 from distil_tl.training.step import StageTraining
 from distil_tl.utils.args import plain
@@ -128,8 +129,8 @@ class Run:
         if self.train_state is not None and self.train_state["stage"] == name:
             training.load_state(self.train_state)
             training.meter.load_state(self.train_state["meter"])
-        self.train_state = None
-        self.training = training
+        self.train_state, self.training = None, training
+        write_samples(self.info, self.directory.path, training, self.source)
         training.batches.start(at.epoch, at.consumed)
         return at
 

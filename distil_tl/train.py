@@ -261,8 +261,9 @@ def finish(run: Run) -> None:
     missing = [split for split in ("test", "val") if split in run.source.splits and split not in results]
     if missing:
         results |= evaluate_best(run, shown["stage"], missing)
-    if info.is_main:
-        run.directory.write("evaluation.json", console.evaluation_json("val", run.source.index("val"), results["val"]))
+    for split, result in results.items() if info.is_main else ():
+        name = "evaluation.json" if split == "val" else f"evaluation_{split}.json"
+        run.directory.write(name, console.evaluation_json(split, run.source.index(split), result))
     run.source.bad_images.combine_ranks(info)
     state.bad_images = run.source.bad_images.by_split
     state.best = shown

@@ -82,13 +82,15 @@ def loss_chart(run: Run) -> Markup:
 
 
 def accuracy_chart(run: Run) -> Markup:
-    """Top-1 of training epochs and of evaluations, with a circle at the best."""
+    """Top-1 of training epochs and of evaluations, with a circle at the best, and macro-F1 of evaluations."""
     train, bad_train = _points(run.lines("train", "epoch") or run.lines("train", "interval"), "top1")
     val, bad_val = _points(run.lines("val"), "top1")
     series = [
         Series("train", downsample(train), "c-train", dots=len(train) < 60),
         Series("val", downsample(val), "c-val", dots=True),
+        Series("val macro F1", downsample(_points(run.lines("val"), "macro_f1")[0]), "c-plain", dots=True),
     ]
+    series = [curve for curve in series if curve.points or curve.name != "val macro F1"]
     values = _values(series) or [0.0]
     margin = max(max(values) - min(values), 0.02) * 0.08
     best = run.best
@@ -97,7 +99,7 @@ def accuracy_chart(run: Run) -> Markup:
         mark = Mark(best.step, best.top1, f"best {text.percent(best.top1)}")
     return line_chart(
         Chart(
-            title="Top-1 accuracy",
+            title="Top-1 accuracy and macro F1",
             describe=f"{_describe('train top-1', train, text.percent)} {_describe('val top-1', val, text.percent)}",
             series=series,
             bands=run.bands,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -51,7 +54,14 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run directory. `notes` are problems to show on the page."""
+    """The content of a run directory.
+
+    Attributes:
+        test: as `evaluation`, on test.
+        train_counts: training images, by class.
+        samples: by stage, a JPEG image with some training images as augmented.
+        notes: problems to show on the page.
+    """
 
     name: str
     directory: Path
@@ -59,20 +69,33 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     env: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    test: dict[str, Any] = field(default_factory=dict)
+    train_counts: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, bytes] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
     config: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @cached_property
-    def intensity(self) -> Any:
-        """`data.intensity` of the run, by which thumbnails are scaled as its images were."""
-        import yaml  # needed for thumbnails only
+    def settings(self) -> dict[str, Any]:
+        """The configuration as nested dicts; empty if there is none that can be read."""
+        import yaml
 
         try:
-            data = mapping(yaml.safe_load(self.config or "") or {}, "data")
-        except (yaml.YAMLError, AttributeError):
-            return "dtype"
-        return data.get("intensity", "dtype")
+            tree = yaml.safe_load(self.config or "")
+        except yaml.YAMLError:
+            return {}
+        return tree if isinstance(tree, dict) else {}
+
+    @property
+    def intensity(self) -> Any:
+        """`data.intensity` of the run, by which thumbnails are scaled as its images were."""
+        return mapping(self.settings, "data").get("intensity", "dtype")
+
+    def relative(self, path: str) -> str:
+        """The path of an image without the folder of the images."""
+        root = mapping(self.settings, "data").get("root")
+        return path.removeprefix(f"{str(root).rstrip('/')}/") if root else path
 
     def lines(self, split: str, window: str = "") -> list[Metric]:
         """The lines of one split (and window), by step."""
@@ -147,10 +170,28 @@ def load_run(run_dir: Path) -> Run:
         summary=_json(run_dir / "summary.json", dict, notes),
         env=_json(run_dir / "env.json", dict, notes),
         evaluation=_json(run_dir / "evaluation.json", dict, notes),
+        test=_json(run_dir / "evaluation_test.json", dict, notes),
+        train_counts=_train_counts(run_dir / "index" / "train.npz"),
+        samples={path.stem: path.read_bytes() for path in sorted(run_dir.glob("samples/*.jpg"))},
         classes=[str(name) for name in classes],
         config=config.read_text("utf-8", errors="replace") if config.is_file() else None,
         notes=notes,
     )
+
+
+def _train_counts(path: Path) -> dict[str, int]:
+    """Training images by class; empty if there is no list of them that can be read."""
+    if not path.is_file():
+        return {}
+    import numpy as np  # not needed for a run without a list of images
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = os.fsdecode(arrays["classes"].tobytes()).split("\0")
+            counts = np.bincount(arrays["targets"], minlength=len(names)).tolist()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return {}
+    return dict(zip(names, counts, strict=False))
 
 
 def _json(path: Path, kind: type[Any], notes: list[str]) -> Any:

@@ -7,20 +7,11 @@ import hashlib
 from datetime import datetime, timezone
 from pathlib import Path
 
-from distil_tl.report import curves, tables, text
-from distil_tl.report.confusion import Confusion, heat_map, pair_table, read_confusion
+from distil_tl.report import curves, images, overview, tables
+from distil_tl.report.confusion import MAX_DRAWN, Confusion, heat_map, pair_table, read_confusion
 from distil_tl.report.head_search import search_maps
 from distil_tl.report.load import Run, mapping
 from distil_tl.report.markup import Child, Markup, h, join
-from distil_tl.report.text import number
-from distil_tl.utils.data_wait import is_notable
-
-STATES = {
-    "completed": ("\u2713", "good"),
-    "preempted": ("\u25ae\u25ae", "paused"),
-    "failed": ("\u2715", "bad"),
-    "running": ("\u25cf", "live"),
-}
 
 
 def _asset(name: str) -> str:
@@ -55,28 +46,34 @@ def render(run: Run) -> Markup:
 
 def _body(run: Run) -> Markup:
     confusion = read_confusion(run)
-    classes = tables.class_table(run, confusion.confused_with() if confusion else {})
+    classes = tables.class_table(run, run.evaluation, confusion.confused_with() if confusion else {})
     charts = h("div", curves.loss_chart(run), curves.accuracy_chart(run), class_="pair")
-    environment = tables.environment_table(run)
+    environment, uncertain = tables.environment_table(run), images.uncertain_table(run)
+    is_large = confusion is not None and len(confusion.rows) > MAX_DRAWN
     return h(
         "main",
-        _header(run),
-        _cards(run),
-        _notes(run),
+        overview.header(run),
+        overview.cards(run, confusion),
+        overview.settings_line(run),
+        overview.notes(run),
         h("section", h("h2", "Training"), charts, curves.lr_chart(run)),
+        _section("Training images", "As augmented, some of each stage.", images.sample_strips(run)),
         h("section", h("h2", "Stages"), tables.stage_table(run)),
         _section(
             "Head search", "Val top-1 of each candidate head. The outlined one was chosen.", search_maps(run), wide=True
         ),
-        h("section", h("h2", "Evaluation"), _evaluation(run)) if run.evaluation else None,
-        _section("Classes", "Sorted by F1, lowest first.", classes),
+        _section("Evaluation", "The best checkpoint on val.", overview.evaluation(run.evaluation, confusion)),
+        _section("Classes", "On val, sorted by F1, lowest first.", classes),
+        _section("Test", "The best checkpoint on test, class by class.", _test(run)),
         _section(
             "Confusion matrix",
-            "Rows are true classes. Correct predictions are blue, wrong ones orange, by share of the row.",
+            "Rows are true classes. Correct predictions are blue, wrong ones orange, by share of the row."
+            + (f" Drawn are the {MAX_DRAWN} classes with the most mistakes." if is_large else ""),
             [heat_map(confusion), _most_confused(confusion)] if confusion else None,
             wide=True,
         ),
-        _section("Mistakes", "The most confident wrong predictions.", tables.mistake_table(run)),
+        _section("Mistakes", "The most confident wrong predictions.", images.mistake_table(run)),
+        _section("Least certain", "The two most probable classes are close, right or wrong.", uncertain),
         h(
             "section",
             h("h2", "Throughput"),
@@ -93,8 +90,15 @@ def _body(run: Run) -> Markup:
             if not environment and not run.config
             else None,
         ),
+        _section("Next", "", overview.next_commands(run)),
         _footer(run),
     )
+
+
+def _test(run: Run) -> Child:
+    classes = tables.class_table(run, run.test, {})
+    figures = overview.evaluation(run.test, read_confusion(run, run.test))
+    return [figures, h("details", h("summary", "Classes"), classes)] if classes else None
 
 
 def _most_confused(confusion: Confusion) -> Markup | None:
@@ -106,121 +110,7 @@ def _section(title: str, hint: str, content: Child, *, wide: bool = False) -> Ma
     if not content:
         return None
     inner = h("div", content, class_="confusion") if wide else content
-    return h("section", h("h2", title), h("p", hint, class_="hint"), inner)
-
-
-def _status(run: Run) -> tuple[str, str, str]:
-    """Symbol, status and colour. Without a summary the run is in progress or was killed; both show as in progress."""
-    status = str(run.summary.get("status") or "running")
-    symbol, style = STATES.get(status, ("?", "paused"))
-    return symbol, "in progress" if status == "running" else status, style
-
-
-def _header(run: Run) -> Markup:
-    symbol, status, style = _status(run)
-    facts = [
-        text.timestamp(run.env.get("start_time")) if run.env.get("start_time") else "",
-        f"{len(run.classes):,} class{'es' if len(run.classes) != 1 else ''}" if run.classes else "",
-        " \u2192 ".join(band.name for band in run.bands),
-        str(run.env.get("device") or ""),
-        str(run.env.get("host") or ""),
-    ]
-    pill = h("span", h("span", symbol, aria_hidden="true"), " ", status, class_=f"pill {style}")
-    return h(
-        "header",
-        h("div", h("h1", run.name), pill, class_="name"),
-        h("p", " \u00b7 ".join(fact for fact in facts if fact), class_="facts"),
-    )
-
-
-def _total_seconds(run: Run) -> tuple[float | None, str]:
-    total = number(run.summary.get("total_seconds"))
-    if total is not None:
-        return total, ""
-    times = [m.time for m in run.metrics if m.time is not None]
-    return (max(times) - min(times), "first to last metric") if len(times) > 1 else (None, "")
-
-
-def _speed(run: Run) -> tuple[float | None, str]:
-    """Images per second of the last stage that read images; with cached features the rate is much higher."""
-    stages = mapping(run.summary, "stages")
-    measured = [
-        (number(mapping(stages, name).get("images_per_second")), name)
-        for name in stages
-        if mapping(stages, name).get("cached") is not True
-    ]
-    recorded = [(speed, name) for speed, name in measured if speed is not None]
-    if recorded:
-        return recorded[-1][0], f"training, {recorded[-1][1]}"
-    lines = [m for m in run.lines("train") if m.images_per_second is not None]
-    return (lines[-1].images_per_second, f"training, {lines[-1].stage}") if lines else (None, "")
-
-
-def _cards(run: Run) -> Markup:
-    best, test = run.best, mapping(run.summary, "test")
-    seconds, seconds_hint = _total_seconds(run)
-    speed, speed_hint = _speed(run)
-    when = f"val, {best.stage}" + (f" epoch {best.epoch}" if best.epoch is not None else "") if best else ""
-    world = number(run.summary.get("world_size"))
-    world = number(run.env.get("world_size")) if world is None else world
-    memory = number(run.summary.get("peak_memory_mb"))
-    test_top1 = number(test.get("top1"))
-    cards: list[tuple[str, str, str]] = [("Best top-1", text.percent(best.top1 if best else None), when)]
-    cards.append(("Macro F1", text.percent(best.macro_f1 if best else None), when))
-    if test_top1 is not None:
-        f1 = number(test.get("macro_f1"))
-        cards.append(("Test top-1", text.percent(test_top1), f"macro F1 {text.percent(f1)}" if f1 else "test"))
-    cards += [
-        ("Total time", text.duration(seconds), seconds_hint),
-        ("Images/s", text.rate(speed), speed_hint),
-        (
-            "World size",
-            text.count(world),
-            ("" if world is None else "rank" if world == 1 else "ranks")
-            + (f", {memory / 1024:.1f}{text.SPACE}GiB peak" if memory else ""),
-        ),
-    ]
-    return h(
-        "dl",
-        [h("div", h("dt", k), h("dd", v), h("dd", hint, class_="sub")) for k, v, hint in cards],
-        class_="cards",
-    )
-
-
-def _notes(run: Run) -> Markup | None:
-    notes = list(run.notes)
-    if not run.metrics:
-        notes.append("No metrics yet: the run has not completed its first logging interval.")
-    elif not run.summary:
-        notes.append("No summary.json: the run is in progress or was killed. The figures come from metrics.jsonl.")
-    for band in run.bands:
-        share, cached = (
-            tables.data_wait(run, band.name),
-            mapping(mapping(run.summary, "stages"), band.name).get("cached"),
-        )
-        if is_notable(share) and cached is not True:
-            notes.append(
-                f"Stage {band.name} waited for images during {text.percent(share, 0)} of its training. More CPUs for "
-                "loader processes, or smaller image files, make it faster."
-            )
-    notes += tables.part_sizes(run)
-    for key in ("error", "reason", "message"):
-        if isinstance(run.summary.get(key), str):
-            notes.append(str(run.summary[key]))
-    return h("ul", [h("li", note) for note in notes], class_="notes") if notes else None
-
-
-def _evaluation(run: Run) -> Markup:
-    evaluation = run.evaluation
-    figures = [
-        ("Split", str(evaluation.get("split") or text.MISSING)),
-        ("Images", text.count(number(evaluation.get("n")))),
-        ("Top-1", text.percent(number(evaluation.get("top1")))),
-        ("Top-5", text.percent(number(evaluation.get("top5")))),
-        ("Macro F1", text.percent(number(evaluation.get("macro_f1")))),
-        ("Loss", text.decimal(number(evaluation.get("loss")))),
-    ]
-    return h("dl", [h("div", h("dt", k), h("dd", v)) for k, v in figures], class_="line")
+    return h("section", h("h2", title), h("p", hint, class_="hint") if hint else None, inner)
 
 
 def _footer(run: Run) -> Markup:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,27 +13,32 @@ from distil_tl.report.markup import Child, Markup, h, join
 from distil_tl.report.text import number
 from distil_tl.utils.data_wait import wait_share
 
+MAX_STACKED = 100  # rows
 WORST_CLASSES = 25  # shown at once; the others unfold
 MAX_CLASSES = 1000
-MAX_MISTAKES = 100
-MAX_THUMBNAILS = 24
-THUMBNAIL = 64  # pixels
-MAX_IMAGE_BYTES = 32 * 2**20
-MAX_IMAGE_PIXELS = 50_000_000
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Child]], *, texts: int = 1, label: str = "") -> Markup:
-    """A table that scrolls horizontally if it is too wide. The first `texts` columns are text, the others numbers."""
+    """A table that scrolls horizontally if it is too wide. The first `texts` columns are text, the others numbers.
 
-    def cells(tag: str, row: Sequence[Child]) -> list[Markup]:
-        return [h(tag, cell, class_=None if i < texts else "n") for i, cell in enumerate(row)]
+    On a narrow screen each row of a short table becomes a block with a line for each column.
+    """
+    stacks = len(rows) <= MAX_STACKED
 
-    body = [h("tr", h("th", row[0], scope="row"), cells("td", row)[1:]) for row in rows]
+    def cells(row: Sequence[Child]) -> list[Markup]:
+        kinds = [None if i < texts else "n" for i in range(len(row))]
+        labels = head if stacks else [None] * len(row)
+        return [
+            h("td", h("span", cell), class_=kind, data_label=label) if stacks else h("td", cell, class_=kind)
+            for cell, kind, label in zip(row, kinds, labels, strict=True)
+        ]
+
+    body = [h("tr", h("th", row[0], scope="row"), cells(row)[1:]) for row in rows]
     top = [h("th", cell, scope="col", class_=None if i < texts else "n") for i, cell in enumerate(head)]
     return h(
         "div",
         h("table", h("thead", h("tr", top)), h("tbody", body)),
-        class_="scroll",
+        class_="scroll stack" if stacks else "scroll",
         tabindex="0",
         role="region",
         aria_label=label or None,
@@ -155,9 +157,14 @@ def _stage_cost(
     ]
 
 
-def class_table(run: Run, confused: dict[str, str]) -> Markup | None:
-    """Classes by F1, lowest first. `confused` is the most frequent wrong prediction of each class."""
-    entries = _entries(run, "per_class")
+def class_table(run: Run, evaluation: dict[str, Any], confused: dict[str, str]) -> Markup | None:
+    """Classes by F1, lowest first.
+
+    Args:
+        evaluation: the content of evaluation.json, or that of another split.
+        confused: the most frequent wrong prediction of each class.
+    """
+    entries = entries_of(evaluation, "per_class")
     if not entries:
         return None
 
@@ -175,13 +182,14 @@ def class_table(run: Run, confused: dict[str, str]) -> Markup | None:
             bar(f1, text.percent(f1), "weak" if f1 is not None and f1 < 0.5 else ""),
             text.percent(number(entry.get("recall"))),
             text.percent(number(entry.get("precision"))),
-            text.count(number(entry.get("correct"))),
-            text.count(number(entry.get("n"))),
+            f"{text.count(number(entry.get('correct')))} / {text.count(number(entry.get('n')))}",
         ]
+        if run.train_counts:
+            row.append(text.count(run.train_counts.get(name)))
         rows.append(row)
     head = ["Class", *(["Most confused with"] if confused else [])]
-    head += ["F1", "Recall", "Precision", "Correct", "Images"]
-    texts = len(head) - 5
+    texts = len(head)
+    head += ["F1", "Recall", "Precision", "Correct", *(["Trained on"] if run.train_counts else [])]
     first = table(head, rows[:WORST_CLASSES], texts=texts, label="Classes, lowest F1 first")
     rest = rows[WORST_CLASSES:]
     if not rest:
@@ -191,9 +199,9 @@ def class_table(run: Run, confused: dict[str, str]) -> Markup | None:
     return join(first, h("details", h("summary", more), table(head, rest, texts=texts, label="More classes")))
 
 
-def _entries(run: Run, key: str) -> list[dict[str, Any]]:
+def entries_of(evaluation: dict[str, Any], key: str) -> list[dict[str, Any]]:
     """The mappings in a list of evaluation.json."""
-    values = run.evaluation.get(key)
+    values = evaluation.get(key)
     return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
@@ -202,62 +210,6 @@ def class_name(run: Run, value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(run.classes):
         return run.classes[value]
     return text.MISSING if value is None else str(value)
-
-
-def mistake_table(run: Run) -> Markup | None:
-    """The most confident mistakes, the first ones with thumbnails."""
-    entries = _entries(run, "mistakes")
-    if not entries:
-        return None
-    entries.sort(key=lambda e: -(number(e.get("probability")) or 0.0))
-    rows: list[list[Child]] = []
-    for i, entry in enumerate(entries[:MAX_MISTAKES]):
-        probability = number(entry.get("probability"))
-        source = thumbnail(str(entry.get("path")), run.intensity) if i < MAX_THUMBNAILS else None
-        image = h("img", src=source, alt="", class_="thumb") if source else None
-        rows.append(
-            [
-                h("div", image, h("span", str(entry.get("path", text.MISSING)), class_="path"), class_="shot"),
-                class_name(run, entry.get("target")),
-                class_name(run, entry.get("prediction")),
-                bar(probability, text.percent(probability), "weak"),
-            ]
-        )
-    head = ["Image", "True class", "Predicted class", "Probability"]
-    first = table(head, rows[:MAX_THUMBNAILS], texts=3, label="Mistakes")
-    rest = rows[MAX_THUMBNAILS:]
-    if not rest:
-        return first
-    more = h("summary", f"{len(rest):,} more mistakes")
-    return join(first, h("details", more, table(head, rest, texts=3, label="More mistakes")))
-
-
-def thumbnail(path: str, intensity: Any = "dtype") -> str | None:
-    """The image at `path` as a small data URI; None if it can't be read or is too large.
-
-    Args:
-        intensity: as `data.intensity`.
-    """
-    try:
-        from PIL import Image  # not needed for --help, nor for a report without thumbnails
-
-        from distil_tl.data.pillow import open_image, pixels_of
-
-        source = Path(path)
-        if not source.is_file() or source.stat().st_size > MAX_IMAGE_BYTES:
-            return None
-        with source.open("rb") as file:
-            image = open_image(file)
-            if image is None or image.width * image.height > MAX_IMAGE_PIXELS:
-                return None
-            image.draft(None, (THUMBNAIL * 2, THUMBNAIL * 2))
-            small = Image.fromarray(pixels_of(image, intensity))  # as the model saw it
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=82)
-    except Exception:  # a thumbnail is optional, and decoders raise many kinds of exceptions
-        return None
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def environment_table(run: Run) -> Markup | None:

@@ -13,6 +13,7 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import Position, RunState, StageRecord
 from distil_tl.training.config import StageConfig
 from distil_tl.training.evaluation import Evaluation
+from distil_tl.training.notable import Prediction
 from distil_tl.training.stage import trainable_groups
 from distil_tl.utils.data_wait import is_notable, wait_share
 from distil_tl.utils.log import duration, logger, table
@@ -106,15 +107,21 @@ def evaluation_json(split: str, index: Index, result: Evaluation) -> dict[str, A
         "classes": list(classes),
         "per_class": result.metrics.per_class(classes),
         "confusion_matrix": result.metrics.confusion_matrix(),
-        "mistakes": [
-            {
-                "path": str(index.path(i)),
-                "target": classes[target],
-                "prediction": classes[predicted],
-                "probability": probability,
-            }
-            for i, target, predicted, probability in result.mistakes
-        ],
+        "mistakes": [_predicted(index, prediction) for prediction in result.mistakes],
+        "uncertain": [_predicted(index, prediction) for prediction in result.uncertain],
+    }
+
+
+def _predicted(index: Index, found: Prediction) -> dict[str, Any]:
+    """An image with its predictions, for evaluation.json."""
+    (first, probability), classes = found.top[0], index.classes
+    return {
+        "path": str(index.path(found.image)),
+        "target": classes[found.target],
+        "prediction": classes[first],
+        "probability": probability,
+        "target_probability": found.target_probability,
+        "top": [{"class": classes[name], "probability": value} for name, value in found.top],
     }
 
 

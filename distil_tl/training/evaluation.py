@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distil_tl.data.loader import Batch
-from distil_tl.distributed.collectives import gather_rows, max_over_ranks
+from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.training.memory import PartSize
 from distil_tl.training.metrics import ClassificationMetrics
 from distil_tl.training.network import Network
+from distil_tl.training.notable import Notable, Prediction
 from distil_tl.utils.log import Progress
 
 
@@ -26,12 +27,14 @@ class Evaluation:
 
     Attributes:
         metrics: counts.
-        mistakes: the most confident wrong predictions: (index, target, prediction, probability).
+        mistakes: the most confident wrong predictions.
+        uncertain: the images whose two most probable classes are closest, right or wrong.
         waited: seconds for which the rank waited for batches that waited longest.
     """
 
     metrics: ClassificationMetrics
-    mistakes: list[tuple[int, int, int, float]]
+    mistakes: list[Prediction]
+    uncertain: list[Prediction]
     waited: float
 
 
@@ -56,7 +59,8 @@ def evaluate(
         batches: of this rank, on the device.
         part_size: how many images of a batch go through the network at once; all, if memory suffices.
         agreement: lets the ranks agree to stop before the end.
-        mistakes: most confident mistakes to keep, beside a confusion matrix; None for metrics alone.
+        mistakes: most confident mistakes to keep, beside uncertain images and a confusion matrix; None for metrics
+            alone.
         show: show progress on rank 0.
 
     Raises:
@@ -66,7 +70,8 @@ def evaluate(
     was_training = network.training
     network.eval()
     metrics = ClassificationMetrics(num_classes, info.device, confusion=mistakes is not None)
-    kept, waited, size = torch.empty(0, 4, dtype=torch.float64, device=info.device), 0.0, 0
+    notable = Notable(mistakes, num_classes, info.device) if mistakes else None
+    waited, size = 0.0, 0
     with Progress("evaluate", turns, show=show and info.is_main) as bar:
         for _ in range(turns):
             if agreement is not None:
@@ -80,16 +85,13 @@ def evaluate(
             size = max(size, count) if network.is_compiled else count
             logits = part_size.apply(network, _padded(batch.images, size))[:count]
             metrics.update(logits, batch.targets, F.cross_entropy(logits, batch.targets, reduction="none"), batch.valid)
-            if mistakes:
-                kept = _most_confident(torch.cat([kept, _mistakes(logits, batch)]), mistakes)
+            if notable is not None:
+                notable.add(logits, batch)
             bar.advance()
     network.train(was_training)
     part_size.agree(info)
-    if mistakes:
-        kept = kept.cpu()
-        kept = _most_confident(gather_rows(info, kept[kept[:, 3] > 0], mistakes), mistakes)
-    rows = [(int(i), int(t), int(p), probability) for i, t, p, probability in kept.tolist()]
-    return Evaluation(metrics.reduce(info), rows, max_over_ranks(info, waited))
+    wrong, uncertain = notable.gather(info) if notable is not None else ([], [])
+    return Evaluation(metrics.reduce(info), wrong, uncertain, max_over_ranks(info, waited))
 
 
 def _padded(images: Tensor, count: int) -> Tensor:
@@ -97,21 +99,3 @@ def _padded(images: Tensor, count: int) -> Tensor:
     if len(images) == count:
         return images
     return torch.cat([images, images.new_zeros(count - len(images), *images.shape[1:])])
-
-
-def _mistakes(logits: Tensor, batch: Batch) -> Tensor:
-    """Rows (index, target, prediction, probability), float64 [N, 4]; the probability of a right prediction is 0.
-
-    All on the device: to select the wrong predictions would wait for it.
-    """
-    probability, predicted = logits.softmax(dim=1).max(dim=1)
-    wrong = (predicted != batch.targets) & batch.valid
-    indices = batch.indices.to(predicted.device, non_blocking=True)
-    columns = (indices, batch.targets, predicted, probability * wrong)
-    return torch.stack([column.double() for column in columns], dim=1)
-
-
-def _most_confident(rows: Tensor, count: int) -> Tensor:
-    """By probability, then by index, so that the order of ties is the same on any number of ranks."""
-    rows = rows[rows[:, 0].argsort(stable=True)]
-    return rows[rows[:, 3].argsort(descending=True, stable=True)[:count]]

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from distil_tl.report import main
+from distil_tl.report.images import thumbnail
 from distil_tl.report.load import load_run
 from distil_tl.report.markup import Markup, h
 from distil_tl.report.svg import MAX_POINTS, Scale, downsample, fit_scale, linear_ticks
-from distil_tl.report.tables import thumbnail
 from distil_tl.report.text import compact, duration, number, percent, percentage_points, timestamp
 from tests.helpers.report_runs import EVIL, NAMES, build_evaluation, build_metrics, build_run, report, write_lines
 
@@ -52,7 +52,7 @@ def test_it_shows_the_figures_of_the_run(run):
         "2025-10-09 08:53 UTC",
     ):
         assert expected in words
-    order = [page.index(f">{part}</h") for part in ("Loss", "Top-1 accuracy", "Learning rate", "Stages")]
+    order = [page.index(f">{part}</h") for part in ("Loss", "Top-1 accuracy and macro F1", "Learning rate", "Stages")]
     order += [page.index(f">{part}</h2>") for part in ("Classes", "Confusion matrix", "Mistakes", "Throughput")]
     assert order == sorted(order)
     assert not list(run.glob("*.tmp*"))
@@ -231,10 +231,12 @@ def test_a_single_class_and_constant_values(tmp_path):
     assert "Most confused pairs" not in words
 
 
-def test_many_classes_are_listed_rather_than_drawn(tmp_path):
+def test_of_many_classes_those_with_the_most_mistakes_are_drawn(tmp_path):
     names = [f"class-{i}" for i in range(1500)]
     page, words = report(build_run(tmp_path / "many", names))
-    assert 'class="heat' not in page
+    assert page.count("class-") < 20_000
+    assert "Drawn are the 60 classes with the most mistakes." in words
+    assert page.count('class="tick y">class-') == 60
     assert "975 more classes (500 with a higher F1 are not shown)" in words
     pairs = words[words.index("Most confused pairs") : words.index("Mistakes The")]
     assert pairs.count("class-") == 60

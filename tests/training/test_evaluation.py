@@ -45,3 +45,40 @@ def test_a_compiled_network_gets_batches_of_one_size() -> None:
     assert found[0].metrics.compute() == pytest.approx(found[1].metrics.compute())
     assert found[0].mistakes == found[1].mistakes
     assert len(found[0].mistakes) > 0
+
+
+def test_mistakes_and_uncertain_images_have_their_predictions() -> None:
+    """Against all images sorted one by one."""
+    network, given = Noting(is_compiled=False), list(batches(8, 8, 3))
+    for number, batch in enumerate(given):
+        batch.indices.add_(8 * number)
+    given[1].valid[2] = False
+    found = evaluate(ALONE, network, 3, iter(given), 3, mistakes=4)
+    everything = []
+    for batch in given:
+        for image, target, index, valid in zip(
+            batch.images, batch.targets.tolist(), batch.indices.tolist(), batch.valid, strict=True
+        ):
+            p = network(image[None]).softmax(dim=1)[0]
+            top = p.sort(descending=True, stable=True)
+            if valid:
+                everything.append((index, target, p.tolist(), top.values.tolist(), top.indices.tolist()))
+    wrong = sorted((e for e in everything if e[4][0] != e[1]), key=lambda e: (-e[3][0], e[0]))
+    close = sorted(everything, key=lambda e: (e[3][0] - e[3][1], e[0]))
+    assert len(wrong) > 4
+    for kept, expected in ((found.mistakes, wrong[:4]), (found.uncertain, close[:4])):
+        assert [(k.image, k.target) for k in kept] == [(e[0], e[1]) for e in expected]
+        for k, e in zip(kept, expected, strict=True):
+            assert k.target_probability == pytest.approx(e[2][e[1]])
+            assert [name for name, _ in k.top] == e[4]
+            assert [p for _, p in k.top] == pytest.approx(e[3])
+
+
+def test_a_single_class_has_no_uncertain_images() -> None:
+    class One(Noting):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images)[:, :1]
+
+    (batch,) = batches(5)
+    found = evaluate(ALONE, One(is_compiled=False), 1, iter([batch._replace(targets=batch.targets * 0)]), 1, mistakes=4)
+    assert (found.mistakes, found.uncertain) == ([], [])

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from distil_tl.report.tables import thumbnail
+from distil_tl.report.images import thumbnail
 
 MAX_CHART_CLASSES = 50  # of a confusion matrix; report.html shows larger ones
 

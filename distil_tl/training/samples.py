@@ -1,0 +1,46 @@
+"""A picture of what a stage trains on: some images as augmented, in RUN_DIR/samples/STAGE.jpg."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from distil_tl.data.source import ImageSource
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.training.step import StageTraining
+from distil_tl.utils.files import write_atomic
+from distil_tl.utils.log import logger
+
+COUNT, SIDE = 10, 96  # images, and their side in pixels
+
+
+def write_samples(info: DistInfo, run_dir: Path, training: StageTraining, source: ImageSource) -> None:
+    """Write the first images of the stage as its augmentation shows them, side by side; those that can be read."""
+    stage = training.stage
+    path = run_dir / "samples" / f"{stage.name}.jpg"
+    if not info.is_main or path.exists():
+        return
+    # An image has its own random numbers, so nothing else changes.
+    dataset = source.train_dataset("train", stage.image_size, stage.augment, seed=stage.seed, stage=stage.name)
+    items = [dataset[key] for key in itertools.islice(training.sampler.keys(0), COUNT)]
+    images = [_picture(item.image) for item in items if item.image is not None]
+    if not images:
+        return
+    strip = Image.new("RGB", (len(images) * (SIDE + 4) - 4, SIDE), "white")
+    for i, image in enumerate(images):
+        strip.paste(image, (i * (SIDE + 4), 0))
+    content = io.BytesIO()
+    strip.save(content, "JPEG", quality=85)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        write_atomic(path, content.getvalue())
+    except OSError as error:  # the picture is optional
+        logger.warning("can't write %s: %s", path, error.strerror or error)
+
+
+def _picture(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((SIDE, SIDE), Image.Resampling.BILINEAR)

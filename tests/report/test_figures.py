@@ -1,0 +1,132 @@
+"""Intervals, baselines and notes of the report."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distil_tl.report.confusion import Confusion
+from distil_tl.report.figures import baseline, bootstrapped_f1, overfitting, settings, wilson
+from distil_tl.report.load import Run, load_run
+from tests.helpers.report_runs import build_evaluation, build_run, report
+
+NAMES = ["daisy", "rose", "tulip"]
+
+
+def test_wilson() -> None:
+    # Newcombe (1998), "Two-sided confidence intervals for the single proportion", table I.
+    for correct, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]:
+        assert wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(0, 0) is None
+    assert wilson(29, 29) == pytest.approx((0.8830, 1.0), abs=5e-5)
+
+
+def test_the_interval_of_macro_f1_is_that_of_drawing_images_again() -> None:
+    matrix = np.array([[40, 5, 0], [8, 20, 2], [0, 3, 6]])
+    found = bootstrapped_f1(matrix.tolist())
+    assert found is not None
+    pairs = np.array([(i, j) for i in range(3) for j in range(3) for _ in range(matrix[i, j])])
+    rng, scores = np.random.default_rng(5), []
+    for _ in range(2000):
+        target, predicted = pairs[rng.integers(len(pairs), size=len(pairs))].T
+        hits = [((target == c) & (predicted == c)).sum() for c in range(3)]
+        scores.append(np.mean([2 * h / ((target == c).sum() + (predicted == c).sum()) for c, h in enumerate(hits)]))
+    assert found == pytest.approx(np.quantile(scores, [0.025, 0.975]), abs=0.012)
+    assert found == bootstrapped_f1(matrix.tolist())
+    assert bootstrapped_f1([[0, 0], [0, 0]]) is None
+
+
+def test_the_baseline_is_the_largest_class() -> None:
+    rows: list[Any] = [{"class": "a", "n": 30}, {"class": "b", "n": 70}, None, {"n": "x"}]
+    assert baseline({"per_class": rows}) == ("b", 0.7)
+    assert baseline({}) is None
+
+
+def lines(val: list[float], train: list[float]) -> list[dict[str, Any]]:
+    found = []
+    for epoch, (of_val, of_train) in enumerate(zip(val, train, strict=True), start=1):
+        line = {"step": epoch, "epoch": epoch, "stage": "full", "top1": 0.5}
+        found += [
+            {**line, "split": "train", "window": "epoch", "loss": of_train},
+            {**line, "split": "val", "loss": of_val},
+        ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("val", "train", "said"),
+    [
+        ([0.9, 0.5, 0.6, 0.7], [1.0, 0.5, 0.3, 0.1], True),
+        ([0.9, 0.5, 0.51, 0.52], [1.0, 0.5, 0.3, 0.1], False),
+        ([0.9, 0.5, 0.6, 0.7], [1.0, 0.5, 0.6, 0.7], False),
+        ([0.5, 0.7], [0.5, 0.1], False),
+    ],
+)
+def test_overfitting_is_said(tmp_path: Path, val: list[float], train: list[float], said: bool) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines(val, train)))
+    found = overfitting(load_run(tmp_path))
+    assert (found is not None) == said
+    if found:
+        assert "since epoch 2 of stage full the loss on val has risen from 0.500 to 0.700" in found
+
+
+def test_the_settings_that_matter() -> None:
+    config = "model: {name: resnet50, weights: torchvision/V2}\ndata: {root: /data/flowers/, balance: none}\nseed: 3\n"
+    assert settings(Run("run", Path(), [], config=config)) == [
+        ("Model", "resnet50"),
+        ("Weights", "V2"),
+        ("Images", "flowers"),
+        ("Seed", "3"),
+    ]
+    assert settings(Run("run", Path(), [], config="}")) == []
+
+
+def test_the_classes_with_the_most_mistakes_follow_those_that_they_are_confused_with() -> None:
+    rows: list[list[float]] = [[9, 0, 0, 1], [0, 5, 4, 0], [0, 3, 6, 1], [0, 0, 0, 9]]
+    found = Confusion(list("abcd"), rows, [10, 9, 10, 9]).with_most_mistakes(3)
+    assert found.names == ["b", "c", "a"]
+    assert found.rows == [[5, 4, 0], [3, 6, 0], [0, 0, 9]]
+    assert found.totals == [9, 10, 10]
+
+
+def test_what_newer_runs_add_is_on_the_page(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", NAMES)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "config.yaml").write_text("data: {root: /data/flowers}\n")
+    top = [{"class": "rose", "probability": 0.5}, {"class": "tulip", "probability": 0.4}]
+    entry = {"path": "/data/flowers/val/tulip/x.jpg", "target": "tulip", "prediction": "rose", "probability": 0.5}
+    evaluation["uncertain"] = [{**entry, "target_probability": 0.4, "top": top}]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    (run / "evaluation_test.json").write_text(json.dumps({**build_evaluation(NAMES, per=50), "split": "test"}))
+    (run / "index").mkdir()
+    names = np.frombuffer(b"daisy\0rose\0tulip", dtype=np.uint8)
+    np.savez(run / "index" / "train.npz", classes=names, targets=np.array([0] * 1234 + [1, 2]))
+    (run / "samples").mkdir()
+    picture = io.BytesIO()
+    Image.new("RGB", (20, 5)).save(picture, "JPEG")
+    (run / "samples" / "head.jpg").write_bytes(picture.getvalue())
+    page, words = report(run)
+    uncertain = words[words.index("Least certain") :]
+    assert "val/tulip/x.jpg tulip 40.0 % rose tulip 40.0 %" in uncertain
+    assert "/data/flowers/val" not in page
+    assert "Always" in words
+    assert "Training images of stage head" in page
+    assert "1,234" in words[words.index("Trained on") :]
+    assert "distil-tl export run -o model.onnx" in words
+    test = words[words.index("Test The best") :]
+    assert "Images 150" in test
+
+
+def test_a_run_that_did_not_complete_is_resumed(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "status": "preempted"}))
+    _, words = report(run)
+    assert "Run the same command again to resume this run." in words
+    assert "distil-tl export" not in words
