@@ -167,8 +167,8 @@ def test_the_layout_fits_the_viewport(page, report, width, scheme):
         assert first >= left - 4
         assert right - 20 < last <= right + 4
         assert min(above, below) > -4
-    hidden = "[...document.querySelectorAll('.stack, .scroll:has(.heat)')].filter(e => e.scrollWidth > e.clientWidth).length"
-    assert page.evaluate(hidden) == 0, "nothing is cut off"
+    tables = "[...document.querySelectorAll('.stack, .scroll:has(.heat)')]"
+    assert page.evaluate(f"{tables}.filter(e => e.scrollWidth > e.clientWidth).length") == 0, "nothing is cut off"
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 19, 22)"
     assert dark == (scheme == "dark")
 
