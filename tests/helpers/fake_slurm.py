@@ -81,7 +81,7 @@ class FakeSlurm:
         self._write(content)
 
     def configure(self, **values: Any) -> None:
-        """Such as `cluster="other"`, `private=True` (users see only their jobs), `hold=True` (sbatch waits for `go`)."""
+        """Such as `cluster="other"`, `private=True` (users see only their jobs), `hold=True` (sbatch waits: `go`)."""
         self._write({**self._read(), **values})
 
     def refuse(self, command: str, words: str | None) -> None:
