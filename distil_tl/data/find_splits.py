@@ -18,12 +18,15 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger, printable
 
 
-def find_splits(config: DataConfig, root: Path, run_dir: Path | None = None) -> tuple[dict[str, Index], str]:
+def find_splits(
+    config: DataConfig, root: Path, run_dir: Path | None = None, *, most_read: int = MOST_READ
+) -> tuple[dict[str, Index], str]:
     """The indexes of train, val and, if there is one, test; and how they were made, in words.
 
     Args:
         root: the folder of the images.
         run_dir: of the run to resume, whose split.csv decides where the split was made here.
+        most_read: number of images up to which contents are compared.
 
     Raises:
         UserError: a class without images, a class that train does not have, a table that can't be used, or images
@@ -46,23 +49,23 @@ def find_splits(config: DataConfig, root: Path, run_dir: Path | None = None) -> 
         return divided(whole, table.splits), table.note
     if run_dir is not None and (run_dir / NAME).is_file():
         return divided(whole, read_split_file(run_dir / NAME, whole).codes), f"{said}as in {run_dir / NAME}"
-    codes, notes = _assigned(config, table)
+    codes, notes = _assigned(config, table, most_read)
     lacking = "val" if table.splits is not None else "split"
     return divided(whole, codes), f"{said}{'it' if said else root} has no {lacking}, so one is made: {notes}"
 
 
-def _assigned(config: DataConfig, table: Table) -> tuple[Array, str]:
+def _assigned(config: DataConfig, table: Table, most_read: int) -> tuple[Array, str]:
     """The split that is made for the images, or for those of train where a table has only train and test."""
     whole, groups = table.index, table.groups
     if table.splits is None:
-        assigned = assign_splits(whole, config.split, groups, compare_contents=len(whole) <= MOST_READ)
+        assigned = assign_splits(whole, config.split, groups, compare_contents=len(whole) <= most_read)
         return assigned.codes, "; ".join(assigned.notes)
     if config.split.test:
         raise UserError("data.split.test has no effect, as the table has test in a column; remove it")
     chosen = table.splits == TRAIN
     part, codes = whole.selected(chosen), table.splits.copy()
     groups = None if groups is None else groups[chosen]
-    assigned = assign_splits(part, config.split, groups, compare_contents=len(part) <= MOST_READ)
+    assigned = assign_splits(part, config.split, groups, compare_contents=len(part) <= most_read)
     codes[chosen] = assigned.codes
     return codes, "; ".join(assigned.notes)
 

@@ -50,11 +50,13 @@ class ShrinkDataset(Dataset[Outcome]):
     """Item i writes image i of `index` below `out` unless it exists. The folders below `out` must exist.
 
     An image whose shorter side is longer than `resize` pixels is decoded by the rules of `decode`, resized to it and
-    written without metadata. Any other image is copied byte for byte, as is an image too long for a JPEG.
+    written without metadata. Any other image is copied byte for byte, as is an image too long for a JPEG. With `resize`
+    None, no image is decoded. The images of a table that are not in folders of their classes are written into such.
     """
 
-    def __init__(self, index: Index, out: Path, resize: int, quality: int) -> None:
+    def __init__(self, index: Index, out: Path, resize: int | None, quality: int) -> None:
         self.index = index
+        self.folders = [] if has_class_folders(index) else [f"{name}/" for name in index.classes]
         self.out = out
         self.resize = resize
         self.quality = quality
@@ -63,12 +65,15 @@ class ShrinkDataset(Dataset[Outcome]):
         return len(self.index)
 
     def __getitem__(self, i: int) -> Outcome:
-        name = self.index.relative_path(i)
-        new_name = resized_name(self.index.root, name)
+        name = self.target(i)
+        new_name = self.folder(i) + resized_name(self.index.root, self.index.relative_path(i))
         try:
             if (self.out / name).exists() or (self.out / new_name).exists():
                 return Outcome(i, "there")
             data = self.index.path(i).read_bytes()
+            if self.resize is None:
+                _write(self.out / name, data)
+                return Outcome(i, "copied")
             image = decode_bytes(data, self.index.path(i), min_side=2 * self.resize)
             shorter, longer = sorted(image.shape[1:])
             if shorter <= self.resize or longer * self.resize > LONGEST * shorter:
@@ -81,13 +86,26 @@ class ShrinkDataset(Dataset[Outcome]):
         except OSError as error:
             return Outcome(i, error=f"{error.filename or self.index.path(i)}: {error.strerror or error}")
 
+    def target(self, i: int) -> str:
+        """Where image i is copied to, relative to `out`."""
+        return self.folder(i) + self.index.relative_path(i)
+
+    def folder(self, i: int) -> str:
+        return self.folders[int(self.index.targets[i])] if self.folders else ""
+
     def copy(self, i: int) -> Outcome:
         """Copy the file of image i without decoding it."""
         try:
-            _write(self.out / self.index.relative_path(i), self.index.path(i).read_bytes())
+            _write(self.out / self.target(i), self.index.path(i).read_bytes())
         except OSError as error:
             return Outcome(i, error=f"{error.filename or self.index.path(i)}: {error.strerror or error}")
         return Outcome(i, "copied")
+
+
+def has_class_folders(index: Index) -> bool:
+    """Whether each image is in a folder that has the name of its class."""
+    begins = [os.fsencode(f"{name}/") for name in index.classes]
+    return all(p.startswith(begins[t]) for p, t in zip(index.relative_paths(), index.targets.tolist(), strict=True))
 
 
 def resized_name(root: Path, name: str) -> str:

@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from distil_tl.data.config import SPLITS, DataConfig
+from distil_tl.data.config import DataConfig
 from distil_tl.data.decode import ImageError, read_size
 from distil_tl.data.index import Index
 from distil_tl.data.loader_processes import BoundedLoader
-from distil_tl.data.pixels import refuse_missing_decoders, unusual_pixels
+from distil_tl.data.pixels import unusual_pixels
 from distil_tl.data.resize import TEMPORARY, Outcome, ShrinkDataset
 from distil_tl.data.scan import scan
 from distil_tl.data.transforms import min_crop_side
-from distil_tl.utils.errors import PreemptedError, UserError
+from distil_tl.utils.errors import PreemptedError, UserError, listed
 from distil_tl.utils.files import write_json
 from distil_tl.utils.log import Progress, logger, printable
-from distil_tl.utils.threads import available_cpus
 from distil_tl.utils.version import __version__
 
 MANIFEST = "prepared.json"
@@ -55,25 +53,22 @@ class Manifest:
 
 
 def copy_resized(
-    root: Path, out: Path, *, resize: int, quality: int, workers: int | None, extensions: Sequence[str] = ()
+    config: DataConfig, splits: dict[str, Index], out: Path, *, resize: int | None, quality: int, workers: int
 ) -> None:
-    """Copy the splits of `root` to `out`, or resume such a copy.
+    """Copy the images of `splits` to `out`, or resume such a copy.
 
     Args:
-        root, out: resolved paths, neither inside the other.
-        resize: maximum shorter side in pixels.
+        config: of the images.
+        out: a resolved path, which does not contain the images and is not among them.
+        resize: maximum shorter side in pixels; None: all images are copied unchanged.
         quality: of JPEGs, 1 to 100.
-        workers: processes; None: as many as there are CPUs.
-        extensions: as in `data.extensions`.
+        workers: processes.
 
     Raises:
-        UserError: `root` has no images, a format has no decoder, `out` holds something else, the disk is too full, or
-            a file can't be read or written.
+        UserError: `out` holds something else, the disk is too full, a class has no name for a folder, or a file can't
+            be read or written.
         PreemptedError: Ctrl-C; what is written stays.
     """
-    config = DataConfig(extensions=list(extensions))
-    refuse_missing_decoders(config)
-    splits = scan_splits(root, config.image_extensions)
     settings = {
         "version": 1,
         "source": {split: index.fingerprint for split, index in splits.items()},
@@ -81,12 +76,13 @@ def copy_resized(
         "quality": quality,
         **({"pixels": pixels} if (pixels := unusual_pixels(config)) else {}),
     }
+    datasets = {split: ShrinkDataset(index, out / split, resize, quality) for split, index in splits.items()}
+    refuse_class_names(datasets["train"])
     manifest = open_manifest(out, settings, splits)
     if not is_complete(out, splits, config.image_extensions):
         manifest.write()
-        make_folders(out, splits)
-        datasets = {split: ShrinkDataset(index, out / split, resize, quality) for split, index in splits.items()}
-        done = copy_images(datasets, manifest, available_cpus() if workers is None else workers)
+        make_folders(datasets)
+        done = copy_images(datasets, manifest, workers)
         copies = finish(out, splits, manifest, config.image_extensions)
         logger.info("resized: %s; copied unchanged: %s; already done: %s",
                     f"{done['resized']:,}", f"{done['copied']:,}", f"{done['there']:,}")  # fmt: skip
@@ -94,14 +90,6 @@ def copy_resized(
             before, after = int(index.sizes.sum()), int(copies[split].sizes.sum())
             logger.info("%s: %s images, %s MB became %s MB", split, f"{len(index):,}", _mb(before), _mb(after))
     log_next_steps(out, manifest, resize)
-
-
-def scan_splits(root: Path, extensions: tuple[str, ...]) -> dict[str, Index]:
-    splits = {"train": scan(root / "train", extensions=extensions)}
-    for split in SPLITS[1:]:
-        if (root / split).is_dir():
-            splits[split] = scan(root / split, classes=splits["train"].classes, extensions=extensions)
-    return splits
 
 
 def open_manifest(out: Path, settings: dict[str, Any], splits: dict[str, Index]) -> Manifest:
@@ -136,7 +124,7 @@ def open_manifest(out: Path, settings: dict[str, Any], splits: dict[str, Index])
     return manifest
 
 
-def check_space(out: Path, index: Index, resize: int, total: int) -> None:
+def check_space(out: Path, index: Index, resize: int | None, total: int) -> None:
     """Estimate the size of the copy from some image headers. Warn when a copy will hardly help.
 
     Args:
@@ -146,33 +134,44 @@ def check_space(out: Path, index: Index, resize: int, total: int) -> None:
     Raises:
         UserError: the disk has too little space.
     """
-    sampled, larger, before, after = 0, 0, 0, 0.0
-    for i in np.unique(np.linspace(0, len(index) - 1, SAMPLE).astype(int)).tolist():
+    sampled, larger, before, after = 0, 0, 1, 1.0
+    for i in np.unique(np.linspace(0, len(index) - 1, SAMPLE).astype(int)).tolist() if resize else []:
         with suppress(ImageError, OSError):
             shorter = min(read_size(index.path(i)))
-            sampled, larger = sampled + 1, larger + (shorter > resize)
+            sampled, larger = sampled + 1, larger + (shorter > (resize or 0))
             before += int(index.sizes[i])
-            after += int(index.sizes[i]) * min(1.0, resize / shorter) ** 2
-    if not sampled:
+            after += int(index.sizes[i]) * min(1.0, (resize or 0) / shorter) ** 2
+    if resize is not None and not sampled:
         return
-    needed, existing = int(total * after / max(1, before)), out
+    needed, existing = int(total * after / before), out
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise UserError(f"the copy will take about {_mb(needed)} MB, but {printable(existing)} has {_mb(free)} MB free")
     logger.info("the copy will take about %s MB, %s MB are free", _mb(needed), _mb(free))
-    if larger < sampled / 2:
+    if resize is not None and larger < sampled / 2:
         logger.warning(
             "of %d sampled images, %d have a shorter side of more than %d pixels: a copy will hardly be faster to read",
             sampled, larger, resize,
         )  # fmt: skip
 
 
-def make_folders(out: Path, splits: dict[str, Index]) -> None:
-    for split, index in splits.items():
-        for folder in sorted({os.path.dirname(index.relative_path(i)) for i in range(len(index))}):  # noqa: PTH120
-            path = out / split / folder
+def refuse_class_names(dataset: ShrinkDataset) -> None:
+    """Raises UserError if labels of a table can't be the names of folders."""
+    names = [folder[:-1] for folder in dataset.folders]
+    odd = [name for name in names if "/" in name or name.startswith(".") or len(name.encode()) > 255]
+    if odd:
+        raise UserError(
+            f"the labels {listed([repr(name) for name in odd], 5)} can't be names of folders: rename them, or write "
+            f"only a table, as in --out split.csv"
+        )
+
+
+def make_folders(datasets: dict[str, ShrinkDataset]) -> None:
+    for dataset in datasets.values():
+        for folder in sorted({os.path.dirname(dataset.target(i)) for i in range(len(dataset))}):  # noqa: PTH120
+            path = dataset.out / folder
             try:
                 path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -213,7 +212,7 @@ def settle(outcome: Outcome, split: str, dataset: ShrinkDataset, manifest: Manif
         UserError: a file can't be read or written.
     """
     if outcome.fault:
-        name = dataset.index.relative_path(outcome.index)
+        name = dataset.target(outcome.index)
         logger.warning("can't be decoded, copied unchanged: %s: %s", printable(dataset.index.path(outcome.index)),
                        printable(outcome.fault))  # fmt: skip
         manifest.bad.setdefault(split, {})[name] = outcome.fault
@@ -266,13 +265,14 @@ def is_complete(out: Path, splits: dict[str, Index], extensions: tuple[str, ...]
         return False
 
 
-def log_next_steps(out: Path, manifest: Manifest, resize: int) -> None:
+def log_next_steps(out: Path, manifest: Manifest, resize: int | None) -> None:
     bad = sum(map(len, manifest.bad.values()))
     if bad:
         logger.info("bad images: %d, listed in %s; data.on_bad_image says what training does with them", bad,
                     printable(manifest.path))  # fmt: skip
-    light, strong = (int(resize * min_crop_side(augment)) for augment in ("light", "strong"))
-    logger.info("no crop is enlarged up to data.image_size=%d with data.augment=light, %d with strong", light, strong)
+    if resize is not None:
+        sizes = (int(resize * min_crop_side(augment)) for augment in ("light", "strong"))
+        logger.info("no crop is enlarged up to data.image_size=%d with data.augment=light, %d with strong", *sizes)
     logger.info("train on the copy with  data.root=%s", printable(shlex.quote(str(out))))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ def assign_splits(index: Index, config: SplitConfig, groups: Array | None, *, co
         groups = groups_by_path(index, config.group)
     units = np.arange(len(index)) if groups is None else first_of_each(groups)
     if compare_contents:
-        same = identical_files(index)
+        same = identical_files([index])
         if same.size:
             copies = first_of_each(same)
             twins = int((np.bincount(copies, minlength=len(index))[copies] > 1).sum())
@@ -125,18 +126,23 @@ def joined(one: Array, other: Array) -> Array:
             return labels
 
 
-def identical_files(index: Index) -> Array:
-    """A number for each image, int64 [N], equal for files with equal content; empty if no two sizes are equal.
+def identical_files(indexes: Sequence[Index]) -> Array:
+    """A number for each image of all indexes, int64 [N], equal for files with equal content; empty if there are none.
 
     Only files of which another one has the same size are read. Empty files are not compared: they are no images.
     """
-    _, inverse, counts = np.unique(index.sizes, return_inverse=True, return_counts=True)
-    candidates = np.flatnonzero((counts[inverse] > 1) & (index.sizes > 0))
+    sizes = np.concatenate([index.sizes for index in indexes])
+    _, inverse, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    candidates = np.flatnonzero((counts[inverse] > 1) & (sizes > 0))
     if not len(candidates):
         return np.empty(0, dtype=np.int64)
-    found, known = np.arange(len(index)), dict[bytes, int]()
+    ends = np.cumsum([len(index) for index in indexes])
+    places = [(int(of), int(i - ends[of] + len(indexes[of]))) for i, of in
+              zip(candidates, np.searchsorted(ends, candidates, side="right"), strict=True)]  # fmt: skip
+    found, known = np.arange(len(sizes)), dict[bytes, int]()
     with ThreadPoolExecutor(THREADS) as pool:
-        for i, digest in zip(candidates.tolist(), pool.map(lambda i: _digest(index, i), candidates), strict=True):
+        digests = pool.map(lambda place: _digest(indexes[place[0]], place[1]), places)
+        for i, digest in zip(candidates.tolist(), digests, strict=True):
             found[i] = known.setdefault(digest, i)
     return found
 

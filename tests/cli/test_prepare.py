@@ -264,7 +264,7 @@ def test_wrong_options_are_refused_together(source: Path, tmp_path: Path, capsys
     message = refused(capsys, str(source), "--out", str(tmp_path / "copy"), "--resize=7", "--quality=0", "--workers=-1")
     for part in ("--resize must", "--quality must", "--workers must"):
         assert part in message
-    assert "does not exist" in refused(capsys, *arguments(tmp_path / "nowhere", tmp_path / "copy"))
+    assert "is not a folder" in refused(capsys, *arguments(tmp_path / "nowhere", tmp_path / "copy"))
     assert not (tmp_path / "copy").exists()
 
 

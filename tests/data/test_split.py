@@ -88,7 +88,7 @@ def test_files_of_another_size_are_not_read(tmp_path: Path) -> None:
     (root / "daisy" / "empty2.jpg").touch()
     index = scan(root)
     shutil.rmtree(root)
-    assert identical_files(index).size == 0
+    assert identical_files([index]).size == 0
 
 
 def test_groups_stay_in_one_split(tmp_path: Path) -> None:
