@@ -17,6 +17,7 @@ from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.utils.args import apply, explain, is_file, overlay, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.home import expand_home
 from distil_tl.utils.paths import read_text
 from distil_tl.utils.shipped import find_configuration
 from launch.profile import find_profile
@@ -108,7 +109,7 @@ def load_slurm_section(path: Path) -> Any:
         base = None if base is None else section(find_configuration(Path(str(base)), path.parent).resolve())
         own = tree.get("slurm")
         if isinstance(own, dict) and str(own.get("profile")).endswith((".yaml", ".yml")):
-            own["profile"] = str(path.parent / Path(own["profile"]).expanduser())
+            own["profile"] = str(path.parent / expand_home(own["profile"]))
         return overlay(base, own) if isinstance(base, dict) and isinstance(own, dict) else tree.get("slurm", base)
 
     return section(find_configuration(path).resolve())

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.home import expand_home
+from distil_tl.utils.paths import path_problem
 
 
 def find_profile(name: str) -> Path:
@@ -14,8 +16,10 @@ def find_profile(name: str) -> Path:
     Raises:
         UserError: there is no such file.
     """
+    if problem := path_problem(name):
+        raise UserError(f"slurm.profile={name[:60]}: {problem}")
     if name.endswith((".yaml", ".yml")):
-        path = Path(os.path.expanduser(name))  # noqa: PTH111  leaves `~` as it is where there is no home
+        path = expand_home(name)
         if not path.is_file():
             raise UserError(f"slurm.profile={name}: there is no such file")
         return path
@@ -31,5 +35,4 @@ def find_profile(name: str) -> Path:
 
 def own_folder() -> Path:
     """The folder with the profiles of this user."""
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111  as above
-    return Path(base) / "distil_tl"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or expand_home("~/.config")) / "distil_tl"

@@ -165,6 +165,8 @@ def test_profiles_that_can_not_be_read(site: str) -> None:
     assert "slurm.profile=juwls: there is no file" in message
     assert "(profiles there: juwels)" in message
     assert "slurm.profile=no.yaml: there is no such file" in message_of("slurm.profile=no.yaml")
+    assert "slurm.profile=xxx" in message_of(f"slurm.profile={'x' * 5000}")
+    assert "slurm.profile=~nobody-here/a.yaml: there is no such file" in message_of("slurm.profile=~nobody-here/a.yaml")
     for text, why in (("seed: 1", "has no section `slurm`"), ("slurm: {profile: juwels}", "names another profile")):
         assert why in message_of(f"slurm.profile={yaml_file(text, 'odd.yaml')}")
     yaml_file("slurm: {nods: 1}", "home/distil_tl/juwels.yaml")
