@@ -18,7 +18,7 @@ from distil_tl.utils.outputs import check_output
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="distil-tl predict",
-        description="Write a CSV row for each image: path, prediction, probability, and an error if it can't be read.",
+        description="Write a row for each image: path, prediction, probability, and an error if it can't be read.",
     )
     parser.add_argument(
         "model", type=path_argument, metavar="MODEL", help="a run directory, or an .onnx file of distil-tl export"
@@ -26,7 +26,9 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="an image, or a folder to search")
     parser.add_argument("-o", "--output", type=path_argument, metavar="FILE", help="default: standard output")
     parser.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
-    parser.add_argument("--all", action="store_true", help="add a column with the probability of each class")
+    parser.add_argument("--format", choices=("csv", "jsonl"), help="default: by the name of FILE, else csv")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="the K most probable classes (default: 1)")
+    parser.add_argument("--all", action="store_true", help="add the probability of each class")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images (default: 32)")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: by the number of CPUs)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -40,12 +42,14 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: an option out of range, no such run or path, no image among the paths, or none that can be read.
     """
-    if options.batch_size < 1 or (options.workers or 0) < 0:
-        raise UserError("--batch-size must be at least 1, and --workers at least 0")
+    if options.batch_size < 1 or (options.workers or 0) < 0 or options.top < 1:
+        raise UserError("--batch-size and --top must be at least 1, and --workers at least 0")
     if options.output is not None:
         check_output("--output", options.output, [options.model, *options.paths], ALL_EXTENSIONS)
     if options.model.suffix == ONNX and options.checkpoint != "best":
         raise UserError(f"--checkpoint is for a run directory; {printable(options.model)} has one model")
+    by_name = "jsonl" if options.output is not None and options.output.suffix in (".jsonl", ".ndjson") else "csv"
+    from distil_tl.cli.prediction_rows import RowFormat
     from distil_tl.cli.predictions import predict  # imports torch, which takes seconds; --help does not need it
 
     predict(
@@ -53,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         options.paths,
         checkpoint=options.checkpoint,
         output=options.output,
-        all_classes=options.all,
+        rows=RowFormat(options.format or by_name, options.top, options.all),
         batch_size=options.batch_size,
         workers=options.workers,
         device=options.device,

@@ -1,20 +1,19 @@
-"""Predictions of a trained model for image files, written as CSV."""
+"""Predictions of a trained model for image files."""
 
 from __future__ import annotations
 
-import csv
 import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distil_tl.cli.prediction_rows import RowFormat, write_rows
 from distil_tl.data.config import ALL_EXTENSIONS, IMG_EXTENSIONS, default_workers
 from distil_tl.data.decode import ImageError
 from distil_tl.data.intensity import intensity_warning
@@ -38,7 +37,7 @@ def predict(
     *,
     checkpoint: str,
     output: Path | None,
-    all_classes: bool,
+    rows: RowFormat,
     batch_size: int,
     workers: int | None,
     device: str,
@@ -47,7 +46,7 @@ def predict(
 
     Args:
         model: a run directory, or an ONNX file that `distil-tl export` wrote.
-        all_classes: whether a row also has the probability of each class.
+        rows: what a row has.
         workers: loader processes; None: one fewer than the CPUs.
         device: auto, cpu or cuda.
 
@@ -68,10 +67,12 @@ def predict(
     bar = Progress("predict", len(files), show=output is not None)
     with open_output(output) as file:
         predictions = predict_all(predictor.probabilities, loader, bar)
-        unreadable = write_rows(file, files, predictions, predictor.classes, all_classes=all_classes)
+        unreadable = write_rows(file, files, predictions, predictor.classes, rows)
     bar.close()
+    if output is not None:
+        sys.stderr.write(f"distil-tl predict: {len(files):,} rows in {printable(output)}\n")
     if unreadable:
-        sys.stderr.write(f"distil-tl predict: {unreadable} of {len(files)} files can't be read; see column error\n")
+        sys.stderr.write(f"distil-tl predict: {unreadable} of {len(files)} files can't be read; see `error`\n")
     if unreadable == len(files):
         raise UserError("none of the files is a readable image")
 
@@ -195,22 +196,3 @@ def predict_all(
 def predict_batch(network: ImageNetwork, device: torch.device, images: Tensor) -> Tensor:
     """Probabilities, float32 [N, C] on the CPU, of images uint8 [N, 3, S, S]."""
     return network(images.to(device, non_blocking=True)).softmax(dim=1).cpu()  # type: ignore[no-any-return]
-
-
-def write_rows(
-    file: TextIO, files: list[Path], predictions: Iterable[Tensor | str], classes: list[str], *, all_classes: bool
-) -> int:
-    """Write the CSV; return how many files could not be read."""
-    columns = [f"p({name})" for name in classes] if all_classes else []
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["path", "prediction", "probability", *columns, "error"])
-    unreadable = 0
-    for path, prediction in zip(files, predictions, strict=True):
-        if isinstance(prediction, str):
-            unreadable += 1
-            writer.writerow([path, "", "", *("" for _ in columns), prediction])
-            continue
-        best = int(prediction.argmax())
-        per_class = [f"{p:.6f}" for p in prediction.tolist()] if all_classes else []
-        writer.writerow([path, classes[best], f"{prediction[best]:.6f}", *per_class, ""])
-    return unreadable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from distil_tl.cli import predictions
 from distil_tl.cli.predict import main
+from distil_tl.cli.prediction_rows import RowFormat, write_rows
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.outputs import open_output
 
@@ -32,9 +34,8 @@ def test_folders_are_searched_in_order_and_named_files_are_taken_as_they_are(tmp
 @pytest.mark.parametrize("all_classes", [False, True])
 def test_a_file_that_cannot_be_read_has_a_row_with_its_error(all_classes: bool) -> None:
     file, results = io.StringIO(), list[Tensor | str]([torch.tensor([0.25, 0.75]), "not an image"])
-    unreadable = predictions.write_rows(
-        file, [Path("a.png"), Path("b.png")], results, ["rose", "tulip"], all_classes=all_classes
-    )
+    files, classes = [Path("a.png"), Path("b.png")], ["rose", "tulip"]
+    unreadable = write_rows(file, files, results, classes, RowFormat(all_classes=all_classes))
     assert unreadable == 1
     expected = [
         "path,prediction,probability,p(rose),p(tulip),error",
@@ -44,6 +45,29 @@ def test_a_file_that_cannot_be_read_has_a_row_with_its_error(all_classes: bool) 
     if not all_classes:
         expected = ["path,prediction,probability,error", "a.png,tulip,0.750000,", "b.png,,,not an image"]
     assert file.getvalue().splitlines() == expected
+
+
+def test_the_most_probable_classes_as_columns_or_json() -> None:
+    results: list[Tensor | str] = [torch.tensor([0.2, 0.5, 0.3]), "not an image"]
+    files, classes = [Path("a.png"), Path("b.png")], ["rose", "t\u00fclip", "aster"]
+    file = io.StringIO()
+    write_rows(file, files, results, classes, RowFormat(top=2))
+    assert file.getvalue().splitlines() == [
+        "path,prediction,probability,prediction_2,probability_2,error",
+        "a.png,t\u00fclip,0.500000,aster,0.300000,",
+        "b.png,,,,,not an image",
+    ]
+    file = io.StringIO()
+    assert write_rows(file, files, results, classes, RowFormat("jsonl", top=5, all_classes=True)) == 1
+    first, second = (json.loads(line) for line in file.getvalue().splitlines())
+    assert first == {
+        "path": "a.png",
+        "prediction": "t\u00fclip",
+        "probability": 0.5,
+        "top": [{"class": c, "probability": p} for c, p in (("t\u00fclip", 0.5), ("aster", 0.3), ("rose", 0.2))],
+        "probabilities": {"rose": 0.2, "t\u00fclip": 0.5, "aster": 0.3},
+    }
+    assert second == {"path": "b.png", "error": "not an image"}
 
 
 def test_a_failure_leaves_no_part_of_a_csv(tmp_path: Path) -> None:
@@ -58,7 +82,7 @@ def test_a_failure_leaves_no_part_of_a_csv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--batch-size", "0"], "--batch-size and --top must be at least 1"),
         (["--workers", "-1"], "--workers at least 0"),
         (["-o", "nowhere/out.csv"], "there is no folder nowhere"),
     ],
