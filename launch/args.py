@@ -50,8 +50,11 @@ def add_submission_options(parser: argparse.ArgumentParser, *, parsable: bool = 
     )
 
 
-def read_run(args: Sequence[str]) -> tuple[Config, DictConfig, SlurmConfig]:
+def read_run(args: Sequence[str], unread: list[str] | None = None) -> tuple[Config, DictConfig, SlurmConfig]:
     """The run that `[CONFIG.yaml] [key=value ...] [slurm.key=value ...]` describes.
+
+    Args:
+        unread: gets the problems of keys and values that can't be read, which are left out; None: they are an error.
 
     Returns:
         The training configuration, the same with unresolved interpolations, and the `slurm` section.
@@ -62,14 +65,18 @@ def read_run(args: Sequence[str]) -> tuple[Config, DictConfig, SlurmConfig]:
     pairs, rest = split_slurm(args)
     files = [Path(arg) for arg in rest if is_file(arg) and not arg.startswith("-")]
     errors = []
+    slurm = SlurmConfig()
     try:
         slurm = parse_slurm(load_slurm_section(files[0]) if files else None, pairs)
     except UserError as error:
         errors.append(str(error))
     # To find the default weights, `load` imports torch, which is not needed to report an error.
-    weights = ["model.weights=none"] if errors else []
+    weights = ["model.weights=none"] if errors and unread is None else []
     try:
-        config, source = configuration.load([*rest, *weights])
+        config, source = configuration.load([*rest, *weights], unread=unread)
+        if unread is not None:
+            unread += errors
+            return config, source, slurm
     except UserError as error:
         errors.append(str(error))
     if errors:

@@ -73,7 +73,7 @@ def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIME
     limit_all(max(LEAST, 20 * seconds))
     try:
         # They import torch, which takes seconds; --help does not need it.
-        from distil_tl.cli.doctor_plan import launch_of, plan_within
+        from distil_tl.cli.doctor_arguments import launch_of, plan_within
         from distil_tl.distributed.preemption import StopSignal
         from distil_tl.doctor.facts import gather
         from distil_tl.doctor.lines import Report
@@ -102,6 +102,7 @@ def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIME
 
 def lead(meeting: Meeting, plan: Plan, facts: Facts, report: Report, seconds: float) -> None:
     """Rank 0: collect what all ranks found, let them try the collectives, and judge everything."""
+    from distil_tl.cli.doctor_plan import GROUP as CONFIGURATION
     from distil_tl.cli.doctor_plan import judge_plan
     from distil_tl.doctor import machine
     from distil_tl.doctor.facts import Facts
@@ -147,6 +148,7 @@ def lead(meeting: Meeting, plan: Plan, facts: Facts, report: Report, seconds: fl
     guarded(report, "data", "decoders", seconds, lambda found: judge_pixels(found, everyone))
     limit_all(LONGEST)
     judge_plan(report, plan, everyone, seconds)
+    report.drop_repetitions(first=CONFIGURATION)
 
 
 def ask_all(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from distil_tl.data.pixels import refuse_changed_pixels
 from distil_tl.data.splits import Splits
 from distil_tl.data.transforms import eval_transform
 from distil_tl.distributed.config import DistributedConfig
-from distil_tl.distributed.launch_env import Launch, read_launch
+from distil_tl.distributed.launch_env import Launch
 from distil_tl.doctor import machine, space
 from distil_tl.doctor.facts import Facts
 from distil_tl.doctor.folders import archive_size
@@ -35,10 +34,8 @@ from distil_tl.models.config import ModelConfig
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.transfer import default_preprocess
 from distil_tl.rundir.opening import look_for_start
-from distil_tl.utils.args import is_file
-from distil_tl.utils.errors import UserError
+from distil_tl.training.config import COMPILE
 from distil_tl.utils.files import cache_dir
-from distil_tl.utils.threads import CallTimeoutError, call_with_timeout
 
 GROUP = "configuration"
 SCAN_SECONDS = 900.0  # a scan of ten million images on a network file system takes minutes
@@ -50,10 +47,11 @@ class Plan:
     """The run to examine.
 
     Attributes:
-        config: that of the demo where the arguments are wrong.
-        unresolved: None where the arguments are wrong.
+        config: that of the demo where the arguments can't be read; a value that can't be read is the default.
+        unresolved: None where the arguments can't be read.
         slurm: the section `slurm`, launch's SlurmConfig; None if there is none.
         problems: of the configuration.
+        unread: the problems of arguments that can't be read.
         failed: what could not be found out, and why.
     """
 
@@ -63,6 +61,7 @@ class Plan:
     unresolved: DictConfig | None
     slurm: Any | None
     problems: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -136,57 +135,6 @@ class Plan:
         machine.judge_machine(report, everyone, data, needs)
 
 
-def launch_of(report: Report, environ: Mapping[str, str]) -> Launch:
-    """The launch that the environment describes. What is wrong becomes a failing line."""
-    try:
-        return read_launch(environ)
-    except UserError as error:
-        report.fail("ranks", "environment", str(error))
-        return Launch()
-
-
-def plan_within(seconds: float, args: Sequence[str], report: Report, launch: Launch) -> Plan:
-    """`read_plan`, or the demo if that takes too long: it looks at files, whose server may not answer."""
-    found = Report()
-    try:
-        plan = call_with_timeout(seconds, lambda: read_plan(args, found, launch))
-    except CallTimeoutError:
-        config = configuration.load(["model.weights=none"])[0]
-        plan = Plan(launch, f"distil-tl doctor: {' '.join(args)}", config, None, None)
-        plan.failed["arguments"] = (
-            f"reading the arguments and the files that they name did not end within {seconds:g} s; does the file "
-            f"server of the configuration, data.root and run_dir answer?"
-        )
-        return plan
-    report.lines += found.lines
-    return plan
-
-
-def read_plan(args: Sequence[str], report: Report, launch: Launch) -> Plan:
-    """Read the arguments. What is wrong becomes failing lines, not an error."""
-    launch_args = importlib.import_module("launch.args")  # by name: launch is above this package
-    pairs, rest = launch_args.split_slurm(args)
-    files = [arg for arg in rest if is_file(arg)]
-    title = f"distil-tl doctor: {files[0] if files else 'the demo' if not rest else 'without a configuration file'}"
-    try:
-        config, unresolved, slurm = launch_args.read_run(args)
-        given = bool(pairs) or (bool(files) and launch_args.load_slurm_section(Path(files[0])) is not None)
-    except UserError as error:
-        for problem in _separate(str(error)):
-            report.fail(GROUP, "arguments", problem)
-        report.warn(GROUP, "arguments", "the rest is checked with the defaults")
-        config, unresolved, slurm, given = configuration.load(["model.weights=none"])[0], None, None, False
-    plan = Plan(launch, title, config, unresolved, slurm if given else None)
-    _ = plan.preprocess  # now, within the time limit: it looks at the file of the weights
-    return plan
-
-
-def _separate(message: str) -> list[str]:
-    """The problems in the message of `utils.args.refuse`."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    return [line for line in lines if line and not line.endswith("problems:")]
-
-
 def judge_plan(report: Report, plan: Plan, everyone: Sequence[Facts], seconds: float) -> None:
     """Rank 0: lines about configuration, data, model, disk, tracking, Slurm, and where the run would start."""
     images, sizes = ImagesFound(), list[ModelFound]()
@@ -207,20 +155,23 @@ def judge_plan(report: Report, plan: Plan, everyone: Sequence[Facts], seconds: f
     guarded(report, "disk", "space", seconds, lambda found: _judge_space(found, plan, everyone, images, sizes))
     guarded(report, "tracking", "W&B", seconds, lambda found: judge_wandb(found, plan.config.tracking.wandb))
     if plan.slurm is not None:
-        guarded(report, SLURM, "slurm", seconds, lambda found: judge_slurm(found, plan))
-    if plan.unresolved is not None and not plan.problems:
+        guarded(report, SLURM, "slurm", seconds, lambda found: judge_slurm(found, plan, everyone))
+    if plan.unresolved is not None and not plan.problems and not plan.unread:
         guarded(report, "run", "start", seconds, lambda found: judge_start(found, plan, images.indexes))
 
 
 def judge_configuration(report: Report, plan: Plan) -> None:
     """Lines about the values of the configuration, with those that are chosen by default."""
     config, world = plan.config, plan.world_size
-    checked = dataclasses.replace(config, distributed=plan.distributed)
+    compile = "none" if plan.is_submission and config.compile in COMPILE else config.compile  # a node has the compiler
+    checked = dataclasses.replace(config, distributed=plan.distributed, compile=compile)
     plan.problems = list(configuration.problems(checked, world))
     for problem in plan.problems:
         report.fail(GROUP, "values", problem)
+    for hint in configuration.hints(config):
+        report.warn(GROUP, "values", hint)
     if not plan.problems:
-        report.ok(GROUP, "values", "valid")
+        report.ok(GROUP, "values", "valid" if not plan.unread else "those that can be read are valid")
         batch = plan_batches(config.data.global_batch_size, world, config.data.max_local_batch_size)
         report.ok(
             GROUP, "batch", f"{config.data.global_batch_size} images a step = {counted(world, 'rank')} x "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,10 @@ from distil_tl.utils.errors import UserError
 
 if TYPE_CHECKING:
     from distil_tl.cli.doctor_plan import Plan
+    from distil_tl.doctor.facts import Facts
 
 
-def judge_slurm(report: Report, plan: Plan) -> None:
+def judge_slurm(report: Report, plan: Plan, everyone: Sequence[Facts]) -> None:
     """Lines about the section `slurm`, and about Slurm on this machine."""
     slurm = plan.slurm
     assert slurm is not None
@@ -23,7 +25,8 @@ def judge_slurm(report: Report, plan: Plan) -> None:
         preflight = importlib.import_module("launch.preflight")
         problems = preflight.submission_problems(plan.config, slurm, "slurm")
         for problem in problems:
-            if problem not in plan.problems:
+            named = problem.startswith("the weights of") and any(each.weights is not None for each in everyone)
+            if problem not in plan.problems and not named:
                 report.fail(GROUP, "slurm", problem)
         if not problems:
             report.ok(GROUP, "slurm", f"{slurm.nodes} nodes x {slurm.tasks} tasks x {slurm.cpus_per_task} CPUs")

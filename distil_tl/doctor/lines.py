@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -67,12 +68,35 @@ class Report:
                 group, name, status, text if len(ranks) >= max(of, len(results)) else f"{name_ranks(ranks)}: {text}"
             )
 
+    def drop_repetitions(self, first: str) -> None:
+        """Keep one failing line for a fault that several checks have found: that of the group `first`, if it has one.
+
+        The group `run` comes last, as it asks training, which stops at what other checks name more exactly.
+        """
+        fails = [line for line in self.lines if line.status == FAIL]
+        by_first = {_subject(line) for line in fails if line.group == first}
+        by_others = {_subject(line) for line in fails if line.group != "run"}
+        self.lines = [
+            line for line in self.lines if line.status != FAIL or line.group == first
+            or _subject(line) not in (by_others if line.group == "run" else by_first)
+        ]  # fmt: skip
+
     def count(self, status: str) -> int:
         return sum(line.status == status for line in self.lines)
 
     @property
     def works(self) -> bool:
         return self.count(FAIL) == 0
+
+
+def _subject(line: Line) -> str:
+    """The configuration key that a line is about; else its text."""
+    if line.group == "GPUs" and line.name == "device":
+        return "distributed.device"
+    if "." in line.name or line.name == "run_dir":
+        return line.name
+    found = re.match(r"(?:[a-z_]+\.)*[a-z_]+(?==|:| is )", line.text)
+    return line.text if found is None else found.group()
 
 
 def name_ranks(ranks: Iterable[int]) -> str:
@@ -143,7 +167,10 @@ def as_text(report: Report, title: str) -> str:
     parts = [title]
     for group, lines in groups.items():
         parts += ["", group]
-        parts += [f"  {line.status:<4}  {line.name:<{width}}  {printable(line.text)}" for line in lines]
+        for line in lines:
+            first, *more = line.text.split("\n")  # a message of several lines; a name from the data stays in its column
+            parts.append(f"  {line.status:<4}  {line.name:<{width}}  {printable(first)}")
+            parts += [" " * (width + 10) + printable(text) for text in more]
     return "\n".join([*parts, "", summary(report)])
 
 

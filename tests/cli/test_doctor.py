@@ -75,6 +75,9 @@ def test_wrong_keys_and_values(doctor: Doctor) -> None:
     assert "fail configuration/arguments: unknown key `optim.nam`, did you mean `name`?" in shown
     assert "fail configuration/arguments: `data.workers`: " in shown
     assert any(line.startswith("ok versions/main: distil_tl ") for line in lines), "the machine is checked anyway"
+    assert any(line.startswith("ok data/train: 52 images") for line in lines), "and all that can be read"
+    assert any(line.startswith("ok model/model.name: shufflenet") for line in lines)
+    assert shown.count("fail ") == 2
 
     status, lines = doctor("model.name=resnet5O", "data.global_batch_size=0", "data.root=nowhere")
     assert status == 2
@@ -84,6 +87,7 @@ def test_wrong_keys_and_values(doctor: Doctor) -> None:
     )
     assert "data.global_batch_size must be at least 1" in shown
     assert "data.root=nowhere is not a folder" in shown
+    assert shown.count("nowhere") == 1, "by one check"
 
 
 def test_a_stage_or_size_that_the_model_does_not_have(doctor: Doctor) -> None:

@@ -66,8 +66,26 @@ def test_the_table() -> None:
     report.warn("model", "model.weights", "old")
     report.fail("data", "val", "gone")
     assert as_text(report, "title") == (
-        "title\n\ndata\n  ok    train          a\\nb\n  fail  val            gone\n\n"
+        "title\n\ndata\n  ok    train          a\n                       b\n  fail  val            gone\n\n"
         "model\n  warn  model.weights  old\n\nIt will not work: 1 failure, 1 warning."
     )
     assert size(64 << 20) == "64 MiB"
     assert size(1.5 * 2**40) == "1.5 TiB"
+
+
+def test_a_fault_that_several_checks_find_is_named_once() -> None:
+    report = Report()
+    report.fail("GPUs", "device", "torch sees none")
+    report.fail("folders", "data.root", "x does not exist")
+    report.fail("folders", "run_dir", "/proc: No such file")
+    report.fail("configuration", "values", "data.root=x is not a folder")
+    report.fail("configuration", "values", "distributed.device is cuda, but torch sees no CUDA device")
+    report.fail("configuration", "values", "data.workers must be 0 or more")
+    report.fail("data", "train", "data.global_batch_size is too large")
+    report.fail("run", "start", "run_dir=/proc/x: it can't be created")
+    report.fail("run", "start", "images differ")
+    report.drop_repetitions(first="configuration")
+    assert [(line.group, line.text.split()[0]) for line in report.lines] == [
+        ("folders", "/proc:"), ("configuration", "data.root=x"), ("configuration", "distributed.device"),
+        ("configuration", "data.workers"), ("data", "data.global_batch_size"), ("run", "images"),
+    ]  # fmt: skip
