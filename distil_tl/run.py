@@ -200,7 +200,7 @@ class Run:
             return PreemptedError("stopped before the first checkpoint; run the same command to start again")
         return PreemptedError(
             f"stopped by a signal; everything up to step {self.state.step} is saved in {self.directory.path}. Run the "
-            f"same command to resume"
+            f"same command to resume, or `distil-tl report {self.directory.path}` for a report of the run so far"
         )
 
     def write_summary(self, status: str, **more: Any) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from distil_tl.training.metrics import Meter
 from distil_tl.training.network import ImageNetwork, evaluation_network
 from distil_tl.training.optim import lr_factor, set_lr
 from distil_tl.training.precision import set_rounding
-from distil_tl.training.stage import Stage, check_stages, count_trainable
+from distil_tl.training.stage import Stage, check_stages, count_trainable, refuse_unfit_stages
 from distil_tl.training.stage_setup import set_up_stage
 from distil_tl.training.stage_start import begin_stage
 from distil_tl.training.step import (
@@ -97,8 +97,9 @@ def train(config: Config, unresolved: DictConfig) -> None:
                 write_report(Path(start.run_dir))
             console.print_completed(info, Path(start.run_dir))
             return
-        splits = open_splits(info, config.data, start.saved_run_dir)
+        on_rank_zero(info, "stages", lambda: refuse_unfit_stages(config.model, config.stages, config.data.image_size))
         once_per_node(info, "weights", lambda: download_weights(config.model))
+        splits = open_splits(info, config.data, start.saved_run_dir)
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
         check_stages(model, config.stages)
         splits = copy_to_local_disk(info, config.data, splits)  # last of what may be refused, as it may take long

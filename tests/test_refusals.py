@@ -37,6 +37,19 @@ def test_bad_input_is_named(
     assert not (tmp_path / "run").exists(), "refused before anything was written"
 
 
+def test_stages_that_do_not_fit_the_model_are_named_together_before_any_image_is_looked_at(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for work in ("open_splits", "download_weights"):
+        monkeypatch.setattr(train_module, work, None)
+    message = refused(
+        [*small, f"run_dir={tmp_path}/run", "stages.head.unfreeze=99", "stages.full.unfreeze=[layer5]"], capsys
+    )
+    assert "2 problems:" in message
+    assert "stages.head.unfreeze=99, but the model has" in message
+    assert "stages.full.unfreeze names layer5" in message
+
+
 @pytest.mark.parametrize("part", ["", "checkpoints", "logs"])
 def test_a_run_directory_that_cannot_be_written_to_is_refused_before_any_work(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, part: str

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from distil_tl.data.config import ALL_EXTENSIONS
 from distil_tl.export.names import ONNX
 from distil_tl.utils.command import run_command
-from distil_tl.utils.errors import UserError
+from distil_tl.utils.errors import EXIT_FAULT, UserError
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable
 from distil_tl.utils.outputs import check_output
@@ -31,13 +31,14 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="add the probability of each class")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images (default: 32)")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: by the number of CPUs)")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 if any file can't be read")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     options = parser.parse_args(args)
     return run_command("distil-tl predict", lambda: run(options))
 
 
-def run(options: argparse.Namespace) -> None:
-    """Predict with the options that `main` has read.
+def run(options: argparse.Namespace) -> int:
+    """Predict with the options that `main` has read. Returns the exit status.
 
     Raises:
         UserError: an option out of range, no such run or path, no image among the paths, or none that can be read.
@@ -52,7 +53,7 @@ def run(options: argparse.Namespace) -> None:
     from distil_tl.cli.prediction_rows import RowFormat
     from distil_tl.cli.predictions import predict  # imports torch, which takes seconds; --help does not need it
 
-    predict(
+    unreadable = predict(
         options.model,
         options.paths,
         checkpoint=options.checkpoint,
@@ -62,6 +63,7 @@ def run(options: argparse.Namespace) -> None:
         workers=options.workers,
         device=options.device,
     )
+    return EXIT_FAULT if unreadable and options.strict else 0
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def predict(
     batch_size: int,
     workers: int | None,
     device: str,
-) -> None:
-    """Write a row for each image among `paths` to `output` (None: standard output).
+) -> int:
+    """Write a row for each image among `paths` to `output` (None: standard output). Returns how many can't be read.
 
     Args:
         model: a run directory, or an ONNX file that `distil-tl export` wrote.
@@ -75,6 +75,7 @@ def predict(
         sys.stderr.write(f"distil-tl predict: {unreadable} of {len(files)} files can't be read; see `error`\n")
     if unreadable == len(files):
         raise UserError("none of the files is a readable image")
+    return unreadable
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ class BoundedLoader(DataLoader[T]):
             try:
                 return _BoundedIterator(self)
             except OSError as error:  # of a lock in /dev/shm, or of a process
-                _warn_of_start(error.errno or 0, error.strerror or str(error))
+                _warn_of_start(*start_problem(error))
                 self.num_workers, self.prefetch_factor = 0, None
         return super()._get_iterator()
 
@@ -156,10 +156,14 @@ def _kill_workers() -> None:
         worker.kill()
 
 
+def start_problem(error: OSError) -> tuple[str, str]:
+    """Why loader processes can't be started, and what to do."""
+    return CAUSES.get(error.errno or 0, (error.strerror or str(error), "set data.workers=0"))
+
+
 @functools.cache
-def _warn_of_start(number: int, reason: str) -> None:
+def _warn_of_start(cause: str, remedy: str) -> None:
     """Log once for each reason why loader processes can't be started."""
-    cause, remedy = CAUSES.get(number, (reason, "set data.workers=0"))
     logger.warning(
         "loader processes can't be started, as %s: images are loaded in this process, which takes much longer. To "
         "correct it, %s",

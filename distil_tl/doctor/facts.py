@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import os
 import platform
 import resource
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from distil_tl.data.config import DataConfig
+from distil_tl.data.loader_processes import start_problem
 from distil_tl.data.pixels import pixel_digests
 from distil_tl.data.prefetch import free_shared_memory
 from distil_tl.distributed.config import DistributedConfig
@@ -47,6 +49,7 @@ class Facts:
         machine_cpus: of the machine.
         shm: free bytes in /dev/shm; None if there is none.
         memory_files: whether loader processes can return batches in anonymous memory, and do not need /dev/shm.
+        locks: why no lock for loader processes can be created in /dev/shm; None if one can.
         open_files: how many files this process may open.
         memory: free bytes of the node, limited by the control group.
         folders: by name.
@@ -68,6 +71,7 @@ class Facts:
     machine_cpus: int = 1
     shm: int | None = None
     memory_files: bool = True
+    locks: str | None = None
     open_files: int = 1024
     memory: int = 0
     folders: dict[str, FolderFacts] = field(default_factory=dict)
@@ -163,9 +167,19 @@ def machine_facts(launch: Launch) -> dict[str, Any]:
     """CPUs, memory and limits of this rank, as the fields of `Facts`."""
     return {
         "cpus": cpus_of_rank(launch), "allowed_cpus": available_cpus(), "machine_cpus": os.cpu_count() or 1,
-        "shm": free_shared_memory(), "memory_files": has_memory_files(),
+        "shm": free_shared_memory(), "memory_files": has_memory_files(), "locks": lock_problem(),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "memory": available_memory(),
     }  # fmt: skip
+
+
+def lock_problem() -> str | None:
+    """Why loader processes can't be started, which need locks in /dev/shm; None if nothing speaks against it."""
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        cause, remedy = start_problem(error)
+        return f"{cause}: images will be loaded in the training process, which takes much longer; {remedy}"
+    return None
 
 
 def find_weights(model: ModelConfig) -> tuple[str | None, str | None]:

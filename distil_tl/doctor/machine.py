@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from distil_tl.data.config import DataConfig
 from distil_tl.data.loader import plan_batches
+from distil_tl.data.loader_processes import SHM_REMEDY
 from distil_tl.data.prefetch import SHM, batches_ahead
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.doctor.facts import OPTIONAL_PACKAGES, Facts
@@ -154,6 +155,11 @@ class Loading:
         return 2 * self.workers * self.batches * self.batch_bytes
 
     @property
+    def locks(self) -> int:
+        """Bytes in /dev/shm for the locks of two loaders: a page for each."""
+        return 2 * 4096 * (8 + 3 * self.workers) if self.workers else 0
+
+    @property
     def open_files(self) -> int:
         return OTHER_FILES + 2 * self.workers * (self.batches + 4)  # a batch that waits is one
 
@@ -182,8 +188,15 @@ def judge_machine(report: Report, facts: Sequence[Facts], config: DataConfig, ne
                                f"training will wait for images; {_MORE_CPUS}")  # fmt: skip
         else:
             cpus[each.rank] = (OK, text)
-        if each.shm is not None and each.memory_files:
-            shm[each.rank] = (OK, f"{size(each.shm)} free; loader processes do not need it")
+        if each.locks is not None and need.workers:
+            shm[each.rank] = (WARN, each.locks)
+        elif each.shm is not None and each.memory_files and each.shm < need.locks * ranks:
+            shm[each.rank] = (
+                WARN, f"{size(each.shm)} free, {size(need.locks * ranks)} needed for locks: images may be loaded in "
+                f"the training process, which takes much longer; {SHM_REMEDY}",
+            )  # fmt: skip
+        elif each.shm is not None and each.memory_files:
+            shm[each.rank] = (OK, f"{size(each.shm)} free; loader processes hardly need it")
         elif each.shm is not None:
             wanted = need.waiting_bytes * ranks
             text = f"{size(each.shm)} free, up to {size(wanted)} needed"

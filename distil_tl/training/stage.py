@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig, wants_features
+from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError, did_you_mean
 from distil_tl.utils.log import logger
 
 if TYPE_CHECKING:
+    from distil_tl.models.config import ModelConfig
     from distil_tl.models.transfer import TransferModel
 
 
@@ -103,19 +106,48 @@ def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> Non
             "learns that way. Use pretrained weights, or stages.%s.batch_norm=train",
             ", ".join(frozen), frozen[0],
         )  # fmt: skip
+    refuse([problem for name, stage in stages.items() for problem in _stage_problems(model, name, stage)])
     sizes: dict[int, str] = {}
     for name, stage in stages.items():
-        trainable_groups(stage.unfreeze, list(model.group_names), f"stages.{name}.unfreeze")
-        if model.fixed_image_size and stage.image_size not in (None, model.image_size):
-            raise UserError(
-                f"stages.{name}.image_size={stage.image_size}, but this model is built for {model.image_size} px; "
-                f"remove it there and set data.image_size"
-            )
         if stage.epochs > 0:
             key = "data.image_size" if stage.image_size is None else f"stages.{name}.image_size"
             sizes.setdefault(stage.image_size or model.image_size, key)
     for size, key in sizes.items():
         model.try_size(size, key)
+
+
+def _stage_problems(model: TransferModel, name: str, stage: StageConfig) -> Iterator[str]:
+    try:
+        trainable_groups(stage.unfreeze, list(model.group_names), f"stages.{name}.unfreeze")
+    except UserError as error:
+        yield str(error)
+    if model.fixed_image_size and stage.image_size not in (None, model.image_size):
+        yield (
+            f"stages.{name}.image_size={stage.image_size}, but this model is built for {model.image_size} px; "
+            f"remove it there and set data.image_size"
+        )
+
+
+def refuse_unfit_stages(config: ModelConfig, stages: Mapping[str, StageConfig], image_size: int | None) -> None:
+    """`check_stages` before the images are looked at and weights downloaded, where a stage may not fit the model.
+
+    The model is built without memory for its parameters. Where that does not work, `check_stages` finds the problem.
+
+    Raises:
+        UserError: as `check_stages`, or as `models.transfer.build`.
+    """
+    if all(stage.unfreeze in ("head", "all") and stage.image_size is None for stage in stages.values()):
+        return
+    from distil_tl.models.transfer import build  # after the return, as it imports model libraries
+
+    try:
+        with torch.device("meta"):
+            model = build(config, 2, image_size=image_size, seed=0, pretrained=False)
+        check_stages(model, stages)
+    except UserError:
+        raise
+    except Exception as error:
+        logger.debug("the model can't be built without memory: %s", error)
 
 
 def apply_stage(model: TransferModel, stage: StageConfig) -> None:

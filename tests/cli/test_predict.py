@@ -79,6 +79,15 @@ def test_a_failure_leaves_no_part_of_a_csv(tmp_path: Path) -> None:
     assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
 
 
+@pytest.mark.parametrize(("options", "status"), [([], 0), (["--strict"], 1)])
+@pytest.mark.parametrize("unreadable", [0, 2])
+def test_a_file_that_cannot_be_read_is_an_error_if_asked_for(
+    monkeypatch: pytest.MonkeyPatch, options: list[str], status: int, unreadable: int
+) -> None:
+    monkeypatch.setattr(predictions, "predict", lambda *args, **settings: unreadable)
+    assert main(["RUN_DIR", "x.png", *options]) == (status if unreadable else 0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from distil_tl.data.config import DataConfig
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.doctor import gpus, machine
-from distil_tl.doctor.facts import Facts
+from distil_tl.doctor.facts import Facts, lock_problem
 from distil_tl.doctor.lines import FAIL, OK, WARN, Report
 from tests.helpers.doctor import GIB, found, gpu_rank
 
@@ -120,13 +121,26 @@ def test_device_files_and_answers_of_nvidia_smi(tmp_path: Path, monkeypatch: pyt
 def test_shared_memory_that_is_too_small() -> None:
     ranks = [gpu_rank(0, shm=64 << 20), gpu_rank(1, shm=64 << 20)]
     (line,) = [line for line in found(judged_machine(ranks), OK) if "/dev/shm" in line]
-    assert line == "machine//dev/shm: 64 MiB free; loader processes do not need it"
+    assert line == "machine//dev/shm: 64 MiB free; loader processes hardly need it"
     for each in ranks:
         each.memory_files = False
     (line,) = found(judged_machine(ranks), WARN)
     assert line.startswith("machine//dev/shm: 64 MiB free, up to 4.02 GiB needed by 2 x 7 loader processes")
     assert "--shm-size" in line
     assert found(judged_machine(ranks, workers=0), WARN) == []
+    (line,) = found(judged_machine([gpu_rank(0, shm=64 << 10)]), WARN)
+    assert line.startswith("machine//dev/shm: 64 KiB free, 464 KiB needed for locks: images may be loaded in the ")
+    (line,) = found(judged_machine([gpu_rank(0, locks="/dev/shm is mounted read-only: ...")]), WARN)
+    assert line == "machine//dev/shm: /dev/shm is mounted read-only: ..."
+
+
+def test_a_lock_that_can_not_be_created(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock() -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    assert lock_problem() is None
+    monkeypatch.setattr("multiprocessing.Lock", lock)
+    assert "/dev/shm is mounted read-only: images will be loaded in the training process" in str(lock_problem())
 
 
 def test_too_few_cpus_and_little_memory() -> None:

@@ -259,6 +259,20 @@ def test_all_changes_are_listed_and_only_of_what_has_begun(
     ]
 
 
+def test_more_epochs_are_refused_with_the_way_that_exists(
+    in_full: Path, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused([*small, f"run_dir={in_full}", "stages.full.epochs=5"], capsys)
+    stage = "more: {unfreeze: all, epochs: 3, lr: 0.0001}"
+    assert f"put for example `{stage}` at the end of `stages` in a copy of {in_full}/config.yaml, and train" in message
+    copy = tmp_path / "more.yaml"
+    copy.write_text((in_full / "config.yaml").read_text().replace("\noptim:", f"\n  {stage}\noptim:"))
+    start = start_of([str(copy)])
+    assert not start.completed
+    assert start.is_own_checkpoint
+    assert "add a stage" not in refused([*small, f"run_dir={in_full}", "stages.full.epochs=1"], capsys)
+
+
 STAGES = {
     "head": "head: {unfreeze: head, epochs: 1, lr: 0.01, layer_decay: 1.0}",
     "full": "full: {unfreeze: 2, epochs: 2, lr: 0.001, layer_decay: 0.9}",

@@ -56,7 +56,7 @@ def test_disabled_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("import time; time.sleep(1000)", "completed", "the tracking process did not finish within 0.2 s"),
         ("import time; time.sleep(1000)", "preempted", "the tracking process did not finish within 0.2 s"),
         ("raise SystemExit(7)", "completed", "the tracking process exited with status 7"),
-        ("print('warn it is broken'); raise SystemExit(1)", "failed", "it is broken"),
+        ("print('warn it is broken.'); raise SystemExit(1)", "failed", "it is broken"),
     ],
 )
 def test_training_continues_if_the_process_fails(

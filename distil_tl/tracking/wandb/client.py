@@ -148,7 +148,7 @@ class WandbClient:
         """Log the first reason why W&B does not have everything."""
         if self.reason is not None:
             return
-        self.reason = reason
+        self.reason = reason = reason.rstrip(". ")  # W&B's own messages are sentences
         if not self._quiet:
             logger.warning(
                 "Weights & Biases does not have everything: %s. metrics.jsonl is complete; what is missing is sent "
