@@ -1,7 +1,6 @@
 """The main job: `python -m distil_tl.train [CONFIG.yaml] [key=value ...]`, alone, under torchrun or under srun.
 
-Reads top to bottom: check the configuration, set up the ranks, scan the data, build the model, train the stages one
-after another, evaluate.
+Reads top to bottom: check the configuration, set up the ranks, scan the data, build the model, train stages, evaluate.
 """
 
 from __future__ import annotations
@@ -49,7 +48,8 @@ from distil_tl.training.metrics import Meter
 from distil_tl.training.network import ImageNetwork, evaluation_network
 from distil_tl.training.optim import lr_factor, set_lr
 from distil_tl.training.precision import set_rounding
-from distil_tl.training.stage import Stage, check_stages, count_trainable, refuse_unfit_stages
+from distil_tl.training.stage import Stage, check_stages, count_trainable
+from distil_tl.training.stage_fit import refuse_unfit_stages
 from distil_tl.training.stage_setup import set_up_stage
 from distil_tl.training.stage_start import begin_stage
 from distil_tl.training.step import (

@@ -1,3 +1,3 @@
 """Submission of runs and sweeps to Slurm through submitit; see docs/cluster.md."""
 
-import distil_tl  # noqa: F401  # first, as it decides from where modules are imported
+from distil_tl.utils import import_path  # noqa: F401  # first: with it the package decides from where to import

@@ -35,7 +35,7 @@ from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.transfer import default_preprocess
 from distil_tl.rundir.opening import look_for_start
 from distil_tl.training.config import COMPILE
-from distil_tl.utils.files import cache_dir
+from distil_tl.utils.home import cache_dir
 
 GROUP = "configuration"
 SCAN_SECONDS = 900.0  # a scan of ten million images on a network file system takes minutes

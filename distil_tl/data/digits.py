@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import cache_dir, write_json
+from distil_tl.utils.files import write_json
+from distil_tl.utils.home import cache_dir
 
 _MANIFEST = "manifest.json"  # {"train/0": number of files, ...}
 

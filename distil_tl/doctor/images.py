@@ -20,7 +20,7 @@ from distil_tl.data.pixels import refuse_missing_decoders
 from distil_tl.data.scan import scan
 from distil_tl.doctor.lines import FAIL, WARN, Report, first_line, name_ranks, size
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import cache_dir
+from distil_tl.utils.home import cache_dir
 from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import printable
 

@@ -22,7 +22,8 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.training.memory import free_memory
 from distil_tl.training.precision import Compute
-from distil_tl.utils.files import cache_dir, write_json
+from distil_tl.utils.files import write_json
+from distil_tl.utils.home import cache_dir
 from distil_tl.utils.log import logger
 
 ROUNDS = 3  # timed steps of each candidate, after one that is not timed

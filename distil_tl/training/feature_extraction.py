@@ -25,7 +25,7 @@ from distil_tl.training.features import Features, FeaturesUnavailableError, View
 from distil_tl.training.memory import PartSize
 from distil_tl.training.network import Prefix
 from distil_tl.training.stage import Stage
-from distil_tl.utils.files import cache_dir
+from distil_tl.utils.home import cache_dir
 from distil_tl.utils.log import Progress, logger
 from distil_tl.utils.memory import available_memory
 

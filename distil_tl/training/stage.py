@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -18,7 +17,6 @@ from distil_tl.utils.errors import UserError, did_you_mean
 from distil_tl.utils.log import logger
 
 if TYPE_CHECKING:
-    from distil_tl.models.config import ModelConfig
     from distil_tl.models.transfer import TransferModel
 
 
@@ -126,28 +124,6 @@ def _stage_problems(model: TransferModel, name: str, stage: StageConfig) -> Iter
             f"stages.{name}.image_size={stage.image_size}, but this model is built for {model.image_size} px; "
             f"remove it there and set data.image_size"
         )
-
-
-def refuse_unfit_stages(config: ModelConfig, stages: Mapping[str, StageConfig], image_size: int | None) -> None:
-    """`check_stages` before the images are looked at and weights downloaded, where a stage may not fit the model.
-
-    The model is built without memory for its parameters. Where that does not work, `check_stages` finds the problem.
-
-    Raises:
-        UserError: as `check_stages`, or as `models.transfer.build`.
-    """
-    if all(stage.unfreeze in ("head", "all") and stage.image_size is None for stage in stages.values()):
-        return
-    from distil_tl.models.transfer import build  # after the return, as it imports model libraries
-
-    try:
-        with torch.device("meta"):
-            model = build(config, 2, image_size=image_size, seed=0, pretrained=False)
-        check_stages(model, stages)
-    except UserError:
-        raise
-    except Exception as error:
-        logger.debug("the model can't be built without memory: %s", error)
 
 
 def apply_stage(model: TransferModel, stage: StageConfig) -> None:

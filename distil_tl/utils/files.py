@@ -1,4 +1,4 @@
-"""Atomic writes, checksums, and the cache directory."""
+"""Atomic writes and checksums."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distil_tl.utils.errors import UserError, WriteError
-from distil_tl.utils.home import expand_home, home_problems, provide_home
+from distil_tl.utils.errors import WriteError
 
 _NO_DIRECTORY_FSYNC = (errno.EINVAL, errno.ENOTSUP)
 
@@ -82,21 +81,6 @@ def sha256_file(path: str | Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def cache_dir() -> Path:
-    """The folder of downloads and derived files. It may not exist yet.
-
-    `$DISTIL_TL_CACHE`, else `$XDG_CACHE_HOME/distil_tl`, else `~/.cache/distil_tl`. An empty variable counts as unset.
-    """
-    if own := os.environ.get("DISTIL_TL_CACHE"):
-        for problem in home_problems({"DISTIL_TL_CACHE": own}):
-            raise UserError(problem)
-        return expand_home(own)
-    provide_home(show=False)  # for programs that import this package
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "distil_tl"
-    return expand_home("~/.cache/distil_tl")
 
 
 def json_safe(obj: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The home folder: `~` in paths, and a place for caches where there is no home that can be written to."""
+"""The home folder and the cache: `~` in paths, and a place for caches where there is no home that can be written to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from distil_tl.utils.errors import UserError
 from distil_tl.utils.paths import path_problem
 
 _UNKNOWN = "~"  # what os.path.expanduser leaves as it is
@@ -71,6 +72,21 @@ def provide_home(*, show: bool) -> None:
             f"{reason}: downloads and caches go to {where}. To keep them, set HOME or XDG_CACHE_HOME to a folder that "
             f"can be written to\n"
         )
+
+
+def cache_dir() -> Path:
+    """The folder of downloads and derived files. It may not exist yet.
+
+    `$DISTIL_TL_CACHE`, else `$XDG_CACHE_HOME/distil_tl`, else `~/.cache/distil_tl`. An empty variable counts as unset.
+    """
+    if own := os.environ.get("DISTIL_TL_CACHE"):
+        for problem in home_problems({"DISTIL_TL_CACHE": own}):
+            raise UserError(problem)
+        return expand_home(own)
+    provide_home(show=False)  # for programs that import this package
+    if xdg := os.environ.get("XDG_CACHE_HOME"):
+        return Path(xdg) / "distil_tl"
+    return expand_home("~/.cache/distil_tl")
 
 
 def _can_be_created(folder: Path) -> bool:

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil_tl.utils.files import cache_dir, json_safe, sha256_file, write_atomic, write_json
+from distil_tl.utils.files import json_safe, sha256_file, write_atomic, write_json
+from distil_tl.utils.home import cache_dir
 
 
 def test_write_atomic_replaces_the_whole_file(tmp_path: Path):

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import cache_dir
-from distil_tl.utils.home import expand_home, home_problems, path_argument, provide_home
+from distil_tl.utils.home import cache_dir, expand_home, home_problems, path_argument, provide_home
 
 NAMES = ("HOME", "XDG_CACHE_HOME", "DISTIL_TL_CACHE", "USER", "LOGNAME", "LNAME", "USERNAME")
 
