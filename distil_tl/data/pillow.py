@@ -10,7 +10,7 @@ import importlib
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from PIL import ExifTags, Image
 
 Intensity: TypeAlias = "str | Sequence[float]"  # data.intensity: dtype, percentile, or [low, high]
 Pixels: TypeAlias = "npt.NDArray[np.uint8]"
+Value = TypeVar("Value", bound=np.generic)
 
 # The formats found in files with image extensions. Few on purpose: some other plugins of Pillow start programs.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF")
@@ -78,8 +79,8 @@ def pixels_of(image: Image.Image, intensity: Intensity = "dtype") -> Pixels:
     return upright(np.array(to_rgb(image, intensity)), image)
 
 
-def upright(pixels: Pixels, source: Image.Image) -> Pixels:
-    """`pixels` [H, W, 3] rotated and mirrored according to the EXIF data of `source`."""
+def upright(pixels: npt.NDArray[Value], source: Image.Image) -> npt.NDArray[Value]:
+    """`pixels` [H, W, C] rotated and mirrored according to the EXIF data of `source`."""
     try:
         orientation = int(source.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata of an intact image
@@ -89,7 +90,7 @@ def upright(pixels: Pixels, source: Image.Image) -> Pixels:
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     mirrored = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
-    turned: Pixels = np.ascontiguousarray(np.flip(pixels, mirrored))
+    turned: npt.NDArray[Value] = np.ascontiguousarray(np.flip(pixels, mirrored))
     return turned
 
 

@@ -8,6 +8,8 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 
 from distil_tl.data.decode import ImageError, decode_bytes
 from distil_tl.data.index import Index
+from distil_tl.data.pillow import has_deep_colour, is_deep, open_image, upright
 
 TEMPORARY = r"\.shrink-[0-9a-f]{16}\.tmp"  # left over if the process is killed
 LONGEST = 65_500  # pixels, the maximal side of a JPEG
@@ -30,6 +33,12 @@ _JPEG = (
 )  # resized as JPEG; all others, as PNG
 
 
+# What becomes of the values of images with more than 8 bits.
+KEPT = "16-bit grey images: resized, as PNG of 16 bits"
+UNTOUCHED = "images of floats or 32-bit integers: copied unchanged, as no other file keeps their values"
+HALVED = "images of 16 bits per colour: resized to 8 bits, of which training uses no more"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """The result for image `index`.
@@ -38,20 +47,23 @@ class Outcome:
         done: "resized", "copied" or, if the new file existed already, "there"; empty otherwise.
         fault: why it is not a usable image; nothing is written then.
         error: which file could not be read or written, and why.
+        note: what became of its values, if they have more than 8 bits.
     """
 
     index: int
     done: str = ""
     fault: str = ""
     error: str = ""
+    note: str = ""
 
 
 class ShrinkDataset(Dataset[Outcome]):
     """Item i writes image i of `index` below `out` unless it exists. The folders below `out` must exist.
 
     An image whose shorter side is longer than `resize` pixels is decoded by the rules of `decode`, resized to it and
-    written without metadata. Any other image is copied byte for byte, as is an image too long for a JPEG. With `resize`
-    None, no image is decoded. The images of a table that are not in folders of their classes are written into such.
+    written without metadata; 16-bit grey keeps its 16 bits. Any other image is copied byte for byte, as is an image too
+    long for a JPEG, and one of floats or 32-bit integers. With `resize` None, no image is decoded. The images of a
+    table that are not in folders of their classes are written into such.
     """
 
     def __init__(self, index: Index, out: Path, resize: int | None, quality: int) -> None:
@@ -79,8 +91,13 @@ class ShrinkDataset(Dataset[Outcome]):
             if shorter <= self.resize or longer * self.resize > LONGEST * shorter:
                 _write(self.out / name, data)
                 return Outcome(i, "copied")
-            _write(self.out / new_name, _encoded(smaller(image, self.resize), new_name, self.quality))
-            return Outcome(i, "resized")
+            note, values = deep_values(data)
+            if note == UNTOUCHED or (note == KEPT and not new_name.lower().endswith(".png")):
+                _write(self.out / name, data)
+                return Outcome(i, "copied", note=UNTOUCHED)
+            small = smaller(image if values is None else values, self.resize)
+            _write(self.out / new_name, _encoded(small, new_name, self.quality))
+            return Outcome(i, "resized", note=note)
         except ImageError as error:
             return Outcome(i, fault=error.reason)
         except OSError as error:
@@ -123,22 +140,43 @@ def resized_name(root: Path, name: str) -> str:
 
 
 def smaller(image: Tensor, side: int) -> Tensor:
-    """An image uint8 [3, H, W] resized to a shorter side of `side` pixels, with antialiasing."""
+    """An image uint8 [3, H, W], or float32 [1, H, W] of 16-bit values, resized to a shorter side of `side` pixels."""
     small: Tensor = F.resize(image, [side], interpolation=InterpolationMode.BICUBIC, antialias=True)
     return small
 
 
+def deep_values(data: bytes) -> tuple[str, Tensor | None]:
+    """What becomes of an image with more than 8 bits, empty for others; and the values [1, H, W] of 16-bit grey."""
+    image = open_image(io.BytesIO(data))
+    if image is None or not is_deep(image):
+        return (HALVED if image is not None and has_deep_colour(image) else ""), None
+    image.load()
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        return UNTOUCHED, None
+    values = values.astype(np.float32)
+    if "transparency" in image.info:  # the value that means transparent, which is shown as white
+        values[values == image.info["transparency"]] = 65535
+    return KEPT, torch.from_numpy(upright(values[:, :, None], image)).permute(2, 0, 1)
+
+
 def _encoded(image: Tensor, name: str, quality: int) -> bytes:
+    if image.is_floating_point():
+        return _png(image[0].round().clamp(0, 65535).numpy().astype(np.uint16))
     pixels = image.permute(1, 2, 0).contiguous()
     red, green, blue = pixels.unbind(2)
     if torch.equal(red, green) and torch.equal(red, blue):
         pixels = red.contiguous()
-    file = io.BytesIO()
-    pillow_image = Image.fromarray(pixels.numpy())
     if name.lower().endswith(".png"):
-        pillow_image.save(file, "PNG")
-    else:
-        pillow_image.save(file, "JPEG", quality=quality)
+        return _png(pixels.numpy())
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def _png(pixels: npt.NDArray[np.unsignedinteger]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 

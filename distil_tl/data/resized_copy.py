@@ -43,6 +43,7 @@ class Manifest:
     settings: dict[str, Any]  # must be equal for a copy to be resumed
     path: Path
     bad: dict[str, dict[str, str]] = field(default_factory=dict)  # split: {relative path: why it can't be decoded}
+    notes: collections.Counter[str] = field(default_factory=collections.Counter)  # on values with more than 8 bits
 
     def write(self, **more: Any) -> None:
         try:
@@ -86,6 +87,8 @@ def copy_resized(
         copies = finish(out, splits, manifest, config.image_extensions)
         logger.info("resized: %s; copied unchanged: %s; already done: %s",
                     f"{done['resized']:,}", f"{done['copied']:,}", f"{done['there']:,}")  # fmt: skip
+        for note, count in sorted(manifest.notes.items()):
+            logger.info("%s %s", f"{count:,}", note)
         for split, index in splits.items():
             before, after = int(index.sizes.sum()), int(copies[split].sizes.sum())
             logger.info("%s: %s images, %s MB became %s MB", split, f"{len(index):,}", _mb(before), _mb(after))
@@ -218,6 +221,8 @@ def settle(outcome: Outcome, split: str, dataset: ShrinkDataset, manifest: Manif
         manifest.bad.setdefault(split, {})[name] = outcome.fault
         manifest.write()
         outcome = dataset.copy(outcome.index)
+    if outcome.note:
+        manifest.notes[outcome.note] += 1
     if outcome.error:
         raise UserError(f"can't read or write {printable(outcome.error)}; run the same command to resume")
     return outcome.done

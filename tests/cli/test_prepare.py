@@ -27,6 +27,7 @@ from distil_tl.data.resize import resized_name
 from distil_tl.data.scan import scan
 from distil_tl.train import main as train
 from tests.helpers.arguments import small_args
+from tests.helpers.image_bytes import png
 from tests.helpers.images import draw, make_folder
 from tests.helpers.runs import summary_of
 
@@ -374,3 +375,33 @@ def test_a_picture_too_long_for_a_jpeg_is_copied(tmp_path: Path) -> None:
     assert main(arguments(tmp_path / "source", tmp_path / "copy")) == 0
     assert (tmp_path / "copy/train/a/long.png").read_bytes() == path.read_bytes()
     assert torch.equal(decode(path), decode(tmp_path / "copy/train/a/long.png"))
+
+
+def test_values_of_more_than_8_bits_are_kept_or_it_is_said(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "source/train/a"
+    folder.mkdir(parents=True)
+    ramp = np.linspace(1000, 4095, 300 * 200).reshape(300, 200)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(ramp.astype(np.uint16)).save(folder / "deep.png", exif=exif)
+    Image.fromarray(ramp.astype(np.uint16)).save(folder / "deep.tif")
+    Image.fromarray(ramp.astype(np.uint16)).save(folder / "called.jpg", "PNG")
+    Image.fromarray((ramp - 2000).astype(np.int32)).save(folder / "hounsfield.tif")
+    Image.fromarray(ramp.astype(np.float32)).save(folder / "float.tif")
+    (folder / "colour.png").write_bytes(png(70, 70, 16, 2, (b"\0" + b"\x0f\xff\x00\x10\x00\x20" * 70) * 70))
+    out = tmp_path / "copy"
+    assert main(arguments(tmp_path / "source", out)) == 0
+    for name, size in (("deep.png", (96, 64)), ("deep.tif.png", (64, 96))):
+        with Image.open(out / "train/a" / name) as image:
+            assert (image.mode, image.size) == ("I;16", size)
+            values = np.rot90(np.asarray(image)) if name == "deep.png" else np.asarray(image)
+        expected = ramp.reshape(100, 3, 200).mean(axis=(1, 2))  # the rows of the copy, but for a factor of 96 / 100
+        assert np.abs(values.mean(axis=1) - np.interp(np.linspace(0, 99, 96), range(100), expected)).max() < 20
+        assert values.max() <= 4095 + 1
+        assert len(np.unique(values)) > 1000
+    for name in ("called.jpg", "hounsfield.tif", "float.tif"):
+        assert (out / "train/a" / name).read_bytes() == (folder / name).read_bytes()
+    output = capsys.readouterr().out
+    assert "\n2 16-bit grey images: resized, as PNG of 16 bits\n" in output
+    assert "\n3 images of floats or 32-bit integers: copied unchanged, " in output
+    assert "\n1 images of 16 bits per colour: resized to 8 bits, " in output
