@@ -21,7 +21,8 @@ class ModelConfig:
     """The backbone."""
 
     name: str = "timm/tf_efficientnet_lite0"  # a torchvision classifier such as resnet50, or timm/NAME
-    # A path ends in .safetensors, .pth, .pt or .bin. `auto` is `package` where that is installed, else `default`.
+    # A path is a run directory, or ends in .safetensors, .pth, .pt or .bin. `auto` is `package` where one is installed,
+    # else `default`.
     weights: str = "auto"  # auto | default (the library's) | package | none (random) | IMAGENET1K_V2 or the like | PATH
 
     @property
@@ -35,9 +36,12 @@ class ModelConfig:
 
     @property
     def path(self) -> Path | None:
-        """The weights file if `weights` is a path."""
-        if "/" in self.weights or self.weights.endswith(WEIGHTS_SUFFIXES):
-            return expand_home(self.weights)
+        """The weights file if `weights` is a path: of a run directory, that of its best checkpoint."""
+        is_path = "/" in self.weights or self.weights.endswith(WEIGHTS_SUFFIXES)
+        if is_path or (self.weights not in KEYWORDS and Path(self.weights, "checkpoints").is_dir()):
+            given = expand_home(self.weights)
+            files = (given / folder / "weights.safetensors" for folder in ("", "checkpoints/best", "checkpoints/last"))
+            return next((file for file in files if file.is_file()), given)
         return None
 
     def problems(self) -> list[str]:
@@ -96,6 +100,11 @@ class ModelConfig:
     def _path_problem(self, path: Path) -> str | None:
         if str(path).startswith("~"):  # a home that is not known, which is named with those of other paths
             return None
+        if path.is_dir():
+            return (
+                f"model.weights: the folder {path} holds no checkpoint; give a run directory, of which the best "
+                f"checkpoint is used, or a file that ends in {', '.join(WEIGHTS_SUFFIXES)}"
+            )
         if not path.is_file():
             return f"model.weights: there is no file {path} (relative paths start at {Path.cwd()}); correct the path"
         if path.suffix not in WEIGHTS_SUFFIXES:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,11 +14,13 @@ import torch
 from torch import nn
 
 from distil_tl.models.head import seeded
-from distil_tl.models.layer_groups import LayerGroup, groups_from_parts, parameters_by_child
+from distil_tl.models.layer_groups import LayerGroup, groups_from_parts, has_prefix, parameters_by_child
 from distil_tl.models.names import TIMM_PREFIX
 from distil_tl.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.models.weights import StateDict
+from distil_tl.utils.errors import UserError, did_you_mean, listed
 from distil_tl.utils.import_path import is_installed
+from distil_tl.utils.log import logger
 
 INSTALL = "pip install 'distil_tl[timm]'"
 # Those that torchvision supports for tensors; timm also has others.
@@ -146,6 +150,45 @@ def check_size(name: str, module: nn.Module, size: int) -> None:
         raise UserError(
             f"data.image_size={size} does not fit {TIMM_PREFIX}{name}: use a multiple of {step}, such as {sizes}"
         )
+
+
+def adapt_state_dict(state: StateDict, module: nn.Module, skip: tuple[str, ...], name: str) -> StateDict:
+    """`state` as timm itself adapts its pretrained weights: position embeddings of another image size are resized.
+
+    Args:
+        skip: paths that are not loaded, whose shapes may differ.
+    """
+    expected = {key: value for key, value in module.state_dict().items() if not has_prefix(key, skip)}
+    adapt = getattr(sys.modules[type(module).__module__], "checkpoint_filter_fn", None)
+    if adapt is None or all(key in state and state[key].shape == value.shape for key, value in expected.items()):
+        return state
+    try:
+        with torch.no_grad():
+            adapted: StateDict = adapt(dict(state), module)
+    except Exception:  # weights of another architecture, which are refused with the names of their tensors
+        return state
+    resized = [
+        f"{key} {list(state[key].shape)} to {list(value.shape)}"
+        for key, value in adapted.items()
+        if key in state and key in expected and value.shape != state[key].shape
+    ]
+    if resized:
+        logger.info(
+            "model.weights: resized to this model, as timm does: %s%s", listed(resized, 5), _own_size(state, name)
+        )
+    return adapted
+
+
+def _own_size(state: StateDict, name: str) -> str:
+    """A hint at the model of the same family whose position embeddings have the size of those in a file."""
+    family = re.sub(r"_\d+(\..*)?$", "", name)
+    for other in names() if "pos_embed" in state else ():
+        if re.fullmatch(re.escape(family) + r"_\d+", other):
+            with torch.device("meta"):
+                embedding = getattr(_timm().create_model(other, pretrained=False), "pos_embed", None)
+            if embedding is not None and embedding.shape == state["pos_embed"].shape:
+                return f"; model.name={TIMM_PREFIX}{other} keeps them as they are"
+    return ""
 
 
 def _heads(name: str, module: nn.Module, num_classes: int) -> tuple[str, ...]:

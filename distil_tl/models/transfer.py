@@ -18,7 +18,14 @@ from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.size_trial import failure_at, first_line, size_error
 from distil_tl.models.torchvision_groups import torchvision_groups
 from distil_tl.models.weight_packages import PACKAGES
-from distil_tl.models.weights import StateDict, load_backbone, match_by_position, read_state_dict, strip_prefixes
+from distil_tl.models.weights import (
+    StateDict,
+    load_backbone,
+    log_old_head,
+    match_by_position,
+    read_state_dict,
+    strip_prefixes,
+)
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import sha256_file
 
@@ -143,7 +150,13 @@ def build(
     else:
         state, info = None, WeightsInfo("unread", None)
     if state is not None:
-        state = torchvision_models.adapt_state_dict(strip_prefixes(state, module.state_dict()), module)
+        state = strip_prefixes(state, module.state_dict())
+        if config.from_timm:
+            state = timm_models.adapt_state_dict(state, module, skip, config.library_name)
+        else:
+            state = torchvision_models.adapt_state_dict(state, module)
+        if config.path is not None:
+            log_old_head(state, skip, info.source)
         # For weights of its first version MNASNet rebuilds its stem, with random numbers.
         with seeded(seed, "model"):
             load_backbone(module, state, skip=skip, source=info.source)
@@ -178,7 +191,9 @@ def _read_weights(
     if weights == "none":
         return None, WeightsInfo("none", None)
     if config.path is not None:
-        return read_state_dict(config.path), WeightsInfo(f"file {config.path.name}", sha256_file(config.path))
+        is_run = config.path.suffix != Path(config.weights).suffix
+        source = f"the run {config.weights}" if is_run else f"file {config.path.name}"
+        return read_state_dict(config.path), WeightsInfo(source, sha256_file(config.path))
     if weights == "package":
         package = PACKAGES[config.name]
         file = package.file()

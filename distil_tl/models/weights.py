@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shlex
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,11 @@ _CONVERT = (
     "c = c if isinstance(c, dict) else c.state_dict(); "
     "save_file({k: v.contiguous().clone() for k, v in c.items()}, sys.argv[2])"
 )
+# Runs the program that a TorchScript file holds.
+_CONVERT_SCRIPT = (
+    "import sys, torch; from safetensors.torch import save_file; c = torch.jit.load(sys.argv[1], 'cpu').state_dict(); "
+    "save_file({k: v.contiguous().clone() for k, v in c.items()}, sys.argv[2])"
+)
 
 
 def read_state_dict(path: Path) -> StateDict:
@@ -47,13 +53,19 @@ def read_state_dict(path: Path) -> StateDict:
         with path.open("rb") as file:
             if not file.read(4).startswith(_MAGIC):
                 raise ValueError("not written by torch.save")
+        if _is_torchscript(path):
+            raise UserError(
+                f"model.weights: {path} is a TorchScript program, which is run to load it, so it is refused. If you "
+                f"trust its source, convert it once on an isolated machine, and give the new file as model.weights:\n"
+                f"  {_command(_CONVERT_SCRIPT, path)}"
+            )
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"model.weights: {path} holds Python objects other than tensors. Loading those could run code "
             f"hidden in the file, so it is refused. If you trust its source, convert it once on an isolated "
             f"machine, and give the new file as model.weights:\n"
-            f'  python -c "{_CONVERT}" {shlex.join([str(path), str(path.with_suffix(".safetensors"))])}'
+            f"  {_command(_CONVERT, path)}"
         ) from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(
@@ -61,6 +73,18 @@ def read_state_dict(path: Path) -> StateDict:
             f"copy it again, or give another {', '.join(WEIGHTS_SUFFIXES)} file"
         ) from error
     return _finite(_unwrap(loaded, path), path)
+
+
+def _command(code: str, path: Path) -> str:
+    return f'python -c "{code}" {shlex.join([str(path), str(path.with_suffix(".safetensors"))])}'
+
+
+def _is_torchscript(path: Path) -> bool:
+    """Whether a file was written by `torch.jit.save`."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _finite(state: StateDict, path: Path) -> StateDict:
@@ -160,6 +184,13 @@ def load_backbone(module: nn.Module, state: StateDict, *, skip: tuple[str, ...],
             f"{'; '.join(differences[:_MAX_LISTED])}{more}. "
             "Give weights of the same architecture, or set model.name to the architecture of these"
         )
+
+
+def log_old_head(state: StateDict, heads: tuple[str, ...], source: str) -> None:
+    """Say which tensors of a file are left out, as the new head takes their place."""
+    old = [f"{name} {list(tensor.shape)}" for name, tensor in state.items() if has_prefix(name, heads)]
+    if old:
+        logger.info("model.weights: the head of %s is left out for a new one: %s", source, listed(old, _MAX_LISTED))
 
 
 def match_by_position(state: StateDict, module: nn.Module, *, skip_shape: tuple[str, ...], source: str) -> StateDict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from distil_tl.models.transfer import TransferModel, build, download_weights
 from distil_tl.models.weight_packages import PACKAGES
 from distil_tl.models.weights import match_by_position, read_state_dict
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import logger
 
 LITE = "timm/tf_efficientnet_lite0"
 
@@ -367,3 +369,69 @@ def test_timm_models_load_files_strictly(tmp_path: Path):
     safetensors.torch.save_file({"blocks.0.norm1.weight": torch.zeros(64)}, path)
     with pytest.raises(UserError, match="missing cls_token"):
         load("timm/test_vit", path)
+
+
+# Whole runs, programs, and weights of another image size.
+
+
+def test_the_best_weights_of_a_run_are_loaded(
+    tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    run = tmp_path / "runs.v2"
+    for name, factor in (("best", 1), ("last", 2)):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        changed = {key: factor * value for key, value in state.items()}
+        safetensors.torch.save_file(changed, run / "checkpoints" / name / "weights.safetensors")
+    monkeypatch.chdir(tmp_path)
+    for given in (run, "runs.v2", run / "checkpoints" / "best"):
+        model = load("resnet18", given)
+        assert_backbone(model, state)
+        assert model.weights.source == f"the run {given}"
+    assert f"the head of the run {run} is left out for a new one: fc.bias [1000], fc.weight [1000, 512]" in caplog.text
+    (run / "checkpoints" / "best" / "weights.safetensors").unlink()
+    assert ModelConfig("resnet18", str(run)).path == run / "checkpoints" / "last" / "weights.safetensors"
+    (run / "checkpoints" / "last" / "weights.safetensors").unlink()
+    with pytest.raises(UserError, match=r"runs\.v2 holds no checkpoint; give a run directory, of which the best"):
+        load("resnet18", run)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_torchscript_program_is_refused_with_the_command_that_converts_it(tmp_path: Path):
+    donor = build(ModelConfig("squeezenet1_1", "none"), 9, image_size=64, seed=99).module.eval()
+    path = tmp_path / "a program.pt"
+    torch.jit.save(torch.jit.trace(donor, torch.zeros(1, 3, 64, 64)), path)  # type: ignore[no-untyped-call]
+    with pytest.raises(UserError, match="is a TorchScript program") as caught:
+        load("squeezenet1_1", path, 64)
+    command = str(caught.value).splitlines()[-1].strip().replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True)
+    assert_backbone(load("squeezenet1_1", path.with_suffix(".safetensors"), 64), donor.state_dict())
+
+
+@pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "timm/swinv2_cr_tiny_224"])
+def test_what_depends_on_the_image_size_is_resized_as_timm_does(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    donor = timm.create_model(name.removeprefix("timm/"), num_classes=7, img_size=384)
+    torch.save(donor.state_dict(), tmp_path / "384.pth")
+    own = load(name, tmp_path / "384.pth").module.state_dict()
+    same = [key for key, value in donor.state_dict().items() if key in own and value.shape == own[key].shape]
+    assert all(torch.equal(own[key], donor.state_dict()[key]) for key in same if not key.startswith("head"))
+    if "vit" in name:
+        expected = timm.layers.resample_abs_pos_embed(donor.pos_embed, new_size=(14, 14), num_prefix_tokens=1)
+        assert torch.equal(own["pos_embed"], expected)
+        resized = "as timm does: pos_embed [1, 577, 192] to [1, 197, 192]; model.name=timm/vit_tiny_patch16_384 keeps"
+        assert resized in caplog.text
+
+
+def test_weights_that_fit_are_not_changed_and_others_are_refused(tmp_path: Path, state: dict[str, Tensor]):
+    donor = load("timm/vit_tiny_patch16_224", "none").module.state_dict()
+    torch.save(donor, tmp_path / "224.pth")
+    assert_backbone(load("timm/vit_tiny_patch16_224", tmp_path / "224.pth"), donor)
+    torch.save(state, tmp_path / "resnet.pth")
+    with pytest.raises(UserError, match="does not fit this model"):
+        load("timm/vit_tiny_patch16_224", tmp_path / "resnet.pth")
