@@ -190,7 +190,9 @@ def log_old_head(state: StateDict, heads: tuple[str, ...], source: str) -> None:
     """Say which tensors of a file are left out, as the new head takes their place."""
     old = [f"{name} {list(tensor.shape)}" for name, tensor in state.items() if has_prefix(name, heads)]
     if old:
-        logger.info("model.weights: the head of %s is left out for a new one: %s", source, listed(old, _MAX_LISTED))
+        logger.info(
+            "model.weights: the head of %s is left out for a new one: %s", source, listed(sorted(old), _MAX_LISTED)
+        )
 
 
 def match_by_position(state: StateDict, module: nn.Module, *, skip_shape: tuple[str, ...], source: str) -> StateDict:
