@@ -32,3 +32,8 @@ def start_slurmdbd(cluster: Cluster, head: int, deadline: float) -> None:
     start(cluster, head, "slurmdbd", "slurmdbd")
     add = ("sacctmgr", "-i", "add", "cluster", cluster.name)
     wait_for(cluster, head, "slurmdbd", lambda: works(cluster, *add), deadline)
+
+
+def restart_slurmdbd(cluster: Cluster, head: int, deadline: float) -> None:
+    start(cluster, head, "slurmdbd", "slurmdbd")
+    wait_for(cluster, head, "slurmdbd", lambda: works(cluster, "sacctmgr", "list", "cluster"), deadline)

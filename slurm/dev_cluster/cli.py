@@ -9,11 +9,12 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from dev_cluster import daemons, lifecycle, network
+from dev_cluster import accounting, daemons, lifecycle, network
 from dev_cluster.config import (
     DEFAULT_DIR,
     DIR_VARIABLE,
@@ -101,7 +102,7 @@ def status(args: argparse.Namespace) -> int:
 def read_node(args: argparse.Namespace) -> tuple[Cluster, str]:
     cluster = read_cluster(args.dir)
     if args.node not in cluster.node_names:
-        raise RefusedError(f"there is no node {args.node!r}: {', '.join(cluster.node_names)}")
+        raise RefusedError(f"there is no node {args.node or ''!r}: {', '.join(cluster.node_names)}")
     return cluster, args.node
 
 
@@ -125,6 +126,36 @@ def start_slurmd(args: argparse.Namespace) -> None:
     holder = holder_of(cluster, node)
     if not daemons.slurmds(holder):
         daemons.start_slurmd(cluster, holder, node)
+
+
+def read_daemon(args: argparse.Namespace) -> tuple[Cluster, str]:
+    """The cluster, and the machine of the daemon."""
+    if args.what == "node":
+        return read_node(args)
+    if args.node is not None:
+        raise RefusedError(f"{args.what} takes no NODE")
+    return read_cluster(args.dir), HEAD
+
+
+def stop(args: argparse.Namespace) -> None:
+    cluster, machine = read_daemon(args)
+    daemons.stop(holder_of(cluster, machine), daemons.STOPPABLE[args.what])
+
+
+def start(args: argparse.Namespace) -> None:
+    cluster, machine = read_daemon(args)
+    holder, deadline = holder_of(cluster, machine), time.monotonic() + daemons.TIMEOUT
+    if daemons.STOPPABLE[args.what] in running(holder).values():
+        return
+    if args.what == "node":
+        daemons.start_slurmd(cluster, holder, machine)
+    elif args.what == "munge":
+        daemons.start_munged(cluster, holder)
+        daemons.wait_for_munged(cluster, holder, deadline)
+    elif args.what == "accounting":
+        accounting.restart_slurmdbd(cluster, holder, deadline)
+    else:
+        daemons.start_slurmctld(cluster, holder, deadline)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -161,6 +192,13 @@ def build_parser() -> argparse.ArgumentParser:
         ("start-slurmd", start_slurmd, "start it again"),
     ):
         add(name, function, text).add_argument("node", metavar="NODE")
+    for name, function, text in (
+        ("stop", stop, "stop slurmctld, slurmdbd, munged, or a node's slurmd, as its service would be"),
+        ("start", start, "start it again, and wait until it answers"),
+    ):
+        command = add(name, function, text)
+        command.add_argument("what", choices=list(daemons.STOPPABLE))
+        command.add_argument("node", nargs="?", metavar="NODE", help="of what=node")
     return parser
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
+import signal
 import time
 from collections.abc import Callable
 
@@ -11,8 +12,9 @@ from dev_cluster.config import HEAD, Cluster, FailedError
 from dev_cluster.namespaces import entered, kill, running
 from dev_cluster.processes import execute
 
-TIMEOUT = 60  # seconds from the start of `up` until all nodes must be idle
+TIMEOUT = 110  # seconds from the start of `up` until all nodes must be idle
 HEAD_DAEMONS = ("munged", "mariadbd", "slurmdbd", "slurmctld")
+STOPPABLE = {"controller": "slurmctld", "accounting": "slurmdbd", "munge": "munged", "node": "slurmd"}
 
 
 def slurm(cluster: Cluster, *command: str, timeout: float = 20) -> str:
@@ -99,6 +101,17 @@ def slurmds(holder: int) -> list[int]:
 def kill_slurmd(holder: int) -> None:
     for pid in slurmds(holder):
         kill(pid, lambda pid: pid in slurmds(holder))
+
+
+def stop(holder: int, name: str) -> None:
+    """End a daemon of a machine as its service would be stopped, and wait until it has ended."""
+    deadline = time.monotonic() + TIMEOUT
+    while pids := [pid for pid, command in running(holder).items() if command == name]:
+        for pid in pids:
+            kill(pid, lambda pid: running(holder).get(pid) == name, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            raise FailedError(f"{name} did not end within {TIMEOUT} s")
+        time.sleep(0.2)
 
 
 def missing_daemons(machine: str, commands: set[str]) -> list[str]:

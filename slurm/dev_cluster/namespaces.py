@@ -98,13 +98,13 @@ def entered(holder: int) -> list[str]:
     return ["nsenter", f"--target={holder}", "--net", "--mount", "--uts", inner]
 
 
-def kill(pid: int, condition: Callable[[int], bool]) -> None:
-    """Send SIGKILL if `condition(pid)` holds. It is checked when the id can no longer be reused."""
+def kill(pid: int, condition: Callable[[int], bool], number: int = signal.SIGKILL) -> None:
+    """Send a signal if `condition(pid)` holds. It is checked when the id can no longer be reused."""
     with contextlib.suppress(ProcessLookupError):
         handle = os.pidfd_open(pid)
         try:
             if condition(pid):
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
+                signal.pidfd_send_signal(handle, number)
         finally:
             os.close(handle)
 

@@ -22,7 +22,7 @@ SCRIPT = ROOT / "slurm/dev-cluster"
 REQUIRED = os.environ.get("DISTIL_TL_REQUIRE_SLURM") == "1"
 
 
-def dev_cluster(*arguments: object, timeout: float = 120, **variables: str) -> subprocess.CompletedProcess[str]:
+def dev_cluster(*arguments: object, timeout: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         env={**os.environ, **variables}, capture_output=True, text=True, timeout=timeout, check=False,

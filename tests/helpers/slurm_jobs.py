@@ -127,6 +127,22 @@ def launched_by_command(cluster: Partition, module: str, *args: object) -> str:
     return done.stdout + done.stderr
 
 
+def submit_template(
+    partition: Partition, name: str, options: list[str], args: list[str], cwd: Path, **environ: str
+) -> str:
+    """Submit a batch script of slurm/. The id of the job."""
+    environment = {**partition.environment, **environ}
+    environment["PYTHONPATH"] = f"{environ.get('PYTHONPATH', '')}:{ROOT}"
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    command = ["sbatch", "--parsable", "--cpus-per-task=1", "--time=10", *partition.options, *options]
+    done = subprocess.run(
+        [*command, str(ROOT / "slurm" / name), *args],
+        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
 class Run:
     """A submitted run, of one task by default.
 
@@ -149,6 +165,17 @@ class Run:
 
     def wait_for_step(self, step: int) -> None:
         wait_until(lambda: last_step(self.run_dir) >= step, self.output)
+
+    def processes(self, rank: int = 0) -> list[int]:
+        """The processes of a rank: that which trains, and those that it has forked."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):  # it has ended
+                words, environ = ((path / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+                ours = b"submitit.core._submit" in words and str(self.run_dir / "slurm").encode() in words
+                if ours and f"SLURM_PROCID={rank}".encode() in environ:
+                    found.append(int(path.name))
+        return sorted(found)
 
     def output(self) -> str:
         return "".join(path.read_text() for path in sorted((self.run_dir / "slurm").glob("*_log.out")))

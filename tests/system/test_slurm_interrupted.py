@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -112,6 +114,18 @@ def test_a_run_whose_node_loses_its_daemon_resumes(partition: Partition, inputs:
     partition.tool("kill-slurmd", node)
     partition.wait_for(run.job, "PENDING", "COMPLETING")
     run.wait_until_same_as(inputs.reference(1))
+
+
+@concurrent()
+def test_a_run_of_which_a_rank_is_killed_is_requeued(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
+    """Once: `tests/launch/test_job_script.py` has the other cases."""
+    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 1.5, gpus_per_node=2)
+    run.wait_for_step(7)
+    os.kill(run.processes(rank=1)[0], signal.SIGKILL)  # as the kernel does when memory runs out
+    run.wait_until_same_as(inputs.reference())
+    assert partition.history(run.job) == ["REQUEUED", "COMPLETED"]
+    assert "a process of the run was killed" in run.output()
+    assert not list((run.run_dir / "slurm").glob("*.outcome"))
 
 
 @concurrent()

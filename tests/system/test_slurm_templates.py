@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,31 +11,20 @@ import pytest
 from tests.helpers.concurrent_tests import concurrent
 from tests.helpers.paths import ROOT
 from tests.helpers.slurm_cluster import Partition
-from tests.helpers.slurm_jobs import Inputs, last_step, one_run_of_wandb, same_run, wait_until
+from tests.helpers.slurm_jobs import Inputs, last_step, one_run_of_wandb, same_run, submit_template, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
 
 
-def submit(partition: Partition, name: str, options: list[str], args: list[str], cwd: Path, **environ: str) -> str:
-    """The id of the job."""
-    environment = {**partition.environment, "PYTHONPATH": str(ROOT), **environ}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    command = ["sbatch", "--parsable", "--cpus-per-task=1", "--time=10", *partition.options, *options]
-    done = subprocess.run(
-        [*command, str(ROOT / "slurm" / name), *args],
-        cwd=cwd, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def check_signal_and_resume(partition: Partition, inputs: Inputs, tmp_path: Path, name: str) -> None:
-    """Two nodes with one process each. USR2 to everything in the job: it saves and is requeued."""
+def check_signal_and_resume(
+    partition: Partition, inputs: Inputs, tmp_path: Path, name: str, *signal_options: str
+) -> None:
+    """Two nodes with one process each. After a signal the run saves, and the job is requeued."""
     options, run_dir = ["--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1"], tmp_path / "run"
     args, path = [*inputs.job_args, f"run_dir={run_dir}"], f"{inputs.slow_steps}:{ROOT}"
-    job = submit(partition, name, options, args, tmp_path, PYTHONPATH=path, SECONDS_A_STEP="1.5", GPUS="1")
+    job = submit_template(partition, name, options, args, tmp_path, PYTHONPATH=path, SECONDS_A_STEP="1.5", GPUS="1")
     wait_until(lambda: last_step(run_dir) >= 7, lambda: [path.read_text() for path in tmp_path.glob("*.out")])
-    partition.run("scancel", "--signal=USR2", job)
+    partition.run("scancel", *signal_options, job)
     partition.wait_for(job, "COMPLETED")
     assert len(partition.history(job)) == 2
     same_run(run_dir, inputs.reference())
@@ -46,19 +33,19 @@ def check_signal_and_resume(partition: Partition, inputs: Inputs, tmp_path: Path
 
 @concurrent()
 def test_train_sbatch(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
-    check_signal_and_resume(partition, inputs, tmp_path, "train.sbatch")
+    check_signal_and_resume(partition, inputs, tmp_path, "train.sbatch", "--batch", "--signal=TERM")
 
 
 @concurrent(first=True)
 def test_torchrun_sbatch(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
-    check_signal_and_resume(partition, inputs, tmp_path, "torchrun.sbatch")
+    check_signal_and_resume(partition, inputs, tmp_path, "torchrun.sbatch", "--signal=USR2")
 
 
 @concurrent()
 def test_array_sbatch(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     (tmp_path / "trials.txt").write_text("stages.head.lr=0.02\nstages.head.lr=0.03 seed=1\n")
     args = ["trials.txt", *inputs.small, "stages.full.epochs=1"]
-    job = submit(partition, "array.sbatch", ["--array=1-2", "--gpus-per-node=1"], args, tmp_path)
+    job = submit_template(partition, "array.sbatch", ["--array=1-2", "--gpus-per-node=1"], args, tmp_path)
     for task, seed in ((1, "0"), (2, "1")):
         partition.wait_for(f"{job}_{task}", "COMPLETED")
         run_dir = tmp_path / "runs" / f"array-{job}" / str(task)
