@@ -48,9 +48,7 @@ def _stop(torchrun: subprocess.Popen[bytes], number: signal.Signals) -> int:
         sys.stderr.write(f"launch: stopped by {number.name} before training started\n")
         note(PREEMPTED)
     while torchrun.poll() is None and not workers.isdisjoint(_children(torchrun.pid)):
-        for worker in workers:
-            with suppress(ProcessLookupError):
-                kill(worker, number)
+        _send(workers, number)
         signal.sigtimedwait(SIGNALS, POLL)  # another signal asks for the same
     _end(torchrun)
     return EXIT_PREEMPTED
@@ -58,13 +56,17 @@ def _stop(torchrun: subprocess.Popen[bytes], number: signal.Signals) -> int:
 
 def _end(torchrun: subprocess.Popen[bytes]) -> None:
     """Kill torchrun, which can't start further workers then, and the workers."""
-    with suppress(ProcessLookupError):
-        kill(torchrun.pid, signal.SIGSTOP)
-        workers = _children(torchrun.pid)
-        torchrun.kill()
-        for worker in workers:
-            kill(worker, signal.SIGKILL)
+    torchrun.send_signal(signal.SIGSTOP)
+    workers = _children(torchrun.pid)
+    torchrun.kill()
+    _send(workers, signal.SIGKILL)
     torchrun.wait()
+
+
+def _send(processes: set[int], number: signal.Signals) -> None:
+    for process in processes:
+        with suppress(ProcessLookupError):  # it has just ended
+            kill(process, number)
 
 
 def _children(parent: int) -> set[int]:

@@ -31,14 +31,20 @@ watch_run() { # srun ...
     wait $run || status=$?
   fi
   outcome=$(tail -n 1 "$DISTIL_TL_OUTCOME" 2> /dev/null || true)
-  case $status:$outcome in
-    0:* | *:failed | *:refused | *:killed) rm -f "$DISTIL_TL_OUTCOME" ;;
-    *:preempted) requeue_job ;;
-    3:* | 1[3-9]?:* | 12[89]:*)
-      echo "launch: a process of the run was killed (exit status $status)" >&2
+  if [ $status = 0 ] || [ "$outcome" = failed ] || [ "$outcome" = refused ]; then
+    rm -f "$DISTIL_TL_OUTCOME"
+  elif [ "$outcome" = preempted ]; then
+    requeue_job
+  elif [ $status -ge 128 ] || [ $status = 3 ]; then
+    echo "launch: a process of the run was killed (exit status $status)" >&2
+    if [ "$outcome" = killed ]; then
+      echo "launch: that is the second time without a checkpoint in between, so the job is not requeued" >&2
+      rm -f "$DISTIL_TL_OUTCOME"
+    else
       echo killed >> "$DISTIL_TL_OUTCOME"
-      requeue_job ;;
-  esac
+      requeue_job
+    fi
+  fi
   return $status
 }
 
