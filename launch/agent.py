@@ -21,11 +21,12 @@ from distil_tl.utils.job_outcome import PREEMPTED, REFUSED, note, notes
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 POLL = 0.5  # seconds
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run torchrun until it, or a stopped run, has ended. Returns its exit status, or 3, or 2."""
-    command = [sys.executable, "-m", "torch.distributed.run", *(sys.argv[1:] if args is None else args)]
+    command = [*TORCHRUN, *(sys.argv[1:] if args is None else args)]
     # torchrun inherits blocked signals. So do the workers, which have handlers for them after some seconds.
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     torchrun = subprocess.Popen(command)

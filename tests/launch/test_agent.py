@@ -19,6 +19,12 @@ import subprocess, sys
 while subprocess.call([sys.executable, "-S", "worker.py"]):
     pass
 """
+AGENT = """
+import sys
+from launch import agent
+agent.TORCHRUN = [sys.executable, "-S", "torchrun.py"]
+sys.exit(agent.main([]))
+"""
 WORKER = """
 import os, pathlib, signal, sys
 starts = pathlib.Path("starts")
@@ -32,16 +38,12 @@ sys.exit(3)
 """
 
 
-def agent(folder: Path, worker: str = WORKER, **environ: str) -> subprocess.Popen[str]:
-    package = folder / "torch/distributed"
-    package.mkdir(parents=True)
-    (package.parent / "__init__.py").touch()
-    (package / "__init__.py").touch()
-    (package / "run.py").write_text(TORCHRUN)
+def agent(folder: Path, torchrun: str = TORCHRUN, worker: str = WORKER, **environ: str) -> subprocess.Popen[str]:
+    (folder / "torchrun.py").write_text(torchrun)
     (folder / "worker.py").write_text(worker)
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.agent"], cwd=folder, text=True, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "DISTIL_TL_OUTCOME": str(folder / "outcome"), **environ},
+        [sys.executable, "-c", AGENT], cwd=folder, text=True, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DISTIL_TL_OUTCOME": str(folder / "outcome"), **environ},
     )  # fmt: skip
 
 
@@ -56,9 +58,8 @@ def test_a_signal_reaches_a_worker_that_is_not_started_again(tmp_path: Path, num
 
 
 def test_a_signal_before_there_are_workers(tmp_path: Path) -> None:
-    process = agent(tmp_path)
-    (tmp_path / "torch/distributed/run.py").write_text("import time; time.sleep(1000)")
-    wait_until(lambda: "distributed.run" in subprocess.getoutput(f"ps --ppid {process.pid} -o args="))
+    process = agent(tmp_path, "import time; time.sleep(1000)")
+    wait_until(lambda: "torchrun.py" in subprocess.getoutput(f"ps --ppid {process.pid} -o args="))
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (3, "launch: stopped by SIGTERM before training started\n")
@@ -66,7 +67,8 @@ def test_a_signal_before_there_are_workers(tmp_path: Path) -> None:
 
 
 def test_workers_that_refuse_their_input_are_not_started_again_and_again(tmp_path: Path) -> None:
-    process = agent(tmp_path, WORKER.replace("sys.exit(2)", "import time; time.sleep(1); sys.exit(2)"), REFUSES="1")
+    worker = WORKER.replace("sys.exit(2)", "import time; time.sleep(1); sys.exit(2)")
+    process = agent(tmp_path, worker=worker, REFUSES="1")
     process.communicate(timeout=60)
     assert process.returncode == 2
     assert (tmp_path / "starts").read_text().count("start") <= 2
@@ -74,7 +76,6 @@ def test_workers_that_refuse_their_input_are_not_started_again_and_again(tmp_pat
 
 @pytest.mark.parametrize(("ends", "status"), [("sys.exit(0)", 0), ("sys.exit(5)", 5), ("os.kill(os.getpid(), 9)", 137)])
 def test_the_exit_status_of_torchrun(tmp_path: Path, ends: str, status: int) -> None:
-    process = agent(tmp_path)
-    (tmp_path / "torch/distributed/run.py").write_text(f"import os, sys; {ends}")
+    process = agent(tmp_path, f"import os, sys; {ends}")
     process.communicate(timeout=60)
     assert process.returncode == status
