@@ -7,6 +7,7 @@ order of the rows. Rows that can't be used are refused, all together, each by it
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from distil_tl.data.table_paths import ImagePaths, Missing, find_paths
 from distil_tl.utils.errors import UserError, did_you_mean, listed
 
 THREADS = 16  # files looked at in parallel, to hide the latency of a network file system
+PER_TASK = 256  # files
 MOST_LISTED = 20  # rows that can't be used
 MOST_COUNTED = 10_000  # such rows until the rest is not read any more
 
@@ -103,7 +105,8 @@ class _Rows:
                 if len(row) != width:
                     self._refuse(line, f"{len(row)} cells instead of {width}")
         cells = [row[self.columns.path] for _, row in good]
-        found = pool.map(self.paths.find, cells, chunksize=64)
+        some = [cells[i : i + PER_TASK] for i in range(0, len(cells), PER_TASK)]
+        found = itertools.chain.from_iterable(pool.map(self.paths.find_all, some))
         for (line, row), image in zip(good, found, strict=True):
             label = row[self.columns.label].strip()
             split = self._split_of(row)

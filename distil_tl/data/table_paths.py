@@ -7,7 +7,7 @@ import posixpath
 import re
 import stat
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +79,10 @@ class ImagePaths:
             return FoundImage(os.fsencode(form), status.st_size, status.st_mtime_ns)
         self.lost = self.lost or name
         return Missing(f"{quoted(cell)}: {problem}" if problem else f"there is no file {quoted(self.root / name)}")
+
+    def find_all(self, cells: Sequence[str]) -> list[FoundImage | Missing]:
+        """The images that some cells name. Thread-safe."""
+        return [self.find(cell) for cell in cells]
 
     def advice(self) -> str:
         """Where the first missing image is, if it is in a folder below `root`; for the end of a message."""
