@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distil_tl.data.config import ALL_EXTENSIONS
+from distil_tl.data.config import ALL_EXTENSIONS, SPLIT_FILE, SPLITS
 from distil_tl.export.names import ONNX
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, UserError
@@ -28,6 +28,9 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
     parser.add_argument("--format", choices=("csv", "jsonl"), help="default: by the name of FILE, else csv")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="the K most probable classes (default: 1)")
+    parser.add_argument(
+        "--split", choices=SPLITS, help="only images that the run, which divided them, has in this split"
+    )
     parser.add_argument("--all", action="store_true", help="add the probability of each class")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images (default: 32)")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: by the number of CPUs)")
@@ -49,8 +52,14 @@ def run(options: argparse.Namespace) -> int:
         check_output("--output", options.output, [options.model, *options.paths], ALL_EXTENSIONS)
     if options.model.suffix == ONNX and options.checkpoint != "best":
         raise UserError(f"--checkpoint is for a run directory; {printable(options.model)} has one model")
+    if options.split is not None and not (options.model / SPLIT_FILE).is_file():
+        raise UserError(
+            f"--split needs the {SPLIT_FILE} of a run that divided its images; {printable(options.model)} has none: "
+            f"give the folder of the split"
+        )
     by_name = "jsonl" if options.output is not None and options.output.suffix in (".jsonl", ".ndjson") else "csv"
     from distil_tl.cli.prediction_rows import RowFormat
+
     from distil_tl.cli.predictions import predict  # imports torch, which takes seconds; --help does not need it
 
     unreadable = predict(
@@ -58,6 +67,7 @@ def run(options: argparse.Namespace) -> int:
         options.paths,
         checkpoint=options.checkpoint,
         output=options.output,
+        split=options.split,
         rows=RowFormat(options.format or by_name, options.top, options.all),
         batch_size=options.batch_size,
         workers=options.workers,

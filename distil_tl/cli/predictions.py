@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distil_tl.cli.prediction_rows import RowFormat, write_rows
-from distil_tl.data.config import ALL_EXTENSIONS, IMG_EXTENSIONS, default_workers
+from distil_tl.data.config import ALL_EXTENSIONS, IMG_EXTENSIONS, SPLIT_FILE, default_workers
 from distil_tl.data.decode import ImageError
 from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.loader import Batch, Item, collate
 from distil_tl.data.loader_processes import BoundedLoader
+from distil_tl.data.split_file import splits_of
 from distil_tl.data.walk import describe, walk
 from distil_tl.export.names import ONNX
 from distil_tl.export.onnx_model import OnnxModel
@@ -31,12 +32,14 @@ from distil_tl.utils.outputs import check_output, open_output
 from distil_tl.utils.threads import available_cpus
 
 
+# Nine parameters: the options of the command.
 def predict(
     model: Path,
     paths: Sequence[Path],
     *,
     checkpoint: str,
     output: Path | None,
+    split: str | None,
     rows: RowFormat,
     batch_size: int,
     workers: int | None,
@@ -46,6 +49,7 @@ def predict(
 
     Args:
         model: a run directory, or an ONNX file that `distil-tl export` wrote.
+        split: only images in this split of the run; None: all.
         rows: what a row has.
         workers: loader processes; None: one fewer than the CPUs.
         device: auto, cpu or cuda.
@@ -57,6 +61,8 @@ def predict(
     predictor = onnx_predictor(model, device) if model.suffix == ONNX else trained_predictor(model, checkpoint, device)
     ignored: Counter[str] = Counter()
     files = find_images(paths, predictor.extensions, ignored)
+    if predictor.root is not None and (model / SPLIT_FILE).is_file():
+        files = of_split(files, splits_of(model / SPLIT_FILE, predictor.root, files), split)
     if output is not None:
         check_output("--output", output, [model, *files], ALL_EXTENSIONS)
     if ignored:
@@ -88,6 +94,7 @@ class Predictor:
         extensions: how the names of images end.
         probabilities: of images uint8 [N, 3, S, S] on the CPU, float32 [N, C] on the CPU.
         pin_memory: whether batches should be in pinned memory.
+        root: the images that the run was trained on are below this folder; None if it is not known.
     """
 
     classes: list[str]
@@ -95,6 +102,7 @@ class Predictor:
     extensions: tuple[str, ...]
     probabilities: Callable[[Tensor], Tensor]
     pin_memory: bool = False
+    root: Path | None = None
 
 
 def trained_predictor(run_dir: Path, checkpoint: str, device: str) -> Predictor:
@@ -107,7 +115,8 @@ def trained_predictor(run_dir: Path, checkpoint: str, device: str) -> Predictor:
     network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
     probabilities = functools.partial(predict_batch, network, where)
     extensions = restored.config.data.image_extensions
-    return Predictor(restored.classes, restored.transform(), extensions, probabilities, where.type == "cuda")
+    root = None if restored.config.data.root is None else Path(restored.config.data.root)
+    return Predictor(restored.classes, restored.transform(), extensions, probabilities, where.type == "cuda", root)
 
 
 def onnx_predictor(path: Path, device: str) -> Predictor:
@@ -115,6 +124,20 @@ def onnx_predictor(path: Path, device: str) -> Predictor:
     model = OnnxModel(path, device)
     transform = Transform(model.preprocess, model.image_size, model.intensity)
     return Predictor(model.classes, transform, model.extensions, lambda images: torch.from_numpy(model(images.numpy())))
+
+
+def of_split(files: list[Path], splits: Sequence[str | None], split: str | None) -> list[Path]:
+    """The files in a split of the run. Without one, all of them, and a warning if the run was trained on some."""
+    if split is not None:
+        files = [file for file, own in zip(files, splits, strict=True) if own == split]
+        if not files:
+            raise UserError(f"none of the images is in {split} of the run")
+    elif trained := sum(own == "train" for own in splits):
+        sys.stderr.write(
+            f"distil-tl predict: the model was trained on {trained} of these {len(files)} images; --split val leaves "
+            f"them out\n"
+        )
+    return files
 
 
 def find_images(

@@ -13,6 +13,7 @@ from typing import Any
 from distil_tl.utils.errors import did_you_mean
 
 SPLITS = ("train", "val", "test")
+SPLIT_FILE = "split.csv"  # in the run directory of a run that divided its images
 # The same as in torchvision.datasets.ImageFolder, so that both see the same images.
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Those of data.extensions: not in ImageFolder, with the format of the content.

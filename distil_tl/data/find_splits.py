@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_tl.data.config import SPLITS, DataConfig, SplitConfig, has_splits, is_divided
+from distil_tl.data.config import SPLIT_FILE, SPLITS, DataConfig, SplitConfig, has_splits, is_divided
 from distil_tl.data.index import Array, Index, quoted
 from distil_tl.data.scan import scan
 from distil_tl.data.split import MOST_READ, TRAIN, VAL, assign_splits
-from distil_tl.data.split_file import NAME, read_split_file
+from distil_tl.data.split_file import read_split_file
 from distil_tl.data.table import Table, read_table
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger, printable
@@ -47,8 +47,8 @@ def find_splits(
     if table.splits is not None and VAL in table.splits:
         _refuse_useless_split(config)
         return divided(whole, table.splits), table.note
-    if run_dir is not None and (run_dir / NAME).is_file():
-        return divided(whole, read_split_file(run_dir / NAME, whole).codes), f"{said}as in {run_dir / NAME}"
+    if run_dir is not None and (run_dir / SPLIT_FILE).is_file():
+        return divided(whole, read_split_file(run_dir / SPLIT_FILE, whole).codes), f"{said}as in {run_dir / SPLIT_FILE}"
     codes, notes = _assigned(config, table, most_read)
     lacking = "val" if table.splits is not None else "split"
     return divided(whole, codes), f"{said}{'it' if said else root} has no {lacking}, so one is made: {notes}"
@@ -87,7 +87,7 @@ def find_split(config: DataConfig, root: Path, split: str, classes: Sequence[str
     Raises:
         UserError: there is no such split, some images are of the run and some not, or an error of `find_splits`.
     """
-    kept = run_dir / NAME
+    kept = run_dir / SPLIT_FILE
     if config.labels is not None:
         table = read_table(config, root, classes)
     elif has_splits(root) or (root / split).is_dir() or not kept.is_file():

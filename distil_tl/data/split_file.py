@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,6 @@ from distil_tl.data.split import keyed_order, path_key
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_parts
 
-NAME = "split.csv"
 COLUMNS = ["path", "label", "split", "bytes"]
 ROWS_AT_ONCE = 65_536
 ENCODING = ("utf-8", "surrogateescape")  # a file name that is not UTF-8 keeps its bytes
@@ -78,6 +77,28 @@ def read_split_file(path: Path, index: Index) -> Held:
     except (OSError, ValueError, csv.Error) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error}"
         raise UserError(f"{path} {reason}: it says which images are in which split; restore it") from error
+    return found
+
+
+def splits_of(path: Path, root: Path, files: Sequence[Path]) -> list[str | None]:
+    """The split of each file, which is named as the user gave it; None for a file that is not listed.
+
+    Args:
+        path: of split.csv.
+        root: that its paths begin in.
+
+    Raises:
+        UserError: split.csv can't be read.
+    """
+    position = {str(file.absolute()): i for i, file in enumerate(files)}
+    found: list[str | None] = [None] * len(files)
+    try:
+        with path.open("r", -1, *ENCODING, newline="") as file:
+            for row in csv.DictReader(file):
+                if (i := position.get(f"{root.absolute()}/{row['path']}")) is not None:
+                    found[i] = row["split"]
+    except (OSError, KeyError, csv.Error) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distil_tl.data.config import SPLITS, DataConfig
+from distil_tl.data.config import SPLIT_FILE, SPLITS, DataConfig
 from distil_tl.data.digits import digits_folder
 from distil_tl.data.find_splits import find_split, find_splits
 from distil_tl.data.index import Index, differences
@@ -20,7 +20,6 @@ from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.loader import warn_of_few_cpus
 from distil_tl.data.local_copy import stage_folder
 from distil_tl.data.pixels import agree_on_pixels
-from distil_tl.data.split_file import NAME as SPLIT_FILE
 from distil_tl.data.split_file import write_split_file
 from distil_tl.data.tar_archive import stage_archive
 from distil_tl.distributed.collectives import share_arrays

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distil_tl.cli.predict import main as predict
 from tests.helpers.arguments import small_args
 from tests.helpers.images import draw, make_folder
 from tests.helpers.ranks import run_ranks, train
@@ -135,3 +136,17 @@ def test_a_kept_split_is_a_table(flat: Path, alone: Path, tmp_path: Path) -> Non
     args.remove("data.split.val=0.25")
     assert train(args) == 0
     same_result(tmp_path / "run", alone)
+
+
+def test_predictions_know_the_split(
+    flat: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(*args: str) -> int:
+        assert predict([str(alone), *args, "-o", str(tmp_path / "out.csv"), "--workers=0"]) == 0
+        return len((tmp_path / "out.csv").read_text().splitlines()) - 1
+
+    assert rows(str(flat)) == 60
+    assert "the model was trained on 44 of these 60 images; --split val leaves them out" in capsys.readouterr().err
+    assert rows(str(flat), "--split=val") == 16
+    assert predict([str(alone), str(flat / "noise"), "--split=test"]) == 2
+    assert "none of the images is in test of the run" in capsys.readouterr().err
