@@ -59,7 +59,6 @@ def run(options: argparse.Namespace) -> int:
         )
     by_name = "jsonl" if options.output is not None and options.output.suffix in (".jsonl", ".ndjson") else "csv"
     from distil_tl.cli.prediction_rows import RowFormat
-
     from distil_tl.cli.predictions import predict  # imports torch, which takes seconds; --help does not need it
 
     unreadable = predict(
