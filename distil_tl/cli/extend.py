@@ -15,6 +15,7 @@ import yaml
 from distil_tl.utils.args import parse_overrides, read_yaml, refuse
 from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.home import path_argument
 from distil_tl.utils.outputs import check_output, open_output
 
 _MORE = re.compile(r"stages\.([\w-]+)\.epochs=\+(\d+)")
@@ -29,9 +30,11 @@ def main(args: Sequence[str] | None = None) -> int:
         epilog="Further arguments change the new stage (stages.full.lr=1e-4), or settings that may change when a run "
         "is resumed (data.workers=4).",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run directory")
+    parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="a run directory")
     parser.add_argument("overrides", nargs="+", metavar="key=value", help="stages.NAME.epochs=+N, and others")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="only write the configuration, to submit it")
+    parser.add_argument(
+        "--config", type=path_argument, metavar="FILE", help="only write the configuration, to submit it"
+    )
     options = parser.parse_intermixed_args(args)
     return run_command("distil-tl extend", lambda: run(options.run_dir, options.overrides, options.config))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,27 +128,25 @@ def refuse_changes(values: dict[str, Any], unresolved: DictConfig, state: dict[s
         raise UserError(
             f"{run_dir} holds a run of another configuration, and resuming it with this one would not be the same "
             f"training:\n{listing}\nUse the old values, or choose another run_dir."
-            f"{_way_to_train_longer(saved, values, state)}"
+            f"{_way_to_train_longer(run_dir, values, state)}"
         )
 
 
-def _way_to_train_longer(saved: Path, values: dict[str, Any], state: dict[str, Any]) -> str:
-    """What to do where stages that have begun are to have more epochs; empty if none is.
+def _way_to_train_longer(run_dir: Path, values: dict[str, Any], state: dict[str, Any]) -> str:
+    """What to do where a stage that has begun is to have more epochs; empty if none is.
 
     The learning rate follows from the number of epochs, so a stage can't be continued as if it had been longer.
     """
-    before = read_yaml(saved).get("stages") or {}
-    longer = [
-        name for name in state["run"]["stages"]
-        if name in before and name in values["stages"] and isinstance(before[name].get("epochs"), int)
-        and values["stages"][name]["epochs"] > before[name]["epochs"]
-    ]  # fmt: skip
-    if not longer:
-        return ""
-    return (
-        f" To train longer, add a stage: put for example `more: {{unfreeze: all, epochs: 3, lr: 0.0001}}` at the end "
-        f"of `stages` in a copy of {saved}, and train with that file."
-    )
+    before = read_yaml(run_dir / "config.yaml").get("stages") or {}
+    for name in state["run"]["stages"]:
+        epochs = before.get(name, {}).get("epochs")
+        if name in values["stages"] and isinstance(epochs, int) and values["stages"][name]["epochs"] > epochs:
+            more = values["stages"][name]["epochs"] - epochs
+            return (
+                f" To train longer, let it end with the old values, and add a stage: distil-tl extend "
+                f"{shlex.quote(str(run_dir))} stages.{name}.epochs=+{more}"
+            )
+    return ""
 
 
 def interpolation_digests(values: dict[str, Any], unresolved: DictConfig) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import NoReturn
 
 from distil_tl.utils.errors import (
     EXIT_FAULT,
+    EXIT_INTERRUPTED,
     EXIT_PREEMPTED,
     EXIT_RESTART,
     EXIT_USER_ERROR,
@@ -63,7 +64,8 @@ def ended_because_of_others() -> bool:
 def run_command(name: str, body: Callable[[], int | None]) -> int:
     """Run a command; its exit status is what `body` returns (None: 0), or what the exception that it raises means.
 
-    0 done; 2 the user's input is wrong; 3 preempted and saved; 1 a fault; 4 the caller must call `restart_process`.
+    0 done; 2 the user's input is wrong; 3 preempted and saved; 130 Ctrl-C, with nothing to save; 1 a fault; 4 the
+    caller must call `restart_process`.
     For an exception rank 0 prints one message; an unexpected exception is logged with its traceback.
     """
     _Ended.because_of_others = False
@@ -78,6 +80,9 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
     except PreemptedError as error:
         _print_error(f"{name}: {error}")
         return EXIT_PREEMPTED
+    except KeyboardInterrupt:  # where nothing is to be saved
+        _print_error(f"{name}: stopped by Ctrl-C")
+        return EXIT_INTERRUPTED
     except RestartError as error:
         _print_error(f"{name}: {error}")
         os.environ.update({**error.settings, _RESTARTED: str(os.getpid())})

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 EXIT_FAULT = 1
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 3
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as shells have it
 EXIT_RESTART = 4  # within a process only: a command replaces itself by a new process instead
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from distil_tl.cli.extend import extended
 from distil_tl.config import load
 from distil_tl.data import pixels
 from distil_tl.data.scan import scan
@@ -260,17 +261,13 @@ def test_all_changes_are_listed_and_only_of_what_has_begun(
 
 
 def test_more_epochs_are_refused_with_the_way_that_exists(
-    in_full: Path, small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_full: Path, small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused([*small, f"run_dir={in_full}", "stages.full.epochs=5"], capsys)
-    stage = "more: {unfreeze: all, epochs: 3, lr: 0.0001}"
-    assert f"put for example `{stage}` at the end of `stages` in a copy of {in_full}/config.yaml, and train" in message
-    copy = tmp_path / "more.yaml"
-    copy.write_text((in_full / "config.yaml").read_text().replace("\noptim:", f"\n  {stage}\noptim:"))
-    start = start_of([str(copy)])
-    assert not start.completed
-    assert start.is_own_checkpoint
-    assert "add a stage" not in refused([*small, f"run_dir={in_full}", "stages.full.epochs=1"], capsys)
+    command = message.rstrip().rpartition(": ")[2]
+    assert command == f"distil-tl extend {in_full} stages.full.epochs=+3"
+    assert list(extended(in_full, command.split()[3:])[0]["stages"]) == ["head", "full", "full_2"]
+    assert "distil-tl extend" not in refused([*small, f"run_dir={in_full}", "stages.full.epochs=1"], capsys)
 
 
 STAGES = {

@@ -34,6 +34,11 @@ def test_the_exit_status_is_what_the_command_returns() -> None:
     assert run_command("test", lambda: 1) == 1
 
 
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("test", lambda: fails_with(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "test: stopped by Ctrl-C\n"
+
+
 def test_the_log_of_a_rank_ends_with_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each rank, also where only rank 0 prints it; `launch.status` reads the log of rank 0."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
