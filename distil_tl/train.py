@@ -244,8 +244,7 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
         run.best_evaluation = result if in_full else None
     record = run.state.stages[stage.name]
     record.peak_memory_mb = max(record.peak_memory_mb, max_over_ranks(info, peak_memory_mb(info)))
-    left = console.time_left(run.config.stages, position, line["seconds"] + seconds)
-    console.print_epoch(info, training, run.state, line, left)
+    console.print_epoch(info, training, run.state, line, run.config.stages, line["seconds"] + seconds)
     run.state.position = following = Position(stage.name, position.epoch + 1, 0, position.step)
     training.meter = Meter(info, run.num_classes)
     run.save(training, is_best=is_best)

@@ -12,6 +12,7 @@ from typing import Any
 
 from distil_tl.rundir.lock import is_alive
 from distil_tl.training.config import METRICS, rank_by
+from distil_tl.training.remaining import time_left
 from distil_tl.utils.args import read_yaml
 from distil_tl.utils.data_wait import wait_share
 from distil_tl.utils.errors import UserError
@@ -40,6 +41,7 @@ class RunStatus:
         detail: more about the state, such as why the run failed.
         slurm: how Slurm calls the state of the job, and why.
         left: time until the job's time limit.
+        remaining: how long training will still take, in words, after the first epoch of a stage.
         log: the file with its output, of a failed run.
     """
 
@@ -58,6 +60,7 @@ class RunStatus:
     detail: str | None = None
     slurm: str | None = None
     left: str | None = None
+    remaining: str | None = None
     log: Path | None = None
 
 
@@ -71,6 +74,7 @@ def read_status(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> RunStat
         run_dir,
         state,
         progress=1.0 if state == "completed" else _progress(run_dir, seen.last),
+        remaining=_remaining(run_dir, seen.lines) if state == "running" else None,
         best=best if isinstance(best, dict) else _best(run_dir, seen.lines),
         stage=seen.last.get("stage"),
         epoch=seen.last.get("epoch"),
@@ -127,6 +131,22 @@ def decide_state(seen: Evidence) -> tuple[str, str | None]:
 
 def _is_training_here(attempt: Json | None) -> bool:
     return attempt is not None and "ended_at" not in attempt and is_alive(attempt)
+
+
+def _remaining(run_dir: Path, lines: list[dict[str, Any]]) -> str | None:
+    """How long training will still take, after its last complete epoch; None if the files don't tell."""
+    epochs = [line for line in lines if line.get("window") == "epoch"]
+    if len(epochs) < 2 or epochs[-1].get("split") != "val":
+        return None
+    trained, evaluated = epochs[-2:]
+    try:
+        stages = read_yaml(run_dir / "config.yaml")["stages"]
+        counts = {name: int(stage["epochs"]) for name, stage in stages.items()}
+        return (
+            time_left(counts, evaluated["stage"], evaluated["epoch"], trained["seconds"] + evaluated["seconds"]) or None
+        )
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _progress(run_dir: Path, last: Json) -> float | None:

@@ -150,7 +150,7 @@ def to_text(overview: Overview) -> str:
     keys = list(dict.fromkeys(key for _, values in overview.rows for key in values))
     short = _short_names(keys)
     head = ["", "run", "state", "done", overview.metric, *(short[key] for key in keys)]
-    head += ["at", "data wait", "job", "restarts", "left", "where"]
+    head += ["at", "data wait", "job", "restarts", "left", "training", "where"]
     rows = [_cells(overview, rank, run, [values.get(key) for key in keys])
             for rank, (run, values) in enumerate(overview.rows, start=1)]  # fmt: skip
     used = [i for i in range(len(head)) if i < 5 or any(row[i] for row in rows)]
@@ -187,6 +187,7 @@ def _cells(overview: Overview, rank: int, run: RunStatus, values: Sequence[Any])
         run.job_id or "",
         str(run.restarts or ""),
         run.left or "",
+        run.remaining or "",
         printable(run.host or reason),
     ]
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from distil_tl.data.index import Index
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.rundir.state import Position, RunState, StageRecord
+from distil_tl.rundir.state import RunState, StageRecord
 from distil_tl.training.config import StageConfig
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.notable import Prediction
+from distil_tl.training.remaining import time_left
 from distil_tl.training.stage import trainable_groups
 from distil_tl.utils.data_wait import is_notable, wait_share
-from distil_tl.utils.log import duration, logger, table
+from distil_tl.utils.log import logger, table
 
 if TYPE_CHECKING:
     from distil_tl.models.transfer import TransferModel
@@ -68,33 +69,29 @@ def waiting(line: dict[str, Any]) -> str:
     return f"  waited for data {share:.0%} of the time" if share is not None and is_notable(share) else ""
 
 
-def print_epoch(info: DistInfo, training: StageTraining, state: RunState, trained: dict[str, Any], left: str) -> None:
-    """Figures of the evaluation after an epoch.
+def print_epoch(
+    info: DistInfo,
+    training: StageTraining,
+    state: RunState,
+    trained: dict[str, Any],
+    stages: Mapping[str, StageConfig],
+    seconds: float,
+) -> None:
+    """Figures of the evaluation after an epoch, and how long it will still take.
 
     Args:
         trained: the line of its training in metrics.jsonl.
-        left: the time that is left, in words.
+        stages: of the run.
+        seconds: that the epoch took, with its evaluation.
     """
     if info.is_main and state.final is not None:
-        final = state.final
+        final, name = state.final, training.stage.name
+        left = time_left({each: stages[each].epochs for each in stages}, name, final["epoch"], seconds)
         logger.info(
             "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s%s%s",
-            training.stage.name, final["epoch"], training.stage.config.epochs, final["loss"], final["top1"],
+            name, final["epoch"], training.stage.config.epochs, final["loss"], final["top1"],
             final["macro_f1"], "  (best)" if final is state.best else "", waiting(trained), left and f"  {left}",
         )  # fmt: skip
-
-
-def time_left(stages: Mapping[str, StageConfig], at: Position, seconds: float) -> str:
-    """How long it will still take, in words, after an epoch that took `seconds` with its evaluation.
-
-    How long the epochs of a later stage take is not known before it has begun.
-    """
-    names = [name for name, stage in stages.items() if stage.epochs > 0]
-    later = names[names.index(at.stage) + 1 :]
-    epochs = stages[at.stage].epochs - at.epoch - 1
-    if epochs == 0:
-        return f"next: {', '.join(later)}" if later else ""
-    return f"about {duration(epochs * seconds)} left" + (f", then {', '.join(later)}" if later else "")
 
 
 def evaluation_json(split: str, index: Index, result: Evaluation) -> dict[str, Any]:

@@ -396,6 +396,20 @@ def test_the_best_so_far(run: Run) -> None:
     assert run.summary("completed", best={"top1": 0.8}).stands().best == {"top1": 0.8}
 
 
+def test_how_long_training_will_still_take(run: Run) -> None:
+    run.submitted().attempt()
+    (run.path / "config.yaml").write_text(
+        "stages: {head: {unfreeze: head, epochs: 3}, full: {unfreeze: all, epochs: 2}}\n"
+    )
+    line = {"epoch": 1, "stage": "head", "window": "epoch", "step": 1, "time": 1, "top1": 0.5, "loss": 1.0}
+    lines = [{**line, "split": "train", "seconds": 100.0}, {**line, "split": "val", "seconds": 20.0}]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    assert run.stands(_7="RUNNING").remaining == "about 4 min left, then full"
+    assert run.stands(_7="PENDING").remaining is None
+    (run.path / "config.yaml").write_text("stages: 3\n")
+    assert run.stands(_7="RUNNING").remaining is None
+
+
 def test_the_metric_of_the_run_chooses_the_best(run: Run) -> None:
     run.attempt()
     for epoch, (top1, balanced) in enumerate([(0.9, 0.2), (0.5, 0.4), (0.6, 0.4)], start=1):

@@ -383,7 +383,7 @@ def test_json(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
         "run_dir": f"{folder}/a", "state": "completed", "progress": 1.0,
         "best": {"stage": "full", "epoch": 2, "step": 20, "top1": 0.5, "loss": None},
         "stage": None, "epoch": None, "step": None, "job_id": "7", "restarts": 0, "host": None, "seconds": 12.5,
-        "data_wait": None, "detail": None, "slurm": None, "left": None, "log": None,
+        "data_wait": None, "detail": None, "slurm": None, "left": None, "remaining": None, "log": None,
         "values": {"stages.head.lr": 0.1}, "earlier": False,
     }  # fmt: skip
     assert missing["state"] == "missing"

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from distil_tl.rundir.state import Position
-from distil_tl.training.config import StageConfig
-from distil_tl.training.console import time_left
+from distil_tl.training.remaining import time_left
 from distil_tl.utils.log import duration
 
-STAGES = {"head": StageConfig(epochs=3), "skipped": StageConfig(epochs=0), "full": StageConfig(epochs=5)}
+EPOCHS = {"head": 3, "skipped": 0, "full": 5}
 
 
 @pytest.mark.parametrize(
-    ("stage", "epoch", "expected"),
+    ("stage", "done", "expected"),
     [
-        ("head", 0, "about 40 s left, then full"),
-        ("head", 2, "next: full"),
-        ("full", 0, "about 1 min left"),
-        ("full", 4, ""),
+        ("head", 1, "about 40 s left, then full"),
+        ("head", 3, "next: full"),
+        ("full", 1, "about 1 min left"),
+        ("full", 5, ""),
     ],
 )
-def test_the_time_left_of_a_stage(stage: str, epoch: int, expected: str) -> None:
-    assert time_left(STAGES, Position(stage, epoch, 0, 0), 20.0) == expected
+def test_the_time_left_of_a_stage(stage: str, done: int, expected: str) -> None:
+    assert time_left(EPOCHS, stage, done, 20.0) == expected
 
 
 def test_durations() -> None:

@@ -1,0 +1,24 @@
+"""How long training will still take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from distil_tl.utils.log import duration
+
+
+def time_left(epochs: Mapping[str, int], stage: str, done: int, seconds: float) -> str:
+    """The time that is left, in words, after an epoch that took `seconds` with its evaluation.
+
+    How long an epoch of a later stage takes is not known before that stage has begun.
+
+    Args:
+        epochs: of each stage, by name.
+        done: epochs of `stage` that are completed.
+    """
+    names = [name for name, count in epochs.items() if count > 0]
+    later = names[names.index(stage) + 1 :]
+    left = epochs[stage] - done
+    if left <= 0:
+        return f"next: {', '.join(later)}" if later else ""
+    return f"about {duration(left * seconds)} left" + (f", then {', '.join(later)}" if later else "")
