@@ -33,20 +33,23 @@ DAY = 86400.0
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="distil-tl doctor",
-        usage="distil-tl doctor [--json] [--timeout SECONDS] [CONFIG.yaml] [key=value ...]",
+        usage="distil-tl doctor [--json] [--images] [--timeout SECONDS] [CONFIG.yaml] [key=value ...]",
         description="Print what a run with these arguments will use on this machine, and what will fail. Start it as "
         "the run: alone, with torchrun, or with srun. Without arguments it checks the demo. Nothing is trained or "
         "changed.",
         epilog="Exit status: 0 if the run will work, also with warnings; 2 if it will not.",
     )
     parser.add_argument("--json", action="store_true", help="print the lines as JSON")
+    parser.add_argument("--images", action="store_true", help="decode all images, and name each that can't be used")
     parser.add_argument(
         "--timeout", type=limit, default=TIMEOUT, metavar="SECONDS", help=f"limit of each check (default: {TIMEOUT:g})"
     )
     options, rest = parser.parse_known_args(args)
     if odd := [arg for arg in rest if arg.startswith("-")]:
         parser.error(f"unknown option {odd[0]}")
-    return run_command("distil-tl doctor", lambda: examine(rest, as_json=options.json, seconds=options.timeout))
+    return run_command(
+        "distil-tl doctor", lambda: examine(rest, as_json=options.json, seconds=options.timeout, images=options.images)
+    )
 
 
 def limit(text: str) -> float:
@@ -60,8 +63,11 @@ def limit(text: str) -> float:
     return seconds
 
 
-def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIMEOUT) -> int:
+def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIMEOUT, images: bool = False) -> int:
     """Run all checks, on all ranks. Rank 0 prints the table.
+
+    Args:
+        images: whether all images are decoded, which may take hours.
 
     Returns:
         0 if a run will work, else 2; the same on all ranks.
@@ -77,18 +83,19 @@ def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIME
         from distil_tl.distributed.preemption import StopSignal
         from distil_tl.doctor.facts import gather
         from distil_tl.doctor.lines import Report
-        from distil_tl.doctor.meeting import Meeting
+        from distil_tl.doctor.meeting import LONGEST, Meeting
 
         with StopSignal():  # a signal raises an exception, so that files are removed
             report = Report(show=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0")
             launch = launch_of(report, os.environ)
             meeting = Meeting(launch, seconds)
             plan = plan_within(seconds, args, report, launch)
+            plan.decode_all = images
             facts = gather(launch, plan.distributed, plan.folders(), plan.data, plan.model, seconds)
             facts.failed = {**plan.failed, **facts.failed}
             meeting.tell_as_rank("facts", facts.to_json())
             if not meeting.is_main:
-                return follow(meeting, facts, seconds)
+                return follow(meeting, facts, seconds, DAY if images else LONGEST)
             lead(meeting, plan, facts, report, seconds)
             status = 0 if report.works else EXIT_USER_ERROR
             print_report(report, plan, as_json=as_json)
@@ -146,7 +153,7 @@ def lead(meeting: Meeting, plan: Plan, facts: Facts, report: Report, seconds: fl
     guarded(report, "machine", "all", seconds, judge_machines)
     guarded(report, "folders", "all", seconds, judge_communication)
     guarded(report, "data", "decoders", seconds, lambda found: judge_pixels(found, everyone))
-    limit_all(LONGEST)
+    limit_all(DAY if plan.decode_all else LONGEST)
     judge_plan(report, plan, everyone, seconds)
     report.drop_repetitions(first=CONFIGURATION)
 
@@ -179,17 +186,15 @@ def limit_all(seconds: float) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)  # type: ignore[arg-type]
 
 
-def follow(meeting: Meeting, facts: Facts, seconds: float) -> int:
-    """Another rank: take part in what rank 0 asks for. Returns the exit status that rank 0 tells."""
-    from distil_tl.doctor.meeting import LONGEST
-
+def follow(meeting: Meeting, facts: Facts, seconds: float, longest: float) -> int:
+    """Another rank: take part in what rank 0 asks for, for `longest` seconds. Returns the status that rank 0 tells."""
     go = meeting.hear("go", 6 * seconds)  # rank 0 waits for the facts of all
     if go is not None:
         offset = time.time() - go["time"]
         answer = take_part(meeting, facts, go["marks"], go["backends"], seconds)
         meeting.tell_as_rank("answer", {**answer, "offset": offset})
-        limit_all(2 * LONGEST)
-        status: int | None = meeting.hear("status", LONGEST)
+        limit_all(2 * longest)
+        status: int | None = meeting.hear("status", longest)
         if status is not None:
             meeting.tell_as_rank("bye", True)
             return status

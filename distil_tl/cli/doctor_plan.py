@@ -38,6 +38,7 @@ from distil_tl.training.config import COMPILE
 from distil_tl.utils.home import cache_dir
 
 GROUP = "configuration"
+ALL_SECONDS = 80_000.0  # to decode all images; less than the day after which the command ends
 SCAN_SECONDS = 900.0  # a scan of ten million images on a network file system takes minutes
 DEFAULT_IMAGE_SIZE = 224
 
@@ -53,6 +54,7 @@ class Plan:
         problems: of the configuration.
         unread: the problems of arguments that can't be read.
         failed: what could not be found out, and why.
+        decode_all: whether all images are decoded, or a few.
     """
 
     launch: Launch
@@ -63,6 +65,7 @@ class Plan:
     problems: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    decode_all: bool = False
 
     @property
     def is_submission(self) -> bool:
@@ -137,7 +140,7 @@ class Plan:
 
 def judge_plan(report: Report, plan: Plan, everyone: Sequence[Facts], seconds: float) -> None:
     """Rank 0: lines about configuration, data, model, disk, tracking, Slurm, and where the run would start."""
-    images, sizes = ImagesFound(), list[ModelFound]()
+    images, sizes = ImagesFound(decode_all=plan.decode_all), list[ModelFound]()
     if plan.unresolved is not None:
         guarded(report, GROUP, "values", seconds, lambda found: judge_configuration(found, plan))
         min_side = None
@@ -145,7 +148,7 @@ def judge_plan(report: Report, plan: Plan, everyone: Sequence[Facts], seconds: f
             min_side = eval_transform(plan.preprocess, plan.image_size).min_side
         data, run_dir = plan.config.data, Path(plan.config.run_dir or "")
         guarded(
-            report, "data", "images", SCAN_SECONDS,
+            report, "data", "images", ALL_SECONDS if plan.decode_all else SCAN_SECONDS,
             lambda found: look_at_images(found, data, min_side, images, run_dir),
         )  # fmt: skip
     if plan.model is not None:

@@ -40,7 +40,10 @@ class BadImages:
             path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
             unreadable = reason.startswith(UNREADABLE)
             if self.policy == "error" or unreadable:
-                advice = "Repair or remove it, or skip such images with data.on_bad_image=skip"
+                advice = (
+                    "Repair or remove it, or skip such images with data.on_bad_image=skip. "
+                    "`distil-tl doctor --images`, with the arguments of this run, names all of them"
+                )
                 if unreadable:
                     advice = "Unreadable files are never skipped, as the image may be fine; check the disk"
                 raise UserError(f"can't use the image {path} of class {name}: {reason}. {advice}", one_rank=True)

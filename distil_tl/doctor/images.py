@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import cache_dir
 from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import printable
+from distil_tl.utils.threads import available_cpus
 
 if TYPE_CHECKING:
     from distil_tl.doctor.facts import Facts
@@ -40,6 +42,7 @@ class ImagesFound:
         classes: number of classes; None if it is unknown.
         images: by split.
         bytes: of all files.
+        decode_all: whether all images are decoded, or a few.
         indexes: of the splits; empty unless all of them could be read.
         failed: whether some could not be read.
     """
@@ -48,6 +51,7 @@ class ImagesFound:
     images: dict[str, int] = field(default_factory=dict)
     bytes: int = 0
     indexes: dict[str, Index] = field(default_factory=dict)
+    decode_all: bool = False
     failed: bool = False
 
     def add(self, split: str, index: Index) -> None:
@@ -105,7 +109,7 @@ def _look_at_folders(
         indexes[split] = index
         found.add(split, index)
         _describe(report, split, index, f"; scanned in {time.monotonic() - began:.1f} s, as at each start of a run")
-        _decode_some(report, config, split, index, min_side)
+        _decode_some(report, config, split, index, min_side, found)
     return indexes
 
 
@@ -126,7 +130,7 @@ def _look_at_divided(
     for split, index in indexes.items():
         found.add(split, index)
         _describe(report, split, index, "")
-        _decode_some(report, config, split, index, min_side)
+        _decode_some(report, config, split, index, min_side, found)
     return indexes
 
 
@@ -165,23 +169,36 @@ def _describe(report: Report, split: str, index: Index, more: str) -> None:
         )  # fmt: skip
 
 
-def _decode_some(report: Report, config: DataConfig, split: str, index: Index, min_side: int | None) -> None:
-    """Decode images from the whole range of the index, so from as many classes as possible."""
-    chosen = np.unique(np.linspace(0, len(index) - 1, min(SAMPLE, len(index))).astype(int)).tolist()
+def _decode_some(
+    report: Report, config: DataConfig, split: str, index: Index, min_side: int | None, found: ImagesFound
+) -> None:
+    """Decode all images, or some from the whole range of the index, so from as many classes as possible."""
+    count = len(index) if found.decode_all else min(SAMPLE, len(index))
+    chosen = np.unique(np.linspace(0, len(index) - 1, count).astype(int)).tolist()
     seconds = []
-    for i in chosen:
+
+    def attempt(i: int) -> float | Exception:
         began = time.monotonic()
         try:
             decode(index.path(i), min_side=min_side, intensity=config.intensity)
-            seconds.append(time.monotonic() - began)
-        except ImageError as error:
-            status, remedy = (FAIL, "repair or remove it, or set data.on_bad_image=skip")
-            if config.on_bad_image == "skip":
-                status, remedy = WARN, "it is skipped, as data.on_bad_image says"
-            report.add(GROUP, split, status, f"{index.path(i)} can't be used: {error.reason}; {remedy}")
-        except OSError as error:
-            report.fail(GROUP, split, f"{index.path(i)} can't be read: {error.strerror or error}; correct its "
-                        f"permissions, or the disk")  # fmt: skip
+        except (ImageError, OSError) as error:
+            return error
+        return time.monotonic() - began
+
+    with ThreadPoolExecutor(available_cpus() if found.decode_all else 1) as pool:
+        for i, result in zip(chosen, pool.map(attempt, chosen), strict=True):
+            if isinstance(result, float):
+                seconds.append(result)
+            elif isinstance(result, ImageError):
+                status, remedy = (FAIL, "repair or remove it, or set data.on_bad_image=skip")
+                if config.on_bad_image == "skip":
+                    status, remedy = WARN, "it is skipped, as data.on_bad_image says"
+                path = printable(index.path(i))
+                report.add(GROUP, split, status, f"{path} can't be used: {result.reason}; {remedy}")
+            else:
+                reason = getattr(result, "strerror", None) or result
+                report.fail(GROUP, split, f"{printable(index.path(i))} can't be read: {reason}; correct its "
+                            f"permissions, or the disk")  # fmt: skip
     if seconds:
         report.ok(
             GROUP, f"{split}, decoded", f"{len(seconds)} of {len(chosen)} images tried, "

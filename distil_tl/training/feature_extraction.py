@@ -144,13 +144,12 @@ class FeatureExtractor:
         batches = self.source.batches(self.source.loader(dataset, sampler, batch_size), split) if mine else iter(())
         turns = math.ceil(len(missing) / info.world_size)
         failed: OSError | None = None
-        with Progress(f"features of {split} for stage {self.stage.name}", turns, show=info.is_main) as bar:
+        with Progress(f"features of {split} for stage {self.stage.name}", len(sampler), show=info.is_main) as bar:
             for turn in range(turns):
                 self.agreement.raise_if_stopping()
                 if turn < len(mine) and failed is None:
                     own = itertools.islice(batches, sampler.batches_of(mine[turn]))
-                    failed = _compute_chunk(info, self.prefix, cache, mine[turn], own, self.part_size)
-                bar.advance()
+                    failed = _compute_chunk(info, self.prefix, cache, mine[turn], own, self.part_size, bar)
         self.part_size.agree(info)
         any_failed = max_over_ranks(info, float(failed is not None))
         if any_failed:
@@ -197,12 +196,14 @@ def _compute_chunk(
     chunk: tuple[int, int],
     batches: Iterator[Batch],
     part_size: PartSize,
+    bar: Progress,
 ) -> OSError | None:
     """Compute a chunk and write it. Returns the error if it can't be written."""
     features, faults = [], dict[int, str]()
     for batch in batches:
         features.append(part_size.apply(prefix, batch.images.to(info.device, non_blocking=True)).cpu())
         faults |= dict(batch.faults)
+        bar.advance()
     try:
         cache.write(*chunk, torch.cat(features), faults)
     except OSError as error:

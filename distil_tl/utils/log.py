@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 logger = logging.getLogger("distil_tl")
+LINE_SECONDS = 10.0  # after which long work says how far it is, where there is no bar
 
 
 def printable(name: str | Path) -> str:
@@ -64,23 +66,28 @@ def add_rank_file(run_dir: Path, rank: int) -> Path:
 
 
 class Progress:
-    """Progress of long work on rank 0: a bar on a terminal, or lines in a log."""
+    """Progress of long work on rank 0: a bar on a terminal, or lines in a log, which is not silent for long."""
 
     def __init__(self, label: str, total: int, *, done: int = 0, show: bool) -> None:
         self._bar: tqdm[Any] | None = None
         self._label = label
         self._show = show
+        self._total, self._done, self._shown_at = total, done, time.monotonic()
         if show and sys.stderr.isatty():
             from tqdm import tqdm  # imported only for a bar, so that commands start sooner
 
             self._bar = tqdm(total=total, initial=done, desc=label, leave=False, dynamic_ncols=True)
 
     def advance(self, steps: int = 1) -> None:
+        self._done += steps
         if self._bar is not None:
             self._bar.update(steps)
+        elif self._show and time.monotonic() - self._shown_at >= LINE_SECONDS:
+            self.show(f"{self._done / max(1, self._total):.0%}")
 
     def show(self, text: str) -> None:
         """Show the latest figures: beside the bar, or as a line of the log."""
+        self._shown_at = time.monotonic()
         if self._bar is not None:
             self._bar.set_postfix_str(text)
             logger.debug("%s  %s", self._label, text)

@@ -162,6 +162,7 @@ def test_the_error_for_a_bad_image_names_its_class_the_reason_and_a_remedy(
     message = refused([*small_args(root), f"run_dir={tmp_path}/run"], capsys)
     assert f"can't use the image {root}/train/stripes/{name} of class stripes: {BAD[name][1]}" in message
     assert "Repair or remove it, or skip such images with data.on_bad_image=skip" in message
+    assert "`distil-tl doctor --images`, with the arguments of this run, names all of them" in message
     assert len(message.splitlines()) == 1
 
 

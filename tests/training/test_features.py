@@ -31,6 +31,7 @@ from distil_tl.training.features import Views, cache_key
 from distil_tl.training.network import Prefix, lay_out, set_layout
 from distil_tl.training.precision import Compute
 from distil_tl.training.stage import apply_stage
+from distil_tl.utils import log
 from distil_tl.utils.errors import UserError
 from tests.helpers.arguments import head_args
 from tests.helpers.ranks import lines, run_ranks, train
@@ -107,8 +108,11 @@ def test_features_do_not_depend_on_the_number_of_ranks(folder: Path, tmp_path: P
     assert found[1] == found[2] == found[3]
 
 
-def test_a_second_run_computes_nothing(folder: Path, tmp_path: Path, cache: Path, monkeypatch) -> None:
+def test_a_second_run_computes_nothing(folder: Path, tmp_path: Path, cache: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(log, "LINE_SECONDS", 0.0)
     assert main(head_args(folder, tmp_path / "one", NO_FULL)) == 0
+    output = capsys.readouterr().out
+    assert [f"features of train for stage head  {share}%\n" in output for share in (50, 100)] == [True] * 2
     monkeypatch.setattr(module, "_compute_chunk", None)
     assert main(head_args(folder, tmp_path / "two", "stages.head.lr=0.02", NO_FULL)) == 0
     assert summary_of(tmp_path / "two")["stages"]["head"]["cached"]
