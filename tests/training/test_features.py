@@ -112,7 +112,7 @@ def test_a_second_run_computes_nothing(folder: Path, tmp_path: Path, cache: Path
     monkeypatch.setattr(log, "LINE_SECONDS", 0.0)
     assert main(head_args(folder, tmp_path / "one", NO_FULL)) == 0
     output = capsys.readouterr().out
-    assert [f"features of train for stage head  {share}%\n" in output for share in (50, 100)] == [True] * 2
+    assert "features of train for stage head  14%\n" in output, "after the first of 7 batches"
     monkeypatch.setattr(module, "_compute_chunk", None)
     assert main(head_args(folder, tmp_path / "two", "stages.head.lr=0.02", NO_FULL)) == 0
     assert summary_of(tmp_path / "two")["stages"]["head"]["cached"]
