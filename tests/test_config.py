@@ -182,6 +182,12 @@ def test_a_list_is_asked_for_whatever_is_given(key: str):
         assert message_of(f"{key}={value}") == f"`{key}` is a list: write {key}=[{shown}]"
 
 
+@pytest.mark.parametrize("key", ["stages.head.search.lr", "stages.full.search.weight_decay", "data.extensions"])
+@pytest.mark.parametrize("value", ["[[0.1]]", "[{a: 1}]", "[null]"])
+def test_a_list_in_a_list_is_refused(key: str, value: str):
+    assert message_of(f"{key}={value}").startswith(f"`{key}` is a list of single values, not of ")
+
+
 @pytest.mark.parametrize("arg", ["tf32=3", "deterministic=-1", "data.hflip=0.5", "tracking.wandb.artifact=2"])
 def test_a_number_is_not_a_truth_value(arg: str):
     key, _, value = arg.partition("=")

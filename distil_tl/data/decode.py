@@ -35,6 +35,7 @@ from distil_tl.data.pillow import Intensity, heif_plugin, open_image, pixels_of,
 
 # Pillow's own default limit: half a gigabyte as uint8 RGB; three times the size of a 60-megapixel photo.
 MAX_PIXELS = 178_956_970
+MAX_BYTES = 2**31  # of a file: more than that many pixels take uncompressed, 8 bytes each
 
 
 class ImageError(Exception):
@@ -66,7 +67,15 @@ def decode(
             decoding.
         OSError: the file cannot be read; the image itself may be fine.
     """
-    return decode_bytes(Path(path).read_bytes(), path, max_pixels, min_side, intensity)
+    return decode_bytes(read_file(path), path, max_pixels, min_side, intensity)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The content of an image file; raises as `decode` does if it is much too large, before it takes the memory."""
+    size = Path(path).stat().st_size
+    if size > MAX_BYTES:
+        raise ImageError(path, f"{size / 1e9:,.1f} GB are too much for an image; is it another file?")
+    return Path(path).read_bytes()
 
 
 def decode_bytes(

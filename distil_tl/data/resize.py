@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from distil_tl.data.decode import ImageError, decode_bytes
+from distil_tl.data.decode import ImageError, decode_bytes, read_file
 from distil_tl.data.index import Index
 from distil_tl.data.pillow import has_deep_colour, is_deep, open_image, upright
 
@@ -82,10 +83,10 @@ class ShrinkDataset(Dataset[Outcome]):
         try:
             if (self.out / name).exists() or (self.out / new_name).exists():
                 return Outcome(i, "there")
-            data = self.index.path(i).read_bytes()
             if self.resize is None:
-                _write(self.out / name, data)
+                _write(self.out / name, self.index.path(i))
                 return Outcome(i, "copied")
+            data = read_file(self.index.path(i))
             image = decode_bytes(data, self.index.path(i), min_side=2 * self.resize)
             shorter, longer = sorted(image.shape[1:])
             if shorter <= self.resize or longer * self.resize > LONGEST * shorter:
@@ -113,7 +114,7 @@ class ShrinkDataset(Dataset[Outcome]):
     def copy(self, i: int) -> Outcome:
         """Copy the file of image i without decoding it."""
         try:
-            _write(self.out / self.target(i), self.index.path(i).read_bytes())
+            _write(self.out / self.target(i), self.index.path(i))
         except OSError as error:
             return Outcome(i, error=f"{error.filename or self.index.path(i)}: {error.strerror or error}")
         return Outcome(i, "copied")
@@ -180,14 +181,18 @@ def _png(pixels: npt.NDArray[np.unsignedinteger]) -> bytes:
     return file.getvalue()
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(path: Path, data: bytes | Path) -> None:
+    """Write `data`, or a copy of that file."""
     # Without fsync, which would take longer than all other work together.
     partial = path.with_name(f".shrink-{secrets.token_hex(8)}.tmp")
     try:
-        with partial.open("xb") as file:
-            file.write(data)
+        if isinstance(data, Path):
+            shutil.copyfile(data, partial)
+        else:
+            partial.write_bytes(data)
         partial.replace(path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        source = isinstance(data, Path) and error.filename == str(data)
+        raise OSError(error.errno, error.strerror, error.filename if source else str(path)) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -70,6 +70,9 @@ def copy_resized(
             be read or written.
         PreemptedError: Ctrl-C; what is written stays.
     """
+    for split, index in splits.items():
+        if index.ignored_note:
+            logger.info("%s: not copied: %s", split, printable(index.ignored_note))
     settings = {
         "version": 1,
         "source": {split: index.fingerprint for split, index in splits.items()},

@@ -155,7 +155,10 @@ def open_split(info: DistInfo, config: DataConfig, split: str, classes: Sequence
             logger.warning("%s: %s", split, warning)
         return {split: found}
 
-    return share_indexes(info, scanned)[split]
+    index = share_indexes(info, scanned)[split]
+    if index.ignored_note:
+        logger.info("%s: %s", split, printable(index.ignored_note))
+    return index
 
 
 def _scan_splits(config: DataConfig, root: Path, archive: Path | None, run_dir: Path | None) -> dict[str, Index]:

@@ -126,6 +126,9 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
                 problems.append(f"`{full}` is a section: set `{full}.KEY=VALUE`, not {value!r}")
         elif isinstance(found, ListConfig) and not isinstance(value, list):
             problems.append(f"`{full}` is a list: write {full}=[{'' if value is None else value}]")
+        elif isinstance(found, ListConfig) and (odd := [v for v in value if v is None or isinstance(v, (list, dict))]):
+            shown = "null" if odd[0] is None else odd[0]
+            problems.append(f"`{full}` is a list of single values, not of {shown}")
         elif isinstance(_node_at(schema, full), BooleanNode) and _is_other_number(value):
             problems.append(f"`{full}` is true or false, not {value}")
         else:

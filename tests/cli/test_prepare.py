@@ -107,6 +107,15 @@ def test_large_images_are_made_smaller_and_all_others_copied(source: Path, tmp_p
     assert "resized: 8; copied unchanged: 4; already done: 0" in output
 
 
+def test_what_is_not_copied_is_reported(source: Path, tmp_path: Path, capsys) -> None:
+    (source / "train/a/._1.jpg").write_bytes(b"x")
+    (source / "val/notes.txt").write_bytes(b"x")
+    assert main(arguments(source, tmp_path / "copy")) == 0
+    output = capsys.readouterr().out
+    assert "train: not copied: 2 other files ignored: 1 ._*, 1 .txt\n" in output
+    assert "val: not copied: 1 other file ignored: 1 .txt\n" in output
+
+
 def test_more_extensions(source: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "copy"
     image = picture(300, 200)

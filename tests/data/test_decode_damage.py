@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from distil_tl.data import pillow
-from distil_tl.data.decode import MAX_PIXELS, ImageError, decode, decode_bytes
+from distil_tl.data.decode import MAX_BYTES, MAX_PIXELS, ImageError, decode, decode_bytes
 from distil_tl.utils.errors import UserError
 from tests.helpers.image_bytes import noise_image, png, saved
 
@@ -32,6 +32,13 @@ def test_a_decompression_bomb_is_refused_with_constant_memory(tmp_path: Path):
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+def test_a_file_that_is_much_too_large_is_not_read(tmp_path: Path):
+    with (tmp_path / "film.jpg").open("wb") as file:
+        file.truncate(MAX_BYTES + 10**9)  # takes no space
+    with pytest.raises(ImageError, match="3.1 GB are too much for an image"):
+        decode(tmp_path / "film.jpg")
 
 
 def test_no_pixel_memory_is_allocated_for_a_bomb(monkeypatch):
