@@ -74,7 +74,8 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
-PATHS = ("data.root", "data.stage_to", "run_dir", "resume", "model.weights")
+MAX_INTEGER = 2**53  # what floats and JSON keep exactly; counters of 64 bits overflow later
+PATHS = ("data.root", "data.labels", "data.stage_to", "run_dir", "resume", "model.weights")
 # Defaults of the demo, when no data is given: 8x8 digits, which are not to be mirrored or cropped.
 DEMO: dict[str, Any] = {"data": {"image_size": 64, "augment": "none", "hflip": False}}
 
@@ -256,6 +257,8 @@ def values_out_of_range(config: Config, *, without_model: bool = False) -> Itera
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, float) and not math.isfinite(one):
                 yield f"{key} is {one}; give a finite number"
+            if isinstance(one, int) and abs(one) > MAX_INTEGER and key != "seed":
+                yield f"{key} is {one}, too large a number"
             if isinstance(one, str) and not one.strip():
                 yield f"{key} is empty; give a value, or null"
 

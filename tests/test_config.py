@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from distil_tl.arguments import usage
-from distil_tl.config import Config, check, hints, load, run_name
+from distil_tl.config import Config, check, hints, load, problems, run_name
 from distil_tl.rundir.changes import unsafe_changes
 from distil_tl.training.config import compiler_problem, default_stages
 from distil_tl.utils.args import flatten, plain, to_yaml
@@ -186,6 +186,17 @@ def test_a_list_is_asked_for_whatever_is_given(key: str):
 @pytest.mark.parametrize("value", ["[[0.1]]", "[{a: 1}]", "[null]"])
 def test_a_list_in_a_list_is_refused(key: str, value: str):
     assert message_of(f"{key}={value}").startswith(f"`{key}` is a list of single values, not of ")
+
+
+@pytest.mark.parametrize("key", ["tracking.log_every", "stages.head.epochs", "checkpoint.keep", "data.prefetch_mib"])
+def test_a_number_that_no_counter_holds_is_refused(key: str):
+    config = load([f"{key}=99999999999999999999", "model.name=resnet18", "model.weights=none"])[0]
+    assert list(problems(config, 1)) == [f"{key} is 99999999999999999999, too large a number"]
+
+
+def test_the_number_of_views_is_limited():
+    config = load(["stages.head.views=1000000", "model.name=resnet18", "model.weights=none"])[0]
+    assert list(problems(config, 1)) == ["stages.head.views must be at least 1 and at most 10,000, or null"]
 
 
 @pytest.mark.parametrize("arg", ["tf32=3", "deterministic=-1", "data.hflip=0.5", "tracking.wandb.artifact=2"])

@@ -21,6 +21,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LOSSES = ("cross_entropy", "focal")
 METRICS = ("top1", "top5", "macro_f1", "balanced_accuracy", "loss")
+MAX_VIEWS = 10_000  # each is as large as the features of all images
 COMPILE = ("none", "prefix", "all")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -84,8 +85,8 @@ class StageConfig:
             found.append(f"{key}.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
         if self.features not in FEATURES:
             found.append(f"{key}.features is {self.features!r}; choose one of {', '.join(FEATURES)}")
-        if self.views is not None and self.views < 1:
-            found.append(f"{key}.views must be at least 1, or null")
+        if self.views is not None and not 1 <= self.views <= MAX_VIEWS:
+            found.append(f"{key}.views must be at least 1 and at most {MAX_VIEWS:,}, or null")
         if self.unfreeze == "all" and (self.features == "on" or self.views is not None):
             found.append(
                 f"{key} trains the whole network, so it can't use features; remove {key}.features and {key}.views"
