@@ -18,18 +18,17 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
-ORIENTATION = 0x0112  # of EXIF
 LEFTOVERS = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".thumbnails", ".AppleDouble", ".Trashes", "lost+found")
 
 
 class RefusedError(Exception):
-    """Why the content of a file can't be used."""
+    """Why the content of a file, or an argument, can't be used."""
 
 
 def read_image(path: Path, min_side: int) -> Any:
@@ -80,7 +79,7 @@ def _refuse_other_kinds(image: Image.Image, data: bytes) -> None:
 def upright(pixels: Any, image: Image.Image) -> Any:
     """`pixels` [H, W, 3] rotated and mirrored according to the EXIF data of `image`."""
     try:
-        orientation = int(image.getexif().get(ORIENTATION, 1))
+        orientation = int(image.getexif().get(0x0112, 1))
     except Exception:  # damaged metadata of an intact image
         return pixels
     if orientation in (5, 6, 7, 8):
@@ -137,14 +136,15 @@ def filters(length: int, new_length: int, interpolation: str) -> tuple[Any, Any,
     """
     radius = 2 if interpolation == "bicubic" else 1
     scale = length / new_length
-    support = radius * max(scale, 1.0)
+    support, inverse = radius * max(scale, 1.0), 1.0 / max(scale, 1.0)
     taps = math.ceil(support) * 2 + 1
-    inverse = 1.0 / scale if scale >= 1 else 1.0
     centre = scale * (np.arange(new_length) + 0.5)
     first = np.maximum((centre - support + 0.5).astype(np.int64), 0)  # towards zero
     count = np.clip(np.minimum((centre + support + 0.5).astype(np.int64), length) - first, 0, taps)
     distance = np.abs((np.arange(taps) + (first - centre)[:, None] + 0.5) * inverse)
-    values = np.where(np.arange(taps) < count[:, None], (cubic if radius == 2 else triangle)(distance), 0.0)
+    values = np.where(
+        np.arange(taps) < count[:, None], cubic(distance) if radius == 2 else 1 - np.minimum(distance, 1), 0.0
+    )
     total = np.zeros(new_length)
     for tap in range(taps):  # one after the other, for the same rounding
         total = total + values[:, tap]
@@ -152,10 +152,6 @@ def filters(length: int, new_length: int, interpolation: str) -> tuple[Any, Any,
     bits = next((n for n in range(22) if int(0.5 + values.max() * (1 << (n + 1))) >= 1 << 15), 22)
     scaled = values * (1 << bits)
     return first, np.trunc(np.where(scaled < 0, scaled - 0.5, scaled + 0.5)).astype(np.int32), bits
-
-
-def triangle(x: Any) -> Any:
-    return np.where(x < 1, 1 - x, 0.0)
 
 
 def cubic(x: Any) -> Any:
@@ -196,15 +192,14 @@ def find_images(paths: Sequence[Path], extensions: tuple[str, ...]) -> list[Path
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += [
-                Path(folder) / name for folder, names in sorted(walk(str(path), extensions, ())) for name in names
-            ]
+            for folder, names in sorted(walk(str(path), extensions, ())):
+                files += [Path(folder) / name for name in names]
         elif path.exists():
             files.append(path)
         else:
-            raise SystemExit(f"predict.py: there is no file or folder {path}")
+            raise RefusedError(f"there is no file or folder {path}")
     if not files:
-        raise SystemExit(f"predict.py: no image in {', '.join(map(str, paths))}")
+        raise RefusedError(f"no image in {', '.join(map(str, paths))}")
     return files
 
 
@@ -212,7 +207,7 @@ def walk(folder: str, extensions: tuple[str, ...], parents: tuple[str, ...]) -> 
     """Each folder with the names of its images. What file managers and notebooks leave behind is left out."""
     real, names = os.path.realpath(folder), list[str]()
     if real in parents:
-        raise SystemExit(f"predict.py: {folder} contains itself: remove the symbolic link that forms this loop")
+        raise RefusedError(f"{folder} contains itself: remove the symbolic link that forms this loop")
     for entry in os.scandir(folder):
         if entry.is_dir() and entry.name not in LEFTOVERS and not entry.name.startswith("._"):
             yield from walk(os.path.join(folder, entry.name), extensions, (*parents, real))  # noqa: PTH118
@@ -235,7 +230,7 @@ def predictions(session: Any, files: list[Path], settings: dict[str, Any], batch
         yield from (item if isinstance(item, str) else next(results) for item in items)
 
 
-def write_rows(file: TextIO, files: list[Path], results: Iterator[Any], classes: list[str], every: bool) -> int:
+def write_rows(file: IO[str], files: list[Path], results: Iterator[Any], classes: list[str], every: bool) -> int:
     """Write the CSV; return how many files could not be used."""
     columns = [f"p({name})" for name in classes] if every else []
     writer = csv.writer(file, lineterminator="\n")
@@ -245,46 +240,60 @@ def write_rows(file: TextIO, files: list[Path], results: Iterator[Any], classes:
         if isinstance(result, str):
             unusable += 1
             writer.writerow([path, "", "", *("" for _ in columns), result])
-            continue
-        best = int(result.argmax())
-        writer.writerow([path, classes[best], f"{result[best]:.6f}", *(f"{p:.6f}" for p in result if every), ""])
+        else:
+            best = int(result.argmax())
+            writer.writerow([path, classes[best], f"{result[best]:.6f}", *(f"{p:.6f}" for p in result if every), ""])
     return unusable
 
 
-def main() -> int:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="predict.py", description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="an image, or a folder to search")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument("--model", type=Path, metavar="FILE", help="default: the only .onnx file beside this script")
     parser.add_argument("--all", action="store_true", help="add a column with the probability of each class")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images (default: 32)")
-    options = parser.parse_args()
-    beside = sorted(Path(__file__).parent.glob("*.onnx"))
-    if options.model is None and len(beside) != 1:
-        parser.error(f"{len(beside)} .onnx files are beside this script: name one with --model")
+    return parser.parse_args()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Predict; return the exit status. Raises RefusedError."""
+    models = [options.model] if options.model else list(Path(__file__).parent.glob("*.onnx"))
+    if len(models) != 1:
+        raise RefusedError(f"{len(models)} .onnx files are beside this script: name one with --model")
     if options.batch_size < 1:
-        parser.error("--batch-size must be at least 1")
+        raise RefusedError("--batch-size must be at least 1")
     if options.output is not None and options.output.exists():
-        parser.error(f"--output {options.output} exists: name a new file")
+        raise RefusedError(f"--output {options.output} exists: name a new file")
+    if not models[0].is_file():
+        raise RefusedError(f"there is no file {models[0]}")
     import onnxruntime
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is checked here
-    session = onnxruntime.InferenceSession(str(options.model or beside[0]), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(models[0]), providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
+    if "distil_tl.classes" not in metadata:
+        raise RefusedError(f"{models[0]} was not written by `distil-tl export`")
     settings, classes = json.loads(metadata["distil_tl.preprocess"]), json.loads(metadata["distil_tl.classes"])
     files = find_images(options.paths, tuple(settings["extensions"]))
     results = predictions(session, files, settings, options.batch_size)
     text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    standard = options.output is None
-    with (
-        open(sys.stdout.fileno(), "w", closefd=False, **text)
-        if standard
-        else options.output.open("x", **text) as opened
-    ):
-        unusable = write_rows(opened, files, results, classes, options.all)
+    output, mode = (options.output, "x") if options.output else (sys.stdout.fileno(), "w")
+    with open(output, mode, closefd=mode == "x", **text) as file:
+        unusable = write_rows(file, files, results, classes, options.all)
     if unusable:
         sys.stderr.write(f"predict.py: {unusable} of {len(files)} files can't be used; see column error\n")
     return 2 if unusable == len(files) else 0
+
+
+def main() -> int:
+    try:
+        return run(parse_arguments())
+    except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
+        return 0
+    except (RefusedError, OSError) as error:
+        sys.stderr.write(f"predict.py: {error}\n")
+        return 2
 
 
 if __name__ == "__main__":

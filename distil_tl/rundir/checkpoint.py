@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -213,7 +214,10 @@ def load_weights(path: Path, module: nn.Module) -> None:
         UserError: the file holds the weights of another model, or no weights.
     """
     try:
-        module.load_state_dict(load_file(path / WEIGHTS))
+        state = OrderedDict(load_file(path / WEIGHTS))
+        # MNASNet requires the version of its root, which the file does not keep.
+        state.__dict__["_metadata"] = {"": {"version": module._version}}
+        module.load_state_dict(state)
     except RuntimeError as error:
         raise UserError(f"{path / WEIGHTS} does not fit the model: {str(error).splitlines()[0]}") from None
     except SafetensorError as error:

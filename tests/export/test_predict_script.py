@@ -149,8 +149,8 @@ def test_the_same_files_are_found_in_the_same_order(tmp_path: Path) -> None:
     endings = (".jpg", ".png", ".webp", ".tif")
     assert find_images(paths, endings) == predictions.find_images(paths, endings)
     (tmp_path / "b" / "again").symlink_to(tmp_path)
-    with pytest.raises(SystemExit, match="contains itself"):
+    with pytest.raises(RefusedError, match="contains itself"):
         find_images(paths, endings)
     for nothing, message in ((tmp_path / "nowhere", "no file or folder"), (tmp_path / "a/b", "no image")):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(RefusedError, match=message):
             find_images([nothing], (".jpg",))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distil_tl.rundir import checkpoint
@@ -107,6 +107,23 @@ def test_loading_is_in_place(checkpoints: Checkpoints):
     before = [parameter.data_ptr() for parameter in module.parameters()]
     load_weights(path, module)
     assert [parameter.data_ptr() for parameter in module.parameters()] == before
+
+
+class _Versioned(nn.Linear):
+    """Refuses a state dict without its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *more: Any) -> None:
+        assert metadata.get("version") == 2
+        super()._load_from_state_dict(state, prefix, metadata, *more)
+
+
+def test_a_network_that_requires_its_version_is_loaded(checkpoints: Checkpoints):
+    path = save(checkpoints, 1, module=_Versioned(2, 2))
+    other = _Versioned(2, 2)
+    load_weights(path, other)
+    assert torch.equal(other.weight, load_file(path / WEIGHTS)["weight"])
 
 
 def test_weights_of_another_model_are_the_users_error(checkpoints: Checkpoints):
