@@ -142,6 +142,10 @@ def test_a_node_that_is_cut_off_while_it_saves(partition: Partition, inputs: Inp
 @pytest.fixture
 def own(tmp_path: Path, folder: Path) -> Iterator[tuple[Partition, Inputs]]:
     with brought_up("--nodes", 2, "--name", "faulty") as cluster:
+        # A controller that was away must not take a busy node for a dead one: as on a production cluster.
+        conf = cluster.dir / "etc/slurm.conf"
+        conf.write_text(conf.read_text().replace("SlurmdTimeout=10", "SlurmdTimeout=300"))
+        cluster.run("scontrol", "reconfigure")
         (tmp_path / "inputs").mkdir()
         yield partitions(cluster, ["pair0"])[0], Inputs(folder, tmp_path / "inputs", None)
 
