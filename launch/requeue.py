@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Mapping
 from time import monotonic, sleep
 
+from distil_tl.utils.signals import STOP_SIGNALS
 from launch.squeue import SlurmUnavailableError, is_installed, job_state, requeue_job
 
 PATIENCE = 90.0  # seconds; the other ranks wait somewhat longer for rank 0, which requeues the job
@@ -24,21 +26,28 @@ def requeue_if_running(environ: Mapping[str, str], patience: float = PATIENCE) -
         return "no Slurm job"
     if "SLURM_ARRAY_JOB_ID" in environ:  # the job id of one task is also that of the array, which requeues all tasks
         job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    deadline, pause = monotonic() + patience, 1.0
-    while True:
-        try:
-            message = _requeue(job)
-            break
-        except SlurmUnavailableError as error:
-            message = f"job {job} can't be requeued ({error}); submit it again to resume"
-            if not is_installed() or monotonic() + pause > deadline:
-                break
-            sys.stderr.write(f"launch: {error}; trying again\n")
-            sleep(pause)
-            pause = min(2 * pause, LONGEST)
+    # Slurm may send a signal to all processes of a job, and squeue and scontrol would die of it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        message = _keep_trying(job, monotonic() + patience)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     sys.stderr.write(f"launch: {message}\n")
     sys.stderr.flush()
     return message
+
+
+def _keep_trying(job: str, deadline: float) -> str:
+    pause = 1.0
+    while True:
+        try:
+            return _requeue(job)
+        except SlurmUnavailableError as error:
+            if not is_installed() or monotonic() + pause > deadline:
+                return f"job {job} can't be requeued ({error}); submit it again to resume"
+            sys.stderr.write(f"launch: {error}; trying again\n")
+            sleep(pause)
+            pause = min(2 * pause, LONGEST)
 
 
 def _requeue(job: str) -> str:

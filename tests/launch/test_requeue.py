@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,12 @@ def test_a_controller_that_is_restarted_is_asked_again(
 def test_without_a_slurm_job_no_command_is_called(slurm: FakeSlurm) -> None:
     assert requeue_if_running({}) == "no Slurm job"
     assert not slurm.calls("squeue")
+
+
+def test_a_signal_does_not_end_squeue(slurm: FakeSlurm) -> None:
+    slurm.add("7", "RUNNING", nodes="n1")
+    squeue = slurm.folder / "squeue"
+    program = squeue.read_text().replace("#!/bin/sh\n", "#!/bin/sh\nkill -USR2 $$\n")
+    squeue.write_text(program)
+    assert requeue_if_running({"SLURM_JOB_ID": "7"}, patience=0) == "job 7 is requeued"
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])

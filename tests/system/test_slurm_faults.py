@@ -1,7 +1,6 @@
 """Faults of Slurm and signals at the worst time, on a real Slurm: `make test PYTEST_ARGS="-m faults"`.
 
-Too slow for each test run. `python -m pytest -m faults -k preempted` writes the table of docs/evidence.md to the file
-in FAULT_TABLE.
+Too slow for each test run. The tests of preempted jobs write a table to the file in FAULT_TABLE.
 """
 
 from __future__ import annotations
