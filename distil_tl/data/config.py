@@ -37,6 +37,7 @@ class ColumnsConfig:
     path: str | None = None  # column of data.labels with the images' paths; null: found by its name
     label: str | None = None  # column with the classes; null: found by its name
     split: str | None = None  # column with train, val or test; null: found by its name; none: there is none
+    weight: str | None = None  # column with a weight of each image in the training loss; as data.columns.split
 
 
 @dataclass

@@ -39,6 +39,7 @@ class Index:
         fingerprint: SHA-256, 64 hex digits, of classes, relative paths, targets and sizes. It does not depend on `root`
             or on any time, so a copy of the folder has the same fingerprint.
         times: SHA-256 of the modification times of all files; tells whether an earlier copy is still up to date.
+        weights: float32 [N], of the images in the training loss; None: all count alike. Part of the fingerprint.
         copy: the folder from which this process reads the split instead of `root`; None: from `root`. Messages and
             records always name `root`.
         shared: the shared memory that holds the arrays, if any. A process that is being started then receives a
@@ -55,6 +56,7 @@ class Index:
     fingerprint: str
     times: str = ""
     ignored_note: str = ""
+    weights: Array | None = None
     copy: Path | None = None
     shared: SharedArrays | None = None
 
@@ -106,8 +108,14 @@ class Index:
         names = self.names[np.repeat(chosen, lengths)]
         offsets = np.concatenate([np.zeros(1, dtype=np.int64), lengths[chosen].cumsum()])
         targets, sizes = self.targets[chosen], self.sizes[chosen]
-        fingerprint = fingerprint_of(self.classes, names, offsets, targets, sizes)
-        return replace(self, names=names, offsets=offsets, targets=targets, sizes=sizes, fingerprint=fingerprint)
+        part = replace(self, names=names, offsets=offsets, targets=targets, sizes=sizes)
+        plain = replace(part, fingerprint=fingerprint_of(self.classes, names, offsets, targets, sizes), weights=None)
+        return plain if self.weights is None else plain.weighted(self.weights[chosen])
+
+    def weighted(self, weights: Array) -> Index:
+        """The same index, without weights so far, with the weights float32 [N]."""
+        digest = hashlib.sha256(self.fingerprint.encode() + weights.astype("<f4").tobytes()).hexdigest()
+        return replace(self, weights=weights, fingerprint=digest)
 
     def to_arrays(self) -> dict[str, Array]:
         """The index as flat numpy arrays, for a broadcast or `np.savez`; the inverse of `from_arrays`."""
@@ -122,6 +130,7 @@ class Index:
             "fingerprint": bytes_array(self.fingerprint.encode()),
             "times": bytes_array(self.times.encode()),
             "ignored_note": bytes_array(os.fsencode(self.ignored_note)),
+            **({} if self.weights is None else {"weights": self.weights}),
         }
 
     @classmethod
@@ -137,6 +146,7 @@ class Index:
             fingerprint=arrays["fingerprint"].tobytes().decode(),
             times=arrays["times"].tobytes().decode() if "times" in arrays else "",
             ignored_note=os.fsdecode(arrays["ignored_note"].tobytes()) if "ignored_note" in arrays else "",
+            weights=arrays.get("weights"),
             shared=arrays if isinstance(arrays, SharedArrays) else None,
         )
 
@@ -171,9 +181,10 @@ class Differences:
     removed: tuple[str, ...]
     resized: tuple[str, ...]
     classes_changed: bool
+    weights_changed: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.removed or self.resized or self.classes_changed)
+        return bool(self.added or self.removed or self.resized or self.classes_changed or self.weights_changed)
 
     def __str__(self) -> str:
         kinds = {"added": self.added, "removed": self.removed, "changed in size": self.resized}
@@ -184,6 +195,8 @@ class Differences:
         ]
         if self.classes_changed:
             parts.append("the list of classes changed")
+        if self.weights_changed:
+            parts.append("the weights of images changed")
         return "; ".join(parts) or "no difference"
 
 
@@ -202,7 +215,12 @@ def differences(old: Index, new: Index) -> Differences:
         removed=tuple(os.fsdecode(path) for path in sizes),
         resized=tuple(resized),
         classes_changed=old.classes != new.classes,
+        weights_changed=len(old) == len(new) and not np.array_equal(_weights(old), _weights(new)),
     )
+
+
+def _weights(index: Index) -> Array:
+    return np.ones(len(index), dtype=np.float32) if index.weights is None else index.weights
 
 
 def fingerprint_of(classes: Sequence[str], names: Array, offsets: Array, targets: Array, sizes: Array) -> str:

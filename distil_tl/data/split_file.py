@@ -18,6 +18,7 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_parts
 
 COLUMNS = ["path", "label", "split", "bytes"]
+WEIGHT = "weight"  # a column more, where the images have weights
 ROWS_AT_ONCE = 65_536
 ENCODING = ("utf-8", "surrogateescape")  # a file name that is not UTF-8 keeps its bytes
 
@@ -44,11 +45,13 @@ def write_split_file(path: Path, splits: Mapping[str, Index]) -> None:
 def _parts(splits: Mapping[str, Index]) -> Iterator[bytes]:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    weighted = any(index.weights is not None for index in splits.values())
+    writer.writerow([*COLUMNS, WEIGHT] if weighted else COLUMNS)
     for split, index in splits.items():
         numbers = zip(index.targets.tolist(), index.sizes.tolist(), strict=True)
         for i, (name, (target, size)) in enumerate(zip(index.relative_paths(), numbers, strict=True)):
-            writer.writerow([os.fsdecode(name), index.classes[target], split, size])
+            weight = [] if index.weights is None else [float(index.weights[i])]
+            writer.writerow([os.fsdecode(name), index.classes[target], split, size, *weight])
             if i % ROWS_AT_ONCE == 0:
                 yield text.getvalue().encode(*ENCODING)
                 text.seek(0)
@@ -104,10 +107,10 @@ def splits_of(path: Path, root: Path, files: Sequence[Path]) -> list[str | None]
 
 def _chunks(rows: Iterator[list[str]]) -> Iterator[tuple[Array, Array, Array]]:
     """Keys of the paths, codes of the splits and sizes, of some rows at a time. Raises ValueError."""
-    if next(rows, None) != COLUMNS:
+    if next(rows, None) not in (COLUMNS, [*COLUMNS, WEIGHT]):
         raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
     keys, codes, sizes = list[bytes](), list[int](), list[int]()
-    for name, _, split, size in rows:
+    for name, _, split, size, *_ in rows:
         keys.append(path_key(os.fsencode(name), 0))
         codes.append(SPLITS.index(split))
         sizes.append(int(size))

@@ -167,6 +167,8 @@ def _scan_splits(config: DataConfig, root: Path, archive: Path | None, run_dir: 
     if note:
         logger.info("split: %s", printable(note))
     train = indexes["train"]
+    if train.weights is not None and not train.weights.any():
+        raise UserError(f"data.labels={config.labels}: the weights of all training images are 0; correct them")
     if len(train) < config.global_batch_size:
         raise UserError(
             f"{train.root} has {len(train)} images{' in train' if train.root == root else ''}, fewer than one global "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +91,7 @@ class _Rows:
     targets: array[int] = field(default_factory=lambda: array("i"))
     splits: array[int] = field(default_factory=lambda: array("B"))
     groups: array[int] = field(default_factory=lambda: array("q"))
+    weights: array[float] = field(default_factory=lambda: array("f"))
     lines: array[int] = field(default_factory=lambda: array("q"))
     keys: bytearray = field(default_factory=bytearray)  # of the paths, 8 bytes each
     labels: dict[str, int] = field(default_factory=dict)
@@ -116,7 +118,10 @@ class _Rows:
                 problem = problem or f"the split {row[self.columns.split or 0]!r} is not train, val or test"
             if group is None:
                 problem = problem or "the group is empty"
-            if isinstance(image, Missing) or problem is not None or split is None or group is None:
+            weight = self._weight_of(row)
+            if weight is None:
+                problem = problem or f"the weight {row[self.columns.weight or 0]!r} is not a number from 0 on"
+            if isinstance(image, Missing) or problem is not None or split is None or group is None or weight is None:
                 self._refuse(line, problem or "")
                 continue
             self.names += image.name
@@ -126,6 +131,7 @@ class _Rows:
             self.targets.append(self.labels.setdefault(label, len(self.labels)))
             self.splits.append(split)
             self.groups.append(group)
+            self.weights.append(weight)
             self.lines.append(line)
             self.keys += path_key(image.name, 0)
 
@@ -135,6 +141,16 @@ class _Rows:
             return 0
         name = USUAL_SPLITS.get(row[self.columns.split].strip().lower())
         return None if name is None else SPLITS.index(name)
+
+    def _weight_of(self, row: Sequence[str]) -> float | None:
+        """The weight, with a decimal point or comma; None if the cell has none."""
+        if self.columns.weight is None:
+            return 1.0
+        try:
+            weight = float(row[self.columns.weight].replace(",", "."))
+        except ValueError:
+            return None
+        return weight if 0 <= weight < math.inf else None
 
     def _refuse(self, line: int, problem: str) -> None:
         self.wrong_count += 1
@@ -203,6 +219,8 @@ def _in_order(rows: _Rows, root: Path, classes: Sequence[str] | None, note: str)
         fingerprint=fingerprint_of(known, names, offsets, targets, sizes),
         times=hashlib.sha256(times.astype("<i8").tobytes()).hexdigest(),
     )
+    if rows.columns.weight is not None:
+        index = index.weighted(np.frombuffer(rows.weights, dtype=np.float32)[order])
     splits = None if rows.columns.split is None else np.frombuffer(rows.splits, dtype=np.uint8)[order]
     groups = None if rows.columns.group is None else np.frombuffer(rows.groups, dtype=np.int64)[order]
     return Table(index, splits, groups, note)

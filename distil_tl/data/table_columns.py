@@ -34,6 +34,7 @@ class Columns(NamedTuple):
     label: int
     split: int | None
     group: int | None
+    weight: int | None
     notes: list[str]
 
 
@@ -54,7 +55,7 @@ def choose_columns(names: Sequence[str], first: Sequence[str], config: DataConfi
     if len(set(names)) < len(names):
         raise UserError(f"{has}, of which some have the same name: rename them")
     found: dict[str, int | None] = {}
-    for kind in ("path", "label", "split"):
+    for kind in ("path", "label", "split", "weight"):
         wanted = getattr(given, kind)
         if wanted not in (None, NO_COLUMN) and wanted not in names:
             raise UserError(f"{has}, but not data.columns.{kind}={wanted}{did_you_mean(wanted, names)}")
@@ -81,12 +82,10 @@ def choose_columns(names: Sequence[str], first: Sequence[str], config: DataConfi
     if len({position for _, position in used}) < len(used):
         raise UserError(f"{has}: one can't be {' and '.join(kind for kind, _ in used)} at once; set data.columns.KIND")
     notes = [", ".join(f"{kind} from column {names[position]!r}" for kind, position in used)]
-    if (weight := _guess("weight", names)) is not None:
-        notes.append(f"column {names[weight]!r} is not used")
     related = [name for name in names if any(word in _plain(name) for word in RELATED)]
     if found["group"] is None and group is None and found["split"] is None and related:
         notes.append(f"if images of one {related[0]} belong together, add data.split.group={related[0]}")
-    return Columns(path, label, found["split"], found["group"], notes)
+    return Columns(path, label, found["split"], found["group"], found["weight"], notes)
 
 
 def _guess(kind: str, names: Sequence[str]) -> int | None:

@@ -41,6 +41,7 @@ NEW_KEYS: dict[str, Any] = {
     "data.columns.path": None,
     "data.columns.label": None,
     "data.columns.split": None,
+    "data.columns.weight": None,
     "data.split.val": 0.2,  # folders without splits were refused
     "data.split.test": 0.0,
     "data.split.group": None,

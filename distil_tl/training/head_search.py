@@ -78,7 +78,7 @@ class _Search:
         optim, stage = self.stage.optim, self.stage
         smooth, total = optim.label_smoothing, stage.config.epochs * self.sampler.steps_per_epoch
         targets = F.one_hot(block.targets, classes).float() * (1 - smooth) + smooth / classes
-        shares = self.loss.weighted(block.valid.float() / size, block.targets)
+        shares = self.loss.weighted(block.valid.float() / size, block.targets, block.indices)
         columns = (block.images.float(), targets, shares)
         parts = zip(*(torch.split(column, size) for column in columns), strict=True)
         found = []
@@ -121,7 +121,8 @@ def search_head(
     dropout, head = _dropout_and_head(setup.network, stage.name)
     assert setup.features is not None
     sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs, whole=True)
-    loss = training_loss(stage.optim, stage.balance, source.index("train").class_counts, info.device)
+    images = source.index("train")
+    loss = training_loss(stage.optim, stage.balance, images.class_counts, info.device, images.weights)
     search = _Search(stage, setup.features, dropout, head, sampler, loss, info.device)
     result = search_heads(info, search, agreement)
     record.search = {**result, "seconds": time.monotonic() - start}

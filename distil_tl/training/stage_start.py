@@ -62,7 +62,7 @@ def begin_stage(
         network=network,
         batches=batches,
         images=images,
-        loss=training_loss(stage.optim, stage.balance, images.class_counts, info.device),
+        loss=training_loss(stage.optim, stage.balance, images.class_counts, info.device, images.weights),
         micro=plan.micro,
         accumulation=plan.accumulation,
         optimizer=optimizer,

@@ -11,9 +11,9 @@ import pytest
 
 from distil_tl.data import table as table_module
 from distil_tl.data import table_file
-from distil_tl.data.config import DataConfig
+from distil_tl.data.config import ColumnsConfig, DataConfig
 from distil_tl.data.find_splits import find_splits
-from distil_tl.data.index import Index
+from distil_tl.data.index import Index, differences
 from distil_tl.data.scan import scan
 from distil_tl.data.table import Table, read_table
 from distil_tl.utils.errors import UserError
@@ -224,3 +224,20 @@ def test_groups_of_a_column_stay_together(tmp_path: Path) -> None:
     assert "by group, seed 0" in note
     _, note = many(tmp_path, ["path,label,Patient-ID", *rows])
     assert "add data.split.group=Patient-ID" in note
+
+
+def test_weights(root: Path) -> None:
+    rows = "path;label;weight\nb/x.jpg;b;2\na/x.jpg;a;0,5\n"
+    found = read(root, rows).index
+    assert found.weights is not None
+    assert found.weights.tolist() == [0.5, 2.0]
+    other = read(root, rows.replace("0,5", "1")).index
+    assert found.fingerprint != other.fingerprint
+    assert str(differences(found, other)) == "the weights of images changed"
+    assert_equal(Index.from_arrays(found.to_arrays()), found)
+    part = found.selected(np.array([False, True]))
+    assert part.weights is not None
+    assert part.weights.tolist() == [2.0]
+    assert "line 3: the weight 'much' is not a number from 0 on" in refusal(root, rows.replace("0,5", "much"))
+    config = ColumnsConfig(weight="none")
+    assert read(root, rows, columns=config).index.weights is None

@@ -14,7 +14,7 @@ import pytest
 from distil_tl.cli.predict import main as predict
 from tests.helpers.arguments import small_args
 from tests.helpers.images import draw, make_folder
-from tests.helpers.ranks import run_ranks, train
+from tests.helpers.ranks import lines, run_ranks, train
 from tests.helpers.runs import evaluated, refused, same_result, stopped_train, traced_train
 
 SHORT = ["stages.full.epochs=1", "stages.head.features=off", "data.split.val=0.25"]
@@ -150,3 +150,32 @@ def test_predictions_know_the_split(
     assert rows(str(flat), "--split=val") == 16
     assert predict([str(alone), str(flat / "noise"), "--split=test"]) == 2
     assert "none of the images is in test of the run" in capsys.readouterr().err
+
+
+def test_weights_of_images(flat: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = split_of(alone)
+
+    def run(name: str, world: int, weight: list[str], *more: str) -> Path:
+        rows = [
+            f"{path};{path.split('/')[0]};{own};{weight[i % len(weight)]}"
+            for i, (path, own) in enumerate(found.items())
+        ]
+        (tmp_path / "labels.csv").write_text("\n".join(["path;label;split;weight", *rows]))
+        args = [*small_args(flat), *SHORT, f"data.labels={tmp_path}/labels.csv", f"run_dir={tmp_path}/{name}", *more]
+        args.remove("data.split.val=0.25")
+        assert run_ranks(world, train, args) == [0] * world
+        return tmp_path / name
+
+    same_result(run("equal", 1, ["0,5"]), alone)
+    one, two = (lines(run(f"{n}", n, ["1", "0", "4"]), window="epoch", split="train") for n in (1, 2))
+    assert [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], rel=1e-4)
+    assert one[0]["loss"] != pytest.approx(lines(alone, window="epoch", split="train")[0]["loss"], rel=1e-3)
+    search = [
+        "stages.head.features=on",
+        "data.augment=none",
+        "stages.head.search.lr=[0.1,0.01]",
+        "stages.full.epochs=0",
+    ]
+    run("search", 1, ["1", "0", "4"], *search)
+    with (tmp_path / "1" / "split.csv").open(newline="") as file:
+        assert {row["weight"] for row in csv.DictReader(file)} == {"0.0", "1.0", "4.0"}

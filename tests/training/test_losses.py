@@ -70,3 +70,13 @@ def test_settings_without_meaning_are_refused() -> None:
     assert "choose one of cross_entropy, focal" in OptimConfig(loss="dice").problems()[0]
     assert "focal_gamma must be 0, or at least 1" in OptimConfig(focal_gamma=0.5).problems()[0]
     assert "effective_beta must be" in OptimConfig(effective_beta=1.0).problems()[0]
+
+
+def test_weights_of_images_are_1_on_average_and_multiply_those_of_classes() -> None:
+    weights = np.array([3.0, 0.0, 1.0, 4.0], dtype=np.float32)
+    loss = training_loss(OptimConfig(), "weights", COUNTS, CPU, weights)
+    plain = training_loss(OptimConfig(), "weights", COUNTS, CPU)
+    indices = torch.tensor([3, 1, 0, 2])[: len(TARGETS)]
+    factors = torch.tensor(weights / 2)[indices]
+    torch.testing.assert_close(loss(LOGITS[:4], TARGETS[:4], indices), plain(LOGITS[:4], TARGETS[:4]) * factors)
+    torch.testing.assert_close(loss.weighted(factors.new_ones(4), TARGETS[:4], indices), plain.weighted(factors, TARGETS[:4]))
