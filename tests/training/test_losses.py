@@ -79,4 +79,6 @@ def test_weights_of_images_are_1_on_average_and_multiply_those_of_classes() -> N
     indices = torch.tensor([3, 1, 0, 2])[: len(TARGETS)]
     factors = torch.tensor(weights / 2)[indices]
     torch.testing.assert_close(loss(LOGITS[:4], TARGETS[:4], indices), plain(LOGITS[:4], TARGETS[:4]) * factors)
-    torch.testing.assert_close(loss.weighted(factors.new_ones(4), TARGETS[:4], indices), plain.weighted(factors, TARGETS[:4]))
+    torch.testing.assert_close(
+        loss.weighted(factors.new_ones(4), TARGETS[:4], indices), plain.weighted(factors, TARGETS[:4])
+    )
