@@ -6,9 +6,12 @@ import math
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from distil_tl.rundir.lock import is_alive
 from distil_tl.training.config import METRICS, rank_by
@@ -43,6 +46,7 @@ class RunStatus:
         left: time until the job's time limit.
         remaining: how long training will still take, in words, after the first epoch of a stage.
         log: the file with its output, of a failed run.
+        data: the images that it trains on.
     """
 
     run_dir: Path
@@ -62,6 +66,7 @@ class RunStatus:
     left: str | None = None
     remaining: str | None = None
     log: Path | None = None
+    data: str | None = None
 
 
 def read_status(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> RunStatus:
@@ -86,6 +91,7 @@ def read_status(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> RunStat
         data_wait=wait_share(next((line for line in reversed(seen.lines) if line.get("split") == "train"), {})),
         detail=detail,
         slurm=None if job is None else f"{job.state}{f', {job.reason}' if job.reason not in ('', 'None') else ''}",
+        data=data_of(run_dir),
         left=job.left if job is not None and job.state == "RUNNING" and job.left[:1].isdigit() else None,
     )
 
@@ -184,6 +190,20 @@ def metric_of(run_dir: Path) -> str:
     except (OSError, UnicodeDecodeError):
         found = None
     return found[1] if found and found[1] in METRICS else "top1"
+
+
+def data_of(run_dir: Path) -> str | None:
+    """The images that a run trains on, from its configuration; None before that is written. Not all of it is parsed."""
+    for name in ("config.yaml", "slurm/config.yaml"):
+        with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+            section = re.search(r"^data:\n((?: .*\n)*)", (run_dir / name).read_text() + "\n", re.MULTILINE)
+            lines = re.findall(r"^  (?:root|labels): .*", section[1], re.MULTILINE) if section is not None else []
+            given = [yaml.safe_load(line.strip()) for line in lines]
+            if given:
+                return (
+                    ", ".join(str(value) for entry in given for value in entry.values() if value) or "embedded digits"
+                )
+    return None
 
 
 def get_number(line: Json, key: str) -> float | None:

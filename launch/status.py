@@ -13,7 +13,8 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from time import sleep
 from typing import Any
@@ -59,7 +60,7 @@ class Overview:
     """The status of all runs in a folder.
 
     Attributes:
-        rows: runs with the values that their trials set, best first.
+        rows: runs with the values that their trials set, best first; of several data sets, by data set.
         note: why Slurm's queue could not be read.
         earlier: trials that are no longer in the sweep.
     """
@@ -117,8 +118,12 @@ def read_overview(folder: Path) -> Overview:
     queue, why = ask_slurm(values)
     note = f"{why}; the states of jobs are read from their files only" if why is not None else None
     statuses = explain_failures([read_status(run_dir, queue) for run_dir in values])
+    statuses = [replace(run, data=run.data or values[run.run_dir].get("data.root")) for run in statuses]
+    several = len({run.data for run in statuses if run.data is not None}) > 1
     rows = list(zip(statuses, values.values(), strict=True))
     rows.sort(key=lambda row: (*_rank(row[0], metric), STATES.index(row[0].state), row[0].run_dir.name))
+    if several:  # figures of different images can't be compared
+        rows.sort(key=lambda row: (row[0].data is None, row[0].data))
     return Overview(folder, metric, rows, note, frozenset(folder / name for name in earlier))
 
 
@@ -146,15 +151,15 @@ def _rank(run: RunStatus, metric: str) -> tuple[float, float]:
 
 
 def to_text(overview: Overview) -> str:
-    """A table with a row for each run, without empty columns, and a summary below."""
-    keys = list(dict.fromkeys(key for _, values in overview.rows for key in values))
-    short = _short_names(keys)
-    head = ["", "run", "state", "done", overview.metric, *(short[key] for key in keys)]
-    head += ["at", "data wait", "job", "restarts", "left", "training", "where"]
-    rows = [_cells(overview, rank, run, [values.get(key) for key in keys])
-            for rank, (run, values) in enumerate(overview.rows, start=1)]  # fmt: skip
-    used = [i for i in range(len(head)) if i < 5 or any(row[i] for row in rows)]
-    text = [table([[row[i] for i in used] for row in rows], [head[i] for i in used])]
+    """A table with a row for each run, without empty columns, and a summary below; a table for each data set."""
+    groups = [list(rows) for _, rows in groupby(overview.rows, key=lambda row: row[0].data)]
+    if len({rows[0][0].data for rows in groups} - {None}) < 2:
+        groups = [overview.rows]
+    text = []
+    for rows in groups:
+        if len(groups) > 1:
+            text.append(f"data: {printable(rows[0][0].data or 'not known yet')}")
+        text.append(_table(overview, rows))
     counts = Counter(run.state for run, _ in overview.rows)
     text.append(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]))
     for run, _ in overview.rows:
@@ -167,6 +172,17 @@ def to_text(overview: Overview) -> str:
     if overview.note:
         text.append(overview.note)
     return "\n".join(text)
+
+
+def _table(overview: Overview, runs: Sequence[tuple[RunStatus, Values]]) -> str:
+    keys = list(dict.fromkeys(key for _, values in runs for key in values))
+    short = _short_names(keys)
+    head = ["", "run", "state", "done", overview.metric, *(short[key] for key in keys)]
+    head += ["at", "data wait", "job", "restarts", "left", "training", "where"]
+    rows = [_cells(overview, rank, run, [values.get(key) for key in keys])
+            for rank, (run, values) in enumerate(runs, start=1)]  # fmt: skip
+    used = [i for i in range(len(head)) if i < 5 or any(row[i] for row in rows)]
+    return table([[row[i] for i in used] for row in rows], [head[i] for i in used])
 
 
 def _cells(overview: Overview, rank: int, run: RunStatus, values: Sequence[Any]) -> list[str]:

@@ -110,6 +110,27 @@ def test_runs_without_a_metric_come_last_ordered_by_state(slurm: FakeSlurm, tmp_
     assert counts(text) == ["2 completed, 1 pending, 1 failed, 1 missing"]
 
 
+def test_runs_of_different_images_are_not_ranked_together(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    for name, root, top1 in (("a", "flowers", 0.5), ("b", "birds", 0.9), ("c", "flowers", 0.7), ("d", "null", 0.1)):
+        finished(tmp_path / "runs" / name, top1=top1)
+        (tmp_path / "runs" / name / "config.yaml").write_text(f"data:\n  format: auto\n  root: {root}\nseed: 0\n")
+    text = shown(capsys, tmp_path / "runs")
+    parts = re.split(r"^data: (.*)\n", text, flags=re.MULTILINE)
+    assert parts[1::2] == ["birds", "embedded digits", "flowers"]
+    assert column(parts[6], "run") == ["c", "a"]
+    assert column(parts[6], "") == ["1", "2"]
+    assert counts(text) == ["4 completed"]
+    found = json.loads(shown(capsys, tmp_path / "runs", "--json"))["runs"]
+    assert [run["data"] for run in found] == ["birds", "embedded digits", "flowers", "flowers"]
+    for name in "ab":
+        (tmp_path / "runs" / name / "config.yaml").unlink()
+    finished(tmp_path / "runs/d/slurm")
+    (tmp_path / "runs/d/config.yaml").rename(tmp_path / "runs/d/slurm/config.yaml")
+    assert re.findall(r"^data: (.*)\n", shown(capsys, tmp_path / "runs"), re.MULTILINE) == [
+        "embedded digits", "flowers", "not known yet"
+    ]  # fmt: skip
+
+
 # Columns
 
 
@@ -383,7 +404,7 @@ def test_json(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
         "run_dir": f"{folder}/a", "state": "completed", "progress": 1.0,
         "best": {"stage": "full", "epoch": 2, "step": 20, "top1": 0.5, "loss": None},
         "stage": None, "epoch": None, "step": None, "job_id": "7", "restarts": 0, "host": None, "seconds": 12.5,
-        "data_wait": None, "detail": None, "slurm": None, "left": None, "remaining": None, "log": None,
+        "data_wait": None, "data": None, "detail": None, "slurm": None, "left": None, "remaining": None, "log": None,
         "values": {"stages.head.lr": 0.1}, "earlier": False,
     }  # fmt: skip
     assert missing["state"] == "missing"
