@@ -107,9 +107,12 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
 
 
 def has_started(run_dir: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the Slurm job of a run has begun: Slurm makes its output file then."""
+    """Whether the Slurm job of a run has begun, or may have: Slurm makes its output file then."""
     name = f"{record['job_id']}_0_log.out"
-    return any((folder / "slurm" / name).exists() for folder in (run_dir, run_dir.parent))
+    try:
+        return any((folder / "slurm" / name).exists() for folder in (run_dir, run_dir.parent))
+    except PermissionError:  # the folder is private to who submitted
+        return True
 
 
 def user_name() -> str:

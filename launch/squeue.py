@@ -63,7 +63,8 @@ class Queue(dict[str, QueuedJob]):
 
     def covers(self, cluster: str | None, uid: int) -> bool:
         """Whether a job of that cluster (None: not recorded) and user would be listed."""
-        return (cluster is None or cluster == self.cluster) and (self.uids is None or uid in self.uids)
+        known = cluster is None or (self.cluster is not None and cluster.lower() == self.cluster.lower())
+        return known and (self.uids is None or uid in self.uids)
 
 
 def read_queue(uids: Collection[int] = ()) -> Queue:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.utils.command import run_command
-from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED
+from distil_tl.utils.errors import EXIT_FAULT, EXIT_PREEMPTED, listed
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import setup_console
 from launch.args import ASSUME_ENDED, CLUSTERS, add_submission_options, argument_parser, ids_only, print_line
@@ -183,8 +183,9 @@ def print_not_submitted(statuses: dict[Path, RunStatus], todo: list[Path], resub
         print_line(f"not submitted: {listing}")
     if counts["failed"] and not resubmit_failed:
         print_line("to resume failed trials, add --resubmit-failed")
-    for why in dict.fromkeys(status.detail for status in statuses.values() if status.state == "unknown"):
-        print_line(f"unknown: {why}. If you know that they have ended, add --assume-ended")
+    unknown = dict.fromkeys(str(status.detail) for status in statuses.values() if status.state == "unknown")
+    if counts["unknown"]:
+        print_line(f"unknown: {listed(list(unknown), 3)}. If you know that they have ended, add --assume-ended")
 
 
 def run_locally(plan: SweepPlan, executor: Any, run_dirs: Sequence[Path], states: Collection[str]) -> int:

@@ -145,7 +145,9 @@ def run(folder: Path, command: str, arguments: list[str]) -> int:
             content["calls"].append(["sbatch-began"])
             replace(file, content)
             fcntl.flock(lock, fcntl.LOCK_UN)
-            while not (folder / "go").exists():
+            for _ in range(6000):  # not for ever, should a test fail
+                if (folder / "go").exists():
+                    break
                 time.sleep(0.01)
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = json.loads(file.read_text())

@@ -325,6 +325,15 @@ def test_a_job_that_started_without_training_has_failed(run: Run, folder: str) -
     assert run.stands().state == "failed"
 
 
+def test_what_a_colleague_can_not_see_may_have_started(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError
+
+    run.submitted("7_3")
+    monkeypatch.setattr(Path, "exists", lambda path: denied(path) if path.parent.name == "slurm" else False)
+    assert run.stands().state == "failed"
+
+
 def test_an_attempt_before_the_last_submission_is_no_start(run: Run) -> None:
     run.attempt(started_at="2020-01-01T00:00:00+00:00", ended_at="now").submitted("8", time="2020-01-02T00:00:00+00:00")
     assert run.stands().state == "stopped"
