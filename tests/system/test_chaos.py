@@ -11,6 +11,7 @@ import pytest
 from tests.helpers.arguments import small_args
 from tests.helpers.chaos import KINDS, Fault
 from tests.helpers.chaos_plans import Plan, carry_out, make_reference, random_plan, table
+from tests.helpers.images import make_folder
 from tests.helpers.same_run import Reference
 
 JOB = """
@@ -23,6 +24,7 @@ VARIANTS = {
     "sgd": ["optim.name=sgd"],
     "features": [
         "optim.name=sgd",
+        "data.split.seed=5",
         "stages.head.views=2",
         "stages.head.epochs=2",
         "data.balance=sampler",
@@ -37,6 +39,8 @@ VARIANTS = {
 def job_args(folder: Path, where: Path, variant: str) -> list[str]:
     path = where / "job.yaml"
     path.write_text(JOB)
+    if variant == "features":  # a folder without a split, which the run makes
+        folder = make_folder(where / "flat", {"": 70})
     general = [arg for arg in small_args(folder) if not arg.startswith("stages.")]
     more = ["checkpoint.every_steps=2", "distributed.timeout_seconds=30"]
     return [str(path), *general, *VARIANTS[variant], *more]
