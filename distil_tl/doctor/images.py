@@ -121,7 +121,7 @@ def _look_at_divided(
     try:
         indexes, note = find_splits(config, root, run_dir)
     except UserError as error:
-        report.fail(GROUP, "data.root", str(error))
+        report.fail(GROUP, "data.root" if config.labels is None else "data.labels", str(error))
         found.failed = True
         return {}
     report.ok(
