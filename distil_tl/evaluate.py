@@ -23,8 +23,6 @@ from distil_tl.distributed.process_group import init_distributed
 from distil_tl.inference import restore_model
 from distil_tl.training.console import evaluation_json
 from distil_tl.training.evaluation import evaluate
-from distil_tl.training.network import evaluation_network
-from distil_tl.training.precision import default_compute
 from distil_tl.utils.files import json_text
 from distil_tl.utils.log import logger, printable, setup_console, table
 from distil_tl.utils.outputs import check_output, open_output
@@ -54,8 +52,7 @@ def run(options: argparse.Namespace) -> None:
         index = open_split(info, config.data, split, restored.classes, options.run_dir)
         bad_images = BadImages(config.data.on_bad_image)
         source = ImageSource(info, config.data, {split: index}, model.preprocess, bad_images)
-        compute = default_compute(restored.precision, model.module, info.device)
-        network = evaluation_network(model, compute, info.device, restored.image_size)
+        network = restored.network(info.device)
         sampler = source.eval_batches(split)
         batches = source.batches(source.eval_loader(split, restored.image_size, sampler), split)
         result = evaluate(

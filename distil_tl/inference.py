@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +20,10 @@ from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.rundir import checkpoint as ckpt
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage
+from distil_tl.rundir.state import StageRecord
+from distil_tl.training.config import StageConfig
+from distil_tl.training.network import Network, final_network
+from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | Tensor | np.ndarray"
@@ -113,6 +117,8 @@ class RestoredModel:
         image_size: side of the images in pixels in the stage of the checkpoint.
         checkpoint: its folder.
         precision: as configured; for `auto`, the precision chosen in training.
+        stage: of the checkpoint.
+        prefix_precision: of its frozen part, if it had one and the precision was chosen in training.
     """
 
     config: Config
@@ -121,6 +127,15 @@ class RestoredModel:
     image_size: int
     checkpoint: Path
     precision: str
+    stage: StageConfig = field(default_factory=StageConfig)
+    prefix_precision: str | None = None
+
+    def network(self, device: torch.device) -> Network:
+        """The whole model in evaluation mode, on uint8 images, computed as while its stage trained."""
+        compute, record = default_compute(self.precision, self.model.module, device), StageRecord()
+        if self.prefix_precision is not None:
+            record.prefix_precision = str(default_compute(self.prefix_precision, self.model.module, device))
+        return final_network(self.model, self.stage, compute, record, device, self.image_size).eval()
 
     def transform(self) -> Transform:
         """From an image to the input of the model."""
@@ -171,9 +186,11 @@ def restore_model(run_dir: str | Path, checkpoint: str = "best", overrides: list
     model = build(config.model, len(classes), image_size=config.data.image_size, seed=config.seed, pretrained=False)
     model.preprocess = preprocess
     ckpt.load_weights(path, model.module)
-    chosen = state["run"]["stages"][stage_name].get("precision")  # such as "bf16 channels_last"
+    record = state["run"]["stages"][stage_name]
+    chosen = record.get("precision")  # such as "bf16 channels_last"
     precision = chosen.partition(" ")[0] if config.precision == "auto" and chosen else config.precision
-    return RestoredModel(config, model, classes, image_size, path, precision)
+    prefix = (record.get("prefix_precision") or "").partition(" ")[0] if config.precision == "auto" else None
+    return RestoredModel(config, model, classes, image_size, path, precision, stage, prefix or None)
 
 
 def _find_checkpoint(run_dir: Path, checkpoint: str) -> Path:

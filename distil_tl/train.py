@@ -45,7 +45,7 @@ from distil_tl.training.evaluation import Evaluation, evaluate
 from distil_tl.training.head_search import search_head
 from distil_tl.training.memory import PartSize, replayed, until_memory_suffices
 from distil_tl.training.metrics import Meter
-from distil_tl.training.network import ImageNetwork, evaluation_network
+from distil_tl.training.network import ImageNetwork, final_network
 from distil_tl.training.optim import lr_factor, set_lr
 from distil_tl.training.precision import set_rounding
 from distil_tl.training.stage import Stage, check_stages, count_trainable
@@ -279,15 +279,15 @@ def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluati
     info, best = run.info, run.state.best
     if best is not None:  # else the best one is in the directory that this run resumed from: the last one is used
         load_weights(run.checkpoints.path(best["step"]), run.model.module)
-    image_size, fold = run.stage(stage).image_size, run.state.stages[stage].folded is not False
+    image_size, record = run.stage(stage).image_size, run.state.stages[stage]
     samplers = {split: run.source.eval_batches(split) for split in splits}
     loaders = {split: run.source.eval_loader(split, image_size, samplers[split]) for split in splits}
     batches = {split: run.source.batches(loaders[split], split) for split in splits}  # loaded from now on
-    network = evaluation_network(run.model, run.compute(stage), info.device, image_size, fold=fold)
+    network = final_network(run.model, run.config.stages[stage], run.compute(stage), record, info.device, image_size)
     results: dict[str, Evaluation] = {}
     for split in splits:
         info.phase = f"the final evaluation on {split}"
-        part_size = PartSize("evaluation", f"the evaluation on {split}", run.state.stages[stage].part_sizes)
+        part_size = PartSize("evaluation", f"the evaluation on {split}", record.part_sizes)
         results[split] = evaluate(
             info, network, samplers[split].turns, batches[split], run.num_classes,
             part_size=part_size, agreement=run.agreement, mistakes=MISTAKES,

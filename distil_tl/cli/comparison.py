@@ -17,8 +17,6 @@ from distil_tl.data.index import Index
 from distil_tl.data.scan import scan
 from distil_tl.data.splits import data_root
 from distil_tl.inference import RestoredModel, restore_model
-from distil_tl.training.network import evaluation_network
-from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_text
 from distil_tl.utils.log import Progress, printable, table
@@ -122,8 +120,7 @@ def compare(
 
 def predict_split(model: RestoredModel, index: Index, device: torch.device, label: str) -> np.ndarray:
     """Predicted classes of the images, int64 [N]; -1 for one that can't be read."""
-    compute = default_compute(model.precision, model.model.module, device)
-    network = evaluation_network(model.model, compute, device, model.image_size).eval()
+    network = model.network(device)
     probabilities = functools.partial(predict_batch, network, device)
     files = [index.path(i) for i in range(len(index))]
     loader = file_loader(files, model.transform(), BATCH_SIZE, None, pin_memory=device.type == "cuda")

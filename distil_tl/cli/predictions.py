@@ -24,8 +24,7 @@ from distil_tl.data.walk import describe, walk
 from distil_tl.export.names import ONNX
 from distil_tl.export.onnx_model import OnnxModel
 from distil_tl.inference import Transform, restore_model
-from distil_tl.training.network import ImageNetwork, evaluation_network
-from distil_tl.training.precision import default_compute
+from distil_tl.training.network import Network
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import Progress, printable
 from distil_tl.utils.outputs import check_output, open_output
@@ -111,8 +110,7 @@ def trained_predictor(run_dir: Path, checkpoint: str, device: str) -> Predictor:
         raise UserError("--device cuda, but torch finds no CUDA device")
     restored = restore_model(run_dir, checkpoint)
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    compute = default_compute(restored.precision, restored.model.module, where)
-    network = evaluation_network(restored.model, compute, where, restored.image_size).eval()
+    network = restored.network(where)
     probabilities = functools.partial(predict_batch, network, where)
     extensions = restored.config.data.image_extensions
     root = None if restored.config.data.root is None else Path(restored.config.data.root)
@@ -217,6 +215,6 @@ def predict_all(
 
 
 @torch.inference_mode()
-def predict_batch(network: ImageNetwork, device: torch.device, images: Tensor) -> Tensor:
+def predict_batch(network: Network, device: torch.device, images: Tensor) -> Tensor:
     """Probabilities, float32 [N, C] on the CPU, of images uint8 [N, 3, S, S]."""
     return network(images.to(device, non_blocking=True)).softmax(dim=1).cpu()  # type: ignore[no-any-return]

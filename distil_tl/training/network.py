@@ -9,9 +9,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distil_tl.models.graph.fold_batchnorm import CannotFoldError, ConvNorm, fold_batchnorm
-from distil_tl.models.graph.frozen_prefix import CutNetwork
+from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
 from distil_tl.models.preprocess import Normalize
+from distil_tl.rundir.state import StageRecord
+from distil_tl.training.config import StageConfig
 from distil_tl.training.precision import Compute, use_benchmark
+from distil_tl.training.stage import apply_stage
 from distil_tl.utils.log import logger
 
 if TYPE_CHECKING:
@@ -174,3 +177,38 @@ def lay_out(network: Network | Prefix) -> None:
         network.to(memory_format=network.compute.memory_format)  # it may have no parameters
     else:
         set_layout(network, network.compute)
+
+
+def final_network(
+    model: TransferModel,
+    stage: StageConfig,
+    compute: Compute,
+    record: StageRecord,
+    device: torch.device,
+    image_size: int,
+) -> Network:
+    """The whole model for evaluation on images of `image_size` pixels, computed as while its stage trained.
+
+    Where the frozen part of the stage was computed in another precision than the rest, it is here, too: otherwise the
+    figures would be others than those by which the checkpoint was chosen.
+
+    Args:
+        stage, record: of the checkpoint.
+        compute: precision and memory format of the trained part.
+    """
+    fold = record.folded is not False
+    prefix_compute = None if record.prefix_precision is None else Compute.parse(record.prefix_precision)
+    if prefix_compute is None or prefix_compute.dtype == compute.dtype:
+        return evaluation_network(model, compute, device, image_size, fold=fold)
+    apply_stage(model, stage)
+    model.module.to(device)
+    images = Normalize(model.preprocess).to(device)(dummy_images(3, image_size, device))
+    try:
+        cut = cut_frozen_prefix(model.module, images)
+    except CannotCutError as error:
+        logger.warning("evaluated in %s, not in %s as its frozen part was: %s", compute, prefix_compute, error)
+        return evaluation_network(model, compute, device, image_size, fold=fold)
+    network = SplitNetwork(Prefix(model, cut, prefix_compute, device), FeatureNetwork(cut, compute))
+    lay_out(network)
+    use_benchmark(compute)
+    return network

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from distil_tl import evaluate, train
+from distil_tl import evaluate, inference, train
 from distil_tl.run import Run
+from distil_tl.training import network, stage_setup
+from distil_tl.training.precision import Compute
 from distil_tl.training.records import Records
 from tests.helpers.arguments import small_args
 
@@ -97,3 +100,26 @@ def test_a_resumed_run_makes_the_missing_final_evaluation(
     assert same_as_the_command(run, tmp_path)
     assert train.main([*args, f"run_dir={tmp_path}/whole"]) == 0
     assert (run / "evaluation.json").read_text() == (tmp_path / "whole" / "evaluation.json").read_text()
+
+
+def test_a_frozen_part_in_bf16_is_evaluated_in_bf16(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial of precisions may choose bf16 for the frozen part alone: the figures at the end are as at the best."""
+    original, used = network.final_network, list[Any]()
+
+    def noted(*args: Any) -> Any:
+        used.append(original(*args))
+        return used[-1]
+
+    monkeypatch.setattr(stage_setup, "_prefix_compute", lambda *args: Compute(torch.bfloat16, True))
+    for module in (train, inference):
+        monkeypatch.setattr(module, "final_network", noted)
+    run = tmp_path / "run"
+    args = [*small_args(folder), f"run_dir={run}", "stages.full.epochs=0", "precision=auto"]
+    assert train.main(args) == 0
+    stage = json.loads((run / "summary.json").read_text())["stages"]["head"]
+    assert (stage["precision"], stage["prefix_precision"]) == ("fp32 channels_last", "bf16 channels_last")
+    assert same_as_the_command(run, tmp_path)
+    assert [type(each) for each in used] == [network.SplitNetwork] * 2
+    assert all(str(each.prefix.compute) == "bf16 channels_last" for each in used)
