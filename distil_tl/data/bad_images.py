@@ -40,13 +40,11 @@ class BadImages:
             path, name = printable(index.path(i)), printable(index.classes[int(index.targets[i])])
             unreadable = reason.startswith(UNREADABLE)
             if self.policy == "error" or unreadable:
-                advice = (
-                    "Repair or remove it, or skip such images with data.on_bad_image=skip. "
-                    "`distil-tl doctor --images`, with the arguments of this run, names all of them"
-                )
+                advice = "Repair or remove it, or skip such images with data.on_bad_image=skip"
+                more = ". `distil-tl doctor --images`, with the arguments of this run, names all of them"
                 if unreadable:
-                    advice = "Unreadable files are never skipped, as the image may be fine; check the disk"
-                raise UserError(f"can't use the image {path} of class {name}: {reason}. {advice}", one_rank=True)
+                    more, advice = "", "Unreadable files are never skipped, as the image may be fine; check the disk"
+                raise UserError(f"can't use the image {path} of class {name}: {reason}. {advice}{more}", one_rank=True)
             skipped = self.by_split.setdefault(split, {})
             if index.relative_path(i) not in skipped:
                 logger.warning("skipped the image %s of class %s: %s", path, name, reason)
