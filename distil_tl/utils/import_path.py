@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-PACKAGES = ("distil_tl", "launch")
+PACKAGES, SCRIPT = ("distil_tl", "launch"), "distil-tl"
 LIBRARIES = (
     "numpy", "omegaconf", "optuna", "PIL", "pi_heif", "safetensors", "sklearn", "submitit", "timm", "torch",
     "torchcodec", "torchvision", "triton", "wandb", "yaml",
@@ -17,10 +17,11 @@ LIBRARIES = (
 
 
 def leave_current_folder() -> None:
-    """Import no more from the current folder if `python -m` put it there and this package is not in it."""
+    """For a command of this package: import no more from the current folder, unless the package itself is in it."""
     args = sys.orig_argv
     module = next((args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "-m"), "")
-    if module.partition(".")[0] not in PACKAGES:
+    is_script = bool(sys.argv) and os.path.basename(sys.argv[0]) == SCRIPT  # noqa: PTH119
+    if not is_script and module.partition(".")[0] not in PACKAGES:
         return
     here = _current_folder()
     if here is not None and sys.path[:1] in ([""], [here]) and not _is_home_of_package(here):

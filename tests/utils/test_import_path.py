@@ -31,10 +31,12 @@ def test_files_of_the_user_are_not_imported(tmp_path: Path, module: str) -> None
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", [["-m", "distil_tl.cli"], ["distil-tl"]])
 @pytest.mark.parametrize(("file", "library"), [("omegaconf.py", "omegaconf"), ("random.py", "random")])
-def test_a_file_that_is_looked_at_first_is_named(tmp_path: Path, file: str, library: str) -> None:
+def test_a_file_that_is_looked_at_first_is_named(tmp_path: Path, command: list[str], file: str, library: str) -> None:
     (tmp_path / file).write_text("raise SystemExit('imported')")
-    done = run("-m", "distil_tl.cli", "train", "seed=x", cwd=tmp_path, path=f"{ROOT}:.")
+    (tmp_path / "distil-tl").write_text("from distil_tl.cli.main import main; main()")
+    done = run(*command, "train", "seed=x", cwd=tmp_path, path=f"{ROOT}:.")
     assert done.returncode == 2
     assert done.stderr.startswith(
         f"distil_tl: {tmp_path / file} would be imported in place of the library {library}: rename it, or start"
