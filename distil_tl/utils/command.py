@@ -49,6 +49,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 _WRONG_PATH = (errno.ENAMETOOLONG, errno.ELOOP)  # no file can have such a path: the user's input is wrong
+_COMPILE_ERRORS = ("InductorError", "BackendCompilerFailed")
 _RESTARTED = "DISTIL_TL_RESTARTED"  # of the environment: the id of the process that starts again
 
 
@@ -98,26 +99,38 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
         return 0
     except Exception as error:
-        if "does not have a deterministic implementation" in str(error):
-            operation = str(error).partition(",")[0]
-            _print_error(f"{name}: deterministic=true: {operation}; use deterministic=false, or another model")
-            return EXIT_USER_ERROR
-        if (fault := loader_fault(error)) is not None:
-            _print_error(f"{name}: {fault}", every_rank=True)
-            return EXIT_FAULT
-        if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
-            reason = str(error).partition("\n")[0]
-            remedy = "use a smaller model or image size, or a device with more free memory"
-            _print_error(f"{name}: the device has too little memory; {remedy}. {reason}", every_rank=True)
-            return EXIT_USER_ERROR
-        if isinstance(error, OSError) and error.filename is not None:  # a bug rarely names a file of the system
+        if (known := _known_error(error)) is not None:
+            message, status, every_rank = known
             logger.debug("%s: traceback", name, exc_info=True)
-            _print_error(f"{name}: {printable(error.filename)}: {error.strerror or error}", every_rank=True)
-            return EXIT_USER_ERROR if error.errno in _WRONG_PATH else EXIT_FAULT
+            _print_error(f"{name}: {message}", every_rank=every_rank)
+            return status
         if not logger.handlers:
             raise
         logger.exception("%s: internal error", name)
         return EXIT_FAULT
+
+
+def _known_error(error: Exception) -> tuple[str, int, bool] | None:
+    """The message for an error of torch or of the system, its exit status, and whether each rank has its own.
+
+    Errors of torch are told by their names, as it is not imported here.
+    """
+    kind, first = type(error).__name__, str(error).partition("\n")[0]
+    if "does not have a deterministic implementation" in str(error):
+        operation = first.partition(",")[0]
+        message = f"deterministic=true: {operation}; use deterministic=false, or another model"
+        return message, EXIT_USER_ERROR, False
+    if (fault := loader_fault(error)) is not None:
+        return fault, EXIT_FAULT, True
+    if kind in _COMPILE_ERRORS:
+        return f"torch.compile failed: {first}. Correct that, or set compile=none", EXIT_USER_ERROR, True
+    if kind == "OutOfMemoryError":
+        remedy = "use a smaller model or image size, or a device with more free memory"
+        return f"the device has too little memory; {remedy}. {first}", EXIT_USER_ERROR, True
+    if isinstance(error, OSError) and error.filename is not None:  # a bug rarely names a file of the system
+        status = EXIT_USER_ERROR if error.errno in _WRONG_PATH else EXIT_FAULT
+        return f"{printable(error.filename)}: {error.strerror or error}", status, True
+    return None
 
 
 def exit_process(status: int) -> NoReturn:

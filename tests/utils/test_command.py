@@ -34,6 +34,13 @@ def test_the_exit_status_is_what_the_command_returns() -> None:
     assert run_command("test", lambda: 1) == 1
 
 
+def test_a_compiler_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    error = type("InductorError", (RuntimeError,), {})("InvalidCxxCompiler: no working compiler\n\nSet TORCH_LOGS")
+    assert run_command("test", lambda: fails_with(error)) == 2
+    message = "test: torch.compile failed: InvalidCxxCompiler: no working compiler. Correct that, or set compile=none\n"
+    assert capsys.readouterr().err == message
+
+
 def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command("test", lambda: fails_with(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "test: stopped by Ctrl-C\n"
