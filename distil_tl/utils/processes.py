@@ -28,7 +28,7 @@ def kill_descendants(pid: int) -> None:
 
 
 def kill_tree(pid: int) -> None:
-    """Kill a process and all processes below it, also those that are stopped or hang."""
-    for one in (pid, *descendants(pid)):
+    """Kill a process and all processes below it, also those that are stopped or hang. This process comes last."""
+    for one in sorted((pid, *descendants(pid)), key=lambda one: one == os.getpid()):
         with suppress(OSError):
             os.kill(one, signal.SIGKILL)

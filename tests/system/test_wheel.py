@@ -46,8 +46,8 @@ def test_it_has_the_code_and_one_copy_of_each_other_file(installed: Path) -> Non
     for path in [*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "slurm").glob("*.sbatch")]:
         assert (shipped / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
     assert {path.name for path in (shipped / "slurm").iterdir()} == TEMPLATES
-    for path in (ROOT / "distil_tl" / "report").glob("*.[cj]s*"):
-        assert (installed / "distil_tl" / "report" / path.name).is_file()
+    for path in [*(ROOT / "distil_tl" / "report").glob("*.[cj]s*"), *(ROOT / "launch").glob("*.sh")]:
+        assert (installed / path.relative_to(ROOT)).is_file()
 
 
 def test_names_and_commands_work_in_a_folder_with_a_launch_of_its_own(installed: Path, tmp_path: Path) -> None:
