@@ -39,8 +39,8 @@ class StopSignal:
 
     Before `defer` there is nothing to save, and the first signal ends the process with a PreemptedError. Signals: INT
     (Ctrl-C), TERM (preemption, scancel), USR2 (submitit's warning before a time limit), HUP (a lost connection), unless
-    it is ignored, as after nohup. A signal that was blocked before, as in a batch job, is still only recorded
-    afterwards: no signal may end the process while it requeues its job.
+    it is ignored, as after nohup. A signal that was blocked before, as in a batch job, is ignored afterwards:
+    it must not end the process, or squeue, while the job is requeued.
     """
 
     def __init__(self) -> None:
@@ -84,10 +84,9 @@ class StopSignal:
         restarts = kind is not None and issubclass(kind, RestartError)
         if restarts and self.name is not None:
             os.environ[_EARLIER] = self.name
-        self.defer()
         for number, handler in self._former.items():
-            if restarts or number not in self._blocked:
-                signal.signal(number, _note if restarts else handler)
+            after = signal.SIG_IGN if number in self._blocked else handler
+            signal.signal(number, _note if restarts else after)
         sys.unraisablehook = self._former_hook
         note_stop(None)
 
