@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +53,10 @@ def export_onnx(run_dir: Path, checkpoint: str, overrides: Sequence[str], output
     launch = read_launch(os.environ)
     if launch.world_size > 1:
         raise UserError("distil-tl export runs as one process: start it without torchrun or srun")
-    restored = restore_model(run_dir, checkpoint, [*overrides, "distributed.device=cpu"])
+    restored = restore_model(run_dir, checkpoint, [*overrides, "distributed.device=cpu", "distributed.backend=auto"])
     config, model, size = restored.config, restored.model, restored.image_size
     check_evaluation(config)
-    with init_distributed(launch, replace(config.distributed, backend="auto")) as info:
+    with init_distributed(launch, config.distributed) as info:
         index = open_split(info, config.data, SPLIT, restored.classes, run_dir)
         metadata = describe(
             model.preprocess, size, restored.classes, provenance(run_dir, restored),

@@ -122,8 +122,7 @@ def resize_and_crop(pixels: Any, shorter_side: int, size: int, interpolation: st
 def nearest(length: int, new_length: int) -> Any:
     """For each position of a side of `new_length` pixels the position in one of `length`, int64 [new_length]."""
     scale = np.float32(length) / np.float32(new_length)
-    positions = np.floor(np.arange(new_length, dtype=np.float32) * scale).astype(np.int64)
-    return np.minimum(positions, length - 1)
+    return np.minimum(np.floor(np.arange(new_length, dtype=np.float32) * scale).astype(np.int64), length - 1)
 
 
 @functools.lru_cache(maxsize=64)
@@ -166,8 +165,7 @@ def weighted_sums(pixels: Any, weights: tuple[Any, Any, int], wanted: slice, off
     Args:
         offset: the position of pixels[0] in the whole image.
     """
-    first, table, bits = weights
-    first, table = first[wanted] - offset, table[wanted]
+    first, table, bits = weights[0][wanted] - offset, weights[1][wanted], weights[2]
     total = np.full((len(first), *pixels.shape[1:]), 1 << (bits - 1), dtype=np.int32)
     for tap in range(table.shape[1]):
         positions = np.minimum(first + tap, len(pixels) - 1)  # beyond the end the weight is zero
@@ -270,7 +268,9 @@ def run(options: argparse.Namespace) -> int:
     import onnxruntime
 
     Image.MAX_IMAGE_PIXELS = None  # the limit is checked here
-    session = onnxruntime.InferenceSession(str(models[0]), providers=["CPUExecutionProvider"])
+    setup = onnxruntime.SessionOptions()
+    setup.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0  # else: all
+    session = onnxruntime.InferenceSession(str(models[0]), setup, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     if "distil_tl.classes" not in metadata:
         raise RefusedError(f"{models[0]} was not written by `distil-tl export`")

@@ -58,10 +58,9 @@ def to_onnx(model: TransferModel, image_size: int, metadata: Mapping[str, str]) 
                         f"use --format safetensors")  # fmt: skip
     images = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
     network = _Exported(model).eval()
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
+    disabled = logging.root.manager.disable
     try:
-        exporter.setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)  # of torch.onnx, onnxscript and onnx_ir
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -74,7 +73,7 @@ def to_onnx(model: TransferModel, image_size: int, metadata: Mapping[str, str]) 
             f"torch can't export {model.name} to ONNX ({reason}); use --format safetensors, or another model"
         ) from error
     finally:
-        exporter.setLevel(level)
+        logging.disable(disabled)
     assert program is not None, "with dynamo=True"
     proto = program.model_proto
     if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:

@@ -25,6 +25,7 @@ def make_run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         (path / "config.yaml").write_text(
             f"data: {{root: '{folder}', image_size: {SIZE}, workers: 0}}\n"
             f"model: {{name: {name}, weights: none}}\nstages: {{head: {{unfreeze: head}}}}\n"
+            "distributed: {device: cuda, backend: nccl}\n"
         )
         checkpoints = Checkpoints(path / "checkpoints")
         for step in (1, 2):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from distil_tl.cli.export import main
 from distil_tl.cli.predict import main as predict
 from distil_tl.export import predict as script
 from distil_tl.export.onnx_model import OnnxModel
+from distil_tl.export.to_onnx import to_onnx
+from distil_tl.utils.errors import UserError
 from tests.export.conftest import SIZE
 from tests.helpers.arguments import SMALLEST
 from tests.helpers.images import CLASSES
@@ -134,6 +137,12 @@ def test_a_model_that_torch_cannot_export_is_a_fault_without_a_traceback(
     said = capsys.readouterr().err
     assert f"torch can't export {SMALLEST} to ONNX (no such operator); use --format safetensors" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_do_not_fit_into_one_file_are_refused() -> None:
+    huge = SimpleNamespace(name="huge", module=torch.nn.Linear(30_000, 30_000, device="meta"))
+    with pytest.raises(UserError, match=r"huge has 3,600,120,000 bytes of weights.*use --format safetensors"):
+        to_onnx(huge, SIZE, {})  # type: ignore[arg-type]
 
 
 def test_a_file_that_is_in_the_way_is_not_replaced(
