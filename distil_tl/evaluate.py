@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         check_output("--json", options.json, (), ALL_EXTENSIONS)
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
-    restored = restore_model(options.run_dir, options.checkpoint, options.overrides)
+    restored = restore_model(options.run_dir, options.checkpoint, without_table(options.overrides))
     config, model, split = restored.config, restored.model, options.split
     configuration.check_evaluation(config)
     with init_distributed(launch, config.distributed) as info:
@@ -67,6 +67,13 @@ def run(options: argparse.Namespace) -> None:
             with open_output(options.json) as file:
                 file.write(json_text({"checkpoint": restored.checkpoint.name, **content}))
         print_metrics(f"{restored.checkpoint.name} of {options.run_dir} on {split}", content)
+
+
+def without_table(overrides: Sequence[str]) -> list[str]:
+    """The overrides; if they name another folder of images, the table of the run does not belong to it."""
+    keys = {override.partition("=")[0] for override in overrides}
+    more = ["data.labels=null"] if "data.root" in keys and "data.labels" not in keys else []
+    return [*overrides, *more]
 
 
 def print_metrics(title: str, content: dict[str, Any]) -> None:

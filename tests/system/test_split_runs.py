@@ -115,7 +115,7 @@ def test_a_copy_on_the_local_disk_has_the_same_split(flat: Path, alone: Path, tm
     assert sorted(path.name for path in copied.iterdir()) == ["train", "val"]
 
 
-def test_a_table_of_the_same_images_gives_the_same_run(flat: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_table_of_the_same_images_gives_the_same_run(flat: Path, alone: Path, folder: Path, tmp_path: Path) -> None:
     rows = [f"{path.relative_to(flat)};{path.parent.name}" for path in sorted(flat.rglob("*.png"))]
     table = tmp_path / "labels.csv"
     table.write_text("\n".join(["Datei;Klasse", *rows]), encoding="utf-8-sig")
@@ -129,6 +129,8 @@ def test_a_table_of_the_same_images_gives_the_same_run(flat: Path, alone: Path, 
     out = tmp_path / "out.json"
     assert evaluated([str(tmp_path / "run"), "--json", str(out)]) == 0
     assert json.loads(out.read_text())["n"] == 16
+    assert evaluated([str(tmp_path / "run"), "--json", str(out), f"data.root={folder}"]) == 0
+    assert json.loads(out.read_text())["n"] == len(list((folder / "val").rglob("*.png")))
 
 
 def test_a_kept_split_is_a_table(flat: Path, alone: Path, tmp_path: Path) -> None:
