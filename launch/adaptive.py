@@ -15,7 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from distil_tl.rundir.lock import Attempt, is_alive, read_attempt
+from distil_tl.rundir.lock import Attempt
 from distil_tl.utils.args import read_yaml, refuse, to_yaml
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError, WriteError
@@ -26,13 +26,13 @@ from distil_tl.utils.log import setup_console
 from launch.args import CLUSTERS, add_submission_options, argument_parser, print_line
 from launch.executor import sbatch_script
 from launch.folder_lock import submission_lock
+from launch.search_lock import LOCK_FILE, refuse_other_search
 from launch.snapshot import snapshot_path, take_snapshot
 from launch.submission import nothing_submitted, settle
 from launch.sweep_file import Sweep, Trial
 from launch.sweep_plan import SweepArgs, plan_trials, read_sweep_args, refuse_other_common
 from launch.test_only import refuse_impossible
 
-LOCK_FILE = "search.json"  # names the process that searches in the folder
 POLL_S = {"slurm": 15.0, "local": 2.0}
 
 
@@ -158,21 +158,6 @@ def boundary_trials(sweep: Sweep) -> list[Trial]:
         Trial({**{key: values[i % len(values)] for key, values in spaces.items()}, "seed": sweep.seed})
         for i in range(count)
     ]
-
-
-def refuse_other_search(folder: Path) -> None:
-    """Check that no process of this machine searches in `folder`. A process on another machine can't be seen from here:
-    it ends when it finds that this one has taken the lock.
-
-    Raises:
-        UserError: names the process.
-    """
-    other = read_attempt(folder / LOCK_FILE)
-    if other is not None and "ended_at" not in other and is_alive(other):
-        raise UserError(
-            f"{folder} is in use: process {other['pid']} of this machine has been searching there since "
-            f"{other['started_at']}. Wait until it ends, run `kill {other['pid']}`, or choose another --dir"
-        )
 
 
 def choose_code(study: Any, folder: Path, *, new: bool) -> Path:

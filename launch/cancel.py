@@ -13,10 +13,10 @@ from pathlib import Path
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, UserError, listed
 from distil_tl.utils.home import path_argument
-from launch.adaptive import refuse_other_search
 from launch.args import print_line
 from launch.local_job import is_job_alive, stop_job
 from launch.records import read_record, read_sweep_record
+from launch.search_lock import refuse_other_search
 from launch.squeue import SlurmUnavailableError, cancel_jobs
 from launch.status import WAITING, is_run, read_overview
 

@@ -10,8 +10,8 @@ import pytest
 
 from distil_tl.rundir.lock import Attempt
 from launch import cancel
-from launch.adaptive import LOCK_FILE
 from launch.records import SWEEP_FILE, write_record
+from launch.search_lock import LOCK_FILE
 from tests.helpers.fake_slurm import FakeSlurm
 
 
