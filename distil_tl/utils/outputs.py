@@ -47,6 +47,10 @@ def check_output(option: str, path: Path, inputs: Iterable[Path] = (), image_end
         raise UserError(f"{shown} is one of the inputs: name another file")
     if path.name.lower().endswith(image_endings):
         raise UserError(f"{shown} is named like an image: name another file")
+    if _target(path).name.lower().endswith(image_endings):
+        raise UserError(
+            f"{shown} is a link to {printable(_target(path))}, which is named like an image: name another file"
+        )
     if not _is_replaced(path):
         if not os.access(path, os.W_OK):
             raise UserError(f"{shown}: no permission to write to it")
@@ -74,8 +78,15 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
         yield sys.stdout
         return
     if not _is_replaced(path):
-        with path.open("w", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
-            yield file
+        try:
+            with path.open("w", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
+                yield file
+        except BrokenPipeError:  # its reader has exited
+            raise
+        except OSError as error:
+            if error.filename not in (None, str(path)):  # of the body
+                raise
+            raise UserError(f"can't write {printable(path)}: {error.strerror or error}") from error
         return
     with replaced_output(path) as partial, partial.open("x", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
         yield file

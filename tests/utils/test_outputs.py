@@ -52,6 +52,19 @@ def test_a_device_stays_a_device(tmp_path: Path) -> None:
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)  # noqa: PTH116
 
 
+def test_a_device_without_room_is_named() -> None:
+    with pytest.raises(UserError, match="can't write /dev/full: No space left on device"):
+        write(Path("/dev/full"), "text")
+
+
+def test_a_pipe_whose_reader_has_exited_is_no_fault_of_the_user() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        write(Path(f"/dev/fd/{writer}"), "text")
+    os.close(writer)
+
+
 def test_a_pipe_gets_the_text(tmp_path: Path) -> None:
     pipe, found = tmp_path / "pipe", list[str]()
     os.mkfifo(pipe)
@@ -98,12 +111,14 @@ def test_what_is_refused(tmp_path: Path) -> None:
     photo.write_bytes(b"photo")
     folder.mkdir()
     (tmp_path / "link.csv").symlink_to(photo)
+    (tmp_path / "other.csv").symlink_to(tmp_path / "other.jpg")
     cases = {
         folder: "is a folder: name a file in it",
         tmp_path / "nowhere" / "x": "there is no folder",
         photo: "is one of the inputs",
         tmp_path / "link.csv": "is one of the inputs",
         tmp_path / "b.JPG": "is named like an image",
+        tmp_path / "other.csv": "is a link to .*other.jpg, which is named like an image",
         tmp_path / ("x" * 300): "can't write|File name too long",
         Path("/proc/x"): "can't write in /proc",
     }
