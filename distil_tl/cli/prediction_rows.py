@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
+
+from distil_tl.utils.csv_rows import CsvWriter
 
 FORMATS = ("csv", "jsonl")
 
@@ -55,7 +56,7 @@ def _csv_writer(file: TextIO, classes: list[str], shape: RowFormat) -> Callable[
     count = min(shape.top, len(classes))
     numbered = [f"{name}_{i}" for i in range(2, count + 1) for name in ("prediction", "probability")]
     columns = [f"p({name})" for name in classes] if shape.all_classes else []
-    writer = csv.writer(file, lineterminator="\n")
+    writer = CsvWriter(file)
     writer.writerow(["path", "prediction", "probability", *numbered, *columns, "error"])
 
     def write(path: Path, prediction: Tensor | str) -> None:

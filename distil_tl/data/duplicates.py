@@ -6,7 +6,6 @@ differ in few. Each image of val and test is compared with all of the splits bef
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import io
 import os
@@ -22,6 +21,7 @@ from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Array, Index
 from distil_tl.data.loader_processes import BoundedLoader
 from distil_tl.data.split import identical_files
+from distil_tl.utils.csv_rows import CsvWriter
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_parts
 from distil_tl.utils.log import Progress, logger, printable
@@ -189,7 +189,7 @@ def _shown(splits: Mapping[str, Index], split: str, image: int) -> str:
 
 def _table(splits: Mapping[str, Index], found: list[Duplicate]) -> bytes:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = CsvWriter(text)
     writer.writerow(COLUMNS)
     for bits, split, image, other_split, other in found:
         kind = "identical" if bits is None else "similar"

@@ -14,6 +14,7 @@ import numpy as np
 from distil_tl.data.config import SPLITS
 from distil_tl.data.index import Array, Index
 from distil_tl.data.split import keyed_order, path_key
+from distil_tl.utils.csv_rows import CsvWriter
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_parts
 
@@ -44,7 +45,7 @@ def write_split_file(path: Path, splits: Mapping[str, Index]) -> None:
 
 def _parts(splits: Mapping[str, Index]) -> Iterator[bytes]:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = CsvWriter(text)
     weighted = any(index.weights is not None for index in splits.values())
     writer.writerow([*COLUMNS, WEIGHT] if weighted else COLUMNS)
     for split, index in splits.items():
