@@ -113,12 +113,13 @@ for _how in LAUNCHERS:
 
 @concurrent()
 def test_a_suspended_run_continues(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
-    run = Run(partition, inputs, tmp_path / "run", inputs.small, 1, gpus_per_node=2)
+    args = [*inputs.small, "distributed.timeout_seconds=600"]  # torch counts the time in which it is stopped
+    run = Run(partition, inputs, tmp_path / "run", args, 1, gpus_per_node=2)
     run.wait_for_step(3)
     partition.run("scontrol", "suspend", run.job)
     time.sleep(75)  # longer than a rank may be silent
     partition.run("scontrol", "resume", run.job)
-    run.wait_until_same_as(inputs.reference(2, inputs.small))
+    run.wait_until_same_as(inputs.reference(2, args))
     assert partition.history(run.job)[-1] == "COMPLETED"
     assert json.loads((run.run_dir / "attempt.json").read_text())["restarts"] == 0
 
