@@ -199,6 +199,11 @@ def test_the_number_of_views_is_limited():
     assert list(problems(config, 1)) == ["stages.head.views must be at least 1 and at most 10,000, or null"]
 
 
+def test_a_key_below_a_value_is_unknown(tmp_path: Path):
+    (tmp_path / "x.yaml").write_text("data.root: null\nstages.full.lr.0: 1\n")
+    assert "unknown key `stages.full.lr.0`" in message_of(str(tmp_path / "x.yaml"))
+
+
 @pytest.mark.parametrize("arg", ["tf32=3", "deterministic=-1", "data.hflip=0.5", "tracking.wandb.artifact=2"])
 def test_a_number_is_not_a_truth_value(arg: str):
     key, _, value = arg.partition("=")

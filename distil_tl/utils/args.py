@@ -149,7 +149,8 @@ def _takes_any_key(node: DictConfig) -> bool:
 
 def _suggest(schema: DictConfig, full: str) -> str:
     parent, _, name = full.rpartition(".")
-    siblings = (OmegaConf.select(schema, parent) if parent else None) or schema
+    above: Any = _node_at(schema, parent) if parent else None
+    siblings = above if isinstance(above, DictConfig) else schema
     hint = did_you_mean(name, [str(key) for key in siblings])
     known_here = f"; known keys: {', '.join(str(key) for key in siblings)}"
     if hint or parent == "stages":
