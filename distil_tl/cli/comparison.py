@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
@@ -13,8 +14,10 @@ import numpy as np
 import torch
 
 from distil_tl.cli.predictions import file_loader, predict_all, predict_batch
+from distil_tl.data.config import SPLIT_FILE
+from distil_tl.data.find_splits import find_split
 from distil_tl.data.index import Index
-from distil_tl.data.scan import scan
+from distil_tl.data.split_file import splits_of
 from distil_tl.data.splits import data_root
 from distil_tl.inference import RestoredModel, restore_model
 from distil_tl.utils.errors import UserError
@@ -50,8 +53,8 @@ class Pairs:
     def p_value(self) -> float:
         """McNemar's exact test (1947): the probability of a division at least as uneven, if both are equally good."""
         flipped, fewer = self.only_first + self.only_second, min(self.only_first, self.only_second)
-        tail = sum(math.comb(flipped, i) for i in range(fewer + 1))
-        return min(1.0, float(2 * tail / 2**flipped))
+        logs = [math.lgamma(flipped + 1) - math.lgamma(i + 1) - math.lgamma(flipped - i + 1) for i in range(fewer + 1)]
+        return min(1.0, 2 * math.fsum(math.exp(log - flipped * math.log(2)) for log in logs))
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -99,14 +102,16 @@ def compare(
             f"{runs[0]} and {runs[1]} have other classes ({', '.join(map(printable, differing[:5]))}): "
             f"only models of the same classes can be compared"
         )
-    folder = (data_root(first.config.data) if data is None else data) / split
-    index = scan(folder, classes=first.classes, extensions=first.config.data.image_extensions)
+    index = images_of(first, runs[0], split, data)
+    files = [index.path(i) for i in range(len(index))]
+    for model, run in zip((first, second), runs, strict=True):
+        warn_if_trained_on(files, model, run)
     predicted = [
         predict_split(model, index, where, f"predict {run}") for model, run in zip((first, second), runs, strict=True)
     ]
     readable = (predicted[0] >= 0) & (predicted[1] >= 0)
     if not readable.any():
-        raise UserError(f"none of the images in {folder} can be read")
+        raise UserError(f"none of the {len(index)} images of {split} can be read")
     if not readable.all():
         sys.stderr.write(f"distil-tl compare: {(~readable).sum()} of {len(index)} images can't be read; left out\n")
     content = comparison(index, predicted[0], predicted[1], readable)
@@ -116,6 +121,26 @@ def compare(
         with open_output(json_file) as file:
             file.write(json_text(content))
     sys.stdout.write(as_text(content, images))
+
+
+def images_of(model: RestoredModel, run_dir: Path, split: str, data: Path | None) -> Index:
+    """The images of a split of a run, or of the folder `data`, as `distil-tl evaluate` finds them."""
+    config = model.config.data
+    if data is not None:
+        config = dataclasses.replace(config, root=str(data), labels=None)
+    return find_split(config, data_root(config), split, model.classes, run_dir)
+
+
+def warn_if_trained_on(files: list[Path], model: RestoredModel, run_dir: Path) -> None:
+    """Say so if a run was trained on some of these images, as it divided them otherwise."""
+    kept, root = run_dir / SPLIT_FILE, model.config.data.root
+    if root is None or not kept.is_file():
+        return
+    if trained := splits_of(kept, Path(root), files).count("train"):
+        sys.stderr.write(
+            f"distil-tl compare: {printable(run_dir)} was trained on {trained} of these {len(files)} images, so its "
+            f"figures are too good; compare runs with the same split\n"
+        )
 
 
 def predict_split(model: RestoredModel, index: Index, device: torch.device, label: str) -> np.ndarray:
@@ -200,5 +225,5 @@ def _signed(first: float, second: float) -> str:
 
 def _verdict(content: dict[str, Any]) -> str:
     if content["p_value"] >= 0.05:
-        return "such a difference is often chance"
+        return "not significant at 5 %"
     return f"the {'second' if content['difference'] > 0 else 'first'} is better on such images"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -30,15 +30,24 @@ def epoch_order(length: int, seed: int, stage: str, epoch: int) -> np.ndarray:
     return torch.randperm(length, generator=generator).numpy()
 
 
-def balanced_order(targets: np.ndarray, seed: int, stage: str, epoch: int) -> np.ndarray:
-    """As many samples as there are targets, with each class equally often (up to one), int64 [length].
+def members_of_classes(targets: np.ndarray) -> list[np.ndarray]:
+    """The images of each class that occurs, in order, int64 each."""
+    order = np.argsort(targets, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(targets[order])) + 1)
+
+
+def balanced_order(members: Sequence[np.ndarray], seed: int, stage: str, epoch: int) -> np.ndarray:
+    """As many samples as there are images, with each class equally often (up to one), int64 [length].
 
     A class takes its share by going through its images again and again, in a new order each time.
+
+    Args:
+        members: as of `members_of_classes`.
     """
     generator = torch.Generator().manual_seed(keyed_seed(seed, "balanced order", stage, epoch))
-    members = [np.flatnonzero(targets == target) for target in np.unique(targets)]
-    shares = np.full(len(members), len(targets) // len(members))
-    shares[torch.randperm(len(members), generator=generator).numpy()[: len(targets) % len(members)]] += 1
+    length = sum(map(len, members))
+    shares = np.full(len(members), length // len(members))
+    shares[torch.randperm(len(members), generator=generator).numpy()[: length % len(members)]] += 1
     drawn = []
     for images, share in zip(members, shares.tolist(), strict=True):
         rounds = [torch.randperm(len(images), generator=generator) for _ in range(-(-share // len(images)))]
@@ -82,7 +91,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
         self.length = length
         self.stage = stage
         self.epochs = epochs
-        self.targets = targets
+        self._members = None if targets is None else members_of_classes(targets)
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = length // global_batch_size
         self.consumed = 0
@@ -110,10 +119,10 @@ class TrainSampler(DistributedSampler[SampleKey]):
 
     def keys(self, epoch: int, consumed: int = 0) -> Iterator[SampleKey]:
         """The samples of one epoch, after `consumed` samples over all ranks."""
-        if self.targets is None:
+        if self._members is None:
             order = epoch_order(self.length, self.seed, self.stage, epoch)
         else:
-            order = balanced_order(self.targets, self.seed, self.stage, epoch)
+            order = balanced_order(self._members, self.seed, self.stage, epoch)
         for position in range(consumed + self.rank, self.end, self.num_replicas):
             yield SampleKey(int(order[position]), epoch, position)
 

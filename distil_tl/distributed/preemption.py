@@ -48,6 +48,7 @@ class StopSignal:
         self._deferred = False
         self._former: dict[int, signal._HANDLER] = {}
         self._blocked: set[int] = set()
+        self._lost: str | None = None  # a signal that came in a destructor
         self._former_hook = sys.unraisablehook
 
     def __bool__(self) -> bool:
@@ -55,19 +56,27 @@ class StopSignal:
         return self.name is not None
 
     def defer(self) -> None:
-        """From now on only record signals; the ranks then agree to stop."""
+        """From now on only record signals; the ranks then agree to stop.
+
+        Raises:
+            PreemptedError: a signal came before, in a destructor.
+        """
         self._deferred = True
+        if self._lost is not None:
+            raise _before_training(self._lost)
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         repeated, self.name = self.name is not None, signal.Signals(number).name
         note_stop(self.name)
         if not self._deferred and not repeated:
-            raise PreemptedError(f"stopped by {self.name} before training started; run the same command to start again")
+            raise _before_training(self.name)
 
     def _ignored(self, event: sys.UnraisableHookArgs) -> None:
-        """Print nothing for a signal in a destructor, where Python ignores exceptions: the ranks stop a step later."""
+        """Print nothing for a signal in a destructor, where Python ignores exceptions: the run ends a little later."""
         if not isinstance(event.exc_value, PreemptedError):
             self._former_hook(event)
+        elif not self._deferred:
+            self._lost, self.name = self.name, None  # so that the next signal ends the run at once
 
     def __enter__(self) -> StopSignal:
         self._former_hook, sys.unraisablehook = sys.unraisablehook, self._ignored
@@ -89,6 +98,10 @@ class StopSignal:
             signal.signal(number, _note if restarts else after)
         sys.unraisablehook = self._former_hook
         note_stop(None)
+
+
+def _before_training(name: str) -> PreemptedError:
+    return PreemptedError(f"stopped by {name} before training started; run the same command to start again")
 
 
 def _note(number: int, frame: types.FrameType | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -27,9 +28,9 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
 
 def rank_by(metric: str, figures: Mapping[str, Any]) -> tuple[float, float]:
-    """A sort key for evaluations, the best first: by the metric, then by the loss."""
-    value = figures[metric]
-    return (value if metric == "loss" else -value), figures["loss"]
+    """A sort key for evaluations, the best first: by the metric, then by the loss. What is not finite is the worst."""
+    value, loss = (x if math.isfinite(x) else math.inf for x in (figures[metric], figures["loss"]))
+    return (value if metric == "loss" or value == math.inf else -value), loss
 
 
 @dataclass

@@ -86,6 +86,6 @@ def training_loss(
     def tensor(values: np.ndarray | None) -> Tensor | None:
         return None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
 
-    gamma = optim.focal_gamma if optim.loss == "focal" else None
+    gamma = optim.focal_gamma if optim.loss == "focal" and optim.focal_gamma > 0 else None
     of_images = None if weights is None else torch.from_numpy(weights / weights.mean(dtype=np.float64)).float()
     return Loss(optim.label_smoothing, gamma, tensor(of_classes), tensor(offsets), of_images)

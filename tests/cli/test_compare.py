@@ -28,8 +28,9 @@ def test_the_figures_are_those_of_the_literature() -> None:
     assert pairs.accuracies == (944 / 1600, 880 / 1600)
     assert pairs.interval == pytest.approx((-0.0587, -0.0213), abs=2e-4)
     assert pairs.p_value == pytest.approx(3.7e-5, rel=0.05)
-    assert Pairs(148, 4, 9, 21).p_value == 2 * 1093 / 2**13
-    assert Pairs(10, 0, 0, 3).p_value == 1
+    assert Pairs(148, 4, 9, 21).p_value == pytest.approx(2 * 1093 / 2**13)
+    assert Pairs(0, 4900, 5100, 0).p_value == pytest.approx(0.0466, abs=2e-4)  # at once; normal: z = 1.99
+    assert Pairs(10, 0, 0, 3).p_value == pytest.approx(1)
     assert Pairs(10, 2, 2, 3).p_value == 1
 
 
@@ -74,6 +75,26 @@ def test_two_runs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"2 of {len(flipped)} images that only one gets right" in printed.out
     assert flipped[1]["path"] in printed.out
     assert flipped[2]["path"] not in printed.out
+
+
+def test_the_split_that_was_made_for_a_run_is_compared(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [make_run(tmp_path / name, data / "train", seed) for name, seed in (("a", 1), ("b", 8))]
+    images = sorted((data / "train").glob("*/*.png"))
+    for run, every in zip(runs, (4, 5), strict=True):
+        with (run / "split.csv").open("w") as file:
+            file.write("path,label,split,bytes\n")
+            for i, path in enumerate(images):
+                split = "train" if i % every else "val"
+                file.write(f"{path.relative_to(data / 'train')},{path.parent.name},{split},{path.stat().st_size}\n")
+    assert main([str(run) for run in runs]) == 0
+    printed = capsys.readouterr()
+    assert f"val, {-(-len(images) // 4)} images" in printed.out
+    assert f"{runs[1]} was trained on" in printed.err
+    assert f"{runs[0]} was trained on" not in printed.err
+    assert main([*map(str, runs), "--data", str(data)]) == 0
+    assert "val, 31 images" in capsys.readouterr().out
 
 
 def test_other_classes_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from distil_tl.data.sampler import (
     balanced_order,
     epoch_order,
     in_batches,
+    members_of_classes,
 )
 
 
@@ -201,7 +202,7 @@ def test_fitting_world_sizes_are_the_divisors():
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=80), st.integers(0, 9))
 def test_a_balanced_epoch_has_each_class_equally_often(targets: list[int], epoch: int) -> None:
-    order = balanced_order(np.array(targets), 7, "head", epoch)
+    order = balanced_order(members_of_classes(np.array(targets)), 7, "head", epoch)
     assert len(order) == len(targets)
     by_class: dict[int, list[int]] = {target: [] for target in targets}
     for image in order.tolist():
@@ -215,12 +216,14 @@ def test_a_balanced_epoch_has_each_class_equally_often(targets: list[int], epoch
             else [0]
         )
         assert max(repeats) - min(repeats) <= 1
-    assert order.tolist() == balanced_order(np.array(targets), 7, "head", epoch).tolist()
+    assert order.tolist() == balanced_order(members_of_classes(np.array(targets)), 7, "head", epoch).tolist()
 
 
 def test_balanced_epochs_and_seeds_differ() -> None:
     targets = np.array([0] * 50 + [1] * 5)
-    orders = [balanced_order(targets, seed, "head", epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
+    members = members_of_classes(targets)
+    assert [images.tolist() for images in members] == [list(range(50)), list(range(50, 55))]
+    orders = [balanced_order(members, seed, "head", epoch).tolist() for seed in (0, 1) for epoch in (0, 1)]
     assert len({tuple(order) for order in orders}) == 4
 
 

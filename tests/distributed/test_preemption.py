@@ -92,8 +92,17 @@ def test_a_signal_in_a_destructor_stops_the_run_later_and_prints_nothing(capsys:
         sys.unraisablehook = sys.__unraisablehook__
         with StopSignal() as stop:
             Deleted()
-            assert stop.name == "SIGTERM"
             assert capsys.readouterr().err == ""
+            with pytest.raises(PreemptedError, match="stopped by SIGTERM"):
+                stop.defer()
+        with StopSignal():
+            Deleted()
+            with pytest.raises(PreemptedError, match="stopped by SIGINT"):
+                signal.raise_signal(signal.SIGINT)
+        with StopSignal() as stop:
+            stop.defer()
+            Deleted()
+            assert stop.name == "SIGTERM"
             Faulty()
             assert "other errors are printed" in capsys.readouterr().err
         assert sys.unraisablehook is sys.__unraisablehook__

@@ -172,6 +172,8 @@ def test_ties_are_decided_by_loss_and_then_by_order() -> None:
     ]
     assert rows.index(min(rows, key=partial(rank_by, "top1"))) == 2
     assert rows.index(min(rows, key=partial(rank_by, "loss"))) == 0
+    assert rank_by("loss", {"loss": 0.5}) < rank_by("loss", {"loss": float("nan")})
+    assert rank_by("top1", {"top1": 0.1, "loss": 0.5}) < rank_by("top1", {"top1": float("nan"), "loss": 0.1})
 
 
 def test_pieces_do_not_depend_on_the_ranks_and_cover_all() -> None:

@@ -31,7 +31,7 @@ def test_focal() -> None:
     p = LOGITS.double().softmax(1)[range(64), TARGETS]
     expected = (-((1 - p) ** 2.5) * p.log()).float()
     torch.testing.assert_close(losses(loss="focal", focal_gamma=2.5), expected)
-    torch.testing.assert_close(losses(loss="focal", focal_gamma=0), losses())
+    assert torch.equal(losses(loss="focal", focal_gamma=0), losses())
 
 
 def test_weights_are_the_inverse_of_the_counts_with_mean_1_over_images() -> None:
@@ -55,6 +55,15 @@ def test_effective_number_lies_between_none_and_weights() -> None:
 def test_logit_adjustment_adds_the_logarithm_of_the_class_frequency() -> None:
     adjusted = LOGITS + torch.tensor(COUNTS / 1000).log().float()
     torch.testing.assert_close(losses("logit_adjust"), F.cross_entropy(adjusted, TARGETS, reduction="none"))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+def test_slopes_are_finite_where_the_target_is_certain(gamma: float) -> None:
+    loss = training_loss(OptimConfig(loss="focal", focal_gamma=gamma), "none", COUNTS, CPU)
+    certain = torch.tensor([[200.0, 0, 0], [-200.0, 0, 0]])
+    slopes = loss.slopes(certain.softmax(1)[:, None], F.one_hot(torch.tensor([0, 0]), 3).float())
+    assert slopes.isfinite().all()
+    assert torch.equal(slopes[0], torch.zeros(1, 3))
 
 
 @pytest.mark.parametrize("gamma", [None, 1.0, 2.0])
