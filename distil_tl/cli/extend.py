@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tempfile
@@ -12,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from distil_tl.utils.args import parse_overrides, read_yaml, refuse
+from distil_tl.report.load import mapping
+from distil_tl.utils.args import overlay, parse_overrides, read_yaml, refuse
 from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import UserError, did_you_mean
 from distil_tl.utils.home import path_argument
@@ -48,7 +50,7 @@ def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> No
     tree, pairs = extended(run_dir, overrides)
     content = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     if config_file is not None:
-        check_output("--config", config_file)
+        check_output("--config", config_file, [run_dir / "config.yaml"])
         with open_output(config_file) as file:
             file.write(content)
         sys.stdout.write(f"{config_file}: submit it with distil-tl submit {' '.join([str(config_file), *pairs])}\n")
@@ -67,27 +69,66 @@ def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> No
 def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """The run's configuration with the new stage, and the arguments that are not about that stage.
 
+    If the last stage is the one that these arguments describe, and is not complete, it is resumed: so the same command
+    continues an interrupted extension.
+
     Raises:
-        UserError: no such run or stage, or not exactly one `stages.NAME.epochs=+N`.
+        UserError: no such run or stage, not exactly one `stages.NAME.epochs=+N`, or arguments that name another run.
     """
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is not a run directory: config.yaml is missing")
-    wanted = [found for argument in overrides if (found := _MORE.fullmatch(argument))]
-    if len(wanted) != 1 or wanted[0][2] == "0":
-        raise UserError("say once which stage to continue, and for how many epochs, as in stages.full.epochs=+3")
-    name, epochs = wanted[0][1], int(wanted[0][2])
-    tree = read_yaml(run_dir / "config.yaml")
+    name, epochs = _wanted(overrides)
+    tree, done = read_yaml(run_dir / "config.yaml"), _stages_done(run_dir)
     stages: dict[str, Any] = tree["stages"]
     if name not in stages:
         hint = did_you_mean(name, stages) or f"; its stages are {', '.join(stages)}"
         raise UserError(f"{run_dir} has no stage {name}{hint}")
-    new = next(f"{name}_{number}" for number in range(2, len(stages) + 3) if f"{name}_{number}" not in stages)
     prefix = f"stages.{name}."
     own = [argument.removeprefix(prefix) for argument in overrides if argument.startswith(prefix)]
     changes = _values([argument for argument in own if not argument.startswith("epochs=")])
-    stages[new] = {**stages[name], "search": {}, **changes, "epochs": epochs}
+    found = _search_result(done.get(name, {}), mapping(tree, "optim"))
+    added = {**stages[name], "search": {}, **found, **changes, "epochs": epochs}
+    last = list(stages)[-1]
+    is_same = last.startswith(f"{name}_") and stages[last] == overlay(stages[last], added)
+    if not is_same or done.get(last, {}).get("epochs", 0) >= epochs:
+        stages[_free_name(name, stages)] = added
     tree["run_dir"] = str(run_dir)
     return tree, [argument for argument in overrides if not argument.startswith(prefix)]
+
+
+def _wanted(overrides: Sequence[str]) -> tuple[str, int]:
+    """The stage to continue, and for how many epochs."""
+    for argument in overrides:
+        if argument.startswith(("run_dir=", "resume=")):
+            raise UserError(f"{argument}: the run to extend is RUN_DIR, and stays where it is; remove it")
+    given = [argument for argument in overrides if re.fullmatch(r"stages\.[^.=]*\.epochs=.*", argument)]
+    wanted = [found for argument in given if (found := _MORE.fullmatch(argument))]
+    if len(given) != 1 or not wanted or int(wanted[0][2]) == 0:
+        raise UserError("say once which stage to continue, and for how many epochs, as in stages.full.epochs=+3")
+    return wanted[0][1], int(wanted[0][2])
+
+
+def _stages_done(run_dir: Path) -> dict[str, Any]:
+    """What the last checkpoint says of each stage; empty without one."""
+    try:
+        state = json.loads((run_dir / "checkpoints" / "last" / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return mapping(mapping(state, "run"), "stages")
+
+
+def _search_result(record: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a head search chose. Weight decay is no setting of a stage: it is the only candidate again."""
+    result = mapping(record, "search")
+    if not result:
+        return {}
+    decay = result["weight_decay"]
+    again = {} if decay == optim.get("weight_decay") else {"weight_decay": [decay]}
+    return {"lr": result["lr"], "search": again}
+
+
+def _free_name(name: str, stages: dict[str, Any]) -> str:
+    return next(f"{name}_{number}" for number in range(2, len(stages) + 3) if f"{name}_{number}" not in stages)
 
 
 def _values(pairs: list[str]) -> dict[str, Any]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from distil_tl.cli.extend import main
+from distil_tl import train as train_module
+from distil_tl.cli.extend import extended, main
+from distil_tl.training.step import optimizer_step
 from tests.helpers.arguments import head_args
 from tests.helpers.ranks import train
 from tests.helpers.runs import summary_of
@@ -44,12 +50,59 @@ def test_the_configuration_can_be_written_alone(tmp_path: Path, capsys: pytest.C
     assert (written["seed"], written["run_dir"]) == (3, str(tmp_path))
 
 
-@pytest.mark.parametrize("arguments", [["stages.full.epochs=7"], ["stages.full.epochs=+0"], ["seed=1"]])
+def test_the_same_command_resumes_an_extension_that_was_interrupted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    assert train(head_args(folder, run_dir, "stages.full.epochs=0", "stages.head.epochs=1")) == 0
+    before = summary_of(run_dir)["final"]["step"]
+    command = [str(run_dir), "stages.head.epochs=+2", "checkpoint.every_steps=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "optimizer_step", step_and_signal)
+        assert main(command) == 3
+    assert main(command) == 0
+    assert summary_of(run_dir)["final"]["step"] == 3 * before
+    assert main(command) == 0, "now it is complete, so it is trained further"
+    assert summary_of(run_dir)["final"]["step"] == 5 * before
+
+
+def step_and_signal(*args: Any) -> None:
+    optimizer_step(*args)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_a_search_found_is_continued_with(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "stages: {head: {unfreeze: head, epochs: 4, lr: 1, search: {lr: [1, 2]}}}\noptim: {weight_decay: 0.1}\n"
+    )
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    for decay, search in ((0.1, {}), (0.5, {"weight_decay": [0.5]})):
+        record = {"epochs": 4, "search": {"lr": 2.0, "weight_decay": decay}}
+        state = {"run": {"stages": {"head": record}}}
+        (tmp_path / "checkpoints" / "last" / "state.json").write_text(json.dumps(state))
+        added = extended(tmp_path, ["stages.head.epochs=+2"])[0]["stages"]["head_2"]
+        assert (added["lr"], added["search"]) == (2.0, search)
+        assert extended(tmp_path, ["stages.head.epochs=+2", "stages.head.lr=7"])[0]["stages"]["head_2"]["lr"] == 7
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["stages.full.epochs=+1", "stages.full.epochs=2"],
+        ["stages.full.epochs=7"],
+        ["stages.full.epochs=+0"],
+        ["seed=1"],
+    ],
+)
 def test_the_number_of_further_epochs_is_needed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     (tmp_path / "config.yaml").write_text("stages: {full: {unfreeze: all}}\n")
     assert main([str(tmp_path), *arguments]) == 2
     assert "as in stages.full.epochs=+3" in capsys.readouterr().err
+    assert main([str(tmp_path), "stages.full.epochs=+1", "run_dir=elsewhere"]) == 2
+    assert "run_dir=elsewhere: the run to extend is RUN_DIR" in capsys.readouterr().err
+    assert main([str(tmp_path), "stages.full.epochs=+1", "--config", str(tmp_path / "config.yaml")]) == 2
+    assert "is one of the inputs" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere"), "stages.full.epochs=+1"]) == 2
     assert "is not a run directory" in capsys.readouterr().err
