@@ -184,7 +184,11 @@ def _best(run_dir: Path, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def metric_of(run_dir: Path) -> str:
-    """What chooses the best epoch of a run. Only its line of config.yaml is read."""
+    """What chooses the best epoch of a run: as recorded with it, or by its line of config.yaml."""
+    saved = (read_json(run_dir / "checkpoints/last/state.json") or {}).get("run")
+    best = saved.get("best") if isinstance(saved, dict) else None
+    if isinstance(best, dict) and best.get("metric") in METRICS:
+        return str(best["metric"])
     try:
         found = re.search(r"^metric: (\w+)$", (run_dir / "config.yaml").read_text(), re.MULTILINE)
     except (OSError, UnicodeDecodeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -36,8 +37,7 @@ def run(name: str | None, path: Path | None) -> None:
     """
     files = shipped_files()
     if name is None:
-        width = max(map(len, files))
-        sys.stdout.writelines(f"{name:<{width}}  {summary(file)}\n" for name, file in files.items())
+        sys.stdout.write("\n\n".join(_listing(files)) + "\n")
         return
     file = files.get(name) or files.get(name.removesuffix(".yaml"))
     if file is None:
@@ -47,14 +47,34 @@ def run(name: str | None, path: Path | None) -> None:
     if target.is_dir():
         target /= file.name
     text = file.read_text(encoding="utf-8").replace(name_of(file), str(target))  # the command in its header
+    for other, path_of_other in files.items():
+        text = text.replace(name_of(path_of_other), other)
     try:
         with target.open("x", encoding="utf-8") as copy:
             copy.write(text)
+        if os.access(file, os.X_OK):
+            target.chmod(target.stat().st_mode | 0o111)
     except FileExistsError:
         raise UserError(f"{target} exists already: give another name, distil-tl init {name} FILE") from None
     except OSError as error:
         raise UserError(f"can't write {target}: {error.strerror}") from None
     sys.stdout.write(f"{target}: {summary(file)}\n")
+
+
+def _listing(files: dict[str, Path]) -> list[str]:
+    """The names by kind, each with its summary."""
+    kinds = {"configs": "Configurations, for distil-tl train NAME and submit NAME:"}
+    kinds |= {
+        "sweeps": "Sweep files, for distil-tl sweep NAME:",
+        "site": "Profiles of clusters, for slurm.profile=FILE:",
+    }
+    kinds |= {"slurm": "Batch scripts, to copy with distil-tl init NAME:"}
+    width = max(map(len, files))
+    parts = []
+    for folder, title in kinds.items():
+        own = [f"  {name:<{width}}  {summary(file)}" for name, file in files.items() if file.parent.name == folder]
+        parts += ["\n".join([title, *own])] if own else []
+    return parts
 
 
 def summary(file: Path) -> str:

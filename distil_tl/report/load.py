@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 import zlib
@@ -25,7 +26,9 @@ class Metric(NamedTuple):
     window: str
     loss: float | None
     top1: float | None
+    top5: float | None
     macro_f1: float | None
+    balanced_accuracy: float | None
     lr: float | None
     images_per_second: float | None
     samples_seen: float | None
@@ -92,6 +95,12 @@ class Run:
         """`data.intensity` of the run, by which thumbnails are scaled as its images were."""
         return mapping(self.settings, "data").get("intensity", "dtype")
 
+    @property
+    def metric(self) -> str:
+        """What chooses the best epoch."""
+        saved = mapping(self.summary, "best").get("metric") or self.settings.get("metric")
+        return str(saved) if saved in ("loss", "top5", "macro_f1", "balanced_accuracy") else "top1"
+
     def relative(self, path: str) -> str:
         """The path of an image without the folder of the images."""
         root = mapping(self.settings, "data").get("root")
@@ -116,7 +125,7 @@ class Run:
 
     @property
     def best(self) -> Best | None:
-        """summary.json decides which validation was best; a run without one has its highest top-1."""
+        """summary.json decides which validation was best; in a run without one, its metric does."""
         saved = mapping(self.summary, "best")
         if number(saved.get("top1")) is not None:
             return Best(
@@ -126,10 +135,11 @@ class Run:
                 integer(saved.get("epoch")),
                 integer(saved.get("step")),
             )
-        scored = [(m.top1, m) for m in self.lines("val") if m.top1 is not None]
+        scored = [(value, m) for m in self.lines("val") if (value := getattr(m, self.metric)) is not None]
         if not scored:
             return None
-        _, m = max(scored, key=lambda pair: pair[0])
+        sign = 1 if self.metric == "loss" else -1
+        _, m = min(scored, key=lambda pair: (sign * pair[0], math.inf if pair[1].loss is None else pair[1].loss))
         return Best(m.top1, m.macro_f1, m.stage, m.epoch, m.step)
 
 
@@ -247,7 +257,9 @@ def _metric(line: str) -> Metric | None:
         str(raw.get("window", "interval")) if split == "train" else "",
         number(raw.get("loss")),
         number(raw.get("top1")),
+        number(raw.get("top5")),
         number(raw.get("macro_f1")),
+        number(raw.get("balanced_accuracy")),
         number(raw.get("lr")),
         number(raw.get("images_per_second")),
         number(raw.get("samples_seen")),

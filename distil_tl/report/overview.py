@@ -78,10 +78,16 @@ def cards(run: Run, confusion: Confusion | None) -> Markup:
     memory = number(run.summary.get("peak_memory_mb"))
     test_top1 = number(test.get("top1"))
     shown: list[tuple[str, str, str]] = [("Best top-1", text.percent(best.top1 if best else None), when)]
+    chosen = number(mapping(run.summary, "best").get(run.metric))
+    if run.metric in ("balanced_accuracy", "top5") and chosen is not None:
+        name = "Balanced accuracy" if run.metric == "balanced_accuracy" else "Top-5"
+        shown.append((name, text.percent(chosen), "chose the best epoch"))
     n, top1 = number(run.evaluation.get("n")), best.top1 if best else None
     if n and top1 is not None and (interval := figures.between(figures.wilson(top1 * n, n))):
         shown[0] = (*shown[0][:2], f"{interval}, {when}")
-    f1 = figures.between(figures.bootstrapped_f1(confusion.rows)) if confusion else ""
+    # While a run is trained further, the evaluation is that of an earlier checkpoint.
+    same = best is not None and run.evaluation.get("top1") == best.top1
+    f1 = figures.between(figures.bootstrapped_f1(confusion.rows)) if confusion and same else ""
     shown.append(("Macro F1", text.percent(best.macro_f1 if best else None), ", ".join(filter(None, (f1, when)))))
     if test_top1 is not None:
         size, test_f1 = number(run.test.get("n")), number(test.get("macro_f1"))

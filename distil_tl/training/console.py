@@ -88,10 +88,18 @@ def print_epoch(
         final, name = state.final, training.stage.name
         left = time_left({each: stages[each].epochs for each in stages}, name, final["epoch"], seconds)
         logger.info(
-            "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s%s%s",
+            "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s%s%s%s",
             name, final["epoch"], training.stage.config.epochs, final["loss"], final["top1"],
-            final["macro_f1"], "  (best)" if final is state.best else "", waiting(trained), left and f"  {left}",
+            final["macro_f1"], further_metric(final, "  "), "  (best)" if final is state.best else "",
+            waiting(trained), left and f"  {left}",
         )  # fmt: skip
+
+
+def further_metric(figures: dict[str, Any], before: str) -> str:
+    """The metric that chooses the best epoch, after `before`, if it is none of those that are always shown."""
+    metric = figures.get("metric", "top1")
+    shown = metric not in ("top1", "macro_f1", "loss")
+    return f"{before}{metric.replace('_', ' ')} {figures[metric]:.4f}" if shown else ""
 
 
 def evaluation_json(split: str, index: Index, result: Evaluation) -> dict[str, Any]:
@@ -144,9 +152,9 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     logger.info("\n%s\n", table(rows, header))
     best = summary["best"]
     logger.info(
-        "best: top-1 %.4f, macro-F1 %.4f on val (stage %s, epoch %d); %.0f s on %d %s",
-        best["top1"], best["macro_f1"], best["stage"], best["epoch"], summary["total_seconds"],
-        summary["world_size"], "rank" if summary["world_size"] == 1 else "ranks",
+        "best: top-1 %.4f, macro-F1 %.4f%s on val (stage %s, epoch %d); %.0f s on %d %s",
+        best["top1"], best["macro_f1"], further_metric(best, ", "), best["stage"], best["epoch"],
+        summary["total_seconds"], summary["world_size"], "rank" if summary["world_size"] == 1 else "ranks",
     )  # fmt: skip
     if summary.get("test"):
         logger.info("test: top-1 %.4f, macro-F1 %.4f", summary["test"]["top1"], summary["test"]["macro_f1"])

@@ -66,7 +66,7 @@ class Records:
         record = self._state.stages[at.stage]
         line = self._log(at, counted, seconds, waited, split="val", window="epoch")
         kept = ("split", "loss", "top1", "top5", "macro_f1", "balanced_accuracy", "stage", "epoch", "step")
-        final = self._state.final = {key: line[key] for key in kept}
+        final = self._state.final = {**{key: line[key] for key in kept}, "metric": self._metric}
         record.epochs, record.top1 = at.epoch + 1, final["top1"]
         record.seconds += seconds
         best = self._state.best

@@ -24,7 +24,17 @@ def test_a_copy_is_the_file_with_its_own_command(capsys: pytest.CaptureFixture[s
     original = (ROOT / "configs" / "resnet50.yaml").read_text()
     assert Path("mine.yaml").read_text() == original.replace("configs/resnet50.yaml", "mine.yaml")
     assert main(["train.sbatch"]) == 0
-    assert Path("train.sbatch").read_text().startswith("#!/bin/bash")
+    text = Path("train.sbatch").read_text()
+    assert text.startswith("#!/bin/bash")
+    assert "sbatch train.sbatch resnet50 data.root=FOLDER" in text, "files that only a checkout has go by their names"
+
+
+def test_the_names_are_listed_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    kinds = capsys.readouterr().out.split("\n\n")
+    assert [kind.split()[0] for kind in kinds] == ["Configurations,", "Sweep", "Profiles", "Batch"]
+    assert "  random " in kinds[1]
+    assert "  resnet50 " in kinds[0]
 
 
 def test_a_file_is_never_replaced(capsys: pytest.CaptureFixture[str]) -> None:
