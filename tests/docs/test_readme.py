@@ -229,6 +229,9 @@ def constant_parts() -> list[str]:
                 if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                     texts = re.split(r"%[srd]|\n", node.value)
                     parts.update(texts, *(re.split(r"(?<=[.;:]) ", text) for text in texts))
+    for script in (ROOT / "launch").glob("*.sh"):
+        for text in re.findall(r'echo "(.*?)"', script.read_text()):
+            parts.update(re.split(r"\$\w+|(?<=[.;:]) ", text))
     plain = {" ".join(part.split()) for part in parts}
     return sorted((part for part in plain if len(part.split()) >= 2), key=len, reverse=True)
 
