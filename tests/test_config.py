@@ -199,6 +199,10 @@ def test_the_number_of_views_is_limited():
     assert list(problems(config, 1)) == ["stages.head.views must be at least 1 and at most 10,000, or null"]
 
 
+def test_an_integer_that_no_float_holds_is_refused():
+    assert message_of(f"optim.weight_decay={'9' * 400}") == "`optim.weight_decay`: int too large to convert to float"
+
+
 def test_a_key_below_a_value_is_unknown(tmp_path: Path):
     (tmp_path / "x.yaml").write_text("data.root: null\nstages.full.lr.0: 1\n")
     assert "unknown key `stages.full.lr.0`" in message_of(str(tmp_path / "x.yaml"))

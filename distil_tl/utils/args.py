@@ -134,7 +134,7 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
         else:
             try:
                 OmegaConf.update(schema, full, value)
-            except OmegaConfBaseException as error:
+            except (OmegaConfBaseException, OverflowError) as error:  # an integer of more digits than a float holds
                 problems.append(f"`{full}`: {str(error).splitlines()[0]}")
 
 
