@@ -23,7 +23,7 @@ from distil_tl.utils.files import write_atomic
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import setup_console
-from launch.args import CLUSTERS, add_submission_options, argument_parser, print_line
+from launch.args import CLUSTERS, add_submission_options, argument_parser, print_line, seconds
 from launch.executor import sbatch_script
 from launch.folder_lock import submission_lock
 from launch.search_lock import LOCK_FILE, refuse_other_search
@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--parallel", type=int, default=4, help="maximum number of jobs at a time (default: 4)")
     parser.add_argument("--cluster", choices=CLUSTERS[:2], default="slurm", help="local: processes of this machine")
     parser.add_argument(
-        "--poll", type=float, metavar="SECONDS", help="time between two checks of the trials (default: 15, local 2)"
+        "--poll", type=seconds, metavar="SECONDS", help="time between two checks of the trials (default: 15, local 2)"
     )
     add_submission_options(parser, parsable=False)
     parser.add_argument("--new-code", action="store_true", help="run new trials with the current code")
@@ -82,7 +82,7 @@ def search(
     sweep, folder = sweep_args.sweep, sweep_args.folder
     wanted = trials if trials is not None else sweep.count or 0
     poll = poll if poll is not None else POLL_S[cluster]
-    refuse(list(_problems(sweep, wanted, parallel, poll)))
+    refuse(list(_problems(sweep, wanted, parallel)))
     if not is_installed("optuna"):
         raise UserError("launch.adaptive needs Optuna: pip install 'distil_tl[optuna]'")
     plan = plan_trials(sweep_args, cluster, boundary_trials(sweep))
@@ -132,7 +132,7 @@ def writing_records(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _problems(sweep: Sweep, wanted: int, parallel: int, poll: float) -> Iterator[str]:
+def _problems(sweep: Sweep, wanted: int, parallel: int) -> Iterator[str]:
     others = [name for name in ("trials", "grid", "seeds") if getattr(sweep, name)]
     if not sweep.random:
         yield "the sweep has no `random`, which is the search space"
@@ -146,8 +146,6 @@ def _problems(sweep: Sweep, wanted: int, parallel: int, poll: float) -> Iterator
         yield f"--trials {wanted} is more than max_trials={sweep.max_trials}; use a smaller number, or raise max_trials"
     if parallel < 1:
         yield "--parallel must be at least 1"
-    if poll < 0:
-        yield "--poll must be at least 0"
 
 
 def boundary_trials(sweep: Sweep) -> list[Trial]:

@@ -23,6 +23,7 @@ from distil_tl.utils.shipped import find_configuration
 from launch.profile import find_profile
 from launch.slurm_config import SlurmConfig
 
+LONGEST_S = 30 * 86400.0
 CLUSTERS = ("slurm", "local", "debug")
 ASSUME_ENDED = "also submit what can't be checked, as on another cluster, because you know that it has ended"
 
@@ -170,6 +171,17 @@ def _over_profile(tree: dict[str, Any], problems: list[str]) -> dict[str, Any]:
 
 def _is_extra(pair: str) -> bool:
     return pair.startswith("slurm.extra.")
+
+
+def seconds(text: str) -> float:
+    """A time from the command line: a number that `time.sleep` can wait for."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= LONGEST_S:  # also not a number
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds, from 0 to {LONGEST_S:.0f}")
+    return found
 
 
 def print_line(text: str) -> None:

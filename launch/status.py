@@ -26,6 +26,7 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_safe
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable, setup_console, table
+from launch.args import seconds
 from launch.evidence import ask_slurm
 from launch.failure import explain_failures
 from launch.records import RECORD_FILE, read_sweep_record
@@ -44,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--watch",
-        type=float,
+        type=seconds,
         nargs="?",
         const=10.0,
         metavar="SECONDS",

@@ -28,7 +28,7 @@ from distil_tl.utils.files import write_atomic
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import setup_console
-from launch.args import print_line
+from launch.args import print_line, seconds
 from launch.records import read_json
 from launch.status import find_runs
 
@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be sent, and send nothing")
     parser.add_argument(
-        "--timeout", type=float, default=600, metavar="SECONDS", help="time limit for each run (default: 600)"
+        "--timeout", type=seconds, default=600, metavar="SECONDS", help="time limit for each run (default: 600)"
     )
     options = parser.parse_args(args)
     return run_command("launch.sync", lambda: sync(options.dir, options.dry_run, options.timeout))

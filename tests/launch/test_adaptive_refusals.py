@@ -124,7 +124,6 @@ def test_a_search_ends_when_another_process_takes_the_lock(slurm: FakeSlurm, job
         (SPACE[:-1] + ", set: {seed: 5}}", [], "set: remove `seed`; each trial has its own"),
         (SPACE, ["--trials=0"], "--trials must be at least 1"),
         (SPACE, ["--parallel=0"], "--parallel must be at least 1"),
-        (SPACE, ["--poll=-1"], "--poll must be at least 0"),
         (SPACE, ["--trials=1001"], "--trials 1001 is more than max_trials=1000"),
         (SPACE, ["seed=3"], "the sweep varies seed, and the command line sets it for all trials"),
         (SPACE, ["slurm.nods=3"], "unknown key `slurm.nods`, did you mean `nodes`?"),

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from distil_tl import config as configuration
 from distil_tl import train
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
+from launch import adaptive, status, sync
 from launch import args as options
 from launch.slurm_config import SlurmConfig, parse_minutes
 
@@ -273,3 +275,14 @@ def test_launch_uses_only_what_is_public_in_training() -> None:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known
         ]
         assert [name for name in [*(n.name for n in ours), *used] if "._" in f".{name}"] == [], path
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e400", "x", ""])
+@pytest.mark.parametrize(("command", "option"), [(status, "--watch"), (sync, "--timeout"), (adaptive, "--poll")])
+def test_a_time_that_nobody_can_wait_for_is_refused(
+    command: Any, option: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["somewhere", f"{option}={text}"])
+    assert ended.value.code == 2
+    assert "is not a number of seconds" in capsys.readouterr().err
