@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -309,6 +310,12 @@ def test_a_table_of_labels(folder: Path, tmp_path: Path):
     assert config.data.image_size is None, "it is not the demo"
     assert "labls.csv is not a file, did you mean `labels.csv`?" in complaint_of(f"data.labels={tmp_path}/labls.csv")
     assert "is a folder, not a file" in complaint_of(f"data.labels={tmp_path}")
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert "pipe.csv is not a regular file" in complaint_of(f"data.labels={tmp_path}/pipe.csv")
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "pipe.pth is not a regular file" in complaint_of(
+        f"data.labels={table}", f"model.weights={tmp_path}/pipe.pth"
+    )
     assert "with data.labels it must be the folder" in complaint_of(f"data.labels={table}", f"data.root={table}")
     assert "data.columns has no effect" in complaint_of(f"data.root={folder}", "data.columns.label=x")
     one, other = (config_of(f"data.labels={table}", f"data.root={folder}", *more) for more in ([], ["data.labels=x"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +26,7 @@ from distil_tl.export.names import ONNX
 from distil_tl.export.onnx_model import OnnxModel
 from distil_tl.inference import Transform, restore_model
 from distil_tl.training.network import Network
-from distil_tl.utils.errors import UserError
+from distil_tl.utils.errors import UserError, listed
 from distil_tl.utils.log import Progress, printable
 from distil_tl.utils.outputs import check_output, open_output
 from distil_tl.utils.threads import available_cpus
@@ -64,6 +65,8 @@ def predict(
         files = of_split(files, splits_of(model / SPLIT_FILE, predictor.root, files), split)
     if output is not None:
         check_output("--output", output, [model, *files], ALL_EXTENSIONS)
+    if twice := given_twice(files):
+        sys.stderr.write(f"distil-tl predict: {twice}\n")
     if ignored:
         sys.stderr.write(f"distil-tl predict: {printable(describe(ignored))}\n")
     if warning := intensity_warning(len(files), files.__getitem__, predictor.transform.intensity):
@@ -164,6 +167,16 @@ def find_images(
         names = ", ".join(map(printable, paths))
         raise UserError(f"no image in {names}{left_out}; image files end in {', '.join(extensions)}")
     return files
+
+
+def given_twice(files: Sequence[Path]) -> str:
+    """How many of the files were given more than once, in words; empty if none was."""
+    counts = Counter(map(os.path.abspath, files))
+    again = [path for path, count in counts.items() if count > 1]
+    if not again:
+        return ""
+    images = "1 image is" if len(again) == 1 else f"{len(again):,} images are"
+    return f"{images} given more than once, with a row each time ({listed([printable(path) for path in again], 3)})"
 
 
 class ImageFiles(Dataset[Item]):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.utils.errors import did_you_mean
+from distil_tl.utils.paths import why_no_file
 
 SPLITS = ("train", "val", "test")
 SPLIT_FILE = "split.csv"  # in the run directory of a run that divided its images
@@ -216,7 +217,7 @@ def _problems_of_table(table: Path, root: Path | None) -> Iterator[str]:
     """Why `data.labels` can't be used; nothing if its content decides."""
     if not table.is_file():
         near = did_you_mean(table.name, [p.name for p in table.parent.iterdir()] if table.parent.is_dir() else [])
-        yield f"data.labels={table} is {'a folder, not a file' if table.exists() else 'not a file'}{near}"
+        yield f"data.labels={table} {why_no_file(table) if table.exists() else 'is not a file'}{near}"
     if root is not None and not root.is_dir():
         what = (
             "is a file; with data.labels it must be the folder"

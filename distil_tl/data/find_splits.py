@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distil_tl.data.config import SPLIT_FILE, SPLITS, DataConfig, SplitConfig, has_splits, is_divided
-from distil_tl.data.index import Array, Index, quoted
+from distil_tl.data.index import Array, Index, quoted, relabelled, relabelled_note
 from distil_tl.data.scan import scan
 from distil_tl.data.split import MOST_READ, TRAIN, VAL, assign_splits
 from distil_tl.data.split_file import read_split_file
@@ -109,6 +109,10 @@ def find_split(config: DataConfig, root: Path, split: str, classes: Sequence[str
             f"which says what is in {split} ({', '.join(quoted(whole.relative_path(i)) for i in unknown)}): restore "
             f"the images, or put others into a folder of their own, as in data.root=OTHER"
         )
+    code = SPLITS.index(split)
+    edited = [relabelled(whole, i, old) for i, old in held.relabelled.items() if held.codes[i] == code]
+    if edited:
+        logger.warning("%s: since the run was made, %s; the labels of now are used", split, relabelled_note(edited))
     return _of_split(whole, held.codes, split, f"{kept} has no images in {split}")
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from distil_tl.distributed.shared_memory import SharedArrays
 from distil_tl.utils.errors import listed
+from distil_tl.utils.log import printable
 
 Array = npt.NDArray[Any]
 ARRAYS = ("names", "offsets", "targets", "sizes")  # the fields of an Index whose size depends on the number of images
@@ -180,11 +181,13 @@ class Differences:
     added: tuple[str, ...]
     removed: tuple[str, ...]
     resized: tuple[str, ...]
+    relabelled: tuple[str, ...]  # in words
     classes_changed: bool
     weights_changed: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.removed or self.resized or self.classes_changed or self.weights_changed)
+        moved = self.added or self.removed or self.resized or self.relabelled
+        return bool(moved or self.classes_changed or self.weights_changed)
 
     def __str__(self) -> str:
         kinds = {"added": self.added, "removed": self.removed, "changed in size": self.resized}
@@ -193,6 +196,8 @@ class Differences:
             for kind, paths in kinds.items()
             if paths
         ]
+        if self.relabelled:
+            parts.append(relabelled_note(self.relabelled))
         if self.classes_changed:
             parts.append("the list of classes changed")
         if self.weights_changed:
@@ -201,22 +206,35 @@ class Differences:
 
 
 def differences(old: Index, new: Index) -> Differences:
-    """Images that were added, removed or changed in size between two scans of the same split."""
-    sizes = dict(zip(old.relative_paths(), old.sizes.tolist(), strict=True))
-    added, resized = [], []
-    for path, size in zip(new.relative_paths(), new.sizes.tolist(), strict=True):
-        old_size = sizes.pop(path, None)
-        if old_size is None:
-            added.append(os.fsdecode(path))
-        elif old_size != size:
-            resized.append(os.fsdecode(path))
+    """Images that were added, removed, or changed in size or label between two scans of the same split."""
+    position = {path: i for i, path in enumerate(old.relative_paths())}
+    before = np.array([position.pop(path, -1) for path in new.relative_paths()], dtype=np.int64)
+    here = np.flatnonzero(before >= 0)
+    there = before[here]
+    numbers = {name: target for target, name in enumerate(new.classes)}
+    labels = np.array([numbers.get(name, -1) for name in old.classes], dtype=np.int64)[old.targets[there]]
+    edited = labels != new.targets[here]
     return Differences(
-        added=tuple(added),
-        removed=tuple(os.fsdecode(path) for path in sizes),
-        resized=tuple(resized),
+        added=tuple(new.relative_path(i) for i in np.flatnonzero(before < 0).tolist()),
+        removed=tuple(os.fsdecode(path) for path in position),
+        resized=tuple(new.relative_path(i) for i in here[old.sizes[there] != new.sizes[here]].tolist()),
+        relabelled=tuple(
+            relabelled(new, i, old.classes[old.targets[k]])
+            for i, k in zip(here[edited].tolist(), there[edited].tolist(), strict=True)
+        ),
         classes_changed=old.classes != new.classes,
-        weights_changed=len(old) == len(new) and not np.array_equal(_weights(old), _weights(new)),
+        weights_changed=not np.array_equal(_weights(old)[there], _weights(new)[here]),
     )
+
+
+def relabelled(index: Index, i: int, before: str) -> str:
+    """An image whose label was edited, in words."""
+    return f"{quoted(index.relative_path(i))} was {printable(before)}, now {printable(index.classes[index.targets[i]])}"
+
+
+def relabelled_note(images: Sequence[str]) -> str:
+    """How many labels were edited, and which."""
+    return f"{len(images):,} {'label' if len(images) == 1 else 'labels'} changed: {listed(images, 3)}"
 
 
 def _weights(index: Index) -> Array:

@@ -31,11 +31,13 @@ class Held(NamedTuple):
         codes: uint8 [N], positions in SPLITS; train for images that it does not list.
         listed: bool [N], whether it lists the path.
         same: bool [N], whether it lists the path with the same size.
+        relabelled: the label that it lists, of each image that has another one now.
     """
 
     codes: Array
     listed: Array
     same: Array
+    relabelled: dict[int, str]
 
 
 def write_split_file(path: Path, splits: Mapping[str, Index]) -> None:
@@ -67,17 +69,21 @@ def read_split_file(path: Path, index: Index) -> Held:
         UserError: the file is missing or damaged.
     """
     order = keyed_order(index, 0)
-    by_key = np.argsort(order)
-    found = Held(np.zeros(len(index), np.uint8), np.zeros(len(index), bool), np.zeros(len(index), bool))
+    by_key, position = np.argsort(order), index.class_to_idx
+    found = Held(np.zeros(len(index), np.uint8), np.zeros(len(index), bool), np.zeros(len(index), bool), {})
     try:
         with path.open("r", -1, *ENCODING, newline="") as file:
-            for keys, codes, sizes in _chunks(csv.reader(file)):
+            for keys, codes, sizes, labels in _chunks(csv.reader(file)):
                 at = np.searchsorted(order, keys, sorter=by_key).clip(max=len(index) - 1)
                 rows = by_key[at]
                 known = order[rows] == keys
                 rows = rows[known]
                 found.codes[rows], found.listed[rows] = codes[known], True
                 found.same[rows] = sizes[known] == index.sizes[rows]
+                targets = np.array([position.get(label, -1) for label in labels], np.int64)[known]
+                edited = targets != index.targets[rows]
+                at = np.flatnonzero(known)[edited]
+                found.relabelled.update(zip(rows[edited].tolist(), (labels[i] for i in at.tolist()), strict=True))
     except (OSError, ValueError, csv.Error) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error}"
         raise UserError(f"{path} {reason}: it says which images are in which split; restore it") from error
@@ -106,19 +112,20 @@ def splits_of(path: Path, root: Path, files: Sequence[Path]) -> list[str | None]
     return found
 
 
-def _chunks(rows: Iterator[list[str]]) -> Iterator[tuple[Array, Array, Array]]:
-    """Keys of the paths, codes of the splits and sizes, of some rows at a time. Raises ValueError."""
+def _chunks(rows: Iterator[list[str]]) -> Iterator[tuple[Array, Array, Array, list[str]]]:
+    """Keys of the paths, codes of the splits, sizes and labels, of some rows at a time. Raises ValueError."""
     if next(rows, None) not in (COLUMNS, [*COLUMNS, WEIGHT]):
         raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-    keys, codes, sizes = list[bytes](), list[int](), list[int]()
-    for name, _, split, size, *_ in rows:
+    keys, codes, sizes, labels = list[bytes](), list[int](), list[int](), list[str]()
+    for name, label, split, size, *_ in rows:
         keys.append(path_key(os.fsencode(name), 0))
         codes.append(SPLITS.index(split))
         sizes.append(int(size))
+        labels.append(label)
         if len(keys) == ROWS_AT_ONCE:
-            yield _arrays(keys, codes, sizes)
-            keys, codes, sizes = [], [], []
-    yield _arrays(keys, codes, sizes)
+            yield *_arrays(keys, codes, sizes), labels
+            keys, codes, sizes, labels = [], [], [], []
+    yield *_arrays(keys, codes, sizes), labels
 
 
 def _arrays(keys: list[bytes], codes: list[int], sizes: list[int]) -> tuple[Array, Array, Array]:

@@ -169,6 +169,8 @@ def _scan_splits(config: DataConfig, root: Path, archive: Path | None, run_dir: 
     train = indexes["train"]
     if train.weights is not None and not train.weights.any():
         raise UserError(f"data.labels={config.labels}: the weights of all training images are 0; correct them")
+    if len(train.classes) == 1:
+        logger.warning("%s: one class only: a classifier of one class learns nothing", printable(train.root))
     if len(train) < config.global_batch_size:
         raise UserError(
             f"{train.root} has {len(train)} images{' in train' if train.root == root else ''}, fewer than one global "

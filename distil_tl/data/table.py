@@ -6,6 +6,7 @@ order of the rows. Rows that can't be used are refused, all together, each by it
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 import math
@@ -24,10 +25,12 @@ from distil_tl.data.table_columns import Columns, choose_columns
 from distil_tl.data.table_file import Chunk, TableFile, open_table
 from distil_tl.data.table_paths import ImagePaths, Missing, find_paths
 from distil_tl.utils.errors import UserError, did_you_mean, listed
+from distil_tl.utils.log import logger, printable
 
 THREADS = 16  # files looked at in parallel, to hide the latency of a network file system
 PER_TASK = 256  # files
 MOST_LISTED = 20  # rows that can't be used
+MISSING_VALUES = ("nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "-", "?")  # in lower case
 MOST_COUNTED = 10_000  # such rows until the rest is not read any more
 
 
@@ -73,6 +76,7 @@ def read_table(config: DataConfig, root: Path, classes: Sequence[str] | None = N
                 break
             rows.add(chunk, pool)
     rows.refuse_wrong(config.labels)
+    _warn_of_missing_values(config.labels, rows)
     notes = [note for note in (file.form, *columns.notes, *paths.notes, *_similar_labels(rows.labels)) if note]
     return _in_order(rows, root, classes, f"{config.labels}: {'; '.join(notes)}")
 
@@ -95,7 +99,7 @@ class _Rows:
     lines: array[int] = field(default_factory=lambda: array("q"))
     keys: bytearray = field(default_factory=bytearray)  # of the paths, 8 bytes each
     labels: dict[str, int] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
+    wrong: list[tuple[int, str]] = field(default_factory=list)  # the first ones, by line
     wrong_count: int = 0
 
     def add(self, chunk: Chunk, pool: ThreadPoolExecutor) -> None:
@@ -154,8 +158,8 @@ class _Rows:
 
     def _refuse(self, line: int, problem: str) -> None:
         self.wrong_count += 1
-        if len(self.wrong) < MOST_LISTED:
-            self.wrong.append(f"{self.file.unit} {line}: {problem}")
+        bisect.insort(self.wrong, (line, problem))
+        del self.wrong[MOST_LISTED:]
 
     def refuse_wrong(self, table: str) -> None:
         """Raise UserError with all rows that can't be used, if there are any."""
@@ -170,7 +174,7 @@ class _Rows:
             return
         more = self.wrong_count - len(self.wrong)
         at_least = "at least " if self.wrong_count >= MOST_COUNTED else ""
-        lines = "".join(f"\n  - {problem}" for problem in self.wrong)
+        lines = "".join(f"\n  - {self.file.unit} {line}: {problem}" for line, problem in self.wrong)
         raise UserError(
             f"data.labels={table} has {at_least}{self.wrong_count:,} rows that can't be used; correct or remove them:"
             f"{lines}{f'{chr(10)}  and {more:,} more' if more else ''}{self.paths.advice()}"
@@ -190,6 +194,19 @@ def _similar_labels(labels: dict[str, int]) -> list[str]:
         by_case.setdefault(label.casefold(), []).append(label)
     twins = [" and ".join(map(repr, names)) for names in by_case.values() if len(names) > 1]
     return [f"different classes: {listed(twins, 3)}"] if twins else []
+
+
+def _warn_of_missing_values(table: str, rows: _Rows) -> None:
+    """Say which labels are what programs write for a missing value. They stay classes: `None` can be one."""
+    suspects = {label: code for label, code in rows.labels.items() if label.casefold() in MISSING_VALUES}
+    if suspects:
+        counts = np.bincount(np.frombuffer(rows.targets, dtype=np.int32))
+        said = [f"{quoted(label)} of {counts[code]:,} images" for label, code in suspects.items()]
+        logger.warning(
+            "data.labels=%s: labels that look like missing values, and are classes here: %s; if they are none, remove "
+            "these rows",
+            printable(table), listed(said, 8),
+        )  # fmt: skip
 
 
 def _in_order(rows: _Rows, root: Path, classes: Sequence[str] | None, note: str) -> Table:

@@ -15,6 +15,7 @@ from distil_tl.export.names import CLASSES, INPUT, INSTALL, PREPROCESS
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import printable
+from distil_tl.utils.paths import why_no_file
 
 _ONLY_ERRORS = 3  # of onnxruntime's log levels
 
@@ -41,6 +42,8 @@ class OnnxModel:
             import onnxruntime
         except ImportError as error:
             raise UserError(f"onnxruntime cannot be imported ({error}): {INSTALL}") from error
+        if path.exists() and not path.is_file():
+            raise UserError(f"{printable(path)} {why_no_file(path)}")
         if not path.is_file():
             raise UserError(f"there is no file {printable(path)}")
         has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()

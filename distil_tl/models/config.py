@@ -12,6 +12,7 @@ from distil_tl.models.names import TIMM_PREFIX, WEIGHTS_SUFFIXES
 from distil_tl.models.weight_packages import PACKAGES
 from distil_tl.utils.errors import did_you_mean
 from distil_tl.utils.home import expand_home
+from distil_tl.utils.paths import why_no_file
 
 KEYWORDS = ("auto", "default", "none", "package")
 
@@ -105,6 +106,8 @@ class ModelConfig:
                 f"model.weights: the folder {path} holds no checkpoint; give a run directory, of which the best "
                 f"checkpoint is used, or a file that ends in {', '.join(WEIGHTS_SUFFIXES)}"
             )
+        if path.exists() and not path.is_file():
+            return f"model.weights: {path} {why_no_file(path)}; give a file of weights"
         if not path.is_file():
             return f"model.weights: there is no file {path} (relative paths start at {Path.cwd()}); correct the path"
         if path.suffix not in WEIGHTS_SUFFIXES:

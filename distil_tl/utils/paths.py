@@ -39,6 +39,11 @@ def path_problem(path: str | Path) -> str:
     return ""
 
 
+def why_no_file(path: Path) -> str:
+    """What a path is that exists and is no file, in words. A pipe or a device may never end."""
+    return "is a folder, not a file" if path.is_dir() else "is not a regular file"
+
+
 def read_text(path: Path, what: str) -> str:
     """The text of a small file that the user names, in UTF-8.
 

@@ -31,6 +31,16 @@ def test_folders_are_searched_in_order_and_named_files_are_taken_as_they_are(tmp
         predictions.find_images([tmp_path / "nowhere"])
 
 
+def test_images_given_twice_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    assert predictions.given_twice(predictions.find_images([tmp_path])) == ""
+    monkeypatch.chdir(tmp_path)
+    files = predictions.find_images([tmp_path, Path("a.png"), Path("a.png")])
+    said = predictions.given_twice(files)
+    assert said == f"1 image is given more than once, with a row each time ({tmp_path}/a.png)"
+
+
 @pytest.mark.parametrize("all_classes", [False, True])
 def test_a_file_that_cannot_be_read_has_a_row_with_its_error(all_classes: bool) -> None:
     file, results = io.StringIO(), list[Tensor | str]([torch.tensor([0.25, 0.75]), "not an image"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import string
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,16 @@ def test_differences(tmp_path: Path):
         "2 added ('a/0.jpg', 'c/1.jpg'); 1 removed ('a/1.jpg'); 1 changed in size ('b/1.jpg'); "
         "the list of classes changed"
     )
+
+
+def test_an_edited_label_is_named_with_both_classes(tmp_path: Path):
+    index = scan(plant(tmp_path, "a/1.jpg", "a/2.jpg", "b/1.jpg"))
+    edited = replace(index, targets=np.array([0, 1, 1], dtype=np.int32))
+    found = differences(index, edited)
+    assert found
+    assert str(found) == "1 label changed: 'a/2.jpg' was a, now b"
+    other = replace(index, classes=("b", "a"), targets=np.array([1, 1, 0], dtype=np.int32))
+    assert str(differences(index, other)) == "the list of classes changed", "the labels are the same"
 
 
 def test_differences_in_classes_alone(tmp_path: Path):

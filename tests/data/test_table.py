@@ -12,12 +12,16 @@ import pytest
 from distil_tl.data import table as table_module
 from distil_tl.data import table_file
 from distil_tl.data.config import ColumnsConfig, DataConfig
-from distil_tl.data.find_splits import find_splits
+from distil_tl.data.find_splits import find_split, find_splits
 from distil_tl.data.index import Index, differences
 from distil_tl.data.scan import scan
+from distil_tl.data.split_file import write_split_file
+from distil_tl.data.splits import open_splits
 from distil_tl.data.table import Table, read_table
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import logger
 from tests.helpers.image_folders import assert_equal, plant
+from tests.helpers.staging import ALONE
 
 FILES = ("a/x.jpg", "a/y.jpg", "a-b/x.jpg", "a/deep/z.jpg", "b/x.jpg", "b/ä ö.png")
 
@@ -133,7 +137,7 @@ def test_all_wrong_rows_are_refused_together_by_line(root: Path) -> None:
     )
     assert message.splitlines()[0].endswith("has 9 rows that can't be used; correct or remove them:")
     assert [line.strip("- ").split(": ")[0] for line in message.splitlines()[1:]] == [
-        "line 9", "line 3", "line 4", "line 6", "line 7", "line 8", "line 10", "line 12", "line 11",
+        f"line {number}" for number in (3, 4, 6, 7, 8, 9, 10, 11, 12)
     ]  # fmt: skip
     for reason in (
         "line 9: 2 cells instead of 4",
@@ -147,6 +151,19 @@ def test_all_wrong_rows_are_refused_together_by_line(root: Path) -> None:
         "line 12: 'c.jpg' is not a regular file",
     ):
         assert reason in message
+
+
+def test_labels_that_look_like_missing_values_are_named(
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    read(root, "path,label\na/x.jpg,a\na/y.jpg,nan\na-b/x.jpg,nan\nb/x.jpg,?\n")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "look like missing values, and are classes here: 'nan' of 2 images, '?' of 1 images;" in caplog.text
+    caplog.clear()
+    read(root, "path,label\na/x.jpg,a\na/y.jpg,nandina\n")
+    assert not caplog.records
 
 
 def test_columns_that_can_not_be_told(root: Path) -> None:
@@ -205,6 +222,38 @@ def test_a_column_decides_the_split(tmp_path: Path) -> None:
     config.split.seed = 1
     with pytest.raises(UserError, match="has a column with the split; remove data.split"):
         find_splits(config, root)
+
+
+def test_an_edited_label_is_named_where_a_split_of_the_run_is_evaluated(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    rows = ["path,label,split", "1.jpg,a,train", "2.jpg,b,train", "3.jpg,b,val", "4.jpg,a,val"]
+    found, _ = many(tmp_path, rows)
+    write_split_file(tmp_path / "split.csv", found)
+    config = DataConfig(root=str(tmp_path / "many"), labels=str(tmp_path / "labels.csv"))
+
+    def warnings() -> list[str]:
+        caplog.clear()
+        assert len(find_split(config, tmp_path / "many", "val", ["a", "b"], tmp_path)) == 2
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert warnings() == []
+    (tmp_path / "labels.csv").write_text("\n".join(rows).replace("3.jpg,b", "3.jpg,a").replace("1.jpg,a", "1.jpg,b"))
+    assert warnings() == [
+        "val: since the run was made, 1 label changed: '3.jpg' was b, now a; the labels of now are used"
+    ]
+
+
+@pytest.mark.parametrize(("label", "warned"), [("a", True), ("b", False)])
+def test_a_single_class_causes_a_warning(
+    root: Path, label: str, warned: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    table = root / "labels.csv"
+    table.write_text(f"path,label,split\na/x.jpg,a,train\na/y.jpg,{label},train\nb/x.jpg,a,val\n")
+    open_splits(ALONE, DataConfig(root=str(root), labels=str(table), global_batch_size=2, workers=0))
+    assert ("one class only: a classifier of one class learns nothing" in caplog.text) == warned
 
 
 def test_val_is_made_where_a_table_has_only_train_and_test(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -163,10 +164,12 @@ def test_refusals_of_predict(exported: Path, tmp_path: Path, capsys: pytest.Capt
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "foreign.onnx")
     (tmp_path / "damaged.onnx").write_bytes(exported.read_bytes()[:5000])
+    os.mkfifo(tmp_path / "pipe.onnx")
     for args, message in (
         ([tmp_path / "foreign.onnx"], "was not written by `distil-tl export`"),
         ([tmp_path / "damaged.onnx"], "onnxruntime can't read"),
         ([tmp_path / "none.onnx"], "there is no file"),
+        ([tmp_path / "pipe.onnx"], "pipe.onnx is not a regular file"),
         ([exported, "--checkpoint", "last"], "--checkpoint is for a run directory"),
         ([exported, "-o", exported], "is one of the inputs"),
     ):
