@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from distil_tl.utils.import_path import leave_current_folder
+from distil_tl.utils.import_path import leave_current_folder, use_utf8
 
-leave_current_folder()  # before anything else is imported
+use_utf8()  # before anything else is imported, so that to start again costs little
+leave_current_folder()
 
 from pathlib import Path  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402

@@ -75,7 +75,7 @@ def _children(parent: int) -> set[int]:
     found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has just ended
-            state, its_parent, *_ = path.read_text().rpartition(")")[2].split()
+            state, its_parent, *_ = path.read_text(encoding="utf-8").rpartition(")")[2].split()
             if int(its_parent) == parent and state not in "ZX":
                 found.add(int(path.parent.name))
     return found

@@ -38,6 +38,7 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
     setup = [
         *setup_lines(slurm),
         "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",  # as torchrun does; the data loader has its own processes
+        "export PYTHONUTF8=1",  # in a locale with another encoding, files of any name can be read only so
         # `python -m` looks first in the current folder, and then in PYTHONPATH.
         f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"cd {code} || exit 2",
@@ -45,7 +46,7 @@ def make_executor(folder: Path, snapshot: Path, slurm: SlurmConfig, cluster: str
     parameters = slurm.parameters(name)
     if cluster == "slurm":
         parameters["slurm_setup"] = [
-            *JOB_LINES.read_text().splitlines(),
+            *JOB_LINES.read_text(encoding="utf-8").splitlines(),
             f"export DISTIL_TL_OUTCOME={shlex.quote(str(executor.folder))}/$SLURM_JOB_ID.outcome",
             *setup,
             # Since Slurm 22.05, srun no longer takes --cpus-per-task from sbatch.

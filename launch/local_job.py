@@ -69,7 +69,7 @@ def exit_status(job: Any, cluster: str, *, default: int) -> int:
 def stop_job(job_id: str) -> None:
     """Ask a local job to save and stop. submitit's `cancel` ends only the shell around it."""
     with suppress(OSError):  # it has ended, or this is not Linux, where Ctrl-C reaches the processes anyway
-        for child in Path(f"/proc/{job_id}/task/{job_id}/children").read_text().split():
+        for child in Path(f"/proc/{job_id}/task/{job_id}/children").read_text(encoding="utf-8").split():
             os.kill(int(child), signal.SIGTERM)  # submitit's controller, which forwards it to the tasks
 
 

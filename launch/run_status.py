@@ -190,7 +190,7 @@ def metric_of(run_dir: Path) -> str:
     if isinstance(best, dict) and best.get("metric") in METRICS:
         return str(best["metric"])
     try:
-        found = re.search(r"^metric: (\w+)$", (run_dir / "config.yaml").read_text(), re.MULTILINE)
+        found = re.search(r"^metric: (\w+)$", (run_dir / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
     except (OSError, UnicodeDecodeError):
         found = None
     return found[1] if found and found[1] in METRICS else "top1"
@@ -200,7 +200,9 @@ def data_of(run_dir: Path) -> str | None:
     """The images that a run trains on, from its configuration; None before that is written. Not all of it is parsed."""
     for name in ("config.yaml", "slurm/config.yaml"):
         with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-            section = re.search(r"^data:\n((?: .*\n)*)", (run_dir / name).read_text() + "\n", re.MULTILINE)
+            section = re.search(
+                r"^data:\n((?: .*\n)*)", (run_dir / name).read_text(encoding="utf-8") + "\n", re.MULTILINE
+            )
             lines = re.findall(r"^  (?:root|labels): .*", section[1], re.MULTILINE) if section is not None else []
             given = [yaml.safe_load(line.strip()) for line in lines]
             if given:

@@ -111,7 +111,7 @@ def _wanted(overrides: Sequence[str]) -> tuple[str, int]:
 def _stages_done(run_dir: Path) -> dict[str, Any]:
     """What the last checkpoint says of each stage; empty without one."""
     try:
-        state = json.loads((run_dir / "checkpoints" / "last" / "state.json").read_text())
+        state = json.loads((run_dir / "checkpoints" / "last" / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return mapping(mapping(state, "run"), "stages")

@@ -66,7 +66,7 @@ def _write(folder: Path) -> None:
 def _is_complete(folder: Path) -> bool:
     """Whether the number of files is right: a tool that cleans caches may have deleted some."""
     try:
-        expected = json.loads((folder / _MANIFEST).read_text())
+        expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         return all(len(list((folder / part).iterdir())) >= count for part, count in expected.items())
     except (OSError, ValueError):
         return False

@@ -62,7 +62,7 @@ class FeatureCache:
         """Whether a chunk exists and has the checksum that was recorded when it was written."""
         path = self.path(view, first)
         try:
-            meta = json.loads(path.with_suffix(".json").read_text())
+            meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             return bool(
                 meta["sha256"] == sha256_file(path.with_suffix(".npy")) and meta["rows"] == len(self.rows(first))
             )
@@ -73,9 +73,8 @@ class FeatureCache:
         """Whether a chunk exists with its full length; unlike `is_valid`, without reading it."""
         path = self.path(view, first)
         try:
-            return bool(
-                path.with_suffix(".npy").stat().st_size == json.loads(path.with_suffix(".json").read_text())["bytes"]
-            )
+            recorded = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["bytes"]
+            return bool(path.with_suffix(".npy").stat().st_size == recorded)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -105,7 +104,7 @@ class FeatureCache:
         dtype = "float32"
         for view, first in self.chunks():
             path = self.path(view, first)
-            meta = json.loads(path.with_suffix(".json").read_text())
+            meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
             dtype = meta["dtype"]
             arrays.append(_mapped(path.with_suffix(".npy")))
             faults |= {(view, int(image)): reason for image, reason in meta["faults"].items()}

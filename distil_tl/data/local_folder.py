@@ -183,7 +183,7 @@ def _locked_folder(stage_to: str, name: str, digest: str) -> Iterator[Path]:
     status = folder.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise StagingError(f"{folder} belongs to another user")
-    with (folder / "lock").open("w") as lock:
+    with (folder / "lock").open("w", encoding="utf-8") as lock:
         waiting = False
         while not _try_lock(lock.fileno()):
             if not waiting:
@@ -205,7 +205,7 @@ def _try_lock(lock: int) -> bool:
 def _is_complete(folder: Path) -> bool:
     """Whether all files listed in complete.json exist, and those of the sample have the listed content."""
     try:
-        listed = json.loads((folder / "complete.json").read_text())
+        listed = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
         sample = {name: zlib.crc32((folder / "images" / name).read_bytes()) for name in listed["sample"]}
     except (OSError, ValueError, KeyError):
         return False
@@ -215,7 +215,7 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _boot_id() -> str:
-    return BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+    return BOOT_ID.read_text(encoding="utf-8").strip() if BOOT_ID.exists() else ""
 
 
 def _count_files(folder: Path) -> tuple[int, int]:

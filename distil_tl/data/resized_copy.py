@@ -111,7 +111,7 @@ def open_manifest(out: Path, settings: dict[str, Any], splits: dict[str, Index])
         check_space(out, splits["train"], settings["resize"], sum(int(index.sizes.sum()) for index in splits.values()))
         return manifest
     try:
-        saved = json.loads(manifest.path.read_text())
+        saved = json.loads(manifest.path.read_text(encoding="utf-8"))
         manifest.bad = {split: dict(bad) for split, bad in saved["bad"].items()}
         changed = [key for key in ("version", "source", "resize", "quality") if saved[key] != settings[key]]
         same_pixels = saved.get("pixels") == settings.get("pixels")
@@ -264,7 +264,7 @@ def finish(out: Path, splits: dict[str, Index], manifest: Manifest, extensions: 
 def is_complete(out: Path, splits: dict[str, Index], extensions: tuple[str, ...]) -> bool:
     """Whether an earlier call has finished the copy, and its files have not changed since."""
     try:
-        saved = json.loads((out / MANIFEST).read_text())
+        saved = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         return bool(saved["complete"]) and all(
             scan(out / split, classes=index.classes, extensions=extensions).fingerprint == saved["copy"][split]
             for split, index in splits.items()

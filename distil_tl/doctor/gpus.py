@@ -124,7 +124,9 @@ def driver_version() -> str | None:
     if found and re.match(r"\d+\.", found[0][0]):
         return found[0][0]
     try:
-        match = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        match = re.search(
+            r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        )
     except OSError:
         return None
     return match[1] if match else None

@@ -81,7 +81,7 @@ def loading_lines(folder: Path, config: ModelConfig) -> str:
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
         )
     return (
-        f'config = json.load(open("{folder / CONFIG}"))\n'
+        f'config = json.load(open("{folder / CONFIG}", encoding="utf-8"))\n'
         'model = torchvision.models.get_model(config["architecture"], **config["model_args"]).eval()\n'
         f'model.load_state_dict(safetensors.torch.load_file("{folder / WEIGHTS}"))'
     )

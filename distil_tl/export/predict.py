@@ -160,11 +160,7 @@ def cubic(x: Any) -> Any:
 
 
 def weighted_sums(pixels: Any, weights: tuple[Any, Any, int], wanted: slice, offset: int) -> Any:
-    """`pixels` uint8 [N, M, 3] filtered along the first side: the positions `wanted` of the new one, uint8.
-
-    Args:
-        offset: the position of pixels[0] in the whole image.
-    """
+    """`pixels` uint8 [N, M, 3], from `offset` in the image, filtered along the first side at positions `wanted`."""
     first, table, bits = weights[0][wanted] - offset, weights[1][wanted], weights[2]
     total = np.full((len(first), *pixels.shape[1:]), 1 << (bits - 1), dtype=np.int32)
     for tap in range(table.shape[1]):
@@ -174,11 +170,7 @@ def weighted_sums(pixels: Any, weights: tuple[Any, Any, int], wanted: slice, off
 
 
 def prepare(path: Path, settings: dict[str, Any]) -> Any:
-    """An image as the model expects it, uint8 [3, S, S]; raises as `read_image` does.
-
-    Args:
-        settings: `image_size`, `shorter_side` and `interpolation`, as in the metadata of the model.
-    """
+    """An image as the model with these settings in its metadata expects it, uint8 [3, S, S]; raises as `read_image`."""
     shorter_side = settings["shorter_side"]
     pixels = read_image(path, min_side=2 * shorter_side)
     view = resize_and_crop(pixels, shorter_side, settings["image_size"], settings["interpolation"])
@@ -231,17 +223,23 @@ def predictions(session: Any, files: list[Path], settings: dict[str, Any], batch
 def write_rows(file: IO[str], files: list[Path], results: Iterator[Any], classes: list[str], every: bool) -> int:
     """Write the CSV; return how many files could not be used."""
     columns = [f"p({name})" for name in classes] if every else []
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["path", "prediction", "probability", *columns, "error"])
+    write_row(file, ["path", "prediction", "probability", *columns, "error"])
     unusable = 0
-    for path, result in zip(files, results):  # noqa: B905  # Python 3.9
+    for name, result in zip(map(os.fsencode, files), results):  # noqa: B905  # Python 3.9
+        path = name.decode("utf-8", "surrogateescape")  # in any locale
         if isinstance(result, str):
             unusable += 1
-            writer.writerow([path, "", "", *("" for _ in columns), result])
+            write_row(file, [path, "", "", *("" for _ in columns), result])
         else:
             best = int(result.argmax())
-            writer.writerow([path, classes[best], f"{result[best]:.6f}", *(f"{p:.6f}" for p in result if every), ""])
+            write_row(file, [path, classes[best], f"{result[best]:.6f}", *(f"{p:.6f}" for p in result if every), ""])
     return unusable
+
+
+def write_row(file: IO[str], row: Sequence[Any]) -> None:
+    """Write a row of CSV. csv.writer alone leaves a carriage return unquoted, where readers end the row."""
+    quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in row) else csv.QUOTE_MINIMAL
+    csv.writer(file, lineterminator="\n", quoting=quoting).writerow(row)
 
 
 def parse_arguments() -> argparse.Namespace:

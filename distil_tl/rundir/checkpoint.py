@@ -197,7 +197,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def find_damage(path: Path) -> str | None:
     """What is damaged in a checkpoint, None if nothing is."""
     try:
-        lines = (path / CHECKSUMS).read_text().splitlines()
+        lines = (path / CHECKSUMS).read_text(encoding="utf-8").splitlines()
         for line in lines:
             digest, name = line.split("  ", 1)
             if sha256_file(path / name) != digest:
@@ -241,7 +241,7 @@ def load_train_state(path: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     return state
 
 

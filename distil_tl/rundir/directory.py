@@ -155,7 +155,7 @@ def git_state() -> dict[str, Any] | None:
     package = Path(__file__).parents[1]
     snapshot = package / "snapshot.json"
     if snapshot.exists():
-        recorded: dict[str, Any] | None = json.loads(snapshot.read_text())
+        recorded: dict[str, Any] | None = json.loads(snapshot.read_text(encoding="utf-8"))
         return recorded
 
     def git(*args: str) -> str:

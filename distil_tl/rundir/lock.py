@@ -113,7 +113,7 @@ class Attempt:
 def read_attempt(path: Path) -> dict[str, Any] | None:
     """The content of a lock file; None if there is none, or it can't be read."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and found.keys() >= FIELDS else None
@@ -143,9 +143,9 @@ def _slurm(environ: Mapping[str, str]) -> tuple[str | None, int]:
 def _process(pid: int) -> str | None:
     """An identity that no other process has, on this machine or another, even with the same pid; None if it ended."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         namespace = Path("/proc/self/ns/pid").readlink()
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
     return None if state in "ZX" else f"{boot} {namespace} {fields[18]}"

@@ -103,7 +103,7 @@ def _checkpoint_at(path: Path) -> Path:
 
 def _status(run_dir: Path) -> str | None:
     try:
-        status: str = json.loads((run_dir / "summary.json").read_text())["status"]
+        status: str = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["status"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return status

@@ -61,7 +61,7 @@ class Tracker:
         with writing(self._path):
             if self._path.exists():
                 write_atomic(self._path, "".join(_lines_up_to(self._path, after_step, within_epoch)))
-            self._file = self._path.open("a", buffering=1)
+            self._file = self._path.open("a", buffering=1, encoding="utf-8")
         if self._settings.wandb.mode != "disabled":
             with writing(self._run_dir / "wandb-id"):
                 task = wandb_task(self._run_dir, self._settings.wandb, self._config)
@@ -95,7 +95,7 @@ class Tracker:
 def _lines_up_to(path: Path, step: int, within_epoch: bool) -> list[str]:
     """The lines of metrics.jsonl to keep when training resumes from `step`."""
     kept = []
-    for text in path.read_text(errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
             repeated = within_epoch and line["step"] == step and line["window"] == "epoch"

@@ -121,7 +121,7 @@ def _cache_file(device: torch.device, question: dict[str, Any]) -> Path:
 @functools.cache
 def _processor() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -130,7 +130,7 @@ def _processor() -> str:
 
 def _read(path: Path) -> str | None:
     try:
-        found: str = json.loads(path.read_text())["chosen"]
+        found: str = json.loads(path.read_text(encoding="utf-8"))["chosen"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found

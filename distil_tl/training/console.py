@@ -170,4 +170,4 @@ def print_completed(info: DistInfo, run_dir: Path) -> None:
     """The result of a run that was complete before this command."""
     if info.is_main:
         logger.info("%s holds this run, completed. For another run, change the seed or run_dir", run_dir)
-        print_result(run_dir, json.loads((run_dir / "summary.json").read_text()))
+        print_result(run_dir, json.loads((run_dir / "summary.json").read_text(encoding="utf-8")))

@@ -96,7 +96,7 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
         _print_error(f"{name}: {error}", every_rank=True)
         return EXIT_FAULT
     except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123
         return 0
     except Exception as error:
         if (known := _known_error(error)) is not None:

@@ -1,7 +1,7 @@
-"""The current folder among the folders that Python imports from.
+"""What a command needs of Python before anything else is imported: from where to import, and names in UTF-8.
 
-`python -m` looks there first: a `random.py` or a folder `timm/` of the user would be imported in place of the library.
-Imported before everything else, so it imports only what Python has already loaded.
+`python -m` looks first in the current folder: a `random.py` or a folder `timm/` of the user would be imported in place
+of the library. Imported before everything else, so it imports only what Python has already loaded.
 """
 
 from __future__ import annotations
@@ -10,10 +10,28 @@ import os
 import sys
 
 PACKAGES, SCRIPT = ("distil_tl", "launch"), "distil-tl"
+_UTF8 = "PYTHONUTF8"
 LIBRARIES = (
     "numpy", "omegaconf", "optuna", "PIL", "pi_heif", "safetensors", "sklearn", "submitit", "timm", "torch",
     "torchcodec", "torchvision", "triton", "wandb", "yaml",
 )  # fmt: skip
+
+
+def use_utf8() -> None:
+    """For a command of this package: start again in Python's UTF-8 mode where the locale has another encoding.
+
+    The names of files are bytes, and nearly always UTF-8. Python reads and writes them, as all other text, in the
+    encoding of the locale, such as ASCII, and the mode can't be changed later. The process id stays the same.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or not sys.executable or os.environ.get(_UTF8) == "1":
+        return
+    args = sys.orig_argv
+    module = next((args[i + 1] for i, arg in enumerate(args[:-1]) if arg == "-m"), "")
+    started = sys.argv[:1] == ["-m"] and module.partition(".")[0] in PACKAGES  # so it is while `python -m` imports it
+    if not started and not (sys.argv and os.path.basename(sys.argv[0]) == SCRIPT):  # noqa: PTH119
+        return
+    os.environ[_UTF8] = "1"  # for the processes that this one starts, too
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *args[1:]])
 
 
 def leave_current_folder() -> None:

@@ -21,14 +21,14 @@ MOST_PREEMPTED = 20  # times in a row without a checkpoint
 def note(word: str) -> None:
     """Add a line, if the job has such a file. It does not matter much if it can't be written."""
     if VARIABLE in os.environ and not (word == SAVED and notes()[-1:] == [SAVED]):
-        with suppress(OSError), Path(os.environ[VARIABLE]).open("a") as file:
+        with suppress(OSError), Path(os.environ[VARIABLE]).open("a", encoding="utf-8") as file:
             file.write(word + "\n")
 
 
 def notes() -> list[str]:
     """All lines, of earlier starts of the job too."""
     try:
-        return Path(os.environ[VARIABLE]).read_text().split()
+        return Path(os.environ[VARIABLE]).read_text(encoding="utf-8").split()
     except (KeyError, OSError):
         return []
 

@@ -88,17 +88,20 @@ def test_the_script_alone_writes_the_same_csv_as_predict(exported: Path, folder:
     (tmp_path / "images").mkdir()
     Image.new("P", (40, 40)).save(tmp_path / "images" / "palette.png")
     Image.new("L", (40, 40), 90).save(tmp_path / "images" / "grey.jpg")
+    Image.new("L", (40, 40), 90).save(tmp_path / "images" / "grün\r0.png")
     paths = [str(folder / "val"), str(tmp_path / "images")]
     outputs = [tmp_path / "script.csv", tmp_path / "package.csv"]
     command = [sys.executable, "-c", ALONE, str(exported.parent / "predict.py"), *paths, "--all", "-o", str(outputs[0])]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    ascii_locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=ascii_locale)
     assert predict([str(exported), *paths, "--all", "-o", str(outputs[1])]) == 0
-    rows = [list(csv.reader(output.open())) for output in outputs]
+    rows = [list(csv.reader(output.open(encoding="utf-8", newline=""))) for output in outputs]
     (refused,) = [row for row in rows[0] if row[0].endswith("palette.png")]
     assert refused[-1].startswith("a PNG with mode P")
-    assert "1 of 33 files can't be used" in done.stderr
+    assert "1 of 34 files can't be used" in done.stderr
     assert [row for row in rows[0] if row[0] != refused[0]] == [row for row in rows[1] if row[0] != refused[0]]
-    assert len(rows[1]) == 34
+    assert len(rows[1]) == 35
+    assert str(tmp_path / "images" / "grün\r0.png") in [row[0] for row in rows[0]]
 
 
 def test_another_model_is_noticed_and_not_left(

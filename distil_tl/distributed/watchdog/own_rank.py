@@ -54,7 +54,7 @@ class OwnRank:
         if not self._sees_proc:  # not mounted, or that of other processes
             return "?"
         try:
-            with open(f"/proc/{self.pid}/stat") as file:  # noqa: PTH123
+            with open(f"/proc/{self.pid}/stat", encoding="utf-8") as file:  # noqa: PTH123
                 return file.read().rpartition(")")[2].split()[0]
         except (OSError, IndexError):
             return "?"

@@ -37,7 +37,7 @@ def track(task: Task, statuses: queue.Queue[str], report: Report) -> int:
     """
     folder = Path(task.run_dir) / "wandb"
     folder.mkdir(exist_ok=True)
-    with (folder / f"{task.mode}.lock").open("w") as lock:
+    with (folder / f"{task.mode}.lock").open("w", encoding="utf-8") as lock:
         if not _locked(lock.fileno(), LOCK_SECONDS if task.pid is not None else 0):
             report("warn", "another process is sending this run")
             return RETRY
@@ -86,7 +86,7 @@ def _locked(handle: int, seconds: float) -> bool:
 
 def _wait_for_status(handle: int, statuses: queue.Queue[str]) -> None:
     """Read the status of the run. If the training exits without one, end this process soon, even if W&B hangs."""
-    with open(handle) as source:
+    with open(handle, encoding="utf-8") as source:
         status = source.readline().strip()
     statuses.put(status or "killed")
     if not status:

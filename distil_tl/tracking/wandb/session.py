@@ -139,7 +139,7 @@ def _token(run_dir: Path) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is none."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -35,7 +35,7 @@ class Marks:
         """Read from a run directory; without a valid file for this W&B run, a new one."""
         path, run_id = run_dir / "wandb" / f"{mode}.json", wandb_id(run_dir)
         with suppress(OSError, ValueError, TypeError):
-            saved = json.loads(path.read_text())
+            saved = json.loads(path.read_text(encoding="utf-8"))
             if saved["id"] == run_id:
                 return cls(path, **saved)
         return cls(path, run_id)
@@ -43,7 +43,9 @@ class Marks:
     def save(self) -> None:
         # Without fsync: to lose the last second matters little, and fsync on a shared file system may take a second.
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({key: value for key, value in vars(self).items() if key != "path"}))
+        temporary.write_text(
+            json.dumps({key: value for key, value in vars(self).items() if key != "path"}), encoding="utf-8"
+        )
         temporary.replace(self.path)
 
     def set_aside_segment(self, run_dir: Path) -> None:
@@ -65,7 +67,7 @@ def segments(run_dir: Path) -> list[Path]:
 
 def synced_by_hand(segment: Path) -> bool:
     """Whether the user sent a segment with `wandb sync`."""
-    return any(path.read_text() != SENT_BY_US for path in segment.glob("*.wandb.synced"))
+    return any(path.read_text(encoding="utf-8") != SENT_BY_US for path in segment.glob("*.wandb.synced"))
 
 
 def mark_synced(run_dir: Path) -> None:
@@ -73,4 +75,4 @@ def mark_synced(run_dir: Path) -> None:
     for segment in segments(run_dir):
         for path in segment.glob("run-*.wandb"):
             if not (mark := path.with_name(path.name + ".synced")).exists():
-                mark.write_text(SENT_BY_US)
+                mark.write_text(SENT_BY_US, encoding="utf-8")

@@ -48,6 +48,6 @@ def wandb_task(run_dir: Path, settings: WandbConfig, config: dict[str, Any]) -> 
 def wandb_id(run_dir: Path) -> str:
     """The id of the W&B run, the same however often the run is resumed; empty if it is not tracked."""
     try:
-        return (run_dir / "wandb-id").read_text().strip()
+        return (run_dir / "wandb-id").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
