@@ -238,8 +238,8 @@ def write_rows(file: IO[str], files: list[Path], results: Iterator[Any], classes
 
 def write_row(file: IO[str], row: Sequence[Any]) -> None:
     """Write a row of CSV. csv.writer alone leaves a carriage return unquoted, where readers end the row."""
-    quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in row) else csv.QUOTE_MINIMAL
-    csv.writer(file, lineterminator="\n", quoting=quoting).writerow(row)
+    odd = any("\r" in str(cell) for cell in row)
+    csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerow(row)
 
 
 def parse_arguments() -> argparse.Namespace:
