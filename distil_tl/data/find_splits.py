@@ -14,6 +14,7 @@ from distil_tl.data.scan import scan
 from distil_tl.data.split import MOST_READ, TRAIN, VAL, assign_splits
 from distil_tl.data.split_file import read_split_file
 from distil_tl.data.table import Table, read_table
+from distil_tl.data.walk import images_beside
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger, printable
 
@@ -43,6 +44,9 @@ def find_splits(
         table = Table(scan(root, extensions=config.image_extensions), None, None, "")
     else:
         table = read_table(config, root)
+        if beside := images_beside(table.index, config.image_extensions):
+            images = "1 image is" if beside == 1 else f"{beside:,} images are"
+            logger.info("%s below %s, but not in data.labels=%s", images, printable(root), printable(config.labels))
     whole, said = table.index, f"{table.note}; " if table.note else ""
     if table.splits is not None and VAL in table.splits:
         _refuse_useless_split(config)

@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from distil_tl.data.index import quoted
+from distil_tl.data.index import Index, quoted
 from distil_tl.utils.errors import UserError, listed
 
 # Folders of Jupyter, macOS, Synology, Thumbnails of several programs; with copies of images or parts of them.
 LEFTOVER_FOLDERS = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".thumbnails", ".AppleDouble", ".Trashes", "lost+found")
 LEFTOVER_FILES = "._"  # AppleDouble: the metadata of a file of the same name
 MOST_ENDINGS = 6
+MOST_ENTRIES, MOST_FOLDERS = 20_000, 500  # below data.root, until which images that a table lacks are counted
 
 
 class Found(NamedTuple):
@@ -64,6 +65,32 @@ def walk(top: Path, start: str, extensions: tuple[str, ...], ignored: Counter[st
         scanned.append((folder, sorted(images)))
     # Sorted by the whole path as a string, like the folders of os.walk: "a-b" comes before "a/b".
     return sorted(scanned)
+
+
+def images_beside(index: Index, extensions: tuple[str, ...]) -> int:
+    """How many images below the root of a table it does not name; 0 where there is too much to look at.
+
+    Links to folders are not followed. Sizes are not read.
+    """
+    if len(index) > MOST_ENTRIES:
+        return 0
+    known, found, seen = set(index.relative_paths()), 0, 0
+    folders = [""]
+    for folder in folders:  # it grows
+        try:
+            with os.scandir(index.root / folder) as inside:
+                for entry in inside:
+                    seen += 1
+                    if seen > MOST_ENTRIES or len(folders) > MOST_FOLDERS:
+                        return 0
+                    name = folder + entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        folders += [] if is_leftover(entry) else [f"{name}/"]
+                    elif name.lower().endswith(extensions) and not is_leftover(entry):
+                        found += os.fsencode(name) not in known
+        except OSError:
+            continue
+    return found
 
 
 def entries(folder: str) -> Iterator[os.DirEntry[str]]:

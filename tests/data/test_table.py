@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from distil_tl.data import table as table_module
-from distil_tl.data import table_file
+from distil_tl.data import table_file, walk
 from distil_tl.data.config import ColumnsConfig, DataConfig
 from distil_tl.data.find_splits import find_split, find_splits
 from distil_tl.data.index import Index, differences
@@ -243,6 +243,27 @@ def test_an_edited_label_is_named_where_a_split_of_the_run_is_evaluated(
     assert warnings() == [
         "val: since the run was made, 1 label changed: '3.jpg' was b, now a; the labels of now are used"
     ]
+
+
+def test_images_that_a_table_does_not_name_are_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(root, "notes.txt", ".ipynb_checkpoints/x.jpg", "b/._x.jpg")
+    some = read(root, "path,label\n" + "".join(f"{name},a\n" for name in FILES[:4])).index
+    assert walk.images_beside(some, (".jpg", ".png")) == 2
+    assert walk.images_beside(some, (".jpg",)) == 1
+    every = read(root, "path,label\n" + "".join(f"{name},a\n" for name in FILES)).index
+    assert walk.images_beside(every, (".jpg", ".png")) == 0
+    monkeypatch.setattr(walk, "MOST_ENTRIES", 7)
+    assert walk.images_beside(some, (".jpg", ".png")) == 0, "too many files to look at"
+
+
+def test_images_that_a_table_does_not_name_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level("INFO", logger.name)
+    plant(tmp_path / "many", "9.jpg")
+    many(tmp_path, ["path,label,split", "1.jpg,a,train", "2.jpg,b,val"])
+    assert f"1 image is below {tmp_path}/many, but not in data.labels={tmp_path}/labels.csv" in caplog.text
 
 
 @pytest.mark.parametrize(("label", "warned"), [("a", True), ("b", False)])
