@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
         UserError: there is no such run, checkpoint or split, or the split has classes that the model does not know.
     """
     if options.json is not None:
-        check_output("--json", options.json, (), ALL_EXTENSIONS)
+        check_output("--json", options.json, (), ALL_EXTENSIONS, earlier=(b'{\n  "checkpoint": ',))
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
     restored = restore_model(options.run_dir, options.checkpoint, without_table(options.overrides))

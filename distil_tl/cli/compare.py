@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> None:
     if options.images < 0:
         raise UserError("--images must be at least 0")
     if options.json is not None:
-        check_output("--json", options.json, (), ALL_EXTENSIONS)
+        check_output("--json", options.json, (), ALL_EXTENSIONS, earlier=(b'{\n  "first": ',))
     from distil_tl.cli.comparison import compare  # imports torch
 
     compare(

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "onnx":
         if output.suffix != ONNX:
             raise UserError(f"-o {printable(output)}: name a file that ends in {ONNX}")
-        check_output("-o", output, (), ALL_EXTENSIONS)
+        check_output("-o", output, (), ALL_EXTENSIONS, earlier=(b"\x08",))  # of a protobuf: the version of ONNX
         check_script(output.parent / SCRIPT)
     from distil_tl.cli import exports  # imports torch, which takes seconds; --help does not need it
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from distil_tl.data.config import ALL_EXTENSIONS
 from distil_tl.report.load import mapping
 from distil_tl.utils.args import overlay, parse_overrides, read_yaml, refuse
 from distil_tl.utils.command import exit_process, run_command
@@ -50,7 +51,7 @@ def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> No
     tree, pairs = extended(run_dir, overrides)
     content = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
     if config_file is not None:
-        check_output("--config", config_file, [run_dir / "config.yaml"])
+        check_output("--config", config_file, [run_dir / "config.yaml"], ALL_EXTENSIONS, earlier=())
         with open_output(config_file) as file:
             file.write(content)
         sys.stdout.write(f"{config_file}: submit it with distil-tl submit {' '.join([str(config_file), *pairs])}\n")

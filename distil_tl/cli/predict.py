@@ -49,7 +49,8 @@ def run(options: argparse.Namespace) -> int:
     if options.batch_size < 1 or (options.workers or 0) < 0 or options.top < 1:
         raise UserError("--batch-size and --top must be at least 1, and --workers at least 0")
     if options.output is not None:
-        check_output("--output", options.output, [options.model, *options.paths], ALL_EXTENSIONS)
+        inputs, written = [options.model, *options.paths], (b"path,prediction,", b'{"path": ')
+        check_output("--output", options.output, inputs, ALL_EXTENSIONS, earlier=written)
     if options.model.suffix == ONNX and options.checkpoint != "best":
         raise UserError(f"--checkpoint is for a run directory; {printable(options.model)} has one model")
     if options.split is not None and not (options.model / SPLIT_FILE).is_file():

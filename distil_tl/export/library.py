@@ -39,6 +39,8 @@ def check_folder(folder: Path) -> None:
     there = [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
     if there and not _is_own(folder / CONFIG):
         raise UserError(f"{shown} has a {there[0]} that `distil-tl export` did not write: name another folder")
+    if folder.is_dir() and not there and any(folder.iterdir()):
+        raise UserError(f"{shown} has other files in it: name a new folder")
     for name in (WEIGHTS, CONFIG) if folder.is_dir() else ():
         check_output("-o", folder / name)
     if not folder.is_dir() and not os.access(folder.parent, os.W_OK):

@@ -13,7 +13,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -25,17 +25,24 @@ _OPEN = ("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/")  # names of files t
 _ENCODING = {"encoding": "utf-8", "errors": "backslashreplace"}
 
 
-def check_output(option: str, path: Path, inputs: Iterable[Path] = (), image_endings: tuple[str, ...] = ()) -> None:
-    """Refuse an output that can't be written, or that would destroy an input.
+def check_output(
+    option: str,
+    path: Path,
+    inputs: Iterable[Path] = (),
+    image_endings: tuple[str, ...] = (),
+    earlier: tuple[bytes, ...] | None = None,
+) -> None:
+    """Refuse an output that can't be written, or that would destroy an input or another file of the user.
 
     Args:
         option: as the user gave it, for messages.
         inputs: files and folders that the command reads.
         image_endings: of the names of images, in lower case.
+        earlier: how a file begins that the command wrote earlier, the only kind that is replaced; None: any file is.
 
     Raises:
-        UserError: `path` is a folder, in a folder that does not exist or can't be written to, an input, or named like
-            an image.
+        UserError: `path` is a folder, in a folder that does not exist or can't be written to, an input, named like an
+            image, or another file than an earlier output.
     """
     shown = f"{option} {printable(path)}"
     if path.is_dir():
@@ -55,6 +62,8 @@ def check_output(option: str, path: Path, inputs: Iterable[Path] = (), image_end
         if not os.access(path, os.W_OK):
             raise UserError(f"{shown}: no permission to write to it")
         return
+    if earlier is not None and not _begins_with(path, earlier):
+        raise UserError(f"{shown} exists, and is no earlier output of this command: name another file, or remove it")
     partial = _partial(_target(path))
     try:
         partial.touch()
@@ -75,7 +84,17 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
     if path is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")  # on a terminal without UTF-8 too
-        yield sys.stdout
+        try:
+            yield sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:  # its reader has exited
+            raise
+        except OSError as error:
+            if error.filename is not None:  # of the body
+                raise
+            with suppress(OSError):
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # else Python tries again at exit
+            raise UserError(f"can't write to standard output: {error.strerror or error}") from error
         return
     if not _is_replaced(path):
         try:
@@ -125,6 +144,18 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
+
+
+def _begins_with(path: Path, beginnings: tuple[bytes, ...]) -> bool:
+    """Whether a file begins like one of these, is empty, or does not exist; false if it can't be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(max(map(len, beginnings), default=1))
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return not start or start.startswith(beginnings)
 
 
 def _is_replaced(path: Path) -> bool:

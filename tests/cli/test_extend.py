@@ -106,3 +106,12 @@ def test_the_number_of_further_epochs_is_needed(
     assert "is one of the inputs" in capsys.readouterr().err
     assert main([str(tmp_path / "nowhere"), "stages.full.epochs=+1"]) == 2
     assert "is not a run directory" in capsys.readouterr().err
+
+
+def test_the_configuration_replaces_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text("stages: {full: {unfreeze: all, epochs: 4}}\n")
+    for name in ("mine.yaml", "classes.json"):
+        (tmp_path / name).write_text("mine")
+        assert main([str(tmp_path), "stages.full.epochs=+3", "--config", str(tmp_path / name)]) == 2
+        assert "is no earlier output" in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "mine"

@@ -114,9 +114,12 @@ def test_another_model_is_noticed_and_not_left(
     assert "the ONNX model answers otherwise than PyTorch: a probability differs by" in said
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
-    path.write_text("earlier")
+    path.write_bytes(exported.read_bytes())
     assert export(run_dir, "-o", path, "--checkpoint", "last") == 1
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [exported.read_bytes()]
+    path.write_text("mine")
+    assert export(run_dir, "-o", path, "--checkpoint", "last") == 2
+    assert "is no earlier output of this command" in capsys.readouterr().err
 
 
 def test_a_script_that_prepares_other_bytes_is_not_left(

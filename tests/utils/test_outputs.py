@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.outputs import check_output, open_output
+from tests.helpers.paths import ROOT
 
 ENDINGS = (".jpg", ".png")
 
@@ -126,3 +130,29 @@ def test_what_is_refused(tmp_path: Path) -> None:
         with pytest.raises((UserError, OSError), match=message):
             check_output("--output", path, [photo, tmp_path / "missing"], ENDINGS)
     assert photo.read_bytes() == b"photo"
+
+
+@pytest.mark.parametrize(
+    ("content", "refused"),
+    [(b"path,prediction,probability\n", False), (b"", False), (b"path;label\n", True), (b"\x00" * 50, True)],
+)
+def test_only_earlier_outputs_are_replaced(tmp_path: Path, content: bytes, refused: bool) -> None:
+    path = tmp_path / "out.csv"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is no earlier output of this command") if refused else nullcontext():
+        check_output("-o", path, earlier=(b"path,prediction,",))
+    check_output("-o", tmp_path / "new.csv", earlier=())
+    with pytest.raises(UserError, match="is no earlier output") if content else nullcontext():
+        check_output("-o", path, earlier=())
+    assert path.read_bytes() == content
+
+
+def test_a_full_disk_behind_standard_output_is_named() -> None:
+    script = "from distil_tl.utils.command import run_command\nfrom distil_tl.utils.outputs import open_output\n"
+    script += "def body():\n    with open_output(None) as file:\n        file.write('x' * 10)\n"
+    script += "raise SystemExit(run_command('a', body))"
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", script], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (ended.returncode, ended.stderr) == (2, "a: can't write to standard output: No space left on device\n")
