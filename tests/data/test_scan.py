@@ -40,7 +40,7 @@ def test_nested_folders_in_torchvisions_order(tmp_path: Path):
 
 
 _name = st.text(st.sampled_from("ab.-_ 0Z\n\u00e9\u732b\U0001f600\udcff"), min_size=1, max_size=5).filter(
-    lambda name: name not in (".", "..")
+    lambda name: name not in (".", "..") and not name.startswith("._")  # which other programs leave behind
 )
 _file = st.tuples(st.lists(_name, min_size=1, max_size=3), _name, st.sampled_from([".jpg", ".PNG", "", ".txt"]))
 

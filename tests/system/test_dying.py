@@ -164,8 +164,8 @@ def test_a_run_directory_that_a_rank_does_not_see_is_refused_at_once(small: list
 
 def bad_loss(step: int, by: int) -> None:
     """On one rank the loss of one image is not finite in a step of the stage `full`."""
-    module: Any = importlib.import_module("distil_tl.train")
-    functional, original = module.F, module.forward_backward
+    module, losses_module = (importlib.import_module(f"distil_tl.{name}") for name in ("train", "training.losses"))
+    functional, original = losses_module.F, module.forward_backward
     stage = [""]
 
     def forward_backward(info: Any, training: Any, *args: Any) -> Any:
@@ -180,8 +180,8 @@ def bad_loss(step: int, by: int) -> None:
             losses = torch.cat([losses[:1] * float("nan"), losses[1:]])
         return losses
 
-    module.F = types.SimpleNamespace(cross_entropy=cross_entropy)
-    module.forward_backward = forward_backward
+    vars(losses_module)["F"] = types.SimpleNamespace(cross_entropy=cross_entropy)
+    vars(module)["forward_backward"] = forward_backward
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_step(

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from distil_tl import run as run_module
 from distil_tl.config import Config
 from distil_tl.data import loader as loading
 from distil_tl.data.config import fitting_world_sizes
@@ -258,6 +259,7 @@ def plans(draw: st.DrawFn) -> Plan:
 def _no_files() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "decode", lambda path, **_: torch.zeros(1))
+        patch.setattr(run_module, "write_samples", lambda *_: None)
         yield
 
 
