@@ -26,7 +26,10 @@ def write_samples(info: DistInfo, run_dir: Path, training: StageTraining, source
         return
     # An image has its own random numbers, so nothing else changes.
     dataset = source.train_dataset("train", stage.image_size, stage.augment, seed=stage.seed, stage=stage.name)
-    items = [dataset[key] for key in itertools.islice(training.sampler.keys(0), COUNT)]
+    try:
+        items = [dataset[key] for key in itertools.islice(training.sampler.keys(0), COUNT)]
+    except (MemoryError, RuntimeError):  # training says so, with what to do
+        return
     images = [_picture(item.image) for item in items if item.image is not None]
     if not images:
         return

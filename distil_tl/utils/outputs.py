@@ -93,7 +93,7 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
             if error.filename is not None:  # of the body
                 raise
             with suppress(OSError):
-                sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  # else Python tries again at exit
+                sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123  # else Python tries again at exit
             raise UserError(f"can't write to standard output: {error.strerror or error}") from error
         return
     if not _is_replaced(path):
