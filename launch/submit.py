@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from distil_tl.utils.args import to_yaml
 from distil_tl.utils.command import run_command
@@ -99,10 +100,15 @@ def submit(
         else:
             job = start_recorded(executor, run_dir, task, cluster)
     print_id(str(job.job_id))
-    print_line(f"submitted job {job.job_id}: {run_dir}, {describe_resources(slurm, cluster)}")
+    print_submitted(job, run_dir, describe_resources(slurm, cluster))
+    return 0 if cluster == "slurm" else wait_for_job(job, cluster)
+
+
+def print_submitted(job: Any, run_dir: Path, resources: str) -> None:
+    """What was submitted, and how to monitor it."""
+    print_line(f"submitted job {job.job_id}: {run_dir}, {resources}")
     print_line(f"monitor with: python -m launch.status {shlex.quote(str(run_dir))}")
     print_line(f"output: {job.paths.stdout.parent}/{job.paths.stdout.name.replace('_0_log', '_TASK_log')}")
-    return 0 if cluster == "slurm" else wait_for_job(job, cluster)
 
 
 if __name__ == "__main__":

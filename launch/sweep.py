@@ -53,6 +53,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return run_command("launch.sweep", lambda: submit_sweep(rest, **settings, print_id=print_id))
 
 
+# Longer than a screen: what is checked before the lock is checked again behind it, in the same order.
 def submit_sweep(
     args: Sequence[str],
     dir: Path | None,

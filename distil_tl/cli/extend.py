@@ -46,7 +46,7 @@ def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> No
     """Train the extended run, or write its configuration to `config_file`.
 
     Raises:
-        UserError: no such run or stage, or arguments that can't be read; and whatever training refuses.
+        UserError: no such run or stage, arguments that can't be read, or what training refuses.
     """
     tree, pairs = extended(run_dir, overrides)
     content = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

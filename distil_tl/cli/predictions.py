@@ -33,6 +33,7 @@ from distil_tl.utils.threads import available_cpus
 
 
 # Nine parameters: the options of the command.
+# Nine parameters: those of the command.
 def predict(
     model: Path,
     paths: Sequence[Path],

@@ -1,4 +1,4 @@
-"""A DataLoader that does not wait for ever for its loader processes, and works without them where none can start."""
+"""A DataLoader that limits the wait for its loader processes, and works without them where none can start."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CAUSES = {
 
 
 class BoundedLoader(DataLoader[T]):
-    """A DataLoader whose iterators end with an error instead of waiting for ever.
+    """A DataLoader whose iterators limit how long they wait, and then end with an error.
 
     Attributes:
         seconds: to wait for one batch, at most. Time in which this process is suspended does not count.
@@ -91,7 +91,7 @@ class _BoundedIterator(_MultiProcessingDataLoaderIter):
         if found[0]:
             self._waited = self._waited_since_stop = 0.0
             return found
-        # Looks are counted, not the clock, which goes on while the process is suspended.
+        # Looks are counted: the clock also runs while the process is suspended.
         self._waited += POLL_SECONDS
         if stop_requested():
             self._waited_since_stop += POLL_SECONDS

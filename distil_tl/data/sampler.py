@@ -73,6 +73,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
             several times and others not at all. None: an epoch has each image once.
     """
 
+    # Nine parameters: all that the order depends on.
     def __init__(
         self,
         length: int,
