@@ -71,7 +71,8 @@ def main(args: list[str]) -> int:
     train.train_one_epoch = parts.within(
         train.train_one_epoch, lambda run, training, position: f"stage {training.stage.name}, training"
     )
-    train.evaluate = parts.within(train.evaluate, lambda info, *_: f"{evaluated(info.phase)}, evaluation")
+    for module in (train, importlib.import_module("distil_tl.finish")):
+        module.evaluate = parts.within(module.evaluate, lambda info, *_: f"{evaluated(info.phase)}, evaluation")
     train.finish = parts.within(train.finish, lambda run: "the end")
     parts.enter("start, after the imports")
     status: int = train.main(args)

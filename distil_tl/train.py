@@ -32,20 +32,21 @@ from distil_tl.distributed.leaving import cause_of
 from distil_tl.distributed.preemption import AllRanksStopError, Request, StopSignal
 from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero, once_per_node
+from distil_tl.finish import MISTAKES, finish
 from distil_tl.models.transfer import build, download_weights
+from distil_tl.open_run import open_run
 from distil_tl.report import write_report
-from distil_tl.run import Run, open_run
-from distil_tl.rundir.checkpoint import load_weights
+from distil_tl.run import Run
 from distil_tl.rundir.directory import peak_memory_mb, reset_peak_memory
 from distil_tl.rundir.opening import look_for_start
 from distil_tl.rundir.start import Start
 from distil_tl.rundir.state import Position, StageRecord
 from distil_tl.training import console
-from distil_tl.training.evaluation import Evaluation, evaluate
+from distil_tl.training.evaluation import evaluate
 from distil_tl.training.head_search import search_head
-from distil_tl.training.memory import PartSize, replayed, until_memory_suffices
+from distil_tl.training.memory import replayed, until_memory_suffices
 from distil_tl.training.metrics import Meter
-from distil_tl.training.network import ImageNetwork, final_network
+from distil_tl.training.network import ImageNetwork
 from distil_tl.training.optim import lr_factor, set_lr
 from distil_tl.training.precision import set_rounding
 from distil_tl.training.stage import Stage, check_stages, count_trainable
@@ -62,8 +63,6 @@ from distil_tl.training.step import (
 from distil_tl.utils.errors import PreemptedError, RestartError
 from distil_tl.utils.log import Progress, setup_console
 from distil_tl.utils.rng import seed_torch
-
-MISTAKES = 50  # most confident mistakes kept in evaluation.json
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -249,51 +248,6 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
     training.meter = Meter(info, run.num_classes)
     run.save(training, is_best=is_best)
     return following
-
-
-def finish(run: Run) -> None:
-    """Evaluate the best checkpoint in full where that is not done yet, and complete the run directory."""
-    info, state = run.info, run.state
-    on_rank_zero(info, "writing the last checkpoint", run.checkpoints.wait)
-    shown = state.best or state.final
-    assert shown is not None
-    results = {} if run.best_evaluation is None else {"val": run.best_evaluation}
-    missing = [split for split in ("test", "val") if split in run.source.splits and split not in results]
-    if missing:
-        results |= evaluate_best(run, shown["stage"], missing)
-    for split, result in results.items() if info.is_main else ():
-        name = "evaluation.json" if split == "val" else f"evaluation_{split}.json"
-        run.directory.write(name, console.evaluation_json(split, run.source.index(split), result))
-    run.source.bad_images.combine_ranks(info)
-    state.bad_images = run.source.bad_images.by_split
-    state.best = shown
-    more = {"test": results["test"].metrics.compute()} if "test" in results else {}
-    # The others wait without a collective: W&B may take longer to finish than a collective may last.
-    summary = on_rank_zero(info, "closing the run", lambda: run.complete(**more))
-    if info.is_main:
-        console.print_result(run.directory.path, summary)
-
-
-def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluation]:
-    """Evaluate the best checkpoint, which is of `stage`, on each of `splits`."""
-    info, best = run.info, run.state.best
-    if best is not None:  # else the best one is in the directory that this run resumed from: the last one is used
-        load_weights(run.checkpoints.path(best["step"]), run.model.module)
-    image_size, record = run.stage(stage).image_size, run.state.stages[stage]
-    samplers = {split: run.source.eval_batches(split) for split in splits}
-    loaders = {split: run.source.eval_loader(split, image_size, samplers[split]) for split in splits}
-    batches = {split: run.source.batches(loaders[split], split) for split in splits}  # loaded from now on
-    network = final_network(run.model, run.config.stages[stage], run.compute(stage), record, info.device, image_size)
-    results: dict[str, Evaluation] = {}
-    for split in splits:
-        info.phase = f"the final evaluation on {split}"
-        part_size = PartSize("evaluation", f"the evaluation on {split}", record.part_sizes)
-        results[split] = evaluate(
-            info, network, samplers[split].turns, batches[split], run.num_classes,
-            part_size=part_size, agreement=run.agreement, mistakes=MISTAKES,
-        )  # fmt: skip
-        run.source.bad_images.refuse_none_usable(results[split].metrics.count, split, run.source.index(split))
-    return results
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""The end of a run: the best checkpoint is evaluated in full, and the run directory completed."""
+
+from __future__ import annotations
+
+from distil_tl.distributed.rank_zero import on_rank_zero
+from distil_tl.run import Run
+from distil_tl.rundir.checkpoint import load_weights
+from distil_tl.training import console
+from distil_tl.training.evaluation import Evaluation, evaluate
+from distil_tl.training.memory import PartSize
+from distil_tl.training.network import final_network
+
+MISTAKES = 50  # most confident mistakes kept in evaluation.json
+
+
+def finish(run: Run) -> None:
+    """Evaluate the best checkpoint in full where that is not done yet, and complete the run directory."""
+    info, state = run.info, run.state
+    on_rank_zero(info, "writing the last checkpoint", run.checkpoints.wait)
+    shown = state.best or state.final
+    assert shown is not None
+    results = {} if run.best_evaluation is None else {"val": run.best_evaluation}
+    missing = [split for split in ("test", "val") if split in run.source.splits and split not in results]
+    if missing:
+        results |= evaluate_best(run, shown["stage"], missing)
+    for split, result in results.items() if info.is_main else ():
+        name = "evaluation.json" if split == "val" else f"evaluation_{split}.json"
+        run.directory.write(name, console.evaluation_json(split, run.source.index(split), result))
+    run.source.bad_images.combine_ranks(info)
+    state.bad_images = run.source.bad_images.by_split
+    state.best = shown
+    more = {"test": results["test"].metrics.compute()} if "test" in results else {}
+    # The others wait without a collective: W&B may take longer to finish than a collective may last.
+    summary = on_rank_zero(info, "closing the run", lambda: run.complete(**more))
+    if info.is_main:
+        console.print_result(run.directory.path, summary)
+
+
+def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluation]:
+    """Evaluate the best checkpoint, which is of `stage`, on each of `splits`."""
+    info, best = run.info, run.state.best
+    if best is not None:  # else the best one is in the directory that this run resumed from: the last one is used
+        load_weights(run.checkpoints.path(best["step"]), run.model.module)
+    image_size, record = run.stage(stage).image_size, run.state.stages[stage]
+    samplers = {split: run.source.eval_batches(split) for split in splits}
+    loaders = {split: run.source.eval_loader(split, image_size, samplers[split]) for split in splits}
+    batches = {split: run.source.batches(loaders[split], split) for split in splits}  # loaded from now on
+    network = final_network(run.model, run.config.stages[stage], run.compute(stage), record, info.device, image_size)
+    results: dict[str, Evaluation] = {}
+    for split in splits:
+        info.phase = f"the final evaluation on {split}"
+        part_size = PartSize("evaluation", f"the evaluation on {split}", record.part_sizes)
+        results[split] = evaluate(
+            info, network, samplers[split].turns, batches[split], run.num_classes,
+            part_size=part_size, agreement=run.agreement, mistakes=MISTAKES,
+        )  # fmt: skip
+        run.source.bad_images.refuse_none_usable(results[split].metrics.count, split, run.source.index(split))
+    return results
