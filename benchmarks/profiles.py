@@ -64,6 +64,7 @@ def main(args: list[str]) -> int:
     from benchmarks.measure import markdown
 
     train: Any = importlib.import_module("distil_tl.train")
+    modules: list[Any] = [train, importlib.import_module("distil_tl.finish")]
     parts = Parts()
     os.register_at_fork(after_in_child=lambda: parts.enter(None))  # loader processes are not profiled
     train.run_stage = parts.within(train.run_stage, lambda run, stage: f"stage {stage.name}, rest")
@@ -71,7 +72,7 @@ def main(args: list[str]) -> int:
     train.train_one_epoch = parts.within(
         train.train_one_epoch, lambda run, training, position: f"stage {training.stage.name}, training"
     )
-    for module in (train, importlib.import_module("distil_tl.finish")):
+    for module in modules:
         module.evaluate = parts.within(module.evaluate, lambda info, *_: f"{evaluated(info.phase)}, evaluation")
     train.finish = parts.within(train.finish, lambda run: "the end")
     parts.enter("start, after the imports")
