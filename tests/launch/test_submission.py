@@ -63,7 +63,8 @@ class Command:
         if process == 0:
             status = 70
             try:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # whatever earlier tests left
+                    signal.signal(number, signal.SIG_DFL)
                 status = self.run(before)
             finally:
                 os._exit(status)
