@@ -184,6 +184,8 @@ def restore_model(run_dir: str | Path, checkpoint: str = "best", overrides: list
     stage = config.stages[stage_name]
     image_size = stage.image_size or config.data.image_size or preprocess.crop_size
     model = build(config.model, len(classes), image_size=config.data.image_size, seed=config.seed, pretrained=False)
+    if any(argument.startswith("data.crop_") for argument in overrides or ()):
+        preprocess = preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
     model.preprocess = preprocess
     ckpt.load_weights(path, model.module)
     record = state["run"]["stages"][stage_name]

@@ -158,7 +158,7 @@ class Run:
                 "data": {split: self.source.index(split).fingerprint for split in ("train", "val")},
                 "pixels": pixel_digests(self.config.data),
                 "weights": asdict(self.model.weights),
-                "preprocess": asdict(self.model.preprocess),
+                "preprocess": self.model.preprocess.to_json(),
                 "classes": list(self.source.index("train").classes),
             },
             is_best=is_best,

@@ -100,6 +100,7 @@ def train(config: Config, unresolved: DictConfig) -> None:
         once_per_node(info, "weights", lambda: download_weights(config.model))
         splits = open_splits(info, config.data, start.saved_run_dir)
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
+        model.preprocess = model.preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
         check_stages(model, config.stages)
         splits = copy_to_local_disk(info, config.data, splits)  # last of what may be refused, as it may take long
         stop.defer()

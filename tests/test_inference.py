@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,12 +13,18 @@ from PIL import Image
 
 import distil_tl
 from distil_tl.config import load_saved
+from distil_tl.data.decode import decode
+from distil_tl.data.transforms import eval_transform
+from distil_tl.evaluate import main as evaluate
 from distil_tl.inference import RestoredModel, Transform, restore_model
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.rundir.checkpoint import Checkpoints
+from distil_tl.train import main as train
 from distil_tl.utils.errors import UserError
+from tests.helpers.arguments import head_args
+from tests.helpers.runs import summary_of
 
 CLASSES = ["circles", "noise", "stripes"]
 NAME = "shufflenet_v2_x0_5"
@@ -59,6 +66,23 @@ def test_a_checkpoint_is_loaded_by_name(
         assert torch.equal(model.state_dict()[name], value + step), name
     assert transform.image_size == size, "the image size of the checkpoint's stage"
     assert model(transform(torch.zeros(3, 40, 50, dtype=torch.uint8))[None]).shape == (1, 3)
+
+
+def test_the_crop_is_that_of_the_training_unless_another_one_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = head_args(folder, run_dir, "stages.head.epochs=1", "stages.full.epochs=0", "data.crop_mode=squash")
+    assert train(args) == 0
+    image = next((folder / "val").rglob("*.png"))  # 40 x 36 pixels
+    preprocess = restore_model(run_dir).model.preprocess
+    squashed, centre = (preprocess.with_crop(mode, None) for mode in ("squash", "center"))
+    view = distil_tl.load(run_dir).transform.view(image)
+    assert torch.equal(view, eval_transform(squashed, 32)(decode(image)))
+    assert not torch.equal(view, eval_transform(centre, 32)(decode(image)))
+    changed = restore_model(run_dir, overrides=["data.crop_mode=center"])
+    assert torch.equal(changed.transform().view(image), eval_transform(centre, 32)(decode(image)))
+    assert evaluate([str(run_dir), "--json", str(tmp_path / "found.json")]) == 0
+    found, best = json.loads((tmp_path / "found.json").read_text()), summary_of(run_dir)["best"]
+    assert [found[key] for key in ("top1", "loss")] == pytest.approx([best[key] for key in ("top1", "loss")])
 
 
 def test_a_path_an_image_and_a_tensor_give_the_same(tmp_path: Path) -> None:

@@ -95,7 +95,10 @@ class Plan:
 
     @functools.cached_property
     def preprocess(self) -> Preprocess | None:
-        return None if self.model is None else default_preprocess(self.model)
+        if self.model is None:
+            return None
+        found, data = default_preprocess(self.model), self.data
+        return found if data is None else found.with_crop(data.crop_mode, data.crop_pct)
 
     @property
     def image_size(self) -> int:

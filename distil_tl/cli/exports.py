@@ -20,7 +20,7 @@ from distil_tl.data.splits import open_split
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import init_distributed
 from distil_tl.export import comparison, predict
-from distil_tl.export.library import check_folder, library_config, loading_lines, write_library_files
+from distil_tl.export.library import check_folder, crop_note, library_config, loading_lines, write_library_files
 from distil_tl.export.names import CONFIG, PREPROCESS, SCRIPT, WEIGHTS
 from distil_tl.export.onnx_model import OnnxModel
 from distil_tl.export.to_onnx import describe, refuse_missing_libraries, to_onnx
@@ -111,6 +111,8 @@ def export_library(run_dir: Path, checkpoint: str, overrides: Sequence[str], fol
         "%s: %s and %s; its library loads them with the same answers:\n\n%s\n", printable(folder), WEIGHTS, CONFIG,
         loading_lines(folder, config),
     )  # fmt: skip
+    if note := crop_note(config, model.preprocess):
+        logger.warning("%s", note)
 
 
 def provenance(run_dir: Path, restored: RestoredModel) -> dict[str, Any]:

@@ -22,6 +22,8 @@ MORE_EXTENSIONS = {"avif": "AVIF", "gif": "GIF", "heic": "HEIF", "heif": "HEIF",
 ALL_EXTENSIONS = (*IMG_EXTENSIONS, *(f".{extension}" for extension in MORE_EXTENSIONS), ".jfif")
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 AUGMENTATIONS = ("none", "light", "strong")
+CROP_MODES = ("weights", "center", "squash", "border")
+MIN_CROP_PCT = 0.1
 BALANCES = ("none", "sampler", "weights", "logit_adjust", "effective_number")
 ON_BAD_IMAGE = ("error", "skip")
 MAX_WORKERS = 256  # loader processes of a rank
@@ -71,6 +73,8 @@ class DataConfig:
     image_size: int | None = None  # pixels; null: that of the pretrained weights
     workers: int | None = None  # loader processes per rank; null: from the number of available CPUs
     prefetch_mib: int = 2048  # MiB of batches that a rank loads ahead, for training and again for evaluation
+    crop_mode: str = "weights"  # from an image to a square, without augmentation: weights | center | squash | border
+    crop_pct: float | None = None  # share of the resized sides that is kept; null: as for the weights, else 1
     augment: str = "light"  # none | light | strong
     hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class
     balance: str = "none"  # of classes of unequal size: none | sampler | weights | logit_adjust | effective_number
@@ -100,6 +104,10 @@ class DataConfig:
             )
         if self.prefetch_mib < 1:
             found.append("data.prefetch_mib must be at least 1")
+        if self.crop_mode not in CROP_MODES:
+            found.append(f"data.crop_mode is {self.crop_mode!r}; choose one of {', '.join(CROP_MODES)}")
+        if self.crop_pct is not None and not MIN_CROP_PCT <= self.crop_pct <= 1:
+            found.append(f"data.crop_pct must be a share from {MIN_CROP_PCT} to 1, as in 0.875, or null")
         if self.augment not in AUGMENTATIONS:
             found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
         if self.balance not in BALANCES:

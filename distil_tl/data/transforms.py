@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from torch import nn
-from torchvision.transforms import v2
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
 
 from distil_tl.models.preprocess import Preprocess
 
@@ -26,10 +27,49 @@ class ImageTransform(nn.Sequential):
 
 
 def eval_transform(preprocess: Preprocess, image_size: int) -> ImageTransform:
-    """uint8 [3, H, W] of any size to uint8 [3, image_size, image_size]: resize the shorter side, crop the centre."""
+    """uint8 [3, H, W] of any size to uint8 [3, image_size, image_size]: resize as the crop mode says, crop the centre.
+
+    The same sizes and positions as in timm's transform of the same `crop_mode` and `crop_pct`.
+    """
     resized = preprocess.resize_for(image_size)
-    steps = [v2.Resize(resized, interpolation=preprocess.mode, antialias=True), v2.CenterCrop(image_size)]
-    return ImageTransform(steps, min_side=2 * resized)
+    if preprocess.crop_mode == "border":
+        steps: list[nn.Module] = [ResizeLonger(resized, preprocess.mode), CropOrPad(image_size, preprocess.fill)]
+    else:
+        size = [resized, resized] if preprocess.crop_mode == "squash" else resized
+        steps = [v2.Resize(size, interpolation=preprocess.mode, antialias=True), v2.CenterCrop(image_size)]
+    return ImageTransform(steps, min_side=2 * resized)  # for border, this is more than enough
+
+
+class ResizeLonger(nn.Module):
+    """Resizes the longer side of an image to `side` pixels, and keeps its proportions."""
+
+    def __init__(self, side: int, mode: InterpolationMode) -> None:
+        super().__init__()
+        self.side, self.mode = side, mode
+
+    def forward(self, image: Tensor) -> Tensor:
+        scale = max(image.shape[1:]) / self.side
+        size = [max(1, round(length / scale)) for length in image.shape[1:]]
+        resized: Tensor = v2.functional.resize(image, size, interpolation=self.mode, antialias=True)
+        return resized
+
+
+class CropOrPad(nn.Module):
+    """The centre of an image uint8 [3, H, W] as [3, size, size]; what is missing at the sides has the colour `fill`."""
+
+    def __init__(self, size: int, fill: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.size, self.fill = size, fill
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = (min(length, self.size) for length in image.shape[1:])
+        centre: Tensor = v2.functional.center_crop(image, [height, width])
+        if height == width == self.size:
+            return centre
+        square = torch.tensor(self.fill, dtype=torch.uint8).view(3, 1, 1).repeat(1, self.size, self.size)
+        top, left = (self.size - height) // 2, (self.size - width) // 2
+        square[:, top : top + height, left : left + width] = centre
+        return square
 
 
 def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip: bool) -> ImageTransform:

@@ -75,6 +75,16 @@ def write_library_files(folder: Path, config: ModelConfig, model: TransferModel,
                 shutil.move(partial / name, target)
 
 
+def crop_note(config: ModelConfig, preprocess: Preprocess) -> str | None:
+    """What the library's own transform can't do; None if it can prepare images as in training."""
+    if config.from_timm or preprocess.crop_mode != "border":
+        return None
+    return (
+        f"torchvision has no transform for data.crop_mode=border: resize the longer side to resize_size of {CONFIG}, "
+        f"crop the centre to crop_size, and pad to a square with the colour fill"
+    )
+
+
 def loading_lines(folder: Path, config: ModelConfig) -> str:
     """The lines of Python that load what `write_library_files` wrote."""
     if config.from_timm:
@@ -108,16 +118,20 @@ def library_config(
             "input_size": [3, image_size, image_size],
             "fixed_input_size": model.fixed_image_size,
             "crop_pct": crop_share(preprocess, image_size),
-            "crop_mode": "center",
+            "crop_mode": preprocess.crop_mode,
             **statistics,
         }
     else:
         random = resolve_weights(config) == "none"
         arguments = torchvision_models.arguments(config.name, model.image_size, random=random)
         found["model_args"] = {"num_classes": len(classes), **arguments}
+        side = preprocess.resize_for(image_size)
         found["preprocess"] = {
-            "resize_size": preprocess.resize_for(image_size), "crop_size": image_size, **statistics
-        }  # fmt: skip
+            "resize_size": [side, side] if preprocess.crop_mode == "squash" else side,
+            "crop_size": image_size,
+            **({"crop_mode": "border", "fill": preprocess.fill} if preprocess.crop_mode == "border" else {}),
+            **statistics,
+        }
     return {**found, "distil_tl": dict(provenance)}
 
 

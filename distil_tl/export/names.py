@@ -12,4 +12,7 @@ CLASSES = "distil_tl.classes"
 PREPROCESS = "distil_tl.preprocess"
 PROVENANCE = "distil_tl.provenance"
 
+# The side that is resized, by the crop mode: each has a key of its own, so that a reader which does not know it fails.
+SIDES = {"center": "shorter_side", "squash": "both_sides", "border": "longer_side"}
+
 INSTALL = "pip install 'distil_tl[export]'"

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from distil_tl.data.pillow import Intensity
-from distil_tl.export.names import CLASSES, INPUT, INSTALL, PREPROCESS
+from distil_tl.export.names import CLASSES, INPUT, INSTALL, PREPROCESS, SIDES
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import printable
@@ -71,9 +71,10 @@ class OnnxModel:
         self.image_size: int = settings["image_size"]
         self.intensity: Intensity = settings["intensity"]
         self.extensions: tuple[str, ...] = tuple(settings["extensions"])
+        mode, side = next((mode, key) for mode, key in SIDES.items() if key in settings)
         self.preprocess = Preprocess(
             mean=tuple(settings["mean"]), std=tuple(settings["std"]), interpolation=settings["interpolation"],
-            crop_size=settings["image_size"], resize_size=settings["shorter_side"],
+            crop_size=settings["image_size"], resize_size=settings[side], crop_mode=mode,
         )  # fmt: skip
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

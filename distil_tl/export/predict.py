@@ -91,38 +91,35 @@ def upright(pixels: Any, image: Image.Image) -> Any:
     return pixels
 
 
-def resize_and_crop(pixels: Any, shorter_side: int, size: int, interpolation: str) -> Any:
-    """`pixels` [H, W, 3] resized to a shorter side of `shorter_side`, and of these the centre, [size, size, 3].
+def new_size(height: int, width: int, settings: dict[str, Any]) -> tuple[int, int]:
+    """Height and width that an image is resized to."""
+    if side := settings.get("both_sides"):
+        return side, side
+    if side := settings.get("longer_side"):
+        scale = max(height, width) / side
+        return max(1, round(height / scale)), max(1, round(width / scale))
+    side = settings["shorter_side"]
+    longer = int(side * max(height, width) / min(height, width))
+    return (longer, side) if width <= height else (side, longer)
 
-    The same bytes as torchvision's `Resize(shorter_side, interpolation, antialias=True)` and `CenterCrop(size)` of a
-    uint8 tensor on the CPU.
+
+def resize_and_crop(pixels: Any, settings: dict[str, Any]) -> Any:
+    """`pixels` [H, W, 3] as the model with these settings in its metadata expects them, [S, S, 3].
+
+    The same bytes as torchvision's `Resize(..., antialias=True)` and `CenterCrop` of a uint8 tensor on the CPU.
     """
-    height, width = pixels.shape[:2]
-    longer_side = int(shorter_side * max(height, width) / min(height, width))
-    new_height, new_width = (longer_side, shorter_side) if width <= height else (shorter_side, longer_side)
-    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
-    rows, columns = slice(top, top + size), slice(left, left + size)
-    if interpolation == "nearest":
-        return pixels[nearest(height, new_height)[rows]][:, nearest(width, new_width)[columns]]
-    needed = slice(None)
-    if new_height != height:
-        first, table, _ = filters(height, new_height, interpolation)
-        needed = slice(int(first[top]), int(first[top + size - 1]) + table.shape[1])
-    pixels = pixels[needed]
-    if new_width != width:
-        pixels = weighted_sums(pixels.transpose(1, 0, 2), filters(width, new_width, interpolation), columns, 0)
-        pixels = pixels.transpose(1, 0, 2)
-    else:
-        pixels = pixels[:, columns]
-    if new_height != height:
-        return weighted_sums(pixels, filters(height, new_height, interpolation), rows, needed.start)
-    return pixels[rows]
-
-
-def nearest(length: int, new_length: int) -> Any:
-    """For each position of a side of `new_length` pixels the position in one of `length`, int64 [new_length]."""
-    scale = np.float32(length) / np.float32(new_length)
-    return np.minimum(np.floor(np.arange(new_length, dtype=np.float32) * scale).astype(np.int64), length - 1)
+    size, old = settings["image_size"], pixels.shape[:2]
+    new = new_size(*old, settings)
+    by_row, by_column = (filters(*lengths, settings["interpolation"]) for lengths in zip(old, new))  # noqa: B905
+    starts = (max(0, round((length - size) / 2)) for length in new)
+    rows, columns = (slice(start, start + min(size, length)) for start, length in zip(starts, new))  # noqa: B905
+    needed = slice(by_row[0][rows.start], by_row[0][rows.stop - 1] + by_row[1].shape[1])
+    pixels = weighted_sums(pixels[needed].transpose(1, 0, 2), by_column, columns, 0).transpose(1, 0, 2)
+    pixels = weighted_sums(pixels, by_row, rows, needed.start)
+    square = np.full((size, size, 3), settings.get("fill", 0), dtype=np.uint8)
+    top, left = ((size - length) // 2 for length in pixels.shape[:2])
+    square[top : top + len(pixels), left : left + pixels.shape[1]] = pixels
+    return square
 
 
 @functools.lru_cache(maxsize=64)
@@ -133,6 +130,10 @@ def filters(length: int, new_length: int, interpolation: str) -> tuple[Any, Any,
         For each new pixel the first pixel that it is computed from, int64 [new_length]; the weights of the pixels from
         there on, int32 [new_length, taps]; and by how many bits the weights are shifted: together they are 1 << bits.
     """
+    if length == new_length or interpolation == "nearest":  # of one pixel each
+        ratio = np.float32(length) / np.float32(new_length)
+        first = np.floor(np.arange(new_length, dtype=np.float32) * ratio).astype(np.int64)
+        return np.minimum(first, length - 1), np.full((new_length, 1), 2, dtype=np.int32), 1
     radius = 2 if interpolation == "bicubic" else 1
     scale = length / new_length
     support, inverse = radius * max(scale, 1.0), 1.0 / max(scale, 1.0)
@@ -171,10 +172,8 @@ def weighted_sums(pixels: Any, weights: tuple[Any, Any, int], wanted: slice, off
 
 def prepare(path: Path, settings: dict[str, Any]) -> Any:
     """An image as the model with these settings in its metadata expects it, uint8 [3, S, S]; raises as `read_image`."""
-    shorter_side = settings["shorter_side"]
-    pixels = read_image(path, min_side=2 * shorter_side)
-    view = resize_and_crop(pixels, shorter_side, settings["image_size"], settings["interpolation"])
-    return np.ascontiguousarray(view.transpose(2, 0, 1))
+    side: int = next(settings[key] for key in ("shorter_side", "both_sides", "longer_side") if key in settings)
+    return np.ascontiguousarray(resize_and_crop(read_image(path, 2 * side), settings).transpose(2, 0, 1))
 
 
 def find_images(paths: Sequence[Path], extensions: tuple[str, ...]) -> list[Path]:

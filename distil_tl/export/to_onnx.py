@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distil_tl.export.names import CLASSES, INPUT, INSTALL, OUTPUT, PREPROCESS, PROVENANCE
+from distil_tl.export.names import CLASSES, INPUT, INSTALL, OUTPUT, PREPROCESS, PROVENANCE, SIDES
 from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel
 from distil_tl.utils.errors import ExportError, UserError
@@ -124,10 +124,11 @@ def describe(
     """
     settings = {
         "image_size": image_size,
-        "shorter_side": preprocess.resize_for(image_size),
+        SIDES[preprocess.crop_mode]: preprocess.resize_for(image_size),
         "interpolation": preprocess.interpolation,
         "mean": preprocess.mean,
         "std": preprocess.std,
+        **({"fill": preprocess.fill} if preprocess.crop_mode == "border" else {}),
         **reading,
     }
     values = {CLASSES: classes, PREPROCESS: settings, PROVENANCE: provenance}

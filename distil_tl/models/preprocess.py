@@ -5,7 +5,8 @@ Images stay uint8 up to the batch; `Normalize` runs on the device of the model, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,10 @@ class Preprocess:
         interpolation: a name of `torchvision.transforms.InterpolationMode`, such as "bilinear".
         crop_size: side of the square image in pixels that the weights were evaluated at.
         resize_size: length of the shorter side in pixels before the centre crop.
+        crop_mode: what is resized before the centre crop: center (the shorter side), squash (both sides, so that
+            proportions change), border (the longer side; the rest is filled).
+        crop_pct: side of the crop relative to the side that is resized, as in timm; None: the proportion of
+            `crop_size` and `resize_size`.
     """
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -32,15 +37,36 @@ class Preprocess:
     interpolation: str = "bilinear"
     crop_size: int = 224
     resize_size: int = 256
+    crop_mode: str = "center"
+    crop_pct: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; those of the crop only where they are set, as earlier code knows none."""
+        unset = {field.name: field.default for field in fields(self) if field.name in ("crop_mode", "crop_pct")}
+        return {name: value for name, value in asdict(self).items() if name not in unset or value != unset[name]}
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Preprocess:
-        """The inverse of `dataclasses.asdict` after JSON, which turns tuples into lists."""
+        """The inverse of `to_json` after JSON, which turns tuples into lists."""
         return cls(**{**tree, "mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
 
+    def with_crop(self, mode: str, share: float | None) -> Preprocess:
+        """The same with `data.crop_mode` and `data.crop_pct`."""
+        if mode == "weights":
+            return replace(self, crop_mode="center", crop_pct=share)
+        return replace(self, crop_mode=mode, crop_pct=1.0 if share is None else share)
+
     def resize_for(self, image_size: int) -> int:
-        """Shorter side in pixels before a centre crop of `image_size`, in the same proportion as for `crop_size`."""
+        """Length in pixels before a centre crop of `image_size`, of the side or sides that `crop_mode` resizes."""
+        if self.crop_pct is not None:
+            return max(image_size, math.floor(image_size / self.crop_pct))
         return max(image_size, round(image_size * self.resize_size / self.crop_size))
+
+    @property
+    def fill(self) -> tuple[int, int, int]:
+        """The colour of borders: the mean of the weights, as uint8."""
+        red, green, blue = (round(255 * level) for level in self.mean)
+        return red, green, blue
 
     @property
     def mode(self) -> InterpolationMode:

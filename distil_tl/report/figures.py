@@ -106,6 +106,8 @@ def settings(run: Run) -> list[tuple[str, str]]:
         ("Images", "digits" if root is None else str(root).rstrip("/").rpartition("/")[2]),
         ("Size", f"{data['image_size']} px" if data.get("image_size") else None),
         ("Batch", data.get("global_batch_size")),
+        ("Crop", data.get("crop_mode") if data.get("crop_mode") != "weights" else None),
+        ("Kept of the sides", data.get("crop_pct")),
         ("Augmentation", data.get("augment")),
         ("Balance", data.get("balance") if data.get("balance") != "none" else None),
         ("Optimizer", optim.get("name")),

@@ -34,6 +34,8 @@ FREE_ON_RESUME = (
 # Keys that are newer than some saved runs, as `data.KEY` or `stages.*.KEY`, with the value for the behaviour before. A
 # saved configuration without the key gets this value, and this value is not part of a run's name.
 NEW_KEYS: dict[str, Any] = {
+    "data.crop_mode": "weights",
+    "data.crop_pct": None,
     "data.extensions": [],
     "data.balance": "none",
     "data.intensity": "dtype",

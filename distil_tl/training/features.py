@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,7 +81,7 @@ def cache_key(model: TransferModel, prefix: Prefix, index: Index, views: Views) 
         "hflip": views.hflip if augmented else None,
         "seed": views.seed if augmented else None,
         "views": views.count,
-        "preprocess": asdict(model.preprocess),
+        "preprocess": model.preprocess.to_json(),
         "compute": str(prefix.compute),
         "device": next(model.module.parameters()).device.type,
         "torch": torch.__version__,

@@ -8,12 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from distil_tl.data.config import AUGMENTATIONS
+from distil_tl.data.decode import decode_bytes
 from distil_tl.data.transforms import eval_transform, train_transform
 from distil_tl.models.preprocess import Preprocess
+from tests.helpers.image_bytes import saved
 
 PREPROCESS = Preprocess()
 
@@ -21,6 +24,13 @@ PREPROCESS = Preprocess()
 def noise(height: int, width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def waves(height: int, width: int) -> Tensor:
+    """A smooth image: shifted by a pixel, it is another one."""
+    rows, columns = torch.arange(height)[:, None] / height, torch.arange(width)[None] / width
+    planes = [torch.sin(9 * rows + 4) + torch.cos(11 * columns + shift) for shift in range(3)]
+    return (127 + 60 * torch.stack(planes)).byte()
 
 
 def view(image: Tensor, augment: str, seed: int, *, hflip: bool = True, size: int = 32) -> Tensor:
@@ -59,6 +69,56 @@ def test_the_evaluation_view_is_of_the_centre():
 def test_the_evaluation_view_of_an_image_of_its_size_is_the_image():
     image = noise(24, 24)
     assert torch.equal(eval_transform(Preprocess(crop_size=224, resize_size=224), 24)(image), image)
+
+
+SHAPES = [(40, 64), (64, 40), (33, 200), (200, 33), (128, 128), (90, 31), (20, 20), (3, 900)]
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("share", [1.0, 0.875, 0.6])
+def test_the_evaluation_view_is_that_of_timm(mode: str, share: float):
+    """Up to rounding: Pillow rounds after each direction of a resize."""
+    from timm.data.transforms_factory import transforms_imagenet_eval
+
+    preprocess = Preprocess(interpolation="bicubic").with_crop(mode, share)
+    theirs = transforms_imagenet_eval(
+        32, crop_pct=share, crop_mode=mode, interpolation="bicubic", mean=preprocess.mean, normalize=False
+    )
+    for height, width in SHAPES[: 7 if mode == "border" else 8]:  # for border, timm makes the last one 0 pixels high
+        image = waves(height, width)
+        found = eval_transform(preprocess, 32)(image)
+        expected = theirs(Image.fromarray(image.permute(1, 2, 0).numpy()))
+        difference = (found.int() - expected.int()).abs()
+        assert difference.max() <= 3, (height, width)
+        assert difference.float().mean() < 0.5, (height, width)
+
+
+def test_borders_have_the_mean_colour_of_the_weights():
+    preprocess = Preprocess(mean=(0.1, 0.5, 0.9)).with_crop("border", None)
+    result = eval_transform(preprocess, 20)(torch.zeros(3, 30, 61, dtype=torch.uint8))
+    colours = torch.tensor([26, 128, 230], dtype=torch.uint8)[:, None, None]
+    assert torch.equal(result[:, :5], colours.expand(3, 5, 20))
+    assert torch.equal(result[:, 15:], colours.expand(3, 5, 20))
+    assert result[:, 5:15].max() == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(["squash", "border"]), st.floats(0.1, 1))
+def test_every_crop_mode_gives_a_square_for_any_image(height: int, width: int, mode: str, share: float):
+    result = eval_transform(PREPROCESS.with_crop(mode, share), 17)(noise(height, width))
+    assert result.shape == (3, 17, 17)
+    assert result.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("shape", [(300, 420), (900, 250), (250, 900)])
+def test_a_jpeg_decoded_at_a_reduced_size_gives_nearly_the_same_view(mode: str, shape: tuple[int, int]):
+    transform = eval_transform(PREPROCESS.with_crop(mode, None), 32)
+    data = saved(Image.fromarray(waves(*shape).permute(1, 2, 0).numpy()), "JPEG")
+    whole, reduced = decode_bytes(data), decode_bytes(data, min_side=transform.min_side)
+    assert min(reduced.shape[1:]) < min(whole.shape[1:])
+    assert min(reduced.shape[1:]) >= 64, "two pixels for each pixel of the view, in both directions"
+    assert (transform(whole).int() - transform(reduced).int()).abs().float().mean() < 1.5
 
 
 def test_no_augmentation_is_the_evaluation_view():

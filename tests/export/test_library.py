@@ -37,6 +37,23 @@ def test_timm_loads_it(make_run: Callable[[str], Path], tmp_path: Path) -> None:
     assert torch.equal(steps[-1].mean.flatten() * 255, transform._normalize.mean.flatten())
 
 
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_the_files_have_the_crop_that_their_library_knows(
+    make_run: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    crop = [f"data.crop_mode={mode}", "data.crop_pct=0.9"]
+    assert main([str(make_run(SMALLEST)), *crop, "-o", str(tmp_path / "a"), "--format", "safetensors"]) == 0
+    assert "no transform for data.crop_mode=border" not in capsys.readouterr().out
+    given = json.loads((tmp_path / "a" / "config.json").read_text())["pretrained_cfg"]
+    assert (given["crop_mode"], math.floor(SIZE / given["crop_pct"])) == (mode, 35)
+
+    assert main([str(make_run("shufflenet_v2_x0_5")), *crop, "-o", str(tmp_path / "b"), "--format", "safetensors"]) == 0
+    assert ("no transform for data.crop_mode=border" in capsys.readouterr().out) == (mode == "border")
+    given = json.loads((tmp_path / "b" / "config.json").read_text())["preprocess"]
+    assert given["resize_size"] == ([35, 35] if mode == "squash" else 35)
+    assert given.get("fill") == ([124, 116, 104] if mode == "border" else None)
+
+
 def test_torchvision_loads_it(make_run: Callable[[str], Path], tmp_path: Path) -> None:
     run_dir = make_run("shufflenet_v2_x0_5")
     assert main([str(run_dir), "-o", str(tmp_path / "out"), "--format", "safetensors"]) == 0

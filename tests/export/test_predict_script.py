@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,29 @@ from PIL import Image
 from distil_tl.cli import predictions
 from distil_tl.data.decode import decode
 from distil_tl.data.transforms import eval_transform
+from distil_tl.export.names import PREPROCESS
 from distil_tl.export.predict import RefusedError, find_images, prepare, resize_and_crop
+from distil_tl.export.to_onnx import describe
 from distil_tl.models.preprocess import Preprocess
 from tests.helpers.image_bytes import chunk, png, saved
 
 KINDS = ("bilinear", "bicubic", "nearest")
+MODES = ("center", "squash", "border")
 
 
-def settings(size: int, shorter_side: int, interpolation: str) -> dict[str, Any]:
-    return {"image_size": size, "shorter_side": shorter_side, "interpolation": interpolation}
+def preprocess(size: int, side: int, interpolation: str, mode: str = "center") -> Preprocess:
+    mean = (0.5, 0.25, 0.75)
+    return Preprocess(mean, interpolation=interpolation, crop_size=size, resize_size=side, crop_mode=mode)
 
 
-def by_package(path: Path, size: int, shorter_side: int, interpolation: str) -> Any:
-    transform = eval_transform(Preprocess(interpolation=interpolation, crop_size=size, resize_size=shorter_side), size)
+def settings(size: int, side: int, interpolation: str, mode: str = "center") -> dict[str, Any]:
+    """As in the metadata of an exported model."""
+    found: dict[str, Any] = json.loads(describe(preprocess(size, side, interpolation, mode), size, [], {})[PREPROCESS])
+    return found
+
+
+def by_package(path: Path, size: int, side: int, interpolation: str, mode: str = "center") -> Any:
+    transform = eval_transform(preprocess(size, side, interpolation, mode), size)
     return transform(decode(path, min_side=transform.min_side)).numpy()
 
 
@@ -42,28 +53,31 @@ def photo(height: int, width: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("interpolation", KINDS)
-def test_resized_images_are_those_of_torchvision_byte_for_byte(interpolation: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_resized_images_are_those_of_torchvision_byte_for_byte(mode: str, interpolation: str) -> None:
     sizes = [(1, 1), (3, 50), (17, 23), (64, 64), (73, 90), (128, 73), (224, 300), (500, 333), (96, 640)]
     for height, width in sizes:
         pixels = random_pixels(height, width)
-        for size, shorter_side in ((8, 9), (32, 37), (64, 64), (64, 128), (96, 110)):
-            preprocess = Preprocess(interpolation=interpolation, crop_size=size, resize_size=shorter_side)
-            transform = eval_transform(preprocess, size)
+        for size, side in ((8, 9), (32, 37), (64, 64), (64, 128), (96, 110)):
+            transform = eval_transform(preprocess(size, side, interpolation, mode), size)
             expected = transform(torch.from_numpy(pixels).permute(2, 0, 1)).permute(1, 2, 0).numpy()
-            found = resize_and_crop(pixels, shorter_side, size, interpolation)
-            assert np.array_equal(found, expected), (height, width, size, shorter_side)
+            found = resize_and_crop(pixels, settings(size, side, interpolation, mode))
+            assert np.array_equal(found, expected), (height, width, size, side)
 
 
 @pytest.mark.parametrize("interpolation", KINDS)
-@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("colours", ["RGB", "L"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_files_become_the_same_bytes_as_in_evaluation(kind: str, mode: str, interpolation: str, tmp_path: Path) -> None:
+def test_files_become_the_same_bytes_as_in_evaluation(
+    kind: str, colours: str, interpolation: str, tmp_path: Path
+) -> None:
     path = tmp_path / "image"
     for height, width in ((37, 52), (420, 301), (150, 700)):  # JPEGs of the second size are decoded at a quarter
-        path.write_bytes(saved(photo(height, width).convert(mode), kind))
-        found = prepare(path, settings(32, 37, interpolation))
-        assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.uint8, (3, 32, 32), True)
-        assert np.array_equal(found, by_package(path, 32, 37, interpolation)), (height, width)
+        path.write_bytes(saved(photo(height, width).convert(colours), kind))
+        for mode in MODES:
+            found = prepare(path, settings(32, 37, interpolation, mode))
+            assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.uint8, (3, 32, 32), True)
+            assert np.array_equal(found, by_package(path, 32, 37, interpolation, mode)), (height, width, mode)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])

@@ -296,6 +296,12 @@ def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
     keys = [key(), key(image_size=32), key(augment="none"), key(hflip=False), key(seed=1), key(count=2)]
     keys.append(key(pixels={"JPEG": "0123456789abcdef"}))
     keys += [key(intensity="percentile"), key(intensity=[0, 4095]), key(intensity=[0, 1023])]
+    weights_own = model.preprocess
+    for crop in (("squash", None), ("border", None), ("center", None), ("center", 0.9)):
+        model.preprocess = weights_own.with_crop(*crop)
+        keys.append(key())
+    model.preprocess = weights_own
+    assert key() == keys[0]
     keys.append(cache_key(model, prefix_of(model), scan(folder / "val"), light))
     keys.append(cache_key(model, prefix_of(model, Compute(torch.bfloat16, True)), index, light))
     apply_stage(model, StageConfig(unfreeze=2))

@@ -1,0 +1,120 @@
+"""benchmarks.recipes: forms of tasks, recipes that add to others, resumed matrices, tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import recipes
+from benchmarks.recipes import Task, interval, prepare, read_task, resolve, tables
+from distil_tl.utils.errors import UserError
+
+
+def make_images(root: Path, sizes: dict[str, dict[str, int]]) -> Path:
+    for split, classes in sizes.items():
+        for name, count in classes.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                (root / split / name / f"{split}{i}.png").touch()
+    return root
+
+
+def names(folder: Path) -> set[str]:
+    return {f"{path.parent.name}/{path.name}" for path in folder.glob("*/*")}
+
+
+def test_half_of_val_becomes_test_where_there_is_none(tmp_path: Path) -> None:
+    root = make_images(tmp_path / "data", {"train": {"a": 30, "b": 12}, "val": {"a": 5, "b": 5}})
+    task = Task("t", root, ())
+    full, small = prepare(task, "full", 0, tmp_path / "work"), prepare(task, "small", 1, tmp_path / "work")
+    assert names(full / "train") == names(root / "train")
+    val, test = names(full / "val"), names(full / "test")
+    assert val | test == names(root / "val")
+    assert not val & test
+    assert len(val) == len(test) == 5, "classes of odd size give the longer half in turns"
+    assert (names(small / "val"), names(small / "test")) == (val, test), "the same halves in all forms"
+    assert prepare(task, "full", 1, tmp_path / "work") == full, "made once"
+
+
+def test_small_and_long_forms_have_other_training_images_only(tmp_path: Path) -> None:
+    sizes = {"train": {"a": 40, "b": 40, "c": 8}, "val": {"a": 3, "b": 3, "c": 3}, "test": {"a": 2, "b": 2, "c": 2}}
+    task = Task("t", make_images(tmp_path / "data", sizes), ())
+    assert prepare(task, "full", 0, tmp_path / "work") == task.root
+    small = [names(prepare(task, "small", seed, tmp_path / "work") / "train") for seed in (0, 1)]
+    assert [sum(name.startswith("a/") for name in found) for found in small] == [10, 10]
+    assert sum(name.startswith("c/") for name in small[0]) == 8, "a smaller class keeps its images"
+    assert small[0] != small[1], "another seed has other images"
+    long = prepare(task, "long", 0, tmp_path / "work")
+    assert sorted(len(list(folder.iterdir())) for folder in (long / "train").iterdir()) == [1, 2, 8]
+    for split in ("val", "test"):
+        assert names(long / split) == names(task.root / split)
+
+
+def test_a_recipe_adds_to_another() -> None:
+    known = {"base": ["a=1", "b=1"], "more": ["base", "b=2"], "most": ["more", "c=3"], "none": []}
+    assert resolve("most", known) == ["a=1", "b=1", "b=2", "c=3"]
+    assert resolve("none", known) == []
+    with pytest.raises(UserError, match="there is no recipe 'bass'"):
+        resolve("bass", known)
+    for name in recipes.RECIPES:
+        assert all("=" in word for word in resolve(name, recipes.RECIPES))
+
+
+def test_wrong_tasks_are_named(tmp_path: Path) -> None:
+    for text in ("flowers", f"flowers={tmp_path}", "flowers=", "a/b=c"):
+        with pytest.raises(UserError, match="--task"):
+            read_task(text)
+
+
+def test_a_matrix_is_resumed_and_refuses_other_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_images(tmp_path / "data", {"train": {"a": 3, "b": 3}, "val": {"a": 2, "b": 2}})
+    trained: list[list[str]] = []
+    fails = True
+
+    def train(arguments: list[str]) -> int:
+        if fails and "seed=1" in arguments:
+            return 1
+        trained.append(arguments)
+        run_dir = Path(arguments[-1].removeprefix("run_dir="))
+        (run_dir / "checkpoints").mkdir()
+        figures = dict.fromkeys(recipes.FIGURES, 0.5 + 0.25 * ("x=1" in arguments))
+        summary = {"status": "completed", "best": figures, "test": figures, "total_seconds": 2.0}
+        (run_dir / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    monkeypatch.setattr(recipes, "train", train)
+    command = ["--task", f"t={root} y=2", "--recipe", "one=default x=1", "--recipes", "default", "one", "--seeds", "2",
+               "--out", str(tmp_path / "out")]  # fmt: skip
+    assert recipes.main(command) == 2
+    assert "training ended with status 1" in capsys.readouterr().err
+    fails = False
+    assert recipes.main(command) == 0
+    assert len(trained) == 4, "what was finished is not trained again"
+    assert "| one | +0.250 ± 0.000 |" in capsys.readouterr().out
+    assert "y=2" in trained[0]
+    assert not list((tmp_path / "out").rglob("checkpoints"))
+    rows = json.loads((tmp_path / "out" / "recipes.json").read_text())["runs"]
+    assert [(row["recipe"], row["seed"], row["test"]["top1"]) for row in rows] == [
+        ("default", 0, 0.5), ("one", 0, 0.75), ("default", 1, 0.5), ("one", 1, 0.75)
+    ]  # fmt: skip
+    assert recipes.main([part.replace("x=1", "x=3") for part in command]) == 2
+    assert "holds a run with other arguments" in capsys.readouterr().err
+
+
+def test_tables_have_intervals_and_paired_differences() -> None:
+    def row(recipe: str, seed: int, top1: float) -> dict[str, Any]:
+        figures = {"top1": top1}
+        return {"task": "t", "form": "small", "recipe": recipe, "seed": seed, "val": figures, "test": figures,
+                "seconds": 3.0}  # fmt: skip
+
+    runs = [("default", (0.5, 0.6, 0.7)), ("one", (0.6, 0.7, 0.8))]
+    text = tables([row(name, seed, top1) for name, found in runs for seed, top1 in enumerate(found)], "top1")
+    assert "| test | t, small |" in text
+    assert "| default | 0.600 ± 0.248 |" in text, "Student's t for three values: 4.303 * 0.1 / sqrt(3)"
+    assert "| one | +0.100 ± 0.000 |" in text
+    assert interval([0.25]) == "0.250"
