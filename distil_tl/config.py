@@ -273,6 +273,11 @@ def _section_problems(config: Config) -> Iterator[str]:
                 f"stages.{name}.search needs a stage that trains on features: set unfreeze=head, and features=on or "
                 f"views=N where images are augmented; or remove the search"
             )
+        if searched and stage.search.prefer == "regularized" and config.metric == "loss":
+            yield (
+                f"stages.{name}.search.prefer=regularized compares shares of images, and metric=loss is none; choose "
+                f"another metric, or prefer=best"
+            )
     yield from config.optim.problems()
     yield from config.checkpoint.problems()
     yield from config.distributed.problems()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from distil_tl.report import text
 from distil_tl.report.load import Run, mapping
@@ -27,8 +28,22 @@ def search_maps(run: Run) -> list[Markup]:
         cells = _cells(search.get("heads"))
         if cells:
             chosen = (number(search.get("lr")), number(search.get("weight_decay")))
-            maps.append(h("div", h("h3", f"Stage {name}"), _heat_map(cells, chosen)))
+            maps.append(h("div", h("h3", f"Stage {name}"), _heat_map(cells, chosen), _choice(search)))
     return maps
+
+
+def _choice(search: dict[str, Any]) -> Markup | None:
+    """How the head was chosen, if it need not be the best one."""
+    error, near = number(search.get("standard_error")), number(search.get("near"))
+    best = mapping(search, "best")
+    if error is None or near is None or search.get("prefer") != "regularized":
+        return None
+    lr, decay = (text.tick(number(best.get(key)) or 0) for key in ("lr", "weight_decay"))
+    return h(
+        "p",
+        f"Chosen: the most regularized of {near:.0f} within one standard error ({error * 100:.1f} points) of the best, "
+        f"lr {lr} with weight decay {decay}.",
+    )
 
 
 def _cells(heads: object) -> Cells:

@@ -54,6 +54,7 @@ NEW_KEYS: dict[str, Any] = {
     "optim.loss": "cross_entropy",
     "optim.focal_gamma": 2.0,
     "optim.effective_beta": 0.999,
+    "stages.*.search.prefer": "best",
     "compile_mode": "default",
     "tf32": True,
     "deterministic": False,

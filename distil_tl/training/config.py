@@ -20,6 +20,7 @@ OPTIMIZERS = ("adamw", "sgd")
 COMPRESSIONS = ("none", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+PREFERENCES = ("best", "regularized")
 LOSSES = ("cross_entropy", "focal")
 METRICS = ("top1", "top5", "macro_f1", "balanced_accuracy", "loss")
 MAX_VIEWS = 10_000  # each is as large as the features of all images
@@ -39,6 +40,7 @@ class SearchConfig:
 
     lr: list[float] = field(default_factory=list)  # candidates for lr, chosen by `metric` on val; []: no search
     weight_decay: list[float] = field(default_factory=list)  # candidates for optim.weight_decay
+    prefer: str = "best"  # of the heads: best | regularized (highest weight decay within a standard error of the best)
 
     @property
     def wanted(self) -> bool:
@@ -50,6 +52,8 @@ class SearchConfig:
             found.append(f"{key}.lr must hold positive numbers")
         if not all(0 <= decay < float("inf") for decay in self.weight_decay):
             found.append(f"{key}.weight_decay must hold numbers of 0 or more")
+        if self.prefer not in PREFERENCES:
+            found.append(f"{key}.prefer is {self.prefer!r}; choose one of {', '.join(PREFERENCES)}")
         return found
 
 

@@ -30,8 +30,8 @@ from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import StageRecord
 from distil_tl.training.batched_heads import BatchedHeads, HeadBatch, HeadSettings
-from distil_tl.training.config import rank_by
 from distil_tl.training.features import Features
+from distil_tl.training.head_choice import choose_head, how_chosen
 from distil_tl.training.losses import Loss, training_loss
 from distil_tl.training.memory import free_memory, is_out_of_memory
 from distil_tl.training.metrics import ClassificationMetrics
@@ -127,19 +127,19 @@ def search_head(
     result = search_heads(info, search, agreement)
     record.search = {**result, "seconds": time.monotonic() - start}
     logger.info(
-        "\nsearch for stage %s: %d heads in %.1f s; best is lr %g with weight decay %g, %s %.4f on val",
-        stage.name, len(result["heads"]), record.search["seconds"], result["lr"], result["weight_decay"],
-        "top-1" if stage.metric == "top1" else stage.metric, result[stage.metric],
+        "\nsearch for stage %s: %d heads in %.1f s; %s",
+        stage.name, len(result["heads"]), record.search["seconds"], how_chosen(result, stage.metric),
     )  # fmt: skip
     return stage.with_search_result(record.search)
 
 
 @torch.no_grad()
 def search_heads(info: DistInfo, search: _Search, agreement: Agreement) -> dict[str, Any]:
-    """Train the heads of the grid and choose the best: by `metric` on val, then by loss there, then the first.
+    """Train the heads of the grid and choose one, as `choose_head` does.
 
     Groups of heads are divided among the ranks. They are the same for any number of ranks, and so is the result, on
-    all ranks alike: `lr`, `weight_decay`, `top1`, `loss` and the metric of the best, and the same of each in `heads`.
+    all ranks alike: `lr`, `weight_decay`, `top1`, `loss` and the metric of the chosen one, and the same of each in
+    `heads`.
     """
     settings, rounds = grid(search.stage), 1
     while True:
@@ -152,14 +152,14 @@ def search_heads(info: DistInfo, search: _Search, agreement: Agreement) -> dict[
     parts = gather_objects(info, own)
     scores = [row for i in range(len(groups)) for row in parts[i % info.world_size][i // info.world_size]]
     heads = [{**each._asdict(), **score} for each, score in zip(settings, scores, strict=True)]
-    finite = (head for head in heads if head["loss"] is not None)
-    best = min(finite, key=lambda head: rank_by(search.stage.metric, head), default=None)
-    if best is None:
+    val, stage = search.features.val, search.stage
+    chosen = choose_head(heads, stage.metric, stage.config.search.prefer, len(val) - len(val.bad()))
+    if chosen is None:
         raise NonFiniteError(
-            f"none of the {len(heads)} heads of stages.{search.stage.name}.search has a finite loss; try lower "
+            f"none of the {len(heads)} heads of stages.{stage.name}.search has a finite loss; try lower "
             f"learning rates, or a longer optim.warmup"
         )
-    return {**best, "heads": heads}
+    return {**chosen, "heads": heads}
 
 
 def _dropout_and_head(network: Network, name: str) -> tuple[nn.Sequential, nn.Linear]:

@@ -106,6 +106,19 @@ def test_a_head_search_is_drawn_with_the_chosen_head_outlined(run):
     assert re.findall(r'class="count[^>]*>([^<]*)', part) == ["80.0", "\u2014", "80.0", "\u2014", "80.0", "\u2014"]
 
 
+def test_a_head_that_is_not_the_best_comes_with_the_reason(run):
+    add_search(run, [0.1, 1e-4], [0, 0.5, 2], (1e-4, 0.5))
+    summary = json.loads((run / "summary.json").read_text())
+    summary["stages"]["head"]["search"] |= {
+        "prefer": "regularized", "standard_error": 0.0204, "near": 3, "best": {"lr": 0.1, "weight_decay": 2}
+    }  # fmt: skip
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert (
+        "the most regularized of 3 within one standard error (2.0 points) of the best, lr 0.1 with weight decay 2."
+        in report(run)[1]
+    )
+
+
 def test_a_large_head_search_is_a_list(run):
     add_search(run, [1 / (i + 1) for i in range(80)], [0.5], (1.0, 0.5))
     page, words = report(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from functools import partial
@@ -24,6 +25,7 @@ from distil_tl.train import main
 from distil_tl.training import head_search as module
 from distil_tl.training.batched_heads import BatchedHeads, HeadBatch, HeadSettings
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig, rank_by
+from distil_tl.training.head_choice import choose_head, how_chosen
 from distil_tl.training.head_search import grid
 from distil_tl.training.losses import training_loss
 from distil_tl.training.optim import clip_gradients
@@ -259,6 +261,46 @@ def test_a_resumed_run_keeps_its_choice(
     assert found(tmp_path / "run") == found(tmp_path / "whole")
 
 
+def test_regularized_is_the_most_regularized_within_one_standard_error() -> None:
+    def head(lr: float, decay: float, top1: float | None, loss: float | None = 1.0) -> dict[str, Any]:
+        return {"lr": lr, "weight_decay": decay, "top1": top1, "loss": loss}
+
+    best = head(0.1, 0.01, 0.80)  # of 400 images: its standard error is 0.02
+    heads = [best, head(0.3, 1.0, 0.7799), head(0.1, 0.5, 0.7801), head(0.01, 0.5, 0.79), head(0.1, 5.0, None, None)]
+    chosen = choose_head(heads, "top1", "regularized", 400)
+    assert chosen == {**heads[3], "prefer": "regularized", "standard_error": pytest.approx(0.02), "near": 3,
+                      "best": best}  # fmt: skip
+    assert choose_head(heads, "top1", "best", 400) == best
+    assert choose_head([head(0.1, 0.0, 1.0), head(0.1, 1.0, 1.0)], "top1", "regularized", 400) == {
+        **head(0.1, 1.0, 1.0), "prefer": "regularized", "standard_error": 0.0, "near": 2, "best": head(0.1, 0.0, 1.0)
+    }  # fmt: skip
+    assert choose_head(heads[4:], "top1", "regularized", 400) is None
+    assert how_chosen(chosen, "top1") == (
+        "3 are within one standard error (0.0200) of the best, lr 0.1 with weight decay 0.01, top-1 0.8000; the most "
+        "regularized is lr 0.01 with weight decay 0.5, top-1 0.7900 on val"
+    )
+
+
+def test_the_regularized_choice_is_the_same_on_any_number_of_ranks(folder: Path, tmp_path: Path) -> None:
+    args = [*GRID, "stages.head.search.prefer=regularized"]
+    assert main(one(folder, tmp_path / "1", *args)) == 0
+    assert run_ranks(2, train, one(folder, tmp_path / "2", *args)) == [0, 0]
+    record = found(tmp_path / "1")
+    images = len(list((folder / "val").rglob("*.png")))
+    assert record["standard_error"] == math.sqrt(record["best"]["top1"] * (1 - record["best"]["top1"]) / images)
+    assert record["near"] > 1
+    assert record["weight_decay"] == max(
+        head["weight_decay"]
+        for head in record["heads"]
+        if head["top1"] >= record["best"]["top1"] - record["standard_error"]
+    )
+    again = found(tmp_path / "2")
+    assert [again[key] for key in ("lr", "weight_decay", "near", "top1")] == [
+        record[key] for key in ("lr", "weight_decay", "near", "top1")
+    ]
+    assert summary_of(tmp_path / "1")["final"]["top1"] == record["top1"], "the stage trains with the chosen head"
+
+
 # Faults and refusals.
 
 
@@ -272,6 +314,16 @@ def test_a_resumed_run_keeps_its_choice(
             ["stages.head.search.lr=[0.1]", "data.augment=light"],
             "set unfreeze=head, and features=on or views=N where images are augmented",
         ),
+        (
+            [
+                "stages.head.search.lr=[0.1]",
+                "data.augment=none",
+                "metric=loss",
+                "stages.head.search.prefer=regularized",
+            ],
+            "stages.head.search.prefer=regularized compares shares of images",
+        ),
+        (["stages.full.search.prefer=most"], "stages.full.search.prefer is 'most'; choose one of best, regularized"),
         (
             ["stages.head.search.lr=[0.1]", "stages.head.features=off"],
             "stages.head.search needs a stage that trains on",
