@@ -109,7 +109,7 @@ def resize_and_crop(pixels: Any, settings: dict[str, Any]) -> Any:
     The same bytes as torchvision's `Resize(..., antialias=True)` and `CenterCrop` of a uint8 tensor on the CPU.
     """
     size, old = settings["image_size"], pixels.shape[:2]
-    new = new_size(*old, settings)
+    new = new_size(old[0], old[1], settings)
     by_row, by_column = (filters(*lengths, settings["interpolation"]) for lengths in zip(old, new))  # noqa: B905
     starts = (max(0, round((length - size) / 2)) for length in new)
     rows, columns = (slice(start, start + min(size, length)) for start, length in zip(starts, new))  # noqa: B905
