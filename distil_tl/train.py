@@ -15,7 +15,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distil_tl import arguments
-from distil_tl.config import Config, check, load
+from distil_tl.config import Config, check
+from distil_tl.load_config import load
 from distil_tl.utils.command import exit_process, run_command
 
 if __name__ == "__main__":  # before torch is imported, so that a typo is refused in less than a second

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from distil_tl.arguments import usage
-from distil_tl.config import Config, check, hints, load, problems, run_name
+from distil_tl.config import Config, check, hints, problems
+from distil_tl.load_config import load, run_name
 from distil_tl.rundir.changes import unsafe_changes
 from distil_tl.training.config import compiler_problem, default_stages
 from distil_tl.utils.args import flatten, plain, to_yaml

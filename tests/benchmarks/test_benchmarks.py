@@ -260,11 +260,12 @@ def test_the_chart_shows_the_time_of_each_part(tmp_path: Path) -> None:
 
 
 def test_the_command_of_distil_tl_is_valid(job: Job, tmp_path: Path) -> None:
-    from distil_tl import config
+    from distil_tl.config import check
+    from distil_tl.load_config import load
 
     keys = ours.command(job, tmp_path / "run", ("stages.head.views=2", *ours.search_keys(10, 5)))[3:]
-    read, _ = config.load(keys)
-    config.check(read, 1)
+    read, _ = load(keys)
+    check(read, 1)
     search = read.stages["head"].search
     assert len(search.lr) * len(search.weight_decay) == 50
     assert (search.lr[0], search.lr[-1], search.weight_decay[0], search.weight_decay[-1]) == (5e-4, 5e-2, 0.0, 1.0)

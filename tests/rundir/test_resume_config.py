@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from distil_tl.cli.extend import extended
-from distil_tl.config import load
 from distil_tl.data import pixels
 from distil_tl.data.scan import scan
 from distil_tl.data.splits import Splits
+from distil_tl.load_config import load
 from distil_tl.rundir.opening import look_for_start
 from distil_tl.rundir.start import Start
 from distil_tl.train import main
