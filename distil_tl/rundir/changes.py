@@ -88,9 +88,9 @@ def unsafe_changes(
         digests: `interpolation_digests` of both.
     """
     before, after = flatten(saved), flatten(now)
-    for leaves, tree in ((before, saved), (after, now)):
-        for key, value in new_keys(tree.get("stages") or {}).items():
-            leaves.setdefault(key, value)
+    for key, value in new_keys({**(saved.get("stages") or {}), **(now.get("stages") or {})}).items():
+        before.setdefault(key, value)
+        after.setdefault(key, value)
     changes = []
     for key in sorted(before.keys() | after.keys()):
         parts = key.split(".")
