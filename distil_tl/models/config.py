@@ -25,6 +25,8 @@ class ModelConfig:
     # A path is a run directory, or ends in .safetensors, .pth, .pt or .bin. `auto` is `package` where one is installed,
     # else `default`.
     weights: str = "auto"  # auto | default (the library's) | package | none (random) | IMAGENET1K_V2 or the like | PATH
+    drop_path: float | None = None  # stochastic depth: share of residual branches left out; null: the library's default
+    dropout: float | None = None  # share of features left out before the head; null: the library's default
 
     @property
     def library_name(self) -> str:
@@ -53,12 +55,29 @@ class ModelConfig:
         else:
             # The valid names of weights depend on the model.
             weights_problem = None if name_problem else self._weights_problem()
-        return [problem for problem in (name_problem, weights_problem) if problem]
+        found = [problem for problem in (name_problem, weights_problem) if problem]
+        return found + self._drop_problems(check_model=name_problem is None)
 
     def name_problems(self) -> list[str]:
         """Messages for an invalid name, for a model whose weights come from a checkpoint."""
         problem = self._name_problem()
         return [problem] if problem else []
+
+    def _drop_problems(self, *, check_model: bool) -> list[str]:
+        found = []
+        for key, value in (("drop_path", self.drop_path), ("dropout", self.dropout)):
+            if value is None:
+                continue
+            if not 0 <= value < 1:
+                found.append(
+                    f"model.{key} must be a share of at least 0 and below 1, or null for the library's default"
+                )
+            elif check_model:
+                from distil_tl.models import drops
+
+                if problem := drops.problem(self.library_name, key, from_timm=self.from_timm):
+                    found.append(problem)
+        return found
 
     def _name_problem(self) -> str | None:
         from distil_tl.models import timm_models, torchvision_models

@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -84,18 +85,21 @@ def preprocess(name: str) -> Preprocess:
 
 
 def build(
-    name: str, num_classes: int, image_size: int, *, pretrained: bool, seed: int
+    name: str, num_classes: int, image_size: int, *, pretrained: bool, seed: int, drops: Mapping[str, float]
 ) -> tuple[nn.Module, tuple[str, ...], bool]:
     """The model with a new, not yet initialised head, the paths of the head, and whether the image size is fixed.
 
     Transformers with dynamic image sizes are built with them, other transformers for `image_size` only.
+
+    Args:
+        drops: arguments for dropout and stochastic depth.
 
     Raises:
         UserError: the weights cannot be loaded, the model is not a classifier, or it does not support `image_size`.
     """
     options = arguments(name, image_size)
     with seeded(seed, "model"):
-        module = _create(name, pretrained, num_classes=num_classes, **options)
+        module = _create(name, pretrained, num_classes=num_classes, **options, **drops)
     check_size(name, module, image_size)
     return module, _heads(name, module, num_classes), "img_size" in options
 
@@ -106,6 +110,11 @@ def arguments(name: str, image_size: int) -> dict[str, object]:
     if "dynamic_img_size" in accepted:
         return {"dynamic_img_size": True}
     return {"img_size": image_size} if "img_size" in accepted else {}
+
+
+def accepts(name: str, argument: str) -> bool:
+    """Whether a model is built with an argument of this name."""
+    return argument in _constructor_arguments(name)
 
 
 def _constructor_arguments(name: str) -> set[str]:

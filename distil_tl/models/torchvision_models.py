@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,20 @@ def fixed_size(name: str) -> bool:
 
 
 def build(
-    name: str, num_classes: int, image_size: int, *, random: bool, seed: int
+    name: str, num_classes: int, image_size: int, *, random: bool, seed: int, drops: Mapping[str, float]
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The architecture without auxiliary classifiers and with a new, not yet initialised head; the head's path.
 
     Args:
         random: whether the random weights stay, as no others will be loaded.
+        drops: arguments for dropout and stochastic depth.
 
     Raises:
         UserError: the architecture does not support `image_size`.
     """
     check_size(name, image_size)
     with seeded(seed, "model"):
-        module: nn.Module = tv.get_model(name, weights=None, **arguments(name, image_size, random=random))
+        module: nn.Module = tv.get_model(name, weights=None, **arguments(name, image_size, random=random), **drops)
         head = find_head(module)
         replace_head(module, head, num_classes)
     return module, (head,)
@@ -84,6 +86,16 @@ def arguments(name: str, image_size: int, *, random: bool) -> dict[str, object]:
     if name in _WITH_AUXILIARY:
         return {"aux_logits": False, "init_weights": random, "transform_input": not random}
     return {}
+
+
+def accepts(name: str, argument: str) -> bool:
+    """Whether a model is built with an argument of this name; the builders of some set it themselves."""
+    try:
+        with torch.device("meta"):
+            tv.get_model(name, weights=None, **arguments(name, 224, random=False), **{argument: 0.1})
+    except TypeError:
+        return False
+    return True
 
 
 def check_size(name: str, size: int) -> None:

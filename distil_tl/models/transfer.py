@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distil_tl.models import timm_models, torchvision_models
+from distil_tl.models import drops, timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.head import init_head, seeded
 from distil_tl.models.layer_groups import LayerGroup, groups_of_modules, groups_of_parameters
@@ -168,11 +168,15 @@ def _build_module(
     config: ModelConfig, num_classes: int, size: int, seed: int, *, pretrained: bool
 ) -> tuple[nn.Module, tuple[str, ...], bool]:
     """The architecture, with its weights if timm's own are wanted; the paths of its head; whether its size is fixed."""
-    weights = resolve_weights(config)
+    weights, chosen = resolve_weights(config), drops.arguments(config)
     if config.from_timm:
         from_library = pretrained and weights == "default"
-        return timm_models.build(config.library_name, num_classes, size, pretrained=from_library, seed=seed)
-    module, head = torchvision_models.build(config.name, num_classes, size, random=weights == "none", seed=seed)
+        return timm_models.build(
+            config.library_name, num_classes, size, pretrained=from_library, seed=seed, drops=chosen
+        )
+    module, head = torchvision_models.build(
+        config.name, num_classes, size, random=weights == "none", seed=seed, drops=chosen
+    )
     return module, head, torchvision_models.fixed_size(config.name)
 
 

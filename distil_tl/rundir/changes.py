@@ -50,6 +50,8 @@ NEW_KEYS: dict[str, Any] = {
     "data.split.seed": 0,
     "data.prefetch_mib": 2048,  # it had no limit; what is computed does not depend on it
     "distributed.heartbeat_seconds": None,  # frozen ranks were not looked for
+    "model.drop_path": None,
+    "model.dropout": None,
     "metric": "top1",
     "optim.loss": "cross_entropy",
     "optim.focal_gamma": 2.0,

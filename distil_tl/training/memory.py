@@ -201,6 +201,8 @@ def restart_settings(stage: str, part_size: PartSize) -> dict[str, str]:
 
 def _drops(module: nn.Module) -> bool:
     """Whether a module draws random numbers in training: dropout, stochastic depth."""
+    if module.training and isinstance(rate := getattr(module, "drop_rate", None), float) and rate > 0:
+        return True  # of timm: it calls dropout as a function
     name = type(module).__name__.lower() + type(module).__module__.lower()
     if not module.training or not ("drop" in name or "stochastic" in name):
         return False

@@ -50,9 +50,11 @@ def images(count: int = 4, size: int = 10) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def random_model(name: str, unfreeze: object = "head", size: int = 64, batch_norm: str = "frozen") -> TransferModel:
+def random_model(
+    name: str, unfreeze: object = "head", size: int = 64, batch_norm: str = "frozen", **drops: float
+) -> TransferModel:
     """A real architecture for 3 classes with random weights and statistics of BatchNorm, frozen as a stage does."""
-    model = build(ModelConfig(name, weights="none"), 3, image_size=size, seed=0)
+    model = build(ModelConfig(name, weights="none", **drops), 3, image_size=size, seed=0)
     with torch.no_grad():
         for part in model.module.modules():
             if isinstance(part, nn.BatchNorm2d):  # new statistics are 0 and 1: folding them changes nothing

@@ -23,7 +23,7 @@ from distil_tl.models.graph.equivalence import (
     preserve_state,
     without_report,
 )
-from distil_tl.models.graph.trace import LayerTracer, trace
+from distil_tl.models.graph.trace import LayerTracer, Whole, trace
 
 
 class CannotFoldError(Exception):
@@ -67,7 +67,7 @@ def fold_batchnorm(module: nn.Module, images: Tensor, *, trains: bool) -> nn.Mod
     Raises:
         CannotFoldError: there is nothing to fold, the code cannot be traced, or the folded network differs.
     """
-    whole = nn.Sequential(module)  # calls the network with images only, even if its `forward` has more arguments
+    whole = Whole(module)
     try:
         with preserve_state(whole, images.device):
             if not trains:

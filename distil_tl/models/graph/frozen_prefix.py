@@ -24,6 +24,7 @@ from distil_tl.models.graph.trace import (
     FrozenBlockTracer,
     LayerTracer,
     UniformBlockTracer,
+    Whole,
     ancestors,
     graph_up_to,
     trace,
@@ -62,17 +63,17 @@ def cut_frozen_prefix(module: nn.Module, images: Tensor) -> CutNetwork:
     """
     if all(p.requires_grad for p in module.parameters()):  # saves time in most long stages
         raise CannotCutError(NO_FROZEN_PREFIX)
-    module = nn.Sequential(module)  # calls the network with images only, even if its `forward` has more arguments
+    whole = Whole(module)
     reason = ""
     for tracer in (LayerTracer, FrozenBlockTracer, UniformBlockTracer):
         try:
             # One image fewer than in the comparison: code that depends on the batch size then fails it.
-            graph = trace(tracer, module, images[:-1])
+            graph = trace(tracer, whole, images[:-1])
         except Exception as error:  # the model's code may raise anything when it is called with a proxy
             reason = f"its code can't be traced ({type(error).__name__})"
             continue
         try:
-            return _cut(module, graph, images)
+            return _cut(whole, graph, images)
         except CannotCutError as error:
             reason = str(error)
         except (MemoryError, torch.OutOfMemoryError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -60,20 +61,54 @@ class UniformBlockTracer(LayerTracer):
         return len(trained) < 2 or super().is_leaf_module(m, module_qualified_name)
 
 
+class Whole(nn.Sequential):
+    """A network that is called with images only, even if its `forward` has more arguments.
+
+    Its other children are the dropouts that `trace` adds, which its `forward` does not call.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+
+    def forward(self, input):  # type: ignore[no-untyped-def]  # as in nn.Sequential: it is in the keys of caches
+        return self[0](input)
+
+
 def trace(tracer: type[LayerTracer], module: nn.Module, images: Tensor) -> fx.Graph:
     """The graph of `module`, called with images like these.
 
-    A condition on a value is evaluated with `images`, and its outcome becomes fixed in the graph.
+    A condition on a value is evaluated with `images`, and its outcome becomes fixed in the graph. Whether a network
+    trains does not become fixed: for a dropout that it calls as a function, `module` gets a module.
     """
     outcomes: list[bool] = []
     while True:
         try:
-            return tracer(outcomes).trace(module)
+            return _use_dropout_modules(module, tracer(outcomes).trace(module))
         except UnknownConditionError as error:
             if len(outcomes) == MAX_CONDITIONS:
                 raise
             with torch.no_grad(), preserve_state(module, images.device):
                 outcomes.append(bool(without_report(fx.GraphModule(module, error.condition))(images)))
+
+
+def _use_dropout_modules(module: nn.Module, graph: fx.Graph) -> fx.Graph:
+    """Replace each call of the function dropout that is active by a new module of `module`, which follows its mode.
+
+    timm's networks call it before their head. A call with `training=False` stays: it is in a frozen part.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target is not F.dropout:
+            continue
+        given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | dict(node.kwargs)
+        if given.get("training", True) is not True:
+            continue
+        name = f"{node.name}_module"
+        module.add_module(name, nn.Dropout(given.get("p", 0.5), bool(given.get("inplace", False))))
+        with graph.inserting_before(node):
+            replacement = graph.call_module(name, (given["input"],))
+        node.replace_all_uses_with(replacement)
+        graph.erase_node(node)
+    return graph
 
 
 def ancestors(node: fx.Node) -> set[fx.Node]:

@@ -127,7 +127,6 @@ class Small(nn.Module):
     ("how", "reason"),
     [
         ("images later", "its trained part uses the images directly"),
-        ("functional dropout", "its two parts give other results than the whole network"),  # fixed `training`
         ("random", "its frozen part gives different results in two calls"),
         ("state", "its two parts give other results than the whole network"),
         ("value", "its code can't be traced (TypeError)"),
@@ -142,8 +141,9 @@ def test_a_network_that_cannot_be_cut(how: str, reason: str, capfd: pytest.Captu
     assert capfd.readouterr() == ("", ""), "torch.fx prints no traceback"
 
 
-def test_random_layers_are_in_the_suffix() -> None:
-    cut = cut_frozen_prefix(Small("dropout"), torch.randn(3, 3, 8, 8))
+@pytest.mark.parametrize("how", ["dropout", "functional dropout"])
+def test_random_layers_are_in_the_suffix(how: str) -> None:
+    cut = cut_frozen_prefix(Small(how), torch.randn(3, 3, 8, 8))
     assert any(isinstance(part, nn.Dropout) for part in cut.suffix.modules())
     assert isinstance(cut.suffix, nn.Sequential)
 
