@@ -126,7 +126,7 @@ def values_out_of_range(config: Config, *, without_model: bool = False) -> Itera
 def _section_problems(config: Config) -> Iterator[str]:
     yield from config.data.problems()
     for name, stage in config.stages.items():
-        yield from stage.problems(name)
+        yield from stage.problems(name, hflip=config.data.hflip)
         searched = stage.search.wanted and stage.epochs > 0
         if searched and not wants_features(stage, stage.augment or config.data.augment):
             yield (

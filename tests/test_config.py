@@ -108,6 +108,15 @@ def test_the_command_line_edits_stages():
     assert (config.stages["warm"].epochs, config.stages["warm"].lr) == (9, 0.5)
 
 
+def test_a_list_in_a_file_can_be_replaced_by_a_word():
+    """Of keys that take both; others say that they are lists."""
+    text = "data: {augment: [crop, trivial]}\nstages: {a: {unfreeze: [head], augment: [hflip]}}"
+    assert of_file(text).data.augment == ["crop", "trivial"]
+    config = of_file(text, "data.augment=none", "stages.a.unfreeze=all", "stages.a.augment=[rotate(5),erasing]")
+    assert (config.data.augment, config.stages["a"].unfreeze) == ("none", "all")
+    assert config.stages["a"].augment == ["rotate(5)", "erasing"]
+
+
 @pytest.mark.parametrize("value", ["head", "all", 2, ["layer4", "head"]])
 def test_unfreeze_takes_a_word_a_number_or_a_list(value: Any):
     assert config_of(f"stages.full.unfreeze={value}".replace("'", "")).stages["full"].unfreeze == value

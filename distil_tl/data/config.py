@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distil_tl.data.augmentation import augment_problem
 from distil_tl.utils.errors import did_you_mean
 from distil_tl.utils.paths import why_no_file
 
@@ -21,7 +22,6 @@ IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 MORE_EXTENSIONS = {"avif": "AVIF", "gif": "GIF", "heic": "HEIF", "heif": "HEIF", "jp2": "JPEG2000"}
 ALL_EXTENSIONS = (*IMG_EXTENSIONS, *(f".{extension}" for extension in MORE_EXTENSIONS), ".jfif")
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
-AUGMENTATIONS = ("none", "light", "strong")
 CROP_MODES = ("weights", "center", "squash", "border")
 MIN_CROP_PCT = 0.1
 BALANCES = ("none", "sampler", "weights", "logit_adjust", "effective_number")
@@ -75,7 +75,7 @@ class DataConfig:
     prefetch_mib: int = 2048  # MiB of batches that a rank loads ahead, for training and again for evaluation
     crop_mode: str = "weights"  # from an image to a square, without augmentation: weights | center | squash | border
     crop_pct: float | None = None  # share of the resized sides that is kept; null: as for the weights, else 1
-    augment: str = "light"  # none | light | strong
+    augment: Any = "light"  # none | light | strong | a list of steps, as in [crop(0.3),hflip,trivial,erasing]
     hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class
     balance: str = "none"  # of classes of unequal size: none | sampler | weights | logit_adjust | effective_number
     on_bad_image: str = "error"  # error: stop with an error | skip: do not train on it, and list it in summary.json
@@ -108,8 +108,8 @@ class DataConfig:
             found.append(f"data.crop_mode is {self.crop_mode!r}; choose one of {', '.join(CROP_MODES)}")
         if self.crop_pct is not None and not MIN_CROP_PCT <= self.crop_pct <= 1:
             found.append(f"data.crop_pct must be a share from {MIN_CROP_PCT} to 1, as in 0.875, or null")
-        if self.augment not in AUGMENTATIONS:
-            found.append(f"data.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
+        if problem := augment_problem(self.augment, "data.augment", hflip=self.hflip):
+            found.append(problem)
         if self.balance not in BALANCES:
             found.append(f"data.balance is {self.balance!r}; choose one of {', '.join(BALANCES)}")
         if self.on_bad_image not in ON_BAD_IMAGE:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch.utils.data import Sampler
 
+from distil_tl.data.augmentation import Augment
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import DataConfig
 from distil_tl.data.device import to_device
@@ -45,7 +46,7 @@ class ImageSource:
     def index(self, split: str) -> Index:
         return self.splits[split]
 
-    def train_dataset(self, split: str, image_size: int, augment: str, *, seed: int, stage: str) -> ImageDataset:
+    def train_dataset(self, split: str, image_size: int, augment: Augment, *, seed: int, stage: str) -> ImageDataset:
         """The images of a split as training sees them; `seed` and `stage` key the random numbers of augmentation."""
         transform = train_transform(self.preprocess, image_size, augment, self.config.hflip)
         return ImageDataset(

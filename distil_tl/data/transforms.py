@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+from distil_tl.data.augmentation import Augment, Step, augment_steps
 from distil_tl.models.preprocess import Preprocess
 
-_MIN_CROP_AREA = {"light": 0.5, "strong": 0.2}  # relative to the area of the image
 _MIN_ASPECT_RATIO = 3 / 4  # of a crop, shorter to longer side
 
 
@@ -72,29 +72,58 @@ class CropOrPad(nn.Module):
         return square
 
 
-def train_transform(preprocess: Preprocess, image_size: int, augment: str, hflip: bool) -> ImageTransform:
+def train_transform(preprocess: Preprocess, image_size: int, augment: Augment, hflip: bool) -> ImageTransform:
     """The training transform, uint8 in and out; random numbers come from torch's default CPU generator.
 
-    `none` is `eval_transform`. `light` is a random resized crop (at least half the area) and a random horizontal flip.
-    `strong` crops down to a fifth of the area, and adds TrivialAugment (Mueller and Hutter, 2021) and random erasing
-    (Zhong et al., 2017). `hflip=False` omits the flip, for example for letters, digits, left and right hands.
+    `none` is `eval_transform`. Else the first step is a random crop, or `eval_transform` where there is none; the other
+    steps follow in their order.
+
+    Args:
+        hflip: False leaves the flip out of a preset, for example for letters, digits, left and right hands.
     """
-    if augment == "none":
-        return eval_transform(preprocess, image_size)
-    scale, ratio = (_MIN_CROP_AREA[augment], 1.0), (_MIN_ASPECT_RATIO, 1 / _MIN_ASPECT_RATIO)
-    steps: list[nn.Module] = [
-        v2.RandomResizedCrop(image_size, scale=scale, ratio=ratio, interpolation=preprocess.mode, antialias=True)
-    ]
-    if hflip:
-        steps.append(v2.RandomHorizontalFlip())
-    if augment == "strong":
-        fill = [round(255 * m) for m in preprocess.mean]
-        steps.append(v2.TrivialAugmentWide(interpolation=preprocess.mode, fill=fill))
-        steps.append(v2.RandomErasing(p=0.1, value=[float(level) for level in fill]))
-    return ImageTransform(steps, min_side=math.ceil(2 * image_size / min_crop_side(augment)))
+    steps = augment_steps(augment, hflip=hflip)
+    if steps and steps[0].name == "crop":
+        least, ratio = steps[0].amount, (_MIN_ASPECT_RATIO, 1 / _MIN_ASPECT_RATIO)
+        crop = v2.RandomResizedCrop(
+            image_size, scale=(least, 1.0), ratio=ratio, interpolation=preprocess.mode, antialias=True
+        )
+        base = ImageTransform([crop], min_side=math.ceil(2 * image_size / min_crop_side(augment)))
+        steps = steps[1:]
+    else:
+        base = eval_transform(preprocess, image_size)
+    return ImageTransform([*base, *(_transform(step, preprocess) for step in steps)], base.min_side)
 
 
-def min_crop_side(augment: str) -> float:
+def _transform(step: Step, preprocess: Preprocess) -> nn.Module:
+    """A step after the crop, for images of the final size. What it uncovers or erases gets the mean colour."""
+    fill, amount = list(preprocess.fill), step.amount
+    # torchvision rotates and shears by these two alone, and refuses others.
+    mode = InterpolationMode.NEAREST if preprocess.interpolation == "nearest" else InterpolationMode.BILINEAR
+    made: nn.Module
+    match step.name:
+        case "hflip":
+            made = v2.RandomHorizontalFlip(amount)
+        case "vflip":
+            made = v2.RandomVerticalFlip(amount)
+        case "rotate":
+            made = v2.RandomRotation(amount, interpolation=mode, fill=fill)
+        case "color":
+            made = v2.ColorJitter(brightness=amount, contrast=amount, saturation=amount)
+        case "grayscale":
+            made = v2.RandomGrayscale(amount)
+        case "trivial":
+            made = v2.TrivialAugmentWide(interpolation=mode, fill=fill)
+        case "rand_augment":
+            made = v2.RandAugment(num_ops=2, magnitude=int(amount), interpolation=mode, fill=fill)
+        case "erasing":
+            made = v2.RandomErasing(p=amount, value=[float(level) for level in fill])
+        case _:
+            raise ValueError(step.name)
+    return made
+
+
+def min_crop_side(augment: Augment) -> float:
     """The least possible shorter side of a training crop, relative to the shorter side of the image."""
+    least = next((step.amount for step in augment_steps(augment, hflip=True) if step.name == "crop"), None)
     # Of all images with the same shorter side, a square one has the smallest area, and therefore the smallest crops.
-    return 1.0 if augment == "none" else math.sqrt(_MIN_CROP_AREA[augment] * _MIN_ASPECT_RATIO)
+    return 1.0 if least is None else math.sqrt(least * _MIN_ASPECT_RATIO)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distil_tl.data.augmentation import Augment
 from distil_tl.data.config import data_name
 from distil_tl.data.local_folder import FREE_SPACE_FACTOR
 from distil_tl.doctor.lines import FAIL, WARN, Report, size
@@ -42,7 +43,7 @@ def judge_features(
     model: ModelFound,
     images: ImagesFound,
     stages: Mapping[str, StageConfig],
-    augment: str,
+    augment: Augment,
 ) -> None:
     """A line about the space for cached features of the stages that train the head alone; others need more."""
     for name, stage in stages.items():

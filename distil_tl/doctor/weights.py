@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from distil_tl.data.augmentation import Augment
 from distil_tl.doctor.folders import probe_folder
 from distil_tl.doctor.lines import Report, size
 from distil_tl.doctor.network import reach
@@ -52,7 +53,7 @@ def look_at_model(
     *,
     classes: int,
     image_size: int | None,
-    augment: str,
+    augment: Augment,
 ) -> ModelFound:
     """Build the model without memory for its weights, and check the stages against it.
 

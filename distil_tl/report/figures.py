@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from distil_tl.data.augmentation import augment_text
 from distil_tl.report.load import Metric, Run, mapping
 from distil_tl.report.text import number, percent
 
@@ -108,7 +109,7 @@ def settings(run: Run) -> list[tuple[str, str]]:
         ("Batch", data.get("global_batch_size")),
         ("Crop", data.get("crop_mode") if data.get("crop_mode") != "weights" else None),
         ("Kept of the sides", data.get("crop_pct")),
-        ("Augmentation", data.get("augment")),
+        ("Augmentation", data.get("augment") and augment_text(data["augment"])),
         ("Balance", data.get("balance") if data.get("balance") != "none" else None),
         ("Optimizer", optim.get("name")),
         ("Weight decay", optim.get("weight_decay")),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distil_tl.data.config import AUGMENTATIONS
+from distil_tl.data.augmentation import Augment, augment_problem
 from distil_tl.utils.import_path import is_installed
 
 BATCH_NORM = ("frozen", "train")
@@ -64,15 +64,18 @@ class StageConfig:
     lr: float = 1e-3  # peak learning rate of the head
     layer_decay: float = 1.0  # learning rate of each group, relative to the group above it
     batch_norm: str = "frozen"  # frozen: running statistics are kept | train: they are updated in unfrozen groups
-    augment: str | None = None  # null: data.augment
+    augment: Any = None  # as data.augment; null: data.augment
     image_size: int | None = None  # pixels; null: data.image_size
     features: str = "auto"  # train on cached output of the frozen part: on | off | auto (if results stay the same)
     views: int | None = None  # augmented views of each image in the features; null: one view, not augmented
     search: SearchConfig = field(default_factory=SearchConfig)
 
-    def problems(self, name: str) -> list[str]:
+    def problems(self, name: str, *, hflip: bool = True) -> list[str]:
+        """Messages for all invalid values; `hflip` is `data.hflip`."""
         found = []
         key = f"stages.{name}"
+        if self.augment is not None and (problem := augment_problem(self.augment, f"{key}.augment", hflip=hflip)):
+            found.append(problem)
         if not _is_unfreeze(self.unfreeze):
             found.append(
                 f"{key}.unfreeze is {self.unfreeze!r}; give `head`, `all`, a number of last groups (1 is the head "
@@ -86,8 +89,6 @@ class StageConfig:
             found.append(f"{key}.layer_decay must be above 0 and at most 1")
         if self.batch_norm not in BATCH_NORM:
             found.append(f"{key}.batch_norm is {self.batch_norm!r}; choose one of {', '.join(BATCH_NORM)}")
-        if self.augment is not None and self.augment not in AUGMENTATIONS:
-            found.append(f"{key}.augment is {self.augment!r}; choose one of {', '.join(AUGMENTATIONS)}")
         if self.features not in FEATURES:
             found.append(f"{key}.features is {self.features!r}; choose one of {', '.join(FEATURES)}")
         if self.views is not None and not 1 <= self.views <= MAX_VIEWS:
@@ -119,7 +120,7 @@ def default_stages() -> dict[str, StageConfig]:
     }
 
 
-def wants_features(stage: StageConfig, augment: str) -> bool:
+def wants_features(stage: StageConfig, augment: Augment) -> bool:
     """Whether a stage asks for features. `auto` does where the result is the same with and without them."""
     if stage.features == "auto":
         return stage.unfreeze != "all" and (augment == "none" or stage.views is not None)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distil_tl.data.augmentation import augment_text
 from distil_tl.data.index import Index
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import RunState, StageRecord
@@ -50,7 +51,7 @@ def print_stage(info: DistInfo, model: TransferModel, training: StageTraining, r
     logger.info(
         "  %d x %d steps, global batch %d (%d %s of %d), lr %g, layer decay %g, %d px, augment %s, BatchNorm %s, %s",
         config.epochs, training.sampler.steps_per_epoch, batch, ranks, "rank" if ranks == 1 else "ranks",
-        batch // ranks, config.lr, config.layer_decay, stage.image_size, stage.augment, config.batch_norm,
+        batch // ranks, config.lr, config.layer_decay, stage.image_size, augment_text(stage.augment), config.batch_norm,
         record.precision,
     )  # fmt: skip
 

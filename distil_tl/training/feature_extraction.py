@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.data import Sampler
 
+from distil_tl.data.augmentation import Augment
 from distil_tl.data.feature_cache import FeatureCache, FeatureDataset, free_space
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, ImageDataset
@@ -80,7 +81,7 @@ class FeatureExtractor:
         augment = "none" if views is None else self.stage.augment
         return Features(self.open("train", augment, views or 1), self.open("val", "none", 1))
 
-    def open(self, split: str, augment: str, count: int) -> FeatureDataset:
+    def open(self, split: str, augment: Augment, count: int) -> FeatureDataset:
         """The images of a split as features, in `count` views of each. Raises as `open_all` does."""
         index, stage = self.source.index(split), self.stage
         config = self.source.config

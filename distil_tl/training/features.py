@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from distil_tl.data.augmentation import Augment
 from distil_tl.data.feature_cache import FeatureDataset
 from distil_tl.data.index import Index
 from distil_tl.data.pillow import Intensity
@@ -48,7 +49,7 @@ class Views:
 
     Attributes:
         image_size: pixels.
-        augment: name of the augmentation.
+        augment: as `data.augment`.
         hflip: whether augmentation may mirror an image.
         seed: of the augmentation.
         count: views of each image.
@@ -57,7 +58,7 @@ class Views:
     """
 
     image_size: int
-    augment: str
+    augment: Augment
     hflip: bool
     seed: int
     count: int

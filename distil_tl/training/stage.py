@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from distil_tl.data.augmentation import Augment
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig, wants_features
 from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError, did_you_mean
@@ -29,7 +30,7 @@ class Stage:
         config: its own section; the learning rate is the one that a head search chose, if there was one.
         optim: the section `optim`, likewise with the weight decay that was chosen.
         image_size: pixels.
-        augment: name of the augmentation.
+        augment: as `data.augment`.
         seed: of the run.
         precision: `precision` of the run.
         compile, compile_mode, metric: of the run.
@@ -40,7 +41,7 @@ class Stage:
     config: StageConfig
     optim: OptimConfig
     image_size: int
-    augment: str
+    augment: Augment
     seed: int
     precision: str
     compile: str

@@ -124,9 +124,9 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
                 apply(schema, value, f"{full}.", problems)
             else:
                 problems.append(f"`{full}` is a section: set `{full}.KEY=VALUE`, not {value!r}")
-        elif isinstance(found, ListConfig) and not isinstance(value, list):
+        elif _is_typed_list(found) and not isinstance(value, list):
             problems.append(f"`{full}` is a list: write {full}=[{'' if value is None else value}]")
-        elif isinstance(found, ListConfig) and (odd := [v for v in value if v is None or isinstance(v, (list, dict))]):
+        elif _is_typed_list(found) and (odd := [v for v in value if v is None or isinstance(v, (list, dict))]):
             shown = "null" if odd[0] is None else odd[0]
             problems.append(f"`{full}` is a list of single values, not of {shown}")
         elif isinstance(_node_at(schema, full), BooleanNode) and _is_other_number(value):
@@ -136,6 +136,11 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
                 OmegaConf.update(schema, full, value)
             except (OmegaConfBaseException, OverflowError) as error:  # an integer of more digits than a float holds
                 problems.append(f"`{full}`: {str(error).splitlines()[0]}")
+
+
+def _is_typed_list(node: Any) -> bool:
+    """Whether a node must be a list; another value may hold a list now, such as `data.augment`."""
+    return isinstance(node, ListConfig) and node._metadata.ref_type is not Any
 
 
 def _is_other_number(value: Any) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from distil_tl.data.config import AUGMENTATIONS
+from distil_tl.data.augmentation import AUGMENTATIONS, PRESETS, augment_problem
 from distil_tl.data.decode import decode_bytes
-from distil_tl.data.transforms import eval_transform, train_transform
+from distil_tl.data.transforms import eval_transform, min_crop_side, train_transform
 from distil_tl.models.preprocess import Preprocess
 from tests.helpers.image_bytes import saved
 
@@ -33,7 +35,7 @@ def waves(height: int, width: int) -> Tensor:
     return (127 + 60 * torch.stack(planes)).byte()
 
 
-def view(image: Tensor, augment: str, seed: int, *, hflip: bool = True, size: int = 32) -> Tensor:
+def view(image: Tensor, augment: Any, seed: int, *, hflip: bool = True, size: int = 32) -> Tensor:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         result: Tensor = train_transform(PREPROCESS, size, augment, hflip)(image)
@@ -188,6 +190,88 @@ def test_the_area_of_a_crop(augment: str, least: float):
     assert min(shares) > least * 0.85  # resampling blurs the edges
     assert min(shares) < least + 0.15
     assert max(shares) > 0.9
+
+
+# Lists of steps
+
+ONE_OF_EACH = [
+    "crop(0.3)", "hflip(1)", "vflip(1)", "rotate(30)", "color(0.5)", "grayscale(1)", "trivial", "rand_augment",
+    "erasing(1)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", ["light", "strong"])
+def test_a_list_of_the_same_steps_is_the_preset(preset: str):
+    image, steps = noise(40, 50), PRESETS[preset]
+    for seed in range(5):
+        assert torch.equal(view(image, steps, seed), view(image, preset, seed))
+    assert min_crop_side(steps) == min_crop_side(preset)
+    assert (
+        train_transform(PREPROCESS, 32, steps, True).min_side == train_transform(PREPROCESS, 32, preset, True).min_side
+    )
+
+
+@pytest.mark.parametrize("step", ONE_OF_EACH)
+def test_each_step_is_a_function_of_the_seed(step: str):
+    """It changes the image, and draws from torch's default generator alone, whatever other generators do."""
+    image, plain = noise(40, 50), view(noise(40, 50), "none", 0)
+    random.seed(0), np.random.seed(0)
+    first = [view(image, [step], seed) for seed in range(12)]
+    random.seed(1), np.random.seed(1)
+    assert all(torch.equal(view(image, [step], seed), first[seed]) for seed in range(12))
+    assert all(one.dtype == torch.uint8 and one.shape == plain.shape for one in first)
+    assert any(not torch.equal(one, plain) for one in first)
+    varied = len({one.numpy().tobytes() for one in first})
+    assert varied == 1 if step in ("hflip(1)", "vflip(1)", "grayscale(1)") else varied > 6
+
+
+def test_all_steps_together_in_their_order_and_a_crop_first():
+    made = train_transform(PREPROCESS, 32, [*ONE_OF_EACH[1:], ONE_OF_EACH[0]], hflip=True)
+    expected = [
+        v2.RandomResizedCrop, v2.RandomHorizontalFlip, v2.RandomVerticalFlip, v2.RandomRotation, v2.ColorJitter,
+        v2.RandomGrayscale, v2.TrivialAugmentWide, v2.RandAugment, v2.RandomErasing,
+    ]  # fmt: skip
+    assert [type(step) for step in made] == expected
+    assert made(noise(40, 50)).shape == (3, 32, 32)
+
+
+def test_without_a_crop_it_is_the_view_of_the_evaluation():
+    made, image = train_transform(PREPROCESS, 32, ["hflip(1)"], hflip=True), noise(70, 50)
+    evaluation = eval_transform(PREPROCESS, 32)
+    assert torch.equal(made(image), evaluation(image).flip(2))
+    assert made.min_side == evaluation.min_side
+    assert min_crop_side(["hflip(1)"]) == 1
+
+
+@pytest.mark.parametrize("augment", ["strong", ["rotate", "rand_augment(30)"]])
+def test_a_model_that_resizes_bicubically_is_augmented_too(augment: Any):
+    """torchvision refuses to rotate and shear bicubically."""
+    made = train_transform(Preprocess(interpolation="bicubic"), 32, augment, hflip=True)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        assert made(noise(40, 50)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("augment", "message"),
+    [
+        ("trivial", "a step is written in a list: data.augment=[trivial]"),
+        ("lite", "choose one of none, light, strong, or a list of steps such as [crop(0.3),hflip,trivial]"),
+        ([], "is an empty list; write data.augment=none"),
+        (["croop"], "there is no step 'croop', did you mean `crop`"),
+        (["crop(0)"], "the number of 'crop(0)' must be from 0.01 to 1: the least share of the area"),
+        (["crop(x)"], "the number of 'crop(x)' must be"),
+        (["rotate(nan)"], "the number of 'rotate(nan)' must be"),
+        (["trivial(2)"], "trivial takes no number"),
+        (["rand_augment(2.5)"], "from 0 to 30: the strength, a whole number"),
+        (["hflip", "hflip(0.3)"], "has the step hflip twice"),
+        ([{"crop": 0.3}], "there is no step {'crop': 0.3}"),
+        (["hflip"], "has the step hflip, but data.hflip=false"),
+    ],
+)
+def test_what_is_no_augmentation_is_refused(augment: Any, message: str):
+    assert message in (augment_problem(augment, "data.augment", hflip=False) or "")
+    assert augment_problem(ONE_OF_EACH, "data.augment") is None
 
 
 # The required size of an image

@@ -294,7 +294,15 @@ def test_the_key_is_of_all_that_features_depend_on(folder: Path) -> None:
     def key(**changes: Any) -> str:
         return cache_key(model, prefix_of(model), index, dataclasses.replace(light, **changes))
 
-    keys = [key(), key(image_size=32), key(augment="none"), key(hflip=False), key(seed=1), key(count=2)]
+    keys = [
+        key(),
+        key(image_size=32),
+        key(augment="none"),
+        key(augment=["crop"]),
+        key(hflip=False),
+        key(seed=1),
+        key(count=2),
+    ]
     keys.append(key(pixels={"JPEG": "0123456789abcdef"}))
     keys += [key(intensity="percentile"), key(intensity=[0, 4095]), key(intensity=[0, 1023])]
     weights_own = model.preprocess

@@ -1,0 +1,112 @@
+"""The names of augmentations: presets and lists of steps such as [crop(0.3),hflip,trivial], without torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, NamedTuple, TypeAlias
+
+from distil_tl.utils.errors import did_you_mean
+
+Augment: TypeAlias = "str | list[str]"  # `data.augment`: none, a preset, or steps
+
+PRESETS = {"light": ["crop(0.5)", "hflip"], "strong": ["crop(0.2)", "hflip", "trivial", "erasing(0.1)"]}
+AUGMENTATIONS = ("none", *PRESETS)
+EXAMPLE = "[crop(0.3),hflip,trivial]"
+
+
+class Step(NamedTuple):
+    """One step of an augmentation, such as crop(0.3)."""
+
+    name: str
+    amount: float
+
+
+class Kind(NamedTuple):
+    """What the number of a step means, its default and its range."""
+
+    default: float
+    least: float
+    most: float
+    meaning: str
+
+
+# docs/augmentation.md describes them, with their sources.
+KINDS = {
+    "crop": Kind(0.5, 0.01, 1, "the least share of the area"),
+    "hflip": Kind(0.5, 0, 1, "a probability"),
+    "vflip": Kind(0.5, 0, 1, "a probability"),
+    "rotate": Kind(15, 0, 180, "degrees to both sides"),
+    "color": Kind(0.4, 0, 1, "the largest change of brightness, contrast and saturation"),
+    "grayscale": Kind(0.1, 0, 1, "a probability"),
+    "trivial": Kind(0, 0, 0, "none"),
+    "rand_augment": Kind(9, 0, 30, "the strength, a whole number"),
+    "erasing": Kind(0.25, 0, 1, "a probability"),
+}
+
+
+def augment_steps(augment: Augment, *, hflip: bool) -> list[Step]:
+    """The steps of a valid augmentation, a crop first; none for `none`.
+
+    Args:
+        hflip: `data.hflip`; without it, a preset does not mirror images.
+    """
+    if isinstance(augment, str):
+        steps = [_parse(text) for text in PRESETS.get(augment, [])]
+        return [step for step in steps if hflip or step.name != "hflip"]
+    return sorted(map(_parse, augment), key=lambda step: step.name != "crop")
+
+
+def augment_text(augment: Any) -> str:
+    """An augmentation as a person writes it."""
+    return f"[{','.join(map(str, augment))}]" if isinstance(augment, list) else str(augment)
+
+
+def augment_problem(augment: Any, key: str, *, hflip: bool = True) -> str | None:
+    """Why a value can't be `data.augment`, or `stages.NAME.augment`; None if it can.
+
+    Args:
+        hflip: `data.hflip`.
+    """
+    if isinstance(augment, str) and augment in AUGMENTATIONS:
+        return None
+    if not isinstance(augment, list):
+        choices = f"choose one of {', '.join(AUGMENTATIONS)}, or a list of steps such as {EXAMPLE}"
+        if isinstance(augment, str) and augment.partition("(")[0] in KINDS:
+            choices = f"a step is written in a list: {key}=[{augment}]"
+        return f"{key} is {augment!r}; {choices}"
+    if not augment:
+        return f"{key} is an empty list; write {key}=none"
+    names = [str(item).partition("(")[0] for item in augment]
+    for item, name in zip(augment, names, strict=True):
+        if problem := _step_problem(item, name):
+            return f"{key}: {problem}"
+        if names.count(name) > 1:
+            return f"{key} has the step {name} twice; remove one"
+    if "hflip" in names and not hflip:
+        return f"{key} has the step hflip, but data.hflip=false; remove one of them"
+    return None
+
+
+def _step_problem(item: Any, name: str) -> str | None:
+    kind = KINDS.get(name) if isinstance(item, str) else None
+    if kind is None:
+        return f"there is no step {item!r}{did_you_mean(name, list(KINDS))} (steps are {', '.join(KINDS)})"
+    try:
+        amount = _parse(item).amount
+    except ValueError:
+        amount = math.nan
+    if kind.meaning == "none" and item != name:
+        return f"{name} takes no number; write {name}"
+    valid = kind.least <= amount <= kind.most  # NaN is not
+    if not valid or (name == "rand_augment" and amount != int(amount)):
+        return f"the number of {item!r} must be from {kind.least:g} to {kind.most:g}: {kind.meaning}"
+    return None
+
+
+def _parse(text: str) -> Step:
+    """Raises ValueError if it is not NAME or NAME(NUMBER)."""
+    found = re.fullmatch(r"(\w+)(?:\(\s*([^()\s]+)\s*\))?", text)
+    if found is None:
+        raise ValueError(text)
+    return Step(found[1], KINDS[found[1]].default if found[2] is None else float(found[2]))
