@@ -127,7 +127,7 @@ def _section_problems(config: Config) -> Iterator[str]:
     yield from config.data.problems()
     for name, stage in config.stages.items():
         yield from stage.problems(name, hflip=config.data.hflip)
-        searched = stage.search.wanted and stage.epochs > 0
+        searched = stage.search.wanted and stage.epochs > 0 and not stage.mixes
         if searched and not wants_features(stage, stage.augment or config.data.augment):
             yield (
                 f"stages.{name}.search needs a stage that trains on features: set unfreeze=head, and features=on or "

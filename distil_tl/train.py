@@ -193,7 +193,7 @@ def accumulate_gradients(info: DistInfo, training: StageTraining, step: int) -> 
 
     loss = until_memory_suffices(attempt, training.recover)
     training.end_step()
-    training.recent.extend((step, batch.indices) for batch in taken)
+    training.recent.extend((step, batch.all_indices) for batch in taken)
     return loss
 
 
@@ -214,7 +214,7 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
             logits = training.network(part.images)
             # From here on the ranks expect each other's gradients: DDP can't forget a forward pass.
             training.reducing = is_last and info.world_size > 1
-            losses = training.loss(logits, part.targets, part.indices)
+            losses = training.loss(logits, part.targets, part.indices, part.partners)
             # DDP averages over the ranks, so each rank divides by its share of the global batch.
             loss = (losses * part.valid).sum() / (training.sampler.global_batch_size // info.world_size)
             training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

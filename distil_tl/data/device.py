@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from distil_tl.data.loader import Batch
@@ -32,15 +33,20 @@ class _Copies(Iterator["Batch"]):
     def __next__(self) -> Batch:
         batch = self._next = next(self._batches) if self._next is None else self._next
         stream = copy_stream(self._device)
+        moved: list[Tensor] = []
+
+        def move(part: Tensor) -> Tensor:
+            moved.append(part.to(self._device, non_blocking=True))
+            return moved[-1]
+
         with torch.cuda.stream(stream):
-            moved = [part.to(self._device, non_blocking=True) for part in (batch.images, batch.targets, batch.valid)]
+            batch = batch.moved(move)
         self._next = None
         compute_stream = torch.cuda.current_stream(self._device)
         compute_stream.wait_stream(stream)
         for part in moved:
             part.record_stream(compute_stream)  # else its memory could be reused for the next copy while in use
-        images, targets, valid = moved
-        return batch._replace(images=images, targets=targets, valid=valid)
+        return batch
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from distil_tl.data.config import default_workers
 from distil_tl.data.decode import ImageError, decode
 from distil_tl.data.index import Index
 from distil_tl.data.loader_processes import WAIT_SECONDS, BoundedLoader
+from distil_tl.data.mixing import Partners
 from distil_tl.data.pillow import Intensity
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.transforms import ImageTransform
@@ -53,6 +54,7 @@ class Batch(NamedTuple):
         indices: int64 [N], positions of the images in the index.
         valid: bool [N], False for a bad image.
         faults: (index, reason) of each bad image.
+        partners: what the images are mixed with; `images` then has more rows, of partners that are not among the N.
     """
 
     images: Tensor
@@ -60,6 +62,24 @@ class Batch(NamedTuple):
     indices: Tensor
     valid: Tensor
     faults: list[tuple[int, str]]
+    partners: Partners | None = None
+
+    @property
+    def all_indices(self) -> Tensor:
+        """Positions in the index of the images and their partners, each once where there are partners."""
+        if self.partners is None:
+            return self.indices
+        found: Tensor = torch.cat([self.indices, self.partners.indices]).unique()  # type: ignore[no-untyped-call]
+        return found
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `move` applied to the parts that a device needs; the indices stay."""
+        partners = self.partners
+        if partners is not None:
+            needed = {name: move(part) for name, part in partners._asdict().items() if name != "indices"}
+            partners = partners._replace(**needed)
+        images, targets, valid = move(self.images), move(self.targets), move(self.valid)
+        return self._replace(images=images, targets=targets, valid=valid, partners=partners)
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,10 @@ class Item:
     bad_reason: str | None
 
 
+_TENSORS = ("images", "targets", "indices", "valid")
+_PARTNER = "partner "  # begins the names of those of `Partners`
+
+
 def _reduced(batch: Batch) -> tuple[Any, ...]:
     """How a loader process sends a batch to its rank: in anonymous memory, as one open file.
 
@@ -79,9 +103,10 @@ def _reduced(batch: Batch) -> tuple[Any, ...]:
     ends a loader process with a bus error. Anonymous memory has no such limit. Where there is none, or the open file
     can't be sent, the batch is written through the pipe between the processes, which takes longer.
     """
-    *tensors, faults = batch
-    arrays = {name: tensor.numpy() for name, tensor in zip(Batch._fields, tensors, strict=False)}
-    shared = SharedArrays.copied(arrays)
+    arrays = {name: getattr(batch, name).numpy() for name in _TENSORS}
+    if batch.partners is not None:
+        arrays |= {f"{_PARTNER}{name}": tensor.numpy() for name, tensor in batch.partners._asdict().items()}
+    faults, shared = batch.faults, SharedArrays.copied(arrays)
     if shared is None:
         return _received, (arrays, faults)
     try:
@@ -92,8 +117,11 @@ def _reduced(batch: Batch) -> tuple[Any, ...]:
 
 
 def _received(arrays: Mapping[str, np.ndarray], faults: list[tuple[int, str]]) -> Batch:
-    images, targets, indices, valid = (torch.from_numpy(array) for array in arrays.values())
-    return Batch(images, targets, indices, valid, faults)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    of_partners = {
+        name: tensors.pop(f"{_PARTNER}{name}") for name in Partners._fields if f"{_PARTNER}{name}" in tensors
+    }
+    return Batch(**tensors, faults=faults, partners=Partners(**of_partners) if of_partners else None)
 
 
 def _received_shared(

@@ -97,5 +97,4 @@ class PinnedLoader(Iterable["Batch"]):
 
 def pinned(batch: Batch) -> Batch:
     """The same batch with the parts that a GPU needs in pinned memory."""
-    images, targets, valid = (part.pin_memory() for part in (batch.images, batch.targets, batch.valid))
-    return batch._replace(images=images, targets=targets, valid=valid)
+    return batch.moved(lambda part: part.pin_memory())

@@ -12,16 +12,20 @@ from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from distil_tl.utils.rng import keyed_seed
 
+NO_PARTNER = -1
+
 
 class SampleKey(NamedTuple):
     """A sample to load, with the epoch and position that its augmentation depends on.
 
-    The sampler yields such keys instead of indices, so that loader processes need no other state.
+    The sampler yields such keys instead of indices, so that loader processes need no other state. `partner` is the
+    position of the sample that it is mixed with.
     """
 
     image: int
     epoch: int
     position: int
+    partner: int = NO_PARTNER
 
 
 def epoch_order(length: int, seed: int, stage: str, epoch: int) -> np.ndarray:
@@ -96,6 +100,7 @@ class TrainSampler(DistributedSampler[SampleKey]):
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = length // global_batch_size
         self.consumed = 0
+        self._order: tuple[int, np.ndarray] | None = None  # of an epoch
 
     def set_position(self, epoch: int, consumed: int = 0) -> None:
         """Begin in `epoch` after `consumed` samples over all ranks, a multiple of the global batch size."""
@@ -120,12 +125,27 @@ class TrainSampler(DistributedSampler[SampleKey]):
 
     def keys(self, epoch: int, consumed: int = 0) -> Iterator[SampleKey]:
         """The samples of one epoch, after `consumed` samples over all ranks."""
-        if self._members is None:
-            order = epoch_order(self.length, self.seed, self.stage, epoch)
-        else:
-            order = balanced_order(self._members, self.seed, self.stage, epoch)
+        order = self._order_of(epoch)
         for position in range(consumed + self.rank, self.end, self.num_replicas):
             yield SampleKey(int(order[position]), epoch, position)
+
+    def key(self, epoch: int, position: int) -> SampleKey:
+        """The sample at a position of an epoch, of this rank or another one."""
+        return SampleKey(int(self._order_of(epoch)[position]), epoch, position)
+
+    def partner(self, position: int) -> int:
+        """The position of the sample that another one is mixed with: half a global batch further, in the same one."""
+        size = self.global_batch_size
+        return position - position % size + (position % size + size // 2) % size
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            if self._members is None:
+                order = epoch_order(self.length, self.seed, self.stage, epoch)
+            else:
+                order = balanced_order(self._members, self.seed, self.stage, epoch)
+            self._order = epoch, order
+        return self._order[1]
 
 
 class EvalSampler(DistributedSampler[SampleKey]):

@@ -13,6 +13,8 @@ from distil_tl.data.device import to_device
 from distil_tl.data.feature_cache import FeatureDataset, feature_loader
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch, ImageDataset, Loader, choose_workers, make_loader
+from distil_tl.data.mixed_batches import MixedBatches, MixedDataset
+from distil_tl.data.mixing import Mixing
 from distil_tl.data.prefetch import plan_prefetch
 from distil_tl.data.sampler import EvalBatches, EvalSampler, SampleKey, TrainSampler, in_batches
 from distil_tl.data.transforms import eval_transform, train_transform
@@ -46,12 +48,20 @@ class ImageSource:
     def index(self, split: str) -> Index:
         return self.splits[split]
 
-    def train_dataset(self, split: str, image_size: int, augment: Augment, *, seed: int, stage: str) -> ImageDataset:
+    # Seven with `self`: all that an image in training depends on.
+    def train_dataset(
+        self, split: str, image_size: int, augment: Augment, *, seed: int, stage: str, mixing: Mixing | None = None
+    ) -> ImageDataset:
         """The images of a split as training sees them; `seed` and `stage` key the random numbers of augmentation."""
         transform = train_transform(self.preprocess, image_size, augment, self.config.hflip)
-        return ImageDataset(
+        kind = ImageDataset if mixing is None else MixedDataset
+        dataset = kind(
             self.index(split), transform, image_size, seed=seed, stage=stage, intensity=self.config.intensity
         )
+        if isinstance(dataset, MixedDataset):
+            assert mixing is not None
+            dataset.mixing = mixing
+        return dataset
 
     def sampler(self, *, seed: int, stage: str, epochs: int, whole: bool = False) -> TrainSampler:
         """The training order of a stage, for this rank; or if `whole`, of all ranks together."""
@@ -69,6 +79,9 @@ class ImageSource:
 
     def train_loader(self, dataset: ImageDataset, sampler: TrainSampler, micro_batch: int) -> Loader:
         """Batches of `micro_batch` images; set the position of the sampler before iterating."""
+        if isinstance(dataset, MixedDataset):
+            batches = MixedBatches(sampler, micro_batch, dataset.mixing)
+            return self.loader(dataset, batches, batches.largest)
         return self.loader(dataset, in_batches(sampler, micro_batch), micro_batch)
 
     def eval_loader(self, split: str, image_size: int, batches: EvalBatches) -> Loader:

@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,10 +65,17 @@ class StageConfig:
     layer_decay: float = 1.0  # learning rate of each group, relative to the group above it
     batch_norm: str = "frozen"  # frozen: running statistics are kept | train: they are updated in unfrozen groups
     augment: Any = None  # as data.augment; null: data.augment
+    mixup: float = 0.0  # blend images of a batch, by shares from Beta(mixup, mixup), as in 0.2; 0: off
+    cutmix: float = 0.0  # paste boxes of other images, by shares from Beta(cutmix, cutmix), as in 1.0; 0: off
+    mix_off_epochs: int = 0  # the last epochs, without mixup and cutmix
     image_size: int | None = None  # pixels; null: data.image_size
     features: str = "auto"  # train on cached output of the frozen part: on | off | auto (if results stay the same)
     views: int | None = None  # augmented views of each image in the features; null: one view, not augmented
     search: SearchConfig = field(default_factory=SearchConfig)
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
 
     def problems(self, name: str, *, hflip: bool = True) -> list[str]:
         """Messages for all invalid values; `hflip` is `data.hflip`."""
@@ -97,9 +104,22 @@ class StageConfig:
             found.append(
                 f"{key} trains the whole network, so it can't use features; remove {key}.features and {key}.views"
             )
+        found += self._mixing_problems(key)
         if self.image_size is not None and self.image_size < 8:
             found.append(f"{key}.image_size must be at least 8 pixels")
         return found + self.search.problems(f"{key}.search")
+
+    def _mixing_problems(self, key: str) -> Iterator[str]:
+        for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
+            if not 0 <= alpha < float("inf"):
+                yield f"{key}.{name} must be a number of 0 (off) or more"
+        if self.mix_off_epochs < 0:
+            yield f"{key}.mix_off_epochs must be 0 or more"
+        elif self.mixes and 0 < self.epochs <= self.mix_off_epochs:
+            yield f"{key}.mix_off_epochs={self.mix_off_epochs} leaves none of {self.epochs} epochs to mix images in"
+        if self.mixes and (self.features == "on" or self.views is not None or self.search.wanted):
+            which = "search" if self.search.wanted else "features" if self.features == "on" else "views"
+            yield f"{key} mixes images, and features can't be mixed; remove its mixup and cutmix, or {key}.{which}"
 
 
 def _is_unfreeze(value: Any) -> bool:
@@ -123,7 +143,8 @@ def default_stages() -> dict[str, StageConfig]:
 def wants_features(stage: StageConfig, augment: Augment) -> bool:
     """Whether a stage asks for features. `auto` does where the result is the same with and without them."""
     if stage.features == "auto":
-        return stage.unfreeze != "all" and (augment == "none" or stage.views is not None)
+        same = stage.unfreeze != "all" and (augment == "none" or stage.views is not None)
+        return same and not stage.mixes
     return stage.features == "on"
 
 

@@ -16,7 +16,7 @@ from distil_tl.training.config import StageConfig
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.notable import Prediction
 from distil_tl.training.remaining import time_left
-from distil_tl.training.stage import trainable_groups
+from distil_tl.training.stage import Stage, trainable_groups
 from distil_tl.utils.data_wait import is_notable, wait_share
 from distil_tl.utils.log import logger, table
 
@@ -51,9 +51,16 @@ def print_stage(info: DistInfo, model: TransferModel, training: StageTraining, r
     logger.info(
         "  %d x %d steps, global batch %d (%d %s of %d), lr %g, layer decay %g, %d px, augment %s, BatchNorm %s, %s",
         config.epochs, training.sampler.steps_per_epoch, batch, ranks, "rank" if ranks == 1 else "ranks",
-        batch // ranks, config.lr, config.layer_decay, stage.image_size, augment_text(stage.augment), config.batch_norm,
+        batch // ranks, config.lr, config.layer_decay, stage.image_size, _augmentation(stage), config.batch_norm,
         record.precision,
     )  # fmt: skip
+
+
+def _augmentation(stage: Stage) -> str:
+    config, text = stage.config, augment_text(stage.augment)
+    for name, alpha in (("mixup", config.mixup), ("cutmix", config.cutmix)):
+        text += f", {name} {alpha:g}" if alpha > 0 else ""
+    return text
 
 
 def interval_line(line: dict[str, Any], step: int, steps: int) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distil_tl.data.mixing import Partners
 from distil_tl.training.config import OptimConfig
 
 
@@ -34,8 +35,20 @@ class Loss:
     offsets: Tensor | None = None
     image_weights: Tensor | None = None
 
-    def __call__(self, logits: Tensor, targets: Tensor, indices: Tensor | None = None) -> Tensor:
-        """Losses [N] of logits [N, C] and targets int64 [N], of the training images `indices`, int64 [N]."""
+    def __call__(
+        self, logits: Tensor, targets: Tensor, indices: Tensor | None = None, partners: Partners | None = None
+    ) -> Tensor:
+        """Losses [N] of logits [N, C] and targets int64 [N], of the training images `indices`, int64 [N].
+
+        For mixed images, the losses for both targets with their weights, in the shares of both images.
+        """
+        losses = self._of_targets(logits, targets, indices)
+        if partners is None:
+            return losses
+        others = self._of_targets(logits, partners.targets, partners.indices)
+        return partners.shares * losses + (1 - partners.shares) * others
+
+    def _of_targets(self, logits: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         losses = F.cross_entropy(self.adjusted(logits), targets, label_smoothing=self.smoothing, reduction="none")
         if self.gamma is not None:
             losses = (1 - torch.exp(-losses)) ** self.gamma * losses

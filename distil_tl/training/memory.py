@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from distil_tl.data.loader import Batch
+from distil_tl.data.mixing import Partners
 from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import StageRecord
@@ -92,13 +93,19 @@ class PartSize:
         self.images = self.sizes.get(self.key)
 
     def split(self, batch: Batch) -> list[Batch]:
-        """The parts of a batch, in order."""
+        """The parts of a batch, in order; its images are mixed already."""
         if self.images is None or len(batch.images) <= self.images:
             return [batch]
         sizes = part_sizes(len(batch.images), self.images, self.smallest)
         columns = [torch.split(column, sizes) for column in batch[:4]]
+        partners: list[Partners | None] = [None] * len(sizes)
+        if batch.partners is not None:
+            partners = [
+                Partners(*parts) for parts in zip(*(torch.split(c, sizes) for c in batch.partners), strict=True)
+            ]
         return [
-            Batch(images, targets, indices, valid, []) for images, targets, indices, valid in zip(*columns, strict=True)
+            Batch(images, targets, indices, valid, [], each)
+            for images, targets, indices, valid, each in zip(*columns, partners, strict=True)
         ]
 
     def apply(self, network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -6,9 +6,11 @@ import io
 import itertools
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import Tensor
 
+from distil_tl.data.mixed_batches import MixedDataset, mix, with_partners
 from distil_tl.data.source import ImageSource
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.training.step import StageTraining
@@ -25,12 +27,19 @@ def write_samples(info: DistInfo, run_dir: Path, training: StageTraining, source
     if not info.is_main or path.exists():
         return
     # An image has its own random numbers, so nothing else changes.
-    dataset = source.train_dataset("train", stage.image_size, stage.augment, seed=stage.seed, stage=stage.name)
+    dataset = source.train_dataset(
+        "train", stage.image_size, stage.augment, seed=stage.seed, stage=stage.name, mixing=stage.mixing
+    )
+    keys = list(itertools.islice(training.sampler.keys(0), COUNT))
     try:
-        items = [dataset[key] for key in itertools.islice(training.sampler.keys(0), COUNT)]
+        if isinstance(dataset, MixedDataset):
+            items = dataset.__getitems__(with_partners(training.sampler, keys))
+            batch = mix(dataset.collate(items), stage.mixing)
+        else:
+            batch = dataset.collate([dataset[key] for key in keys])
     except (MemoryError, RuntimeError):  # training says so, with what to do
         return
-    images = [_picture(item.image) for item in items if item.image is not None]
+    images = [_picture(image) for image in batch.images[batch.valid]]
     if not images:
         return
     strip = Image.new("RGB", (len(images) * (SIDE + 4) - 4, SIDE), "white")
@@ -46,4 +55,5 @@ def write_samples(info: DistInfo, run_dir: Path, training: StageTraining, source
 
 
 def _picture(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    pixels = image.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from distil_tl.data.augmentation import Augment
+from distil_tl.data.mixing import Mixing
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig, wants_features
 from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError, did_you_mean
@@ -53,6 +54,12 @@ class Stage:
     def uses_cuda_graphs(self) -> bool:
         """Whether torch.compile replays the trained network as CUDA graphs."""
         return self.compile == "all" and self.compile_mode != "default"
+
+    @property
+    def mixing(self) -> Mixing | None:
+        config = self.config
+        epochs = config.epochs - config.mix_off_epochs
+        return Mixing(config.mixup, config.cutmix, epochs) if config.mixes and epochs > 0 else None
 
     @property
     def wants_features(self) -> bool:

@@ -48,17 +48,20 @@ class StageSetup:
         network: takes what the loader yields: features, or images where there are none.
         features: None where the stage trains on images.
         image_size: pixels.
+        blends: images come as float32, blended by mixup; torch.compile compiles for that.
     """
 
     network: Network
     features: Features | None
     image_size: int
+    blends: bool = False
 
     def dummy(self, count: int, device: torch.device) -> Tensor:
         """A batch of `count`, of the right size and type, on the device."""
         if self.features is not None:
             return self.features.train.example(count).to(device)
-        return dummy_images(count, self.image_size, device)
+        images = dummy_images(count, self.image_size, device)
+        return images.float() if self.blends else images
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def set_up_stage(
     use_benchmark(compute)
     if stage.compile != "none":
         compile_network(network, stage, cuda_graphs=True)
-    return StageSetup(network, features, stage.image_size)
+    return StageSetup(network, features, stage.image_size, blends=stage.config.mixup > 0)
 
 
 def _open_features(

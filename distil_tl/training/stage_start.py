@@ -93,7 +93,9 @@ def build_loaders(stage: Stage, setup: StageSetup, source: ImageSource, plan: Ba
     sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs)
     val_sampler = source.eval_batches("val")
     if setup.features is None:
-        dataset = source.train_dataset("train", stage.image_size, stage.augment, seed=stage.seed, stage=stage.name)
+        dataset = source.train_dataset(
+            "train", stage.image_size, stage.augment, seed=stage.seed, stage=stage.name, mixing=stage.mixing
+        )
         return StageBatches(
             source, sampler, source.train_loader(dataset, sampler, plan.micro),
             val_sampler, source.eval_loader("val", stage.image_size, val_sampler),

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distil_tl.data.index import Index
 from distil_tl.data.loader import Batch
+from distil_tl.data.mixed_batches import dominant, mix
 from distil_tl.data.sampler import TrainSampler
 from distil_tl.distributed.collectives import average_over_ranks, gather_objects, max_of_each_over_ranks
 from distil_tl.distributed.process_group import DistInfo
@@ -123,8 +124,8 @@ class StageTraining:
         self.statistics.save()
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """The parts of a micro-batch that go through the network one after another."""
-        parts = self.part_size.split(batch)
+        """The parts of a micro-batch that go through the network one after another, with their images mixed."""
+        parts = self.part_size.split(mix(batch, self.stage.mixing))
         if len(parts) > 1:
             self.stop_cuda_graphs()
         return parts
@@ -161,7 +162,7 @@ class StageTraining:
         """Keep the output of a part for the meter, until the step is complete."""
         if self.cuda_graphs:  # they write each output to the same memory
             logits, losses = logits.clone(), losses.clone()
-        self.outputs.append((logits, part.targets, losses, part.valid))
+        self.outputs.append((logits, dominant(part.targets, part.partners), losses, part.valid))
 
     def end_step(self) -> None:
         """Count the predictions of the step."""

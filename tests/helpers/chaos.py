@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import hashlib
 import importlib
 import json
 import multiprocessing
@@ -33,6 +32,7 @@ import torch
 
 from tests.helpers import ranks
 from tests.helpers.ranks import free_port
+from tests.helpers.same_run import hashed
 
 PACKAGE = str(Path(importlib.import_module("distil_tl").__file__ or "").parent)
 REGIONS = {
@@ -196,15 +196,13 @@ def fill(run_dir: Path, chance: float) -> None:
 
 
 def note_samples(path: Path) -> None:
-    """Record (stage, step of the stage, [(image, hash of its tensor)]) of each training batch of this rank."""
+    """Record (stage, step of the stage, its images, `hashed`) of each training batch of this rank."""
     module: Any = importlib.import_module("distil_tl.train")
     original = module.forward_backward
 
     def forward_backward(info: Any, training: Any, batch: Any, step: int, micro: int) -> Any:
-        hashes = [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in batch.images]
-        images = list(zip(batch.indices.tolist(), hashes, strict=True))
         with path.open("a") as file:
-            file.write(json.dumps([training.stage.name, step, images]) + "\n")
+            file.write(json.dumps([training.stage.name, step, hashed(batch)]) + "\n")
         return original(info, training, batch, step, micro)
 
     module.forward_backward = forward_backward

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import io
 import json
@@ -16,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.helpers.ranks import lines, rank, train
-from tests.helpers.same_run import timeless
+from tests.helpers.same_run import hashed, timeless
 
 # In this process, or as the body of `run_ranks`.
 
@@ -44,7 +43,7 @@ def evaluated(args: list[str]) -> int:
 
 
 def traced_train(args: list[str]) -> tuple[int, list[list[tuple[int, str]]]]:
-    """The exit status, and for each training batch of this rank its (image, hash of the tensor) pairs."""
+    """The exit status, and for each training batch of this rank its images, `hashed`."""
     faults: Any = importlib.import_module("distil_tl.data.bad_images").BadImages
     seen: list[list[tuple[int, str]]] = []
     original = faults.check
@@ -52,8 +51,7 @@ def traced_train(args: list[str]) -> tuple[int, list[list[tuple[int, str]]]]:
     def read(self: Any, loader: Any, split: str, index: Any) -> Any:
         for batch in original(self, loader, split, index):
             if split == "train":
-                hashes = [hashlib.sha256(image.contiguous().numpy().tobytes()).hexdigest() for image in batch.images]
-                seen.append(list(zip(batch.indices.tolist(), hashes, strict=True)))
+                seen.append(hashed(batch))
             yield batch
 
     faults.check = read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,19 @@ class Reference:
     run_dir: Path
     seen: dict[tuple[str, int], dict[int, str]]
     counted: list[dict[str, int]]  # lines by region, by rank
+
+
+def hashed(batch: Any) -> list[tuple[int, str]]:
+    """(image, hash of its tensor, and of all that it is mixed with) of each image of a batch."""
+    parts = [list(batch.images[: len(batch.targets)])]
+    if batch.partners is not None:
+        mixed = batch.partners._replace(rows=batch.images[batch.partners.rows])
+        parts += [list(column) for column in mixed]
+    digests = [
+        hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in row)).hexdigest()
+        for row in zip(*parts, strict=True)
+    ]
+    return list(zip(batch.indices.tolist(), digests, strict=True))
 
 
 def samples(folder: Path) -> tuple[dict[tuple[str, int], dict[int, str]], list[str]]:

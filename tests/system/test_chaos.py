@@ -18,7 +18,7 @@ JOB = """
 stages:
   head: {unfreeze: head, epochs: 1, lr: 0.01, augment: light}
   top: {unfreeze: 2, epochs: 1, lr: 0.001, augment: strong}
-  all: {unfreeze: all, epochs: 1, lr: 0.001, augment: strong}
+  all: {unfreeze: all, epochs: 1, lr: 0.001, augment: strong, mixup: 0.3, cutmix: 1}
 """
 VARIANTS = {
     "sgd": ["optim.name=sgd"],

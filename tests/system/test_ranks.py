@@ -63,10 +63,11 @@ def hashed_train(args: list[str], sabotage: str | None = None) -> dict[str, Any]
 def test_ranks_see_the_same_images_with_the_same_augmentation_and_losses(
     small: list[str], tmp_path: Path, augment: str
 ) -> None:
+    mixing = ["stages.full.mixup=0.4", "stages.full.cutmix=1", "stages.full.mix_off_epochs=1"]
     seen, losses = {}, {}
     for world, extra in ((1, []), (2, ["data.workers=1"]), (4, []), (1, ["data.max_local_batch_size=2"])):
         run_dir = tmp_path / f"{world}-{len(extra)}"
-        args = [*small, f"run_dir={run_dir}", f"data.augment={augment}", *extra]
+        args = [*small, f"run_dir={run_dir}", f"data.augment={augment}", *mixing, *extra]
         results = run_ranks(world, traced_train, args)
         assert [status for status, _ in results] == [0] * world
         micro = len(results[0][1][0])

@@ -26,6 +26,7 @@ from distil_tl.config import Config
 from distil_tl.data import loader as loading
 from distil_tl.data.config import fitting_world_sizes
 from distil_tl.data.loader import Batch, ImageDataset, make_loader
+from distil_tl.data.mixed_batches import MixedBatches, MixedDataset
 from distil_tl.data.sampler import EvalBatches, EvalSampler, TrainSampler, in_batches
 from distil_tl.data.stage_batches import StageBatches
 from distil_tl.data.transforms import ImageTransform
@@ -64,6 +65,7 @@ class Plan:
     every: int | None
     attempts: tuple[Attempt, ...]
     balanced: bool = False
+    mixed: bool = False  # by mixup and CutMix, but for the last epoch of each stage
 
     @property
     def undisturbed(self) -> Plan:
@@ -72,9 +74,12 @@ class Plan:
 
 @dataclass
 class Seen:
-    """By (stage, epoch, step of the epoch): the (image, augmentation seed) pairs over all ranks, and the rate."""
+    """By (stage, epoch, step of the epoch): the samples over all ranks, and the rate.
 
-    samples: dict[tuple[str, int, int], set[tuple[int, int]]] = field(default_factory=dict)
+    A sample is an image and its augmentation seed; where images are mixed, also those of its partner, share and box.
+    """
+
+    samples: dict[tuple[str, int, int], set[tuple[Any, ...]]] = field(default_factory=dict)
     rates: dict[tuple[str, int, int], float] = field(default_factory=dict)
 
 
@@ -103,7 +108,7 @@ class Tiny(nn.Module):
         self.fc = nn.Linear(1, 2)
 
     def forward(self, seeds: Tensor) -> Tensor:
-        logits: Tensor = self.fc((seeds % 97).float() / 97)
+        logits: Tensor = self.fc((seeds.flatten(1) % 97).float() / 97)
         return logits
 
 
@@ -133,7 +138,11 @@ def one_rank(plan: Plan, attempt: Attempt, rank: int, saved: str | None, seen: S
     config = Config()
     config.data.global_batch_size = plan.batch
     config.data.max_local_batch_size = attempt.micro
-    config.stages = {name: StageConfig(epochs=n) for name, n in zip(NAMES, plan.epochs, strict=False)}
+    mixing: dict[str, Any] = {"mixup": 0.4, "cutmix": 1.0} if plan.mixed else {}
+    config.stages = {
+        name: StageConfig(epochs=n, mix_off_epochs=n // 2, **mixing)
+        for name, n in zip(NAMES, plan.epochs, strict=False)
+    }
     config.checkpoint.every_steps = plan.every
     config.seed = plan.seed
     info = DistInfo(Launch(rank=rank, world_size=attempt.world), torch.device("cpu"), 1.0)
@@ -169,8 +178,14 @@ def run_stage(run: Run, plan: Plan, clock: Clock, stage: Stage) -> None:
         rank=info.rank, seed=stage.seed, stage=stage.name, epochs=stage.config.epochs,
         targets=np.array(index.targets) if plan.balanced else None,
     )  # fmt: skip
-    dataset = ImageDataset(index, ImageTransform([InitialSeed()], 8), 8, seed=stage.seed, stage=stage.name)
-    loader = make_loader(dataset, in_batches(sampler, run.plan.micro), workers=0, ahead=0, pin_memory=False)
+    kind = ImageDataset if stage.mixing is None else MixedDataset
+    dataset = kind(index, ImageTransform([InitialSeed()], 8), 8, seed=stage.seed, stage=stage.name)
+    batches: Any = in_batches(sampler, run.plan.micro)
+    if isinstance(dataset, MixedDataset):
+        assert stage.mixing is not None
+        dataset.mixing = stage.mixing
+        batches = MixedBatches(sampler, run.plan.micro, stage.mixing)
+    loader = make_loader(dataset, batches, workers=0, ahead=0, pin_memory=False)
     val_sampler = EvalBatches(EvalSampler(0, world_size=1, rank=0), 1)
     network: Any = Tiny()
     group = {"params": list(network.parameters()), "peak_lr": stage.config.lr}
@@ -198,7 +213,7 @@ class InitialSeed(nn.Module):
     """A stand-in for an augmentation: returns the seed that it would use."""
 
     def forward(self, image: Tensor) -> Tensor:
-        return torch.tensor([torch.initial_seed()])
+        return torch.tensor([[[torch.initial_seed()]]])
 
 
 def note(loader: Any, run: Run, seen: Seen) -> Iterator[Batch]:
@@ -208,8 +223,11 @@ def note(loader: Any, run: Run, seen: Seen) -> Iterator[Batch]:
         position = run.state.position  # of the step that asks for this batch
         assert position is not None
         key = (training.stage.name, position.epoch, position.consumed // training.sampler.global_batch_size)
-        pairs = list(zip(batch.indices.tolist(), batch.images.flatten().tolist(), strict=True))
-        seen.samples.setdefault(key, set()).update(pairs)
+        columns, seeds = [batch.indices, batch.images.flatten()[: len(batch.indices)]], batch.images.flatten()
+        if batch.partners is not None:
+            found = batch.partners
+            columns += [found.indices, seeds[found.rows], found.shares, *found.boxes.unbind(1)]
+        seen.samples.setdefault(key, set()).update(zip(*(column.tolist() for column in columns), strict=True))
         rate = current_lr(training.optimizer)
         assert seen.rates.setdefault(key, rate) == rate
         yield batch
@@ -251,8 +269,8 @@ def plans(draw: st.DrawFn) -> Plan:
 
     interrupted = [attempt(draw(st.integers(1, total))) for _ in range(draw(st.integers(1, 4)))]
     every = draw(st.none() | st.integers(1, 3))
-    seed, balanced = draw(st.integers(0, 2**40)), draw(st.booleans())
-    return Plan(images, batch, epochs, seed, every, (*interrupted, attempt(total + 1)), balanced)
+    seed, balanced, mixed = draw(st.integers(0, 2**40)), draw(st.booleans()), draw(st.booleans())
+    return Plan(images, batch, epochs, seed, every, (*interrupted, attempt(total + 1)), balanced, mixed)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -282,5 +300,5 @@ def test_an_interrupted_job_trains_on_the_same_samples(plan: Plan) -> None:
 @settings(max_examples=20, deadline=None)
 @given(plans())
 def test_no_two_samples_of_a_job_have_the_same_seed(plan: Plan) -> None:
-    seeds = [seed for pairs in carry_out(plan.undisturbed)[0].samples.values() for _, seed in pairs]
+    seeds = [seed for pairs in carry_out(plan.undisturbed)[0].samples.values() for _, seed, *_ in pairs]
     assert len(set(seeds)) == len(seeds)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import TransferModel, build
-from distil_tl.training.config import StageConfig, default_stages
+from distil_tl.training.config import SearchConfig, StageConfig, default_stages, wants_features
 from distil_tl.training.stage import apply_stage, check_stages, count_trainable, trainable_groups
 from distil_tl.utils.errors import UserError
 from tests.helpers.networks import NAMES, images, tiny
@@ -217,12 +217,35 @@ def test_a_fixed_image_size():
         (StageConfig(batch_norm="eval"), "batch_norm"),
         (StageConfig(augment="wild"), "augment"),
         (StageConfig(image_size=7), "image_size"),
+        (StageConfig(mixup=-0.1), "mixup"),
+        (StageConfig(cutmix=float("nan")), "cutmix"),
+        (StageConfig(mix_off_epochs=-1), "mix_off_epochs"),
     ],
     ids=str,
 )
 def test_problems_name_the_key(stage: StageConfig, key: str):
     (problem,) = stage.problems("top")
     assert problem.startswith(f"stages.top.{key} ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"features": "on"}, "features can't be mixed; remove its mixup and cutmix, or stages.a.features"),
+        ({"views": 2}, "or stages.a.views"),
+        ({"search": SearchConfig(lr=[1e-3])}, "or stages.a.search"),
+        ({"mix_off_epochs": 3}, "stages.a.mix_off_epochs=3 leaves none of 3 epochs to mix images in"),
+    ],
+)
+def test_mixing_where_it_is_not_possible_is_refused(settings: dict[str, Any], message: str):
+    (problem,) = StageConfig(unfreeze="head", epochs=3, cutmix=1.0, **settings).problems("a")
+    assert message in problem
+
+
+def test_a_stage_that_mixes_does_not_use_features_by_itself():
+    head = StageConfig(unfreeze="head")
+    assert wants_features(head, "none")
+    assert not wants_features(dataclasses.replace(head, mixup=0.2), "none")
 
 
 def test_valid_values_have_no_problems():
