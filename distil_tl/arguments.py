@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from distil_tl.config import Config
 from distil_tl.data.config import SPLITS
 from distil_tl.load_config import load
-from distil_tl.utils.args import explain
+from distil_tl.utils.args import explain, to_yaml
 from distil_tl.utils.command import run_command
 from distil_tl.utils.home import path_argument
 
 
 def usage(program: str) -> str:
     """Help: every key with its default and the comment beside it in the code."""
-    lines = [f"usage: {program} [CONFIG.yaml] [key=value ...]", "", "Keys, defaults and meanings:", ""]
+    lines = [f"usage: {program} [CONFIG.yaml] [key=value ...] [--print-config]", "", "Keys, defaults and meanings:", ""]
     lines += explain(Config(), "")
     return "\n".join(lines) + "\n"
 
 
 def check_arguments(program: str, argv: Sequence[str]) -> None:
-    """Print help, or refuse arguments that can't be read, and exit; return if there is nothing to say.
+    """Print help or the configuration, or refuse arguments that can't be read, and exit; return otherwise.
 
     For use before torch is imported, which takes seconds.
     """
@@ -30,10 +30,15 @@ def check_arguments(program: str, argv: Sequence[str]) -> None:
         sys.stdout.write(usage(f"python -m {program}"))
         sys.exit(0)
 
-    def read() -> None:
-        load(argv)
+    shows = "--print-config" in argv
 
-    if status := run_command(program, read):
+    def read() -> None:
+        schema = load([arg for arg in argv if arg != "--print-config"])[1]
+        if shows:
+            sys.stdout.write(to_yaml(schema))
+
+    status = run_command(program, read)
+    if status or shows:
         sys.exit(status)
 
 

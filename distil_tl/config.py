@@ -43,6 +43,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     stages: dict[str, StageConfig] = field(default_factory=default_stages)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    recipe: str | None = None  # stages and settings to begin with, which other keys change: quick | standard
     metric: str = "top1"  # chooses the best epoch and head: top1 | top5 | macro_f1 | balanced_accuracy | loss
     precision: str = "auto"  # auto (chosen by a trial in long stages) | fp32 | bf16 | fp16
     compile: str = "none"  # torch.compile, which takes about a minute: none | prefix (the frozen part) | all
@@ -57,6 +58,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+RECIPES = ("quick", "standard")  # files in configs/recipes
 MAX_INTEGER = 2**53  # what floats and JSON keep exactly; counters of 64 bits overflow later
 
 
@@ -144,6 +146,8 @@ def _section_problems(config: Config) -> Iterator[str]:
     yield from config.tracking.problems()
     if all(stage.epochs == 0 for stage in config.stages.values()):
         yield "every stage has 0 epochs, so there is nothing to train; set stages.NAME.epochs"
+    if config.recipe is not None and config.recipe not in RECIPES:
+        yield f"recipe is {config.recipe!r}; choose one of {', '.join(RECIPES)}, or null"
     choices = {"metric": METRICS, "precision": PRECISIONS, "compile": COMPILE, "compile_mode": COMPILE_MODES}
     for key, known in choices.items():
         if (value := getattr(config, key)) not in known:

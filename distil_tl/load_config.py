@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.config import Config, values_out_of_range
+from distil_tl.config import RECIPES, Config, values_out_of_range
 from distil_tl.data.config import (
     data_name,
 )
@@ -35,6 +35,7 @@ from distil_tl.utils.args import (
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import expand_home
 from distil_tl.utils.paths import impossible_paths
+from distil_tl.utils.shipped import shipped_files
 
 PATHS = ("data.root", "data.labels", "data.stage_to", "run_dir", "resume", "model.weights")
 # Defaults of the demo, when no data is given: 8x8 digits, which are not to be mirrored or cropped.
@@ -44,7 +45,7 @@ DEMO: dict[str, Any] = {"data": {"image_size": 64, "augment": "none", "hflip": F
 def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None = None) -> tuple[Config, DictConfig]:
     """The configuration of the arguments `[CONFIG.yaml] [key=value ...]`.
 
-    Dataclass defaults, then the YAML file (over its `base:`), then `key=value`.
+    Dataclass defaults, then the file of `recipe`, then the YAML file (over its `base:`), then `key=value`.
 
     Args:
         saved: the YAML file is the config.yaml of a run. Keys newer than that run get the value for the old behaviour.
@@ -66,9 +67,12 @@ def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None =
     tree.pop("slurm", None)  # for launch, which reads the same files
     schema = OmegaConf.structured(Config)
     overrides = parse_overrides(schema, [arg for arg in args if not is_file(arg)], problems)
-    given_stages = flatten(tree.get("stages"))
+    recipe = {} if saved else _read_recipe(overrides.get("recipe", tree.get("recipe")))
+    tree = {**({"stages": recipe["stages"]} if "stages" in recipe else {}), **tree}
+    given = flatten(recipe).keys() | flatten(tree).keys() | flatten(overrides).keys()
     if "stages" in tree:
         _define_stages(schema, tree.pop("stages"), problems)
+    apply(schema, {key: value for key, value in recipe.items() if key != "stages"}, "", problems)
     named = flatten(tree.get("data")) | flatten(overrides.get("data"))
     if files and not named.keys() & {"root", "labels"}:
         problems.append(f"{files[0]} names no images: add data.root=FOLDER (data.root=null is the embedded digits)")
@@ -83,7 +87,6 @@ def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None =
             problems += values_out_of_range(_to_config(schema), without_model=True)  # which would import torch
         refuse(problems)
     config = _to_config(schema)
-    given = flatten(tree).keys() | flatten(overrides).keys() | {f"stages.{key}" for key in given_stages}
     older = Path(files[0]) if saved else _saved_configuration(config)
     if older is not None and new_keys(config.stages):
         known = flatten(read_yaml(older)).keys()
@@ -98,6 +101,11 @@ def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None =
 def load_saved(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a run directory, with `key=value` overrides. Raises as `load` does."""
     return load([str(run_dir / "config.yaml"), *overrides], saved=True)[0]
+
+
+def _read_recipe(name: Any) -> dict[str, Any]:
+    """The keys that a recipe sets; none for a name that is refused later."""
+    return read_yaml(shipped_files()[name]) if name in RECIPES else {}
 
 
 def _saved_configuration(config: Config) -> Path | None:

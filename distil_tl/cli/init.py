@@ -65,6 +65,7 @@ def _listing(files: dict[str, Path]) -> list[str]:
     """The names by kind, each with its summary."""
     kinds = {"configs": "Configurations, for distil-tl train NAME and submit NAME:"}
     kinds |= {
+        "recipes": "Recipes, for recipe=NAME:",
         "sweeps": "Sweep files, for distil-tl sweep NAME:",
         "site": "Profiles of clusters, for slurm.profile=FILE:",
     }

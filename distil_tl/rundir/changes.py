@@ -26,6 +26,7 @@ FREE_ON_RESUME = (
     "data.on_bad_image",  # without bad images it has no effect, and with one `error` ended the run
     "data.max_local_batch_size",
     "deterministic",  # it only rounds in another order
+    "recipe",  # the keys that it sets are compared
     "checkpoint.",
     "distributed.",
     "tracking.",
@@ -52,6 +53,7 @@ NEW_KEYS: dict[str, Any] = {
     "distributed.heartbeat_seconds": None,  # frozen ranks were not looked for
     "model.drop_path": None,
     "model.dropout": None,
+    "recipe": None,
     "metric": "top1",
     "optim.loss": "cross_entropy",
     "optim.focal_gamma": 2.0,
