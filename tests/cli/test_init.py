@@ -32,8 +32,8 @@ def test_a_copy_is_the_file_with_its_own_command(capsys: pytest.CaptureFixture[s
 def test_the_names_are_listed_by_kind(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     kinds = capsys.readouterr().out.split("\n\n")
-    assert [kind.split()[0] for kind in kinds] == ["Configurations,", "Sweep", "Profiles", "Batch"]
-    assert "  random " in kinds[1]
+    assert [kind.split()[0] for kind in kinds] == ["Configurations,", "Recipes,", "Sweep", "Profiles", "Batch"]
+    assert "  random " in kinds[2]
     assert "  resnet50 " in kinds[0]
 
 
