@@ -15,8 +15,8 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.models.transfer import TransferModel
 from distil_tl.report import write_report
-from distil_tl.rundir.checkpoint import Checkpoints
-from distil_tl.rundir.directory import RunDirectory
+from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_weights
+from distil_tl.rundir.directory import RunDirectory, check_shared
 from distil_tl.rundir.state import Position, RunState
 from distil_tl.tracking.tracker import Tracker
 from distil_tl.training.evaluation import Evaluation
@@ -81,7 +81,7 @@ class Run:
 
     def has_finished(self, name: str) -> bool:
         epochs, record = self.config.stages[name].epochs, self.state.stages.get(name)
-        return epochs == 0 or (record is not None and record.epochs >= epochs)
+        return epochs == 0 or (record is not None and record.has_finished(epochs))
 
     def stage(self, name: str) -> Stage:
         """A stage with its settings resolved, including those that a head search chose."""
@@ -121,6 +121,28 @@ class Run:
         training.batches.start(at.epoch, at.consumed)
         return at
 
+    def stop_early(self, stage: Stage) -> None:
+        """End a stage that is out of patience, with the weights of its best epoch. A collective.
+
+        The checkpoint that follows has these weights, so that the next stage starts from them, also after a kill.
+        """
+        record = self.state.stages[stage.name]
+        if record.has_finished(stage.config.epochs) or not record.is_out_of_patience(stage.config.patience):
+            return
+        assert record.best is not None
+        record.stopped_early = True
+        path = self.checkpoints.path(record.best["step"])
+
+        def damage() -> str | None:
+            self.checkpoints.wait()
+            return find_damage(path)
+
+        if reason := on_rank_zero(self.info, "checking the best checkpoint of the stage", damage):
+            logger.warning("the best weights of stage %s are lost (%s): the last ones are used", stage.name, reason)
+            return
+        check_shared(self.info, path, path.is_dir)
+        load_weights(path, self.model.module)
+
     # Checkpoints.
 
     def request(self) -> Request:
@@ -139,6 +161,7 @@ class Run:
             CheckpointError, SupersededError: on rank 0, when the previous one could not be written.
         """
         counted = training.meter.state()
+        best = None if training.stage.config.patience is None else self.state.stages[training.stage.name].best
         self.source.bad_images.combine_ranks(self.info)
         self.state.bad_images = self.source.bad_images.by_split
         self.tick()
@@ -162,6 +185,7 @@ class Run:
                 "classes": list(self.source.index("train").classes),
             },
             is_best=is_best,
+            kept_step=None if best is None else best["step"],
         )
 
     def tick(self) -> None:

@@ -139,7 +139,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     console.print_stage(info, model, training, record)
 
     position = run.enter(training)
-    while position.epoch < stage.config.epochs:
+    while not record.has_finished(stage.config.epochs):
         train_one_epoch(run, training, position)
         position = evaluate_epoch(run, training, position)
         if run.agreement.exchange_now() is Request.STOP:
@@ -245,6 +245,7 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
         run.best_evaluation = result if in_full else None
     record = run.state.stages[stage.name]
     record.peak_memory_mb = max(record.peak_memory_mb, max_over_ranks(info, peak_memory_mb(info)))
+    run.stop_early(stage)
     console.print_epoch(info, training, run.state, line, run.config.stages, line["seconds"] + seconds)
     run.state.position = following = Position(stage.name, position.epoch + 1, 0, position.step)
     training.meter = Meter(info, run.num_classes)

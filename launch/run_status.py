@@ -15,7 +15,7 @@ import yaml
 
 from distil_tl.rundir.lock import is_alive
 from distil_tl.training.config import METRICS, rank_by
-from distil_tl.training.remaining import time_left
+from distil_tl.training.remaining import planned_epochs, time_left
 from distil_tl.utils.args import read_yaml
 from distil_tl.utils.data_wait import wait_share
 from distil_tl.utils.errors import UserError
@@ -146,20 +146,27 @@ def _remaining(run_dir: Path, lines: list[dict[str, Any]]) -> str | None:
         return None
     trained, evaluated = epochs[-2:]
     try:
-        stages = read_yaml(run_dir / "config.yaml")["stages"]
-        counts = {name: int(stage["epochs"]) for name, stage in stages.items()}
-        return (
-            time_left(counts, evaluated["stage"], evaluated["epoch"], trained["seconds"] + evaluated["seconds"]) or None
-        )
+        seconds = trained["seconds"] + evaluated["seconds"]
+        return time_left(_epochs(run_dir), evaluated["stage"], evaluated["epoch"], seconds) or None
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return None
+
+
+def _epochs(run_dir: Path) -> dict[str, int]:
+    """The epochs of each stage, by name."""
+    return planned_epochs(read_yaml(run_dir / "config.yaml")["stages"], _saved_state(run_dir) or {})
+
+
+def _saved_state(run_dir: Path) -> dict[str, Any] | None:
+    """The state of the run in its last checkpoint; None without one."""
+    saved = (read_json(run_dir / "checkpoints/last/state.json") or {}).get("run")
+    return saved if isinstance(saved, dict) else None
 
 
 def _progress(run_dir: Path, last: Json) -> float | None:
     """The fraction of epochs done, over all stages; None if the files don't tell."""
     try:
-        stages = read_yaml(run_dir / "config.yaml")["stages"]
-        epochs = {name: int(stage["epochs"]) for name, stage in stages.items()}
+        epochs = _epochs(run_dir)
         names = list(epochs)
         before = sum(epochs[name] for name in names[: names.index(last["stage"])])
         done = last["epoch"] if last["split"] == "val" else last["epoch"] - 1
@@ -171,10 +178,10 @@ def _progress(run_dir: Path, last: Json) -> float | None:
 
 def _best(run_dir: Path, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The best evaluation: of the last `lines` of metrics.jsonl and the best until then, which a checkpoint holds."""
-    saved = (read_json(run_dir / "checkpoints/last/state.json") or {}).get("run")
-    if not isinstance(saved, dict):  # without a checkpoint, read the whole file
+    saved = _saved_state(run_dir)
+    if saved is None:  # without a checkpoint, read the whole file
         lines = read_lines(run_dir / METRICS_FILE)
-    before = saved.get("best") if isinstance(saved, dict) else None
+    before = None if saved is None else saved.get("best")
     evaluations = [line for line in lines if line.get("split") == "val"]
     if isinstance(before, dict):
         evaluations.append(before)
@@ -185,8 +192,7 @@ def _best(run_dir: Path, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def metric_of(run_dir: Path) -> str:
     """What chooses the best epoch of a run: as recorded with it, or by its line of config.yaml."""
-    saved = (read_json(run_dir / "checkpoints/last/state.json") or {}).get("run")
-    best = saved.get("best") if isinstance(saved, dict) else None
+    best = (_saved_state(run_dir) or {}).get("best")
     if isinstance(best, dict) and best.get("metric") in METRICS:
         return str(best["metric"])
     try:

@@ -91,7 +91,8 @@ def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
     added = {**stages[name], "search": {}, **found, **changes, "epochs": epochs}
     last = list(stages)[-1]
     is_same = last.startswith(f"{name}_") and stages[last] == overlay(stages[last], added)
-    if not is_same or done.get(last, {}).get("epochs", 0) >= epochs:
+    is_done = done.get(last, {}).get("epochs", 0) >= epochs or done.get(last, {}).get("stopped_early", False)
+    if not is_same or is_done:
         stages[_free_name(name, stages)] = added
     tree["run_dir"] = str(run_dir)
     return tree, [argument for argument in overrides if not argument.startswith(prefix)]

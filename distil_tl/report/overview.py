@@ -127,7 +127,7 @@ def notes(run: Run) -> Markup | None:
                 f"Stage {band.name} waited for images during {text.percent(share, 0)} of its training. More CPUs for "
                 "loader processes, or smaller image files, make it faster."
             )
-    found += tables.part_sizes(run)
+    found += tables.part_sizes(run) + tables.early_ends(run)
     if overfit := figures.overfitting(run):
         found.append(overfit)
     for key in ("error", "reason", "message"):

@@ -133,6 +133,18 @@ def part_sizes(run: Run) -> list[str]:
     ]
 
 
+def early_ends(run: Run) -> list[str]:
+    """A sentence for each stage that ended early."""
+    stages = mapping(run.summary, "stages")
+    records = {name: mapping(stages, name) for name in stages}
+    return [
+        f"Stage {name} ended early, after {text.count(number(record.get('epochs')))} epochs, and its best weights, of "
+        f"epoch {text.count(number(mapping(record, 'best').get('epoch')))}, were kept: later epochs were not better."
+        for name, record in records.items()
+        if record.get("stopped_early") is True
+    ]
+
+
 def _stage_cost(
     name: str, record: dict[str, Any], lines: Sequence[Metric], band: Band | None, total_seconds: float
 ) -> list[Child]:

@@ -55,6 +55,7 @@ NEW_KEYS: dict[str, Any] = {
     "model.dropout": None,
     "recipe": None,
     "metric": "top1",
+    "stages.*.patience": None,
     "optim.loss": "cross_entropy",
     "optim.focal_gamma": 2.0,
     "optim.effective_beta": 0.999,

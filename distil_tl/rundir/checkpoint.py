@@ -56,6 +56,7 @@ class Checkpoints:
         train_state: dict[str, Any],
         state: dict[str, Any],
         is_best: bool,
+        kept_step: int | None = None,
     ) -> None:
         """Write a checkpoint, point `last` (and `best`) at it, then remove old ones.
 
@@ -63,6 +64,7 @@ class Checkpoints:
             weights: the model's state dict, on any device.
             train_state: tensors, numbers and strings only; must load with `weights_only=True`.
             state: JSON-able.
+            kept_step: of a checkpoint that is not removed, beside the best and the newest.
 
         Raises:
             CheckpointError: the previous save failed.
@@ -70,7 +72,7 @@ class Checkpoints:
         self.wait()
         # Copied to host memory, so that training may change the originals. The memory format stays: that is fastest.
         snapshot = map_tensors(lambda t: t.detach().to("cpu", copy=True), (dict(weights), train_state, state))
-        self._pending = self._writer.submit(self._write, self.path(step), snapshot, is_best)
+        self._pending = self._writer.submit(self._write, self.path(step), snapshot, is_best, kept_step)
 
     def wait(self) -> None:
         """Wait until the last save is on disk.
@@ -82,7 +84,13 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _write(self, target: Path, snapshot: tuple[dict[str, Tensor], Any, dict[str, Any]], is_best: bool) -> None:
+    def _write(
+        self,
+        target: Path,
+        snapshot: tuple[dict[str, Tensor], Any, dict[str, Any]],
+        is_best: bool,
+        kept_step: int | None,
+    ) -> None:
         partial = target.with_name(f".{target.name}.partial")
         self._check()
         try:
@@ -99,7 +107,7 @@ class Checkpoints:
             self._point("last", target)
             if is_best:
                 self._point("best", target)
-            self._prune(target)
+            self._prune(target, kept_step)
             note(SAVED)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -133,8 +141,9 @@ class Checkpoints:
         link.replace(self.folder / name)
         fsync_directory(self.folder)
 
-    def _prune(self, newest: Path) -> None:
+    def _prune(self, newest: Path, kept_step: int | None) -> None:
         kept = {self.named(name) for name in ("last", "best")}
+        kept |= set() if kept_step is None else {self.path(kept_step)}
         # Later checkpoints are damaged and were skipped: valid ones must not be removed to keep them.
         for path in [path for path in self.all() if path <= newest][: -self.keep]:
             if path not in kept:

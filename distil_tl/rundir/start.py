@@ -12,6 +12,7 @@ from typing import Any
 
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_state
 from distil_tl.rundir.lock import Attempt
+from distil_tl.rundir.state import StageRecord
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
 
@@ -81,7 +82,8 @@ def _find_checkpoint(run_dir: Path, resume: str, epochs: Mapping[str, int]) -> S
     saved = load_state(own)
     records = saved["run"]["stages"]
     finished = all(
-        wanted == 0 or (name in records and records[name]["epochs"] >= wanted) for name, wanted in epochs.items()
+        wanted == 0 or (name in records and StageRecord(**records[name]).has_finished(wanted))
+        for name, wanted in epochs.items()
     )
     # Where the newest checkpoint is damaged, an older one is used and the rest is trained again.
     completed = finished and own == checkpoints.named("last") and _status(run_dir) == "completed"

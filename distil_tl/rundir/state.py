@@ -41,6 +41,8 @@ class StageRecord:
     trainable_parameters: int = 0
     train_top1: float | None = None  # running average over the last epoch
     top1: float | None = None  # on val, after the last epoch
+    best: dict[str, Any] | None = None  # its best evaluation
+    stopped_early: bool = False  # out of patience; its last checkpoint has the weights of its best evaluation
     search: dict[str, Any] | None = None  # result of the head search
     peak_memory_mb: float = 0.0  # of the rank with the highest peak: GPU memory, else memory of the process
     part_sizes: dict[str, int] = field(default_factory=dict)  # images at once, by work, after memory ran out
@@ -48,6 +50,16 @@ class StageRecord:
     @property
     def has_begun(self) -> bool:
         return self.precision is not None
+
+    def has_finished(self, epochs: int) -> bool:
+        return self.stopped_early or self.epochs >= epochs
+
+    def is_out_of_patience(self, patience: int | None) -> bool:
+        """Whether as many epochs as `patience` have passed since the best evaluation of the stage."""
+        if patience is None or self.best is None:
+            return False
+        passed: int = self.epochs - self.best["epoch"]
+        return passed >= patience
 
     def summary(self) -> dict[str, Any]:
         fields = asdict(self)

@@ -61,6 +61,7 @@ class SearchConfig:
 class StageConfig:
     unfreeze: Any = "all"  # head | all | the N last groups | [group names]
     epochs: int = 1  # 0 skips the stage
+    patience: int | None = None  # epochs without a better `metric` on val that end the stage early; null: none do
     lr: float = 1e-3  # peak learning rate of the head
     layer_decay: float = 1.0  # learning rate of each group, relative to the group above it
     batch_norm: str = "frozen"  # frozen: running statistics are kept | train: they are updated in unfrozen groups
@@ -90,6 +91,8 @@ class StageConfig:
             )
         if self.epochs < 0:
             found.append(f"{key}.epochs must be 0 (skip the stage) or more")
+        if self.patience is not None and self.patience < 1:
+            found.append(f"{key}.patience must be at least 1 epoch, or null")
         if not 0 < self.lr < float("inf"):
             found.append(f"{key}.lr must be a positive number")
         if not 0 < self.layer_decay <= 1:

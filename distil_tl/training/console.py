@@ -94,13 +94,20 @@ def print_epoch(
     """
     if info.is_main and state.final is not None:
         final, name = state.final, training.stage.name
-        left = time_left({each: stages[each].epochs for each in stages}, name, final["epoch"], seconds)
+        record = state.stages[name]
+        epochs = {each: stages[each].epochs for each in stages}
+        left = time_left(epochs | ({name: record.epochs} if record.stopped_early else {}), name, record.epochs, seconds)
         logger.info(
             "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s%s%s%s",
             name, final["epoch"], training.stage.config.epochs, final["loss"], final["top1"],
             final["macro_f1"], further_metric(final, "  "), "  (best)" if final is state.best else "",
             waiting(trained), left and f"  {left}",
         )  # fmt: skip
+        if record.stopped_early and record.best is not None:
+            logger.info(
+                "%s ends early, with the weights of epoch %d: patience %s", name, record.best["epoch"],
+                training.stage.config.patience,
+            )  # fmt: skip
 
 
 def further_metric(figures: dict[str, Any], before: str) -> str:
@@ -145,7 +152,7 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     rows = [
         [
             name,
-            str(stage["epochs"]),
+            f"{stage['epochs']} (early)" if stage.get("stopped_early") else str(stage["epochs"]),
             f"{stage['trainable_parameters']:,}",
             f"{stage['images_per_second']:.0f}",
             f"{stage['seconds']:.1f}",

@@ -69,11 +69,17 @@ class Records:
         final = self._state.final = {**{key: line[key] for key in kept}, "metric": self._metric}
         record.epochs, record.top1 = at.epoch + 1, final["top1"]
         record.seconds += seconds
-        best = self._state.best
-        if best is None or rank_by(self._metric, final) < rank_by(self._metric, best):
+        if self._is_better(record.best):
+            record.best = final
+        if self._is_better(self._state.best):
             self._state.best = final
             return True
         return False
+
+    def _is_better(self, than: dict[str, Any] | None) -> bool:
+        """Whether the last evaluation is better than an earlier one; None: there is none."""
+        final = self._state.final
+        return final is not None and (than is None or rank_by(self._metric, final) < rank_by(self._metric, than))
 
     def _log(
         self, at: Moment, counted: ClassificationMetrics, seconds: float, waited: float, *, split: str, window: str

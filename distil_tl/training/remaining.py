@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from distil_tl.utils.log import duration
 
@@ -22,3 +23,15 @@ def time_left(epochs: Mapping[str, int], stage: str, done: int, seconds: float) 
     if left <= 0:
         return f"next: {', '.join(later)}" if later else ""
     return f"about {duration(left * seconds)} left" + (f", then {', '.join(later)}" if later else "")
+
+
+def planned_epochs(stages: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]) -> dict[str, int]:
+    """The epochs of each stage, by name: as configured, or fewer where it stopped early.
+
+    Args:
+        stages: the section `stages` of config.yaml.
+        state: what state.json of the last checkpoint has under `run`; empty without one.
+    """
+    records = state.get("stages", {})
+    stopped = {name: int(record["epochs"]) for name, record in records.items() if record.get("stopped_early")}
+    return {name: int(stage["epochs"]) for name, stage in stages.items()} | stopped

@@ -50,13 +50,21 @@ def save(checkpoints: Checkpoints, step: int, *, best: bool = False, module: nn.
     return checkpoints.path(step)
 
 
-def begin_save(checkpoints: Checkpoints, step: int, *, best: bool = False, module: nn.Module | None = None) -> None:
+def begin_save(
+    checkpoints: Checkpoints,
+    step: int,
+    *,
+    best: bool = False,
+    module: nn.Module | None = None,
+    kept_step: int | None = None,
+) -> None:
     checkpoints.save(
         step,
         weights=(module or network(step)).state_dict(),
         train_state={"step": step, "moments": torch.full((1024,), float(step))},
         state={"position": {"step": step}, "best": None},
         is_best=best,
+        kept_step=kept_step,
     )
 
 
@@ -433,3 +441,12 @@ def test_a_full_disk(checkpoints: Checkpoints, limit: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoints.newest_valid() == checkpoints.named("last") == old
     assert not list(checkpoints.folder.glob(".*"))
+
+
+def test_the_best_of_a_stage_is_kept_while_the_stage_needs_it(checkpoints: Checkpoints) -> None:
+    for step in range(1, 6):
+        begin_save(checkpoints, step, best=step == 1, kept_step=2)
+    checkpoints.wait()
+    assert [path.name[-1] for path in checkpoints.all()] == ["1", "2", "4", "5"]
+    save(checkpoints, 6)
+    assert [path.name[-1] for path in checkpoints.all()] == ["1", "5", "6"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distil_tl.training.remaining import time_left
+from distil_tl.training.remaining import planned_epochs, time_left
 from distil_tl.utils.log import duration
 
 EPOCHS = {"head": 3, "skipped": 0, "full": 5}
@@ -26,3 +26,10 @@ def test_the_time_left_of_a_stage(stage: str, done: int, expected: str) -> None:
 def test_durations() -> None:
     shown = [duration(seconds) for seconds in (0.4, 59, 61, 3599, 3600, 7500, 90000)]
     assert shown == ["0 s", "59 s", "1 min", "59 min", "1 h", "2 h 5 min", "1 d 1 h"]
+
+
+def test_a_stage_that_ended_early_counts_with_the_epochs_it_had() -> None:
+    stages = {"head": {"epochs": 9}, "full": {"epochs": 5}}
+    assert planned_epochs(stages, {}) == {"head": 9, "full": 5}
+    state = {"stages": {"head": {"epochs": 3, "stopped_early": True}, "full": {"epochs": 1, "stopped_early": False}}}
+    assert planned_epochs(stages, state) == {"head": 3, "full": 5}
