@@ -85,7 +85,7 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
     """One message for each problem, with its solution."""
     yield from values_out_of_range(config)
     batch = config.data.global_batch_size
-    if batch >= 1 and batch % world_size:
+    if type(batch) is int and batch >= 1 and batch % world_size:
         fit = [str(n) for n in fitting_world_sizes(batch) if n <= 4 * world_size]
         larger = -(-batch // world_size) * world_size
         yield (
@@ -129,7 +129,7 @@ def _section_problems(config: Config) -> Iterator[str]:
     yield from config.data.problems()
     for name, stage in config.stages.items():
         yield from stage.problems(name, hflip=config.data.hflip)
-        searched = stage.search.wanted and stage.epochs > 0 and not stage.mixes
+        searched = stage.search.wanted and stage.epochs != 0 and not stage.mixes
         if searched and not wants_features(stage, stage.augment or config.data.augment):
             yield (
                 f"stages.{name}.search needs a stage that trains on features: set unfreeze=head, and features=on or "

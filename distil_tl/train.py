@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distil_tl import arguments
+from distil_tl.auto_settings import settle_auto
 from distil_tl.config import Config, check
 from distil_tl.load_config import load
 from distil_tl.utils.command import exit_process, run_command
@@ -100,12 +101,14 @@ def train(config: Config, unresolved: DictConfig) -> None:
         on_rank_zero(info, "stages", lambda: refuse_unfit_stages(config.model, config.stages, config.data.image_size))
         once_per_node(info, "weights", lambda: download_weights(config.model))
         splits = open_splits(info, config.data, start.saved_run_dir)
+        config, resolved = settle_auto(config, len(splits.train), start.saved_resolved, info.world_size)
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
         model.preprocess = model.preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
         check_stages(model, config.stages)
         splits = copy_to_local_disk(info, config.data, splits)  # last of what may be refused, as it may take long
         stop.defer()
         run = open_run(info, config, unresolved, start, splits, model, stop)
+        run.state.resolved = resolved
         try:
             try:
                 for name in config.stages:

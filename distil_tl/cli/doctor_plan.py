@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from distil_tl import config as configuration
+from distil_tl.auto_settings import auto_problem, describe_auto, resolve_auto
 from distil_tl.cli.doctor_slurm import judge_slurm
 from distil_tl.config import Config
 from distil_tl.data.config import DataConfig, default_workers
@@ -35,6 +36,7 @@ from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.transfer import default_preprocess
 from distil_tl.rundir.opening import look_for_start
 from distil_tl.training.config import COMPILE
+from distil_tl.utils.auto import AUTO
 from distil_tl.utils.home import cache_dir
 
 GROUP = "configuration"
@@ -154,6 +156,7 @@ def judge_plan(report: Report, plan: Plan, everyone: Sequence[Facts], seconds: f
             report, "data", "images", ALL_SECONDS if plan.decode_all else SCAN_SECONDS,
             lambda found: look_at_images(found, data, min_side, images, run_dir),
         )  # fmt: skip
+        guarded(report, GROUP, "auto", seconds, lambda found: judge_auto(found, plan, images))
     if plan.model is not None:
         guarded(report, "model", "model.name", seconds, lambda found: _judge_model(found, plan, images, sizes))
         model = plan.model
@@ -178,11 +181,7 @@ def judge_configuration(report: Report, plan: Plan) -> None:
         report.warn(GROUP, "values", hint)
     if not plan.problems:
         report.ok(GROUP, "values", "valid" if not plan.unread else "those that can be read are valid")
-        batch = plan_batches(config.data.global_batch_size, world, config.data.max_local_batch_size)
-        report.ok(
-            GROUP, "batch", f"{config.data.global_batch_size} images a step = {counted(world, 'rank')} x "
-            f"{counted(batch.accumulation, 'micro-batch')} x {counted(batch.micro, 'image')}",
-        )  # fmt: skip
+        _judge_batch(report, config.data, world)
     _, unknown = stage_folder(config.data.stage_to)
     if plan.is_submission and config.data.stage_to is not None:
         report.ok(GROUP, "data.stage_to", "not looked at: it is on the disk of each node of the job")
@@ -191,6 +190,29 @@ def judge_configuration(report: Report, plan: Plan) -> None:
                     f"unpacked there: set the variable, or another data.stage_to")  # fmt: skip
     elif unknown is not None:
         report.warn(GROUP, "data.stage_to", f"{unknown} on this machine; the images are read from data.root")
+
+
+def _judge_batch(report: Report, data: DataConfig, world: int) -> None:
+    if data.global_batch_size == AUTO:
+        report.ok(GROUP, "batch", "auto: by the number of training images")
+        return
+    batch = plan_batches(data.global_batch_size, world, data.max_local_batch_size)
+    report.ok(
+        GROUP, "batch", f"{data.global_batch_size} images a step = {counted(world, 'rank')} x "
+        f"{counted(batch.accumulation, 'micro-batch')} x {counted(batch.micro, 'image')}",
+    )  # fmt: skip
+
+
+def judge_auto(report: Report, plan: Plan, images: ImagesFound) -> None:
+    """A line about what `auto` will be, where the images are known."""
+    count = images.images.get("train", 0)
+    if count == 0 or plan.problems:
+        return
+    _, found = resolve_auto(plan.config, count, {})
+    if problem := auto_problem(found, count, plan.world_size):
+        report.fail(GROUP, "auto", problem)
+    elif found:
+        report.ok(GROUP, "auto", describe_auto(found, count).removeprefix("auto: "))
 
 
 def _judge_model(report: Report, plan: Plan, images: ImagesFound, sizes: list[ModelFound]) -> None:

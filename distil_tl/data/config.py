@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.data.augmentation import augment_problem
+from distil_tl.utils.auto import AUTO, whole_number
 from distil_tl.utils.errors import did_you_mean
 from distil_tl.utils.paths import why_no_file
 
@@ -27,6 +28,7 @@ MIN_CROP_PCT = 0.1
 BALANCES = ("none", "sampler", "weights", "logit_adjust", "effective_number")
 ON_BAD_IMAGE = ("error", "skip")
 MAX_WORKERS = 256  # loader processes of a rank
+MIN_AUTO_BATCH, MAX_AUTO_BATCH = 8, 128
 INTENSITIES = ("dtype", "percentile")
 # What people call the folders of splits, in lower case.
 USUAL_SPLITS = {
@@ -68,7 +70,7 @@ class DataConfig:
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
     stage_to: str | None = None  # a folder on each node's own disk, as '$SLURM_TMPDIR', to copy the images to
-    global_batch_size: int = 32  # images per optimizer step, all ranks
+    global_batch_size: Any = 32  # images per optimizer step, all ranks; auto: by the number of training images
     max_local_batch_size: int | None = None  # images that fit one device; a larger share of a rank is accumulated
     image_size: int | None = None  # pixels; null: that of the pretrained weights
     workers: int | None = None  # loader processes per rank; null: from the number of available CPUs
@@ -82,6 +84,14 @@ class DataConfig:
     intensity: Any = "dtype"  # of 16-bit and float images: dtype | percentile | [LOW, HIGH], which are black and white
     extensions: list[str] = field(default_factory=list)  # files to read besides those of ImageFolder, as in [heic,avif]
 
+    def __post_init__(self) -> None:
+        self.global_batch_size = whole_number(self.global_batch_size)
+
+    @property
+    def largest_batch_size(self) -> int:
+        """The global batch size, or the largest that `auto` may choose."""
+        return MAX_AUTO_BATCH if self.global_batch_size == AUTO else int(self.global_batch_size)
+
     @property
     def image_extensions(self) -> tuple[str, ...]:
         """How the names of images end, in lower case."""
@@ -89,7 +99,9 @@ class DataConfig:
 
     def problems(self) -> list[str]:
         found = []
-        if self.global_batch_size < 1:
+        if self.global_batch_size != AUTO and type(self.global_batch_size) is not int:
+            found.append(f"data.global_batch_size is {self.global_batch_size!r}; give a whole number, or auto")
+        elif self.global_batch_size != AUTO and self.global_batch_size < 1:
             found.append("data.global_batch_size must be at least 1")
         if self.max_local_batch_size is not None and self.max_local_batch_size < 1:
             found.append("data.max_local_batch_size must be at least 1, or null for no limit")
@@ -120,6 +132,15 @@ class DataConfig:
             known = ", ".join(MORE_EXTENSIONS)
             found.append(f"data.extensions has {', '.join(map(repr, unknown))}; it may have some of {known}")
         return found + self.split.problems()
+
+
+def auto_batch_size(images: int) -> int:
+    """What `data.global_batch_size=auto` is for a number of training images: a power of two, for any number of ranks.
+
+    An epoch has 16 steps or more, where that is possible with batches of 8 to 128. docs/length.md has the table.
+    """
+    wanted = max(MIN_AUTO_BATCH, min(MAX_AUTO_BATCH, images // 16))
+    return 1 << (min(wanted, images).bit_length() - 1)
 
 
 def intensity_problem(intensity: Any) -> str | None:

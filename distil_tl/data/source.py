@@ -98,7 +98,7 @@ class ImageSource:
     @property
     def eval_batch_size(self) -> int:
         """Images of one forward pass of this rank in evaluation."""
-        share = max(1, self.config.global_batch_size // self.info.world_size)
+        share = max(1, self.config.largest_batch_size // self.info.world_size)
         return min(share, self.config.max_local_batch_size or share)
 
     def batches(self, loader: Iterable[Batch], split: str) -> Iterator[Batch]:

@@ -25,6 +25,7 @@ from distil_tl.data.tar_archive import stage_archive
 from distil_tl.distributed.collectives import share_arrays
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
+from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import logger, printable
@@ -171,10 +172,10 @@ def _scan_splits(config: DataConfig, root: Path, archive: Path | None, run_dir: 
         raise UserError(f"data.labels={config.labels}: the weights of all training images are 0; correct them")
     if len(train.classes) == 1:
         logger.warning("%s: one class only: a classifier of one class learns nothing", printable(train.root))
-    if len(train) < config.global_batch_size:
+    if config.global_batch_size != AUTO and len(train) < config.global_batch_size:
         raise UserError(
             f"{train.root} has {len(train)} images{' in train' if train.root == root else ''}, fewer than one global "
-            f"batch; set data.global_batch_size to at most {len(train)}"
+            f"batch; set data.global_batch_size to at most {len(train)}, or to auto"
         )
     if warning := intensity_warning(len(train), train.path, config.intensity):
         logger.warning("train: %s", warning)

@@ -20,6 +20,7 @@ from distil_tl.data.local_folder import StagingError, expand
 from distil_tl.data.pixels import refuse_missing_decoders
 from distil_tl.data.scan import scan
 from distil_tl.doctor.lines import FAIL, WARN, Report, first_line, name_ranks, size
+from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import cache_dir
 from distil_tl.utils.import_path import is_installed
@@ -80,10 +81,10 @@ def look_at_images(report: Report, config: DataConfig, min_side: int | None, fou
     else:
         found.indexes = _look_at_folders(report, config, root, min_side, found)
     train = found.indexes.get("train")
-    if train is not None and len(train) < config.global_batch_size:
+    if train is not None and config.global_batch_size != AUTO and len(train) < config.global_batch_size:
         report.fail(
             GROUP, "train", f"{train.root} has {len(train)} images{' in train' if train.root == root else ''}, fewer "
-            f"than one global batch; set data.global_batch_size to at most {len(train)}",
+            f"than one global batch; set data.global_batch_size to at most {len(train)}, or to auto",
         )  # fmt: skip
     if found.failed or not {"train", "val"} <= found.indexes.keys():
         found.indexes = {}

@@ -166,7 +166,7 @@ class Loading:
 
 def loading(config: DataConfig, workers: int, world_size: int, image_size: int) -> Loading:
     """What a rank with this number of loader processes needs."""
-    micro = plan_batches(max(config.global_batch_size, world_size), world_size, config.max_local_batch_size).micro
+    micro = plan_batches(max(config.largest_batch_size, world_size), world_size, config.max_local_batch_size).micro
     return Loading(workers, micro * 3 * image_size * image_size, config.prefetch_mib)
 
 

@@ -47,7 +47,7 @@ def judge_features(
 ) -> None:
     """A line about the space for cached features of the stages that train the head alone; others need more."""
     for name, stage in stages.items():
-        wanted = stage.epochs > 0 and wants_features(stage, stage.augment or augment)
+        wanted = stage.epochs != 0 and wants_features(stage, stage.augment or augment)
         if not wanted or stage.unfreeze not in ("head", 1) or not images.images:
             continue
         count = images.images.get("train", 0) * (stage.views or 1) + images.images.get("val", 0)

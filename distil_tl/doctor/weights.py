@@ -19,6 +19,7 @@ from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.transfer import TransferModel, build, missing_weights, weights_file
 from distil_tl.training.config import StageConfig, wants_features
 from distil_tl.training.stage import apply_stage, check_stages, count_trainable
+from distil_tl.utils.auto import AUTO
 from distil_tl.utils.files import sha256_file
 
 if TYPE_CHECKING:
@@ -82,8 +83,9 @@ def look_at_model(
             continue
         features = ", on cached features if possible" if wants_features(stage, stage.augment or augment) else ""
         report.ok(
-            GROUP, f"stages.{name}", f"{stage.epochs} epochs, {trainable[name] / 1e6:.2f} million parameters{features}"
-        )
+            GROUP, f"stages.{name}", f"{'epochs: auto' if stage.epochs == AUTO else f'{stage.epochs} epochs'}, "
+            f"{trainable[name] / 1e6:.2f} million parameters{features}",
+        )  # fmt: skip
     return found
 
 

@@ -152,8 +152,9 @@ def _way_to_train_longer(run_dir: Path, values: dict[str, Any], state: dict[str,
     before = read_yaml(run_dir / "config.yaml").get("stages") or {}
     for name in state["run"]["stages"]:
         epochs = before.get(name, {}).get("epochs")
-        if name in values["stages"] and isinstance(epochs, int) and values["stages"][name]["epochs"] > epochs:
-            more = values["stages"][name]["epochs"] - epochs
+        wanted = values["stages"].get(name, {}).get("epochs")
+        if isinstance(wanted, int) and isinstance(epochs, int) and wanted > epochs:
+            more = wanted - epochs
             return (
                 f" To train longer, let it end with the old values, and add a stage: distil-tl extend "
                 f"{shlex.quote(str(run_dir))} stages.{name}.epochs=+{more}"

@@ -84,6 +84,7 @@ class RunDirectory:
                 split: {"count": len(images), "images": dict(list(images.items())[:MAX_LISTED])}
                 for split, images in state.bad_images.items()
             },
+            "resolved": state.resolved,
             "total_seconds": state.seconds,
             "peak_memory_mb": max([peak_memory_mb(info), *(stage.peak_memory_mb for stage in state.stages.values())]),
         }

@@ -12,7 +12,7 @@ from typing import Any
 
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_state
 from distil_tl.rundir.lock import Attempt
-from distil_tl.rundir.state import StageRecord
+from distil_tl.rundir.state import RunState, planned
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
 
@@ -39,12 +39,18 @@ class Start:
         return None if self.checkpoint is None else Path(self.checkpoint).parent.parent
 
     @property
+    def saved_resolved(self) -> dict[str, int]:
+        """What `auto` is in the run that the checkpoint is of, by key; empty without one."""
+        resolved: dict[str, int] = {} if self.saved is None else self.saved["run"].get("resolved", {})
+        return resolved
+
+    @property
     def is_own_checkpoint(self) -> bool:
         """Whether the checkpoint is one of this run directory."""
         return self.saved_run_dir is not None and self.saved_run_dir == Path(self.run_dir)
 
 
-def find_start(run_dir: Path, resume: str, epochs: Mapping[str, int]) -> Start:
+def find_start(run_dir: Path, resume: str, epochs: Mapping[str, Any]) -> Start:
     """Look for a checkpoint to resume from. Writes nothing.
 
     Args:
@@ -62,7 +68,7 @@ def find_start(run_dir: Path, resume: str, epochs: Mapping[str, int]) -> Start:
     return start
 
 
-def _find_checkpoint(run_dir: Path, resume: str, epochs: Mapping[str, int]) -> Start:
+def _find_checkpoint(run_dir: Path, resume: str, epochs: Mapping[str, Any]) -> Start:
     checkpoints = Checkpoints(run_dir / "checkpoints")
     own = checkpoints.newest_valid()
     if resume == "never":
@@ -80,9 +86,9 @@ def _find_checkpoint(run_dir: Path, resume: str, epochs: Mapping[str, int]) -> S
     if resume != "auto":
         logger.info("%s has checkpoints of its own, so resume=%s is ignored", run_dir, resume)
     saved = load_state(own)
-    records = saved["run"]["stages"]
+    state = RunState.from_json(saved["run"])
     finished = all(
-        wanted == 0 or (name in records and StageRecord(**records[name]).has_finished(wanted))
+        wanted == 0 or (name in state.stages and state.stages[name].has_finished(planned(name, wanted, state.resolved)))
         for name, wanted in epochs.items()
     )
     # Where the newest checkpoint is damaged, an older one is used and the rest is trained again.

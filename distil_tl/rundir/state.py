@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -78,6 +79,7 @@ class RunState:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     seconds: float = 0.0
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)  # by split and path below it: the reason
+    resolved: dict[str, int] = field(default_factory=dict)  # by key: what `auto` is in this run
 
     @property
     def step(self) -> int:
@@ -95,4 +97,15 @@ class RunState:
             stages={name: StageRecord(**record) for name, record in tree["stages"].items()},
             seconds=tree["seconds"],
             bad_images=tree["bad_images"],
+            resolved=tree.get("resolved", {}),
         )
+
+
+def planned(name: str, epochs: Any, resolved: Mapping[str, int]) -> Any:
+    """The epochs of a stage: as configured, or what a run recorded; `auto` if it did not yet.
+
+    Args:
+        epochs: as configured.
+        resolved: of the state of the run.
+    """
+    return 0 if epochs == 0 else resolved.get(f"stages.{name}.epochs", epochs)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distil_tl.data.augmentation import Augment, augment_problem
+from distil_tl.utils.auto import AUTO, whole_number
 from distil_tl.utils.import_path import is_installed
 
 BATCH_NORM = ("frozen", "train")
@@ -24,6 +25,7 @@ PREFERENCES = ("best", "regularized")
 LOSSES = ("cross_entropy", "focal")
 METRICS = ("top1", "top5", "macro_f1", "balanced_accuracy", "loss")
 MAX_VIEWS = 10_000  # each is as large as the features of all images
+AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 600, 2, 50  # of a stage with `epochs: auto`
 COMPILE = ("none", "prefix", "all")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -60,7 +62,7 @@ class SearchConfig:
 @dataclass
 class StageConfig:
     unfreeze: Any = "all"  # head | all | the N last groups | [group names]
-    epochs: int = 1  # 0 skips the stage
+    epochs: Any = 1  # 0 skips the stage; auto: by the number of training images
     patience: int | None = None  # epochs without a better `metric` on val that end the stage early; null: none do
     lr: float = 1e-3  # peak learning rate of the head
     layer_decay: float = 1.0  # learning rate of each group, relative to the group above it
@@ -73,6 +75,9 @@ class StageConfig:
     features: str = "auto"  # train on cached output of the frozen part: on | off | auto (if results stay the same)
     views: int | None = None  # augmented views of each image in the features; null: one view, not augmented
     search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        self.epochs = whole_number(self.epochs)
 
     @property
     def mixes(self) -> bool:
@@ -89,7 +94,9 @@ class StageConfig:
                 f"{key}.unfreeze is {self.unfreeze!r}; give `head`, `all`, a number of last groups (1 is the head "
                 f"alone), or a list of group names"
             )
-        if self.epochs < 0:
+        if self.epochs != AUTO and type(self.epochs) is not int:
+            found.append(f"{key}.epochs is {self.epochs!r}; give a whole number, or auto")
+        elif self.epochs != AUTO and self.epochs < 0:
             found.append(f"{key}.epochs must be 0 (skip the stage) or more")
         if self.patience is not None and self.patience < 1:
             found.append(f"{key}.patience must be at least 1 epoch, or null")
@@ -141,6 +148,11 @@ def default_stages() -> dict[str, StageConfig]:
         "head": StageConfig(unfreeze="head", epochs=3, lr=1e-2),
         "full": StageConfig(unfreeze="all", epochs=5, lr=3e-4, layer_decay=0.9),
     }
+
+
+def auto_epochs(steps_per_epoch: int) -> int:
+    """What `epochs: auto` is for a number of optimizer steps in an epoch. docs/length.md has the table."""
+    return max(MIN_AUTO_EPOCHS, min(MAX_AUTO_EPOCHS, round(AUTO_STEPS / steps_per_epoch)))
 
 
 def wants_features(stage: StageConfig, augment: Augment) -> bool:

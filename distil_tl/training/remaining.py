@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distil_tl.rundir.state import planned
 from distil_tl.utils.log import duration
 
 
@@ -26,12 +27,16 @@ def time_left(epochs: Mapping[str, int], stage: str, done: int, seconds: float) 
 
 
 def planned_epochs(stages: Mapping[str, Mapping[str, Any]], state: Mapping[str, Any]) -> dict[str, int]:
-    """The epochs of each stage, by name: as configured, or fewer where it stopped early.
+    """The epochs of each stage, by name: as configured or recorded, or fewer where it stopped early.
 
     Args:
         stages: the section `stages` of config.yaml.
         state: what state.json of the last checkpoint has under `run`; empty without one.
+
+    Raises:
+        ValueError: they are `auto`, and there is no checkpoint yet.
     """
     records = state.get("stages", {})
     stopped = {name: int(record["epochs"]) for name, record in records.items() if record.get("stopped_early")}
-    return {name: int(stage["epochs"]) for name, stage in stages.items()} | stopped
+    resolved = state.get("resolved", {})
+    return {name: int(planned(name, stage["epochs"], resolved)) for name, stage in stages.items()} | stopped

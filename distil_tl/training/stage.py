@@ -105,7 +105,7 @@ def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> Non
     Raises:
         UserError: a stage unfreezes a group that the model does not have, or sets an image size it can't take.
     """
-    frozen = [name for name, stage in stages.items() if stage.epochs > 0 and stage.batch_norm != "train"]
+    frozen = [name for name, stage in stages.items() if stage.epochs != 0 and stage.batch_norm != "train"]
     if model.weights.source == "none" and frozen and any(isinstance(m, _NormBase) for m in model.module.modules()):
         logger.warning(
             "model.weights=none, and BatchNorm statistics are frozen in stage %s: a network with random weights hardly "
@@ -115,7 +115,7 @@ def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> Non
     refuse([problem for name, stage in stages.items() for problem in _stage_problems(model, name, stage)])
     sizes: dict[int, str] = {}
     for name, stage in stages.items():
-        if stage.epochs > 0:
+        if stage.epochs != 0:
             key = "data.image_size" if stage.image_size is None else f"stages.{name}.image_size"
             sizes.setdefault(stage.image_size or model.image_size, key)
     for size, key in sizes.items():

@@ -1,0 +1,72 @@
+"""Settings that are `auto`: resolved when the images are known, recorded, and kept on resume."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from distil_tl.config import Config
+from distil_tl.data.config import auto_batch_size
+from distil_tl.rundir.state import planned
+from distil_tl.training.config import auto_epochs
+from distil_tl.utils.auto import AUTO
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.log import logger
+
+
+def resolve_auto(config: Config, images: int, saved: Mapping[str, int]) -> tuple[Config, dict[str, int]]:
+    """The configuration with numbers in place of `auto`, and these numbers by key.
+
+    They depend on the number of images alone, not on the number of ranks.
+
+    Args:
+        images: of train.
+        saved: the numbers of the run that is resumed; empty if there is none.
+    """
+    found: dict[str, int] = {}
+    data = config.data
+    if data.global_batch_size == AUTO:
+        key = "data.global_batch_size"
+        found[key] = saved.get(key, auto_batch_size(images))
+        data = dataclasses.replace(data, global_batch_size=found[key])
+    stages = dict(config.stages)
+    for name, stage in config.stages.items():
+        epochs = planned(name, stage.epochs, saved) if stage.epochs == AUTO else stage.epochs
+        if epochs == AUTO:
+            epochs = auto_epochs(max(1, images // data.global_batch_size))
+        if stage.epochs == AUTO:
+            found[f"stages.{name}.epochs"] = epochs
+            stages[name] = dataclasses.replace(stage, epochs=epochs)
+    return dataclasses.replace(config, data=data, stages=stages), found
+
+
+def describe_auto(found: Mapping[str, int], images: int) -> str:
+    """What was chosen, in words."""
+    return f"auto: {', '.join(f'{key}={value}' for key, value in found.items())} for {images:,} training images"
+
+
+def auto_problem(found: Mapping[str, int], images: int, world_size: int) -> str | None:
+    """Why the numbers don't fit the number of ranks; None if they do."""
+    batch = found.get("data.global_batch_size", world_size)
+    if batch % world_size == 0:
+        return None
+    return (
+        f"data.global_batch_size=auto is {batch} for {images:,} training images, and can't be divided evenly among "
+        f"{world_size} processes: start a power of two of at most {batch}, or give a number in place of auto"
+    )
+
+
+def settle_auto(
+    config: Config, images: int, saved: Mapping[str, int], world_size: int
+) -> tuple[Config, dict[str, int]]:
+    """`resolve_auto`, with a line that says what was chosen.
+
+    Raises:
+        UserError: on all ranks alike, the ranks can't divide the global batch.
+    """
+    config, found = resolve_auto(config, images, saved)
+    if problem := auto_problem(found, images, world_size):
+        raise UserError(problem)
+    if found:
+        logger.info("%s", describe_auto(found, images))
+    return config, found

@@ -1,0 +1,110 @@
+"""`auto`: numbers from the number of images, recorded, and kept on resume on any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from distil_tl import auto_settings
+from distil_tl import train as train_module
+from distil_tl.auto_settings import auto_problem, resolve_auto
+from distil_tl.config import load, problems
+from distil_tl.data.config import DataConfig, auto_batch_size
+from distil_tl.train import main
+from distil_tl.training.config import StageConfig, auto_epochs
+from tests.helpers.images import make_folder
+from tests.helpers.paths import ROOT
+from tests.helpers.ranks import lines, run_ranks, train
+from tests.helpers.runs import refusal, refused, summary_of
+
+BOTH = ["data.global_batch_size=auto", "stages.head.epochs=auto"]
+
+
+def test_the_table_in_the_documentation() -> None:
+    text = (ROOT / "docs" / "length.md").read_text()
+    rows = re.findall(r"^\| ([\d,]+) \| (\d+) \| ([\d,]+) \| (\d+) \|$", text, re.MULTILINE)
+    assert len(rows) == 7
+    for images, batch, steps, epochs in ([int(cell.replace(",", "")) for cell in row] for row in rows):
+        assert auto_batch_size(images) == batch
+        assert images // batch == steps
+        assert auto_epochs(steps) == epochs
+
+
+@pytest.mark.parametrize("images", [*range(1, 300), 2047, 2048, 10**7])
+def test_a_batch_is_a_power_of_two_that_the_images_fill(images: int) -> None:
+    batch = auto_batch_size(images)
+    assert 1 <= batch <= min(images, 128)
+    assert batch & (batch - 1) == 0
+    assert 2 <= auto_epochs(images // batch) <= 50
+
+
+def test_what_was_recorded_is_kept() -> None:
+    config, _ = load(["model.name=resnet18", "model.weights=none", *BOTH, "stages.full.epochs=4"])
+    now, found = resolve_auto(config, 569, {})
+    assert found == {"data.global_batch_size": 32, "stages.head.epochs": 35}
+    assert (now.data.global_batch_size, now.stages["head"].epochs, now.stages["full"].epochs) == (32, 35, 4)
+    assert config.data.global_batch_size == "auto"
+    saved = {"data.global_batch_size": 16, "stages.head.epochs": 7, "stages.full.epochs": 99}
+    again, kept = resolve_auto(config, 569, saved)
+    assert kept == {"data.global_batch_size": 16, "stages.head.epochs": 7}
+    assert again.stages["full"].epochs == 4, "a number that was given"
+
+
+def test_numbers_and_auto_are_valid_and_other_values_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCH", "16")
+    config, _ = load(["model.name=resnet18", "model.weights=none", "data.global_batch_size=${oc.env:BATCH}", BOTH[1]])
+    assert config.data.global_batch_size == 16
+    assert list(problems(config, 4)) == []
+    for value in ("fast", 2.5, True, None, [4]):
+        (problem,) = StageConfig(epochs=value).problems("head")
+        assert problem == f"stages.head.epochs is {value!r}; give a whole number, or auto"
+        (problem,) = DataConfig(global_batch_size=value).problems()
+        assert problem == f"data.global_batch_size is {value!r}; give a whole number, or auto"
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
+    found = {"data.global_batch_size": 8}
+    assert [auto_problem(found, 60, ranks) for ranks in (1, 2, 4, 8)] == [None] * 4
+    assert "data.global_batch_size=auto is 8 for 60 training images" in (auto_problem(found, 60, 16) or "")
+    assert auto_problem(found, 60, 3) is not None
+    assert auto_problem({"stages.head.epochs": 3}, 60, 3) is None, "the batch was given"
+
+
+def test_a_run_on_other_ranks_keeps_the_numbers_of_its_beginning(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_settings, "auto_epochs", lambda steps: 12 // steps)
+    args = [*small, "data.global_batch_size=auto", "stages.head.epochs=auto", f"run_dir={tmp_path}/run"]
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module, "finish", fail)
+        with pytest.raises(RuntimeError, match="killed"):
+            main(args)
+    assert "auto: data.global_batch_size=8, stages.head.epochs=2 for 52 training images" in capsys.readouterr().out
+    state = json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())
+    assert state["run"]["resolved"] == {"data.global_batch_size": 8, "stages.head.epochs": 2}
+
+    monkeypatch.setattr(auto_settings, "auto_batch_size", lambda images: 4)  # a newer version with another rule
+    assert main(args) == 0
+    assert "global batch 8" not in capsys.readouterr().out, "nothing was left to train"
+    assert summary_of(tmp_path / "run")["resolved"] == {"data.global_batch_size": 8, "stages.head.epochs": 2}
+    assert len(lines(tmp_path / "run", split="val", stage="head")) == 2
+
+
+def test_fewer_images_than_a_batch(tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_folder(tmp_path / "few", {"train": 6, "val": 6})
+    args = [f"data.root={folder}", *small[1:], "stages.full.epochs=0", f"run_dir={tmp_path}/run"]
+    assert "set data.global_batch_size to at most 6, or to auto" in refused(args, capsys)
+    assert run_ranks(4, train, [*args, "data.global_batch_size=auto"]) == [0] * 4
+    assert [line["samples_seen"] for line in lines(tmp_path / "run", split="val")] == [4]
+    shutil.rmtree(tmp_path / "run")
+    results = run_ranks(3, refusal, [*args, "data.global_batch_size=auto"])
+    assert {status for status, _ in results} == {2}
+    assert "data.global_batch_size=auto is 4 for 6 training images" in results[0][1]
