@@ -1,9 +1,10 @@
-"""Settings that are `auto`: resolved when the images are known, recorded, and kept on resume."""
+"""Settings that are `auto`, or epochs within `max_minutes`: resolved once, recorded, and kept on resume."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from distil_tl.config import Config
 from distil_tl.data.config import auto_batch_size
@@ -14,35 +15,36 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
 
 
-def resolve_auto(config: Config, images: int, saved: Mapping[str, int]) -> tuple[Config, dict[str, int]]:
+def resolve_auto(config: Config, images: int, state: Mapping[str, Any]) -> tuple[Config, dict[str, int]]:
     """The configuration with numbers in place of `auto`, and these numbers by key.
 
-    They depend on the number of images alone, not on the number of ranks.
+    They depend on the number of images alone, not on the number of ranks. A stage that has begun keeps its epochs,
+    also those that `max_minutes` made of them.
 
     Args:
         images: of train.
-        saved: the numbers of the run that is resumed; empty if there is none.
+        state: of the run that is resumed, as in state.json; empty if there is none.
     """
     found: dict[str, int] = {}
-    data = config.data
+    saved, begun, data = state.get("resolved", {}), state.get("stages", {}), config.data
     if data.global_batch_size == AUTO:
         key = "data.global_batch_size"
         found[key] = saved.get(key, auto_batch_size(images))
         data = dataclasses.replace(data, global_batch_size=found[key])
     stages = dict(config.stages)
     for name, stage in config.stages.items():
-        epochs = planned(name, stage.epochs, saved) if stage.epochs == AUTO else stage.epochs
+        epochs = planned(name, stage.epochs, saved, begun=name in begun)
         if epochs == AUTO:
             epochs = auto_epochs(max(1, images // data.global_batch_size))
-        if stage.epochs == AUTO:
+        if epochs != stage.epochs:
             found[f"stages.{name}.epochs"] = epochs
             stages[name] = dataclasses.replace(stage, epochs=epochs)
     return dataclasses.replace(config, data=data, stages=stages), found
 
 
 def describe_auto(found: Mapping[str, int], images: int) -> str:
-    """What was chosen, in words."""
-    return f"auto: {', '.join(f'{key}={value}' for key, value in found.items())} for {images:,} training images"
+    """The numbers, in words."""
+    return f"{', '.join(f'{key}={value}' for key, value in found.items())} ({images:,} training images)"
 
 
 def auto_problem(found: Mapping[str, int], images: int, world_size: int) -> str | None:
@@ -57,16 +59,16 @@ def auto_problem(found: Mapping[str, int], images: int, world_size: int) -> str 
 
 
 def settle_auto(
-    config: Config, images: int, saved: Mapping[str, int], world_size: int
+    config: Config, images: int, state: Mapping[str, Any], world_size: int
 ) -> tuple[Config, dict[str, int]]:
     """`resolve_auto`, with a line that says what was chosen.
 
     Raises:
         UserError: on all ranks alike, the ranks can't divide the global batch.
     """
-    config, found = resolve_auto(config, images, saved)
+    config, found = resolve_auto(config, images, state)
     if problem := auto_problem(found, images, world_size):
         raise UserError(problem)
     if found:
-        logger.info("%s", describe_auto(found, images))
+        logger.info("auto: %s", describe_auto(found, images))
     return config, found

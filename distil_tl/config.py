@@ -45,6 +45,9 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     recipe: str | None = None  # stages and settings to begin with, which other keys change: quick | standard
     metric: str = "top1"  # chooses the best epoch and head: top1 | top5 | macro_f1 | balanced_accuracy | loss
+    max_minutes: float | None = (
+        None  # of training: stages get fewer epochs where they would take longer; null: any
+    )
     precision: str = "auto"  # auto (chosen by a trial in long stages) | fp32 | bf16 | fp16
     compile: str = "none"  # torch.compile, which takes about a minute: none | prefix (the frozen part) | all
     compile_mode: str = "default"  # of torch.compile: default | reduce-overhead (CUDA graphs) | max-autotune
@@ -148,6 +151,8 @@ def _section_problems(config: Config) -> Iterator[str]:
         yield "every stage has 0 epochs, so there is nothing to train; set stages.NAME.epochs"
     if config.recipe is not None and config.recipe not in RECIPES:
         yield f"recipe is {config.recipe!r}; choose one of {', '.join(RECIPES)}, or null"
+    if config.max_minutes is not None and not config.max_minutes > 0:
+        yield "max_minutes must be above 0, or null for no limit"
     choices = {"metric": METRICS, "precision": PRECISIONS, "compile": COMPILE, "compile_mode": COMPILE_MODES}
     for key, known in choices.items():
         if (value := getattr(config, key)) not in known:

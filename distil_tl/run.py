@@ -101,6 +101,10 @@ class Run:
             balance=config.data.balance,
         ).with_search_result(None if record is None else record.search)
 
+    def has_entered(self, name: str) -> bool:
+        """Whether the state of the run is one within this stage."""
+        return self.state.position is not None and self.state.position.stage == name
+
     def compute(self, name: str) -> Compute:
         """Precision and memory format of the trained part of a stage that has begun."""
         record = self.state.stages[name]

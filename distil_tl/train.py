@@ -43,6 +43,7 @@ from distil_tl.rundir.directory import peak_memory_mb, reset_peak_memory
 from distil_tl.rundir.opening import look_for_start
 from distil_tl.rundir.start import Start
 from distil_tl.rundir.state import Position, StageRecord
+from distil_tl.time_limit import limit_epochs
 from distil_tl.training import console
 from distil_tl.training.evaluation import evaluate
 from distil_tl.training.head_search import search_head
@@ -101,7 +102,7 @@ def train(config: Config, unresolved: DictConfig) -> None:
         on_rank_zero(info, "stages", lambda: refuse_unfit_stages(config.model, config.stages, config.data.image_size))
         once_per_node(info, "weights", lambda: download_weights(config.model))
         splits = open_splits(info, config.data, start.saved_run_dir)
-        config, resolved = settle_auto(config, len(splits.train), start.saved_resolved, info.world_size)
+        config, resolved = settle_auto(config, len(splits.train), start.saved_state, info.world_size)
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
         model.preprocess = model.preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
         check_stages(model, config.stages)
@@ -135,6 +136,11 @@ def run_stage(run: Run, stage: Stage) -> None:
     if stage.config.search.wanted:
         stage = search_head(info, stage, setup, run.source, record, run.agreement)
     log_every = run.config.tracking.log_every
+    if run.config.max_minutes is not None and not run.has_entered(stage.name):
+        stage = limit_epochs(
+            run, stage, lambda: begin_stage(info, stage, model, setup, run.source, run.plan, record, log_every),
+            accumulate_gradients,
+        )  # fmt: skip
     training = begin_stage(info, stage, model, setup, run.source, run.plan, record, log_every)
     reset_peak_memory(info)  # trials need more than training
     record.seconds += time.monotonic() - began

@@ -48,10 +48,12 @@ def test_what_was_recorded_is_kept() -> None:
     assert found == {"data.global_batch_size": 32, "stages.head.epochs": 35}
     assert (now.data.global_batch_size, now.stages["head"].epochs, now.stages["full"].epochs) == (32, 35, 4)
     assert config.data.global_batch_size == "auto"
-    saved = {"data.global_batch_size": 16, "stages.head.epochs": 7, "stages.full.epochs": 99}
-    again, kept = resolve_auto(config, 569, saved)
+    saved = {"data.global_batch_size": 16, "stages.head.epochs": 7, "stages.full.epochs": 3}
+    again, kept = resolve_auto(config, 569, {"resolved": saved})
     assert kept == {"data.global_batch_size": 16, "stages.head.epochs": 7}
-    assert again.stages["full"].epochs == 4, "a number that was given"
+    assert again.stages["full"].epochs == 4, "a number that was given before the stage begins"
+    again, kept = resolve_auto(config, 569, {"resolved": saved, "stages": {"head": {}, "full": {}}})
+    assert (kept, again.stages["full"].epochs) == (saved, 3), "what max_minutes made of it"
 
 
 def test_numbers_and_auto_are_valid_and_other_values_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,7 @@ def test_a_run_on_other_ranks_keeps_the_numbers_of_its_beginning(
         patch.setattr(train_module, "finish", fail)
         with pytest.raises(RuntimeError, match="killed"):
             main(args)
-    assert "auto: data.global_batch_size=8, stages.head.epochs=2 for 52 training images" in capsys.readouterr().out
+    assert "auto: data.global_batch_size=8, stages.head.epochs=2 (52 training images)" in capsys.readouterr().out
     state = json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())
     assert state["run"]["resolved"] == {"data.global_batch_size": 8, "stages.head.epochs": 2}
 

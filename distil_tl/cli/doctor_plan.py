@@ -212,7 +212,7 @@ def judge_auto(report: Report, plan: Plan, images: ImagesFound) -> None:
     if problem := auto_problem(found, count, plan.world_size):
         report.fail(GROUP, "auto", problem)
     elif found:
-        report.ok(GROUP, "auto", describe_auto(found, count).removeprefix("auto: "))
+        report.ok(GROUP, "auto", describe_auto(found, count))
 
 
 def _judge_model(report: Report, plan: Plan, images: ImagesFound, sizes: list[ModelFound]) -> None:

@@ -95,6 +95,8 @@ def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
     if not is_same or is_done:
         stages[_free_name(name, stages)] = added
     tree["run_dir"] = str(run_dir)
+    if tree.get("max_minutes") is not None:  # the run has used them up
+        tree["max_minutes"] = None
     return tree, [argument for argument in overrides if not argument.startswith(prefix)]
 
 

@@ -32,6 +32,9 @@ FREE_ON_RESUME = (
     "tracking.",
 )
 
+# Keys that concern only stages that have not begun, and are part of the name of a run.
+FREE_FOR_LATER_STAGES = ("max_minutes",)
+
 # Keys that are newer than some saved runs, as `data.KEY` or `stages.*.KEY`, with the value for the behaviour before. A
 # saved configuration without the key gets this value, and this value is not part of a run's name.
 NEW_KEYS: dict[str, Any] = {
@@ -56,6 +59,7 @@ NEW_KEYS: dict[str, Any] = {
     "recipe": None,
     "metric": "top1",
     "stages.*.patience": None,
+    "max_minutes": None,
     "optim.loss": "cross_entropy",
     "optim.focal_gamma": 2.0,
     "optim.effective_beta": 0.999,
@@ -103,7 +107,7 @@ def unsafe_changes(
     for key in sorted(before.keys() | after.keys()):
         parts = key.split(".")
         not_started = parts[0] == "stages" and len(parts) > 1 and parts[1] not in started
-        if is_free_on_resume(key) or not_started:
+        if is_free_on_resume(key) or not_started or key in FREE_FOR_LATER_STAGES:
             continue
         if before.get(key) != after.get(key):
             changes.append(f"{key}: was {before.get(key)!r}, now {after.get(key)!r}")

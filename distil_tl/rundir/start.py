@@ -39,10 +39,10 @@ class Start:
         return None if self.checkpoint is None else Path(self.checkpoint).parent.parent
 
     @property
-    def saved_resolved(self) -> dict[str, int]:
-        """What `auto` is in the run that the checkpoint is of, by key; empty without one."""
-        resolved: dict[str, int] = {} if self.saved is None else self.saved["run"].get("resolved", {})
-        return resolved
+    def saved_state(self) -> dict[str, Any]:
+        """The state of the run in its checkpoint; empty without one."""
+        state: dict[str, Any] = {} if self.saved is None else self.saved["run"]
+        return state
 
     @property
     def is_own_checkpoint(self) -> bool:
@@ -87,10 +87,12 @@ def _find_checkpoint(run_dir: Path, resume: str, epochs: Mapping[str, Any]) -> S
         logger.info("%s has checkpoints of its own, so resume=%s is ignored", run_dir, resume)
     saved = load_state(own)
     state = RunState.from_json(saved["run"])
-    finished = all(
-        wanted == 0 or (name in state.stages and state.stages[name].has_finished(planned(name, wanted, state.resolved)))
-        for name, wanted in epochs.items()
-    )
+
+    def has_finished(name: str, wanted: Any) -> bool:
+        wanted = planned(name, wanted, state.resolved, begun=True)
+        return wanted == 0 or (name in state.stages and state.stages[name].has_finished(wanted))
+
+    finished = all(has_finished(name, wanted) for name, wanted in epochs.items())
     # Where the newest checkpoint is damaged, an older one is used and the rest is trained again.
     completed = finished and own == checkpoints.named("last") and _status(run_dir) == "completed"
     return Start(str(run_dir), str(own), saved, completed)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from distil_tl.utils.auto import AUTO
+
 
 @dataclass
 class Position:
@@ -45,6 +47,7 @@ class StageRecord:
     best: dict[str, Any] | None = None  # its best evaluation
     stopped_early: bool = False  # out of patience; its last checkpoint has the weights of its best evaluation
     search: dict[str, Any] | None = None  # result of the head search
+    limit: dict[str, Any] | None = None  # what `max_minutes` made of its epochs, and from which figures
     peak_memory_mb: float = 0.0  # of the rank with the highest peak: GPU memory, else memory of the process
     part_sizes: dict[str, int] = field(default_factory=dict)  # images at once, by work, after memory ran out
 
@@ -79,7 +82,9 @@ class RunState:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     seconds: float = 0.0
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)  # by split and path below it: the reason
-    resolved: dict[str, int] = field(default_factory=dict)  # by key: what `auto` is in this run
+    resolved: dict[str, int] = field(
+        default_factory=dict
+    )  # by key: what `auto` and `max_minutes` made of them
 
     @property
     def step(self) -> int:
@@ -101,11 +106,14 @@ class RunState:
         )
 
 
-def planned(name: str, epochs: Any, resolved: Mapping[str, int]) -> Any:
+def planned(name: str, epochs: Any, resolved: Mapping[str, int], *, begun: bool) -> Any:
     """The epochs of a stage: as configured, or what a run recorded; `auto` if it did not yet.
 
     Args:
         epochs: as configured.
         resolved: of the state of the run.
+        begun: whether the stage has begun: then `max_minutes` may have changed its epochs.
     """
-    return 0 if epochs == 0 else resolved.get(f"stages.{name}.epochs", epochs)
+    if epochs == 0 or (epochs != AUTO and not begun):
+        return epochs
+    return resolved.get(f"stages.{name}.epochs", epochs)

@@ -39,4 +39,5 @@ def planned_epochs(stages: Mapping[str, Mapping[str, Any]], state: Mapping[str, 
     records = state.get("stages", {})
     stopped = {name: int(record["epochs"]) for name, record in records.items() if record.get("stopped_early")}
     resolved = state.get("resolved", {})
-    return {name: int(planned(name, stage["epochs"], resolved)) for name, stage in stages.items()} | stopped
+    found = {name: planned(name, stage["epochs"], resolved, begun=name in records) for name, stage in stages.items()}
+    return {name: int(epochs) for name, epochs in found.items()} | stopped
