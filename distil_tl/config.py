@@ -45,9 +45,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     recipe: str | None = None  # stages and settings to begin with, which other keys change: quick | standard
     metric: str = "top1"  # chooses the best epoch and head: top1 | top5 | macro_f1 | balanced_accuracy | loss
-    max_minutes: float | None = (
-        None  # of training: stages get fewer epochs where they would take longer; null: any
-    )
+    max_minutes: float | None = None  # of training: stages get fewer epochs where they would take longer; null: any
     precision: str = "auto"  # auto (chosen by a trial in long stages) | fp32 | bf16 | fp16
     compile: str = "none"  # torch.compile, which takes about a minute: none | prefix (the frozen part) | all
     compile_mode: str = "default"  # of torch.compile: default | reduce-overhead (CUDA graphs) | max-autotune

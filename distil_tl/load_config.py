@@ -119,7 +119,8 @@ def _saved_configuration(config: Config) -> Path | None:
 
 def _to_config(schema: DictConfig) -> Config:
     config: Config = to_object(schema)
-    refuse(list(impossible_paths(flatten(dataclasses.asdict(config)), PATHS)))
+    keys = [*PATHS, *(f"stages.{name}.distill.teacher" for name in config.stages)]
+    refuse(list(impossible_paths(flatten(dataclasses.asdict(config)), keys)))
     return config
 
 
@@ -146,7 +147,8 @@ def _resolve_defaults(config: Config, schema: DictConfig) -> None:
     """Fill in defaults that depend on other values, so that the saved file holds what was used."""
     if config.model.weights == "auto" and not config.model.problems():
         config.model.weights = schema.model.weights = resolve_weights(config.model)
-    for section, key in ((config.data, "root"), (config.data, "labels"), (config, "run_dir"), (config, "resume")):
+    paths = [(config.data, "root"), (config.data, "labels"), (config, "run_dir"), (config, "resume")]
+    for section, key in [*paths, *((stage.distill, "teacher") for stage in config.stages.values())]:
         path = getattr(section, key)
         if path is not None and path.startswith("~"):
             setattr(section, key, str(expand_home(path)))

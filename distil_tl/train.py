@@ -43,6 +43,7 @@ from distil_tl.rundir.directory import peak_memory_mb, reset_peak_memory
 from distil_tl.rundir.opening import look_for_start
 from distil_tl.rundir.start import Start
 from distil_tl.rundir.state import Position, StageRecord
+from distil_tl.teacher import add_teacher, refuse_unfit_teachers, split_of_teacher
 from distil_tl.time_limit import limit_epochs
 from distil_tl.training import console
 from distil_tl.training.evaluation import evaluate
@@ -101,11 +102,12 @@ def train(config: Config, unresolved: DictConfig) -> None:
             return
         on_rank_zero(info, "stages", lambda: refuse_unfit_stages(config.model, config.stages, config.data.image_size))
         once_per_node(info, "weights", lambda: download_weights(config.model))
-        splits = open_splits(info, config.data, start.saved_run_dir)
+        splits = open_splits(info, config.data, start.saved_run_dir or split_of_teacher(config))
         config, resolved = settle_auto(config, len(splits.train), start.saved_state, info.world_size)
         model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
         model.preprocess = model.preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
         check_stages(model, config.stages)
+        on_rank_zero(info, "teachers", lambda: refuse_unfit_teachers(config, splits.classes))
         splits = copy_to_local_disk(info, config.data, splits)  # last of what may be refused, as it may take long
         stop.defer()
         run = open_run(info, config, unresolved, start, splits, model, stop)
@@ -133,6 +135,8 @@ def run_stage(run: Run, stage: Stage) -> None:
     info.phase = f"the set-up of stage {stage.name}"
     began = time.monotonic()
     setup = set_up_stage(info, stage, model, run.source, record, run.plan.micro, run.agreement)
+    if stage.config.distill.teacher is not None:
+        setup = add_teacher(run, stage, setup)
     if stage.config.search.wanted:
         stage = search_head(info, stage, setup, run.source, record, run.agreement)
     log_every = run.config.tracking.log_every
@@ -219,11 +223,12 @@ def forward_backward(info: DistInfo, training: StageTraining, batch: Batch, step
     parts = training.parts(batch)
     for i, part in enumerate(parts):
         is_last = micro == training.accumulation - 1 and i == len(parts) - 1
+        taught = training.taught(part, step)
         with reduce_gradients(training.network, now=is_last):
             logits = training.network(part.images)
             # From here on the ranks expect each other's gradients: DDP can't forget a forward pass.
             training.reducing = is_last and info.world_size > 1
-            losses = training.loss(logits, part.targets, part.indices, part.partners)
+            losses = training.losses(logits, taught, part)
             # DDP averages over the ranks, so each rank divides by its share of the global batch.
             loss = (losses * part.valid).sum() / (training.sampler.global_batch_size // info.world_size)
             training.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]

@@ -25,6 +25,7 @@ COMMANDS = {
     "report": ("distil_tl.report", "write a run's report.html, one self-contained file"),
     "compare": ("distil_tl.cli.compare", "compare two runs on the same images"),
     "extend": ("distil_tl.cli.extend", "train a run further, in a new stage"),
+    "distil": ("distil_tl.cli.distil", "train another model as a student of a finished run"),
     "init": ("distil_tl.cli.init", "copy a configuration, sweep file or batch script that comes with the package"),
     "submit": ("launch.submit", "submit a run to Slurm (same as python -m launch.submit)"),
     "sweep": ("launch.sweep", "submit the trials of a sweep file"),

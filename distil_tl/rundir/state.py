@@ -48,6 +48,7 @@ class StageRecord:
     stopped_early: bool = False  # out of patience; its last checkpoint has the weights of its best evaluation
     search: dict[str, Any] | None = None  # result of the head search
     limit: dict[str, Any] | None = None  # what `max_minutes` made of its epochs, and from which figures
+    teacher: dict[str, Any] | None = None  # whose outputs it learns from: run_dir, checkpoint and digest
     peak_memory_mb: float = 0.0  # of the rank with the highest peak: GPU memory, else memory of the process
     part_sizes: dict[str, int] = field(default_factory=dict)  # images at once, by work, after memory ran out
 
@@ -82,9 +83,7 @@ class RunState:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     seconds: float = 0.0
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)  # by split and path below it: the reason
-    resolved: dict[str, int] = field(
-        default_factory=dict
-    )  # by key: what `auto` and `max_minutes` made of them
+    resolved: dict[str, int] = field(default_factory=dict)  # by key: what `auto` and `max_minutes` made of them
 
     @property
     def step(self) -> int:

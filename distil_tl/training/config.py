@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from distil_tl.data.augmentation import Augment, augment_problem
@@ -60,6 +61,28 @@ class SearchConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Knowledge distillation: the stage learns from the outputs of a trained model, and from the labels."""
+
+    teacher: str | None = None  # a run directory with the same classes: its best checkpoint teaches; null: none
+    temperature: float = 2.0  # that softens the probabilities of both models
+    alpha: float = 0.5  # share of the teacher in the loss; the labels have the rest
+
+    def problems(self, key: str) -> list[str]:
+        found = []
+        if not 0 < self.temperature < float("inf"):
+            found.append(f"{key}.temperature must be a positive number")
+        if not 0 <= self.alpha <= 1:
+            found.append(f"{key}.alpha must be from 0 (the labels alone) to 1 (the teacher alone)")
+        if self.teacher is not None and not self.teacher.startswith("~"):
+            if not (Path(self.teacher) / "config.yaml").is_file():
+                found.append(f"{key}.teacher={self.teacher} is not a run directory: config.yaml is missing")
+            elif not (Path(self.teacher) / "checkpoints" / "best").is_dir():
+                found.append(f"{key}.teacher={self.teacher} has no best checkpoint: let that run reach its first one")
+        return found
+
+
+@dataclass
 class StageConfig:
     unfreeze: Any = "all"  # head | all | the N last groups | [group names]
     epochs: Any = 1  # 0 skips the stage; auto: by the number of training images
@@ -75,6 +98,7 @@ class StageConfig:
     features: str = "auto"  # train on cached output of the frozen part: on | off | auto (if results stay the same)
     views: int | None = None  # augmented views of each image in the features; null: one view, not augmented
     search: SearchConfig = field(default_factory=SearchConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         self.epochs = whole_number(self.epochs)
@@ -117,7 +141,9 @@ class StageConfig:
         found += self._mixing_problems(key)
         if self.image_size is not None and self.image_size < 8:
             found.append(f"{key}.image_size must be at least 8 pixels")
-        return found + self.search.problems(f"{key}.search")
+        if self.search.wanted and self.distill.teacher is not None:
+            found.append(f"{key}.search trains heads on the labels alone; remove it, or {key}.distill.teacher")
+        return found + self.search.problems(f"{key}.search") + self.distill.problems(f"{key}.distill")
 
     def _mixing_problems(self, key: str) -> Iterator[str]:
         for name, alpha in (("mixup", self.mixup), ("cutmix", self.cutmix)):
@@ -125,7 +151,7 @@ class StageConfig:
                 yield f"{key}.{name} must be a number of 0 (off) or more"
         if self.mix_off_epochs < 0:
             yield f"{key}.mix_off_epochs must be 0 or more"
-        elif self.mixes and 0 < self.epochs <= self.mix_off_epochs:
+        elif self.mixes and type(self.epochs) is int and 0 < self.epochs <= self.mix_off_epochs:
             yield f"{key}.mix_off_epochs={self.mix_off_epochs} leaves none of {self.epochs} epochs to mix images in"
         if self.mixes and (self.features == "on" or self.views is not None or self.search.wanted):
             which = "search" if self.search.wanted else "features" if self.features == "on" else "views"

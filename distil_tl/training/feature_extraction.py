@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Sampler
@@ -32,6 +32,7 @@ from distil_tl.utils.memory import available_memory
 
 if TYPE_CHECKING:
     from distil_tl.models.transfer import TransferModel
+    from distil_tl.training.distillation import Teacher
 
 BATCH = 32  # images in one forward pass of the frozen part, on a CPU
 BATCH_CUDA = 256  # the same on a GPU
@@ -45,20 +46,22 @@ class FeatureExtractor:
         prefix: the frozen part, whose freezing is applied.
         record: of the stage.
         limit_memory: feature maps must fit in memory; pooled features may always be used.
+        depends_on: what else the features depend on; a teacher's outputs are features, too.
     """
 
-    # Nine with `self`: what a stage is set up with, kept for the methods.
+    # Ten with `self`: what a stage is set up with, kept for the methods.
     def __init__(
         self,
         info: DistInfo,
         model: TransferModel,
-        prefix: Prefix,
+        prefix: Prefix | Teacher,
         source: ImageSource,
         stage: Stage,
         record: StageRecord,
         agreement: Agreement,
         *,
         limit_memory: bool,
+        depends_on: dict[str, Any] | None = None,
     ) -> None:
         self.info = info
         self.model = model
@@ -67,6 +70,7 @@ class FeatureExtractor:
         self.stage = stage
         self.agreement = agreement
         self.limit_memory = limit_memory
+        self.depends_on = depends_on or {}
         self.part_size = PartSize("features", f"the frozen part of stage {stage.name}", record.part_sizes)
 
     def open_all(self) -> Features:
@@ -86,7 +90,9 @@ class FeatureExtractor:
         index, stage = self.source.index(split), self.stage
         config = self.source.config
         pixels = unusual_pixels(config)
-        views = Views(stage.image_size, augment, config.hflip, stage.seed, count, pixels, config.intensity)
+        views = Views(
+            stage.image_size, augment, config.hflip, stage.seed, count, pixels, config.intensity, self.depends_on
+        )
         key = on_rank_zero(
             self.info,
             f"naming the features of {split} for stage {stage.name}",
@@ -192,7 +198,7 @@ class _ChunkBatches(Sampler[list[SampleKey]]):
 
 def _compute_chunk(
     info: DistInfo,
-    prefix: Prefix,
+    prefix: Prefix | Teacher,
     cache: FeatureCache,
     chunk: tuple[int, int],
     batches: Iterator[Batch],

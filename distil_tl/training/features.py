@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +27,7 @@ from distil_tl.utils.log import logger
 
 if TYPE_CHECKING:
     from distil_tl.models.transfer import TransferModel
+    from distil_tl.training.distillation import Teacher
 
 FORMAT = 5  # of the cache; increased when features are computed differently
 
@@ -55,6 +56,7 @@ class Views:
         count: views of each image.
         pixels: by format, the digests of a decoder that gives unusual pixels.
         intensity: as `data.intensity`.
+        teacher: what the outputs of a teacher depend on besides; empty for features.
     """
 
     image_size: int
@@ -64,9 +66,10 @@ class Views:
     count: int
     pixels: dict[str, str] = field(default_factory=dict)
     intensity: Intensity = "dtype"
+    teacher: dict[str, Any] = field(default_factory=dict)
 
 
-def cache_key(model: TransferModel, prefix: Prefix, index: Index, views: Views) -> str:
+def cache_key(model: TransferModel, prefix: Prefix | Teacher, index: Index, views: Views) -> str:
     """A digest of everything that features depend on; the seed only where augmentation draws random numbers."""
     library = sys.modules[type(model.module).__module__.partition(".")[0]]
     augmented = views.augment != "none"
@@ -88,6 +91,7 @@ def cache_key(model: TransferModel, prefix: Prefix, index: Index, views: Views) 
         "torch": torch.__version__,
         **({"pixels": views.pixels} if views.pixels else {}),
         **({"intensity": views.intensity} if views.intensity != "dtype" else {}),
+        **({"teacher": views.teacher} if views.teacher else {}),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 

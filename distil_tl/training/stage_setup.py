@@ -36,6 +36,7 @@ from distil_tl.training.stage import Stage, apply_stage
 
 if TYPE_CHECKING:
     from distil_tl.models.transfer import TransferModel
+    from distil_tl.training.distillation import Teaching
 
 TRIAL_IMAGES = 8  # in a trial step on a CPU, where more make no difference
 
@@ -49,12 +50,14 @@ class StageSetup:
         features: None where the stage trains on images.
         image_size: pixels.
         blends: images come as float32, blended by mixup; torch.compile compiles for that.
+        teaching: None where the stage learns from the labels alone.
     """
 
     network: Network
     features: Features | None
     image_size: int
     blends: bool = False
+    teaching: Teaching | None = None
 
     def dummy(self, count: int, device: torch.device) -> Tensor:
         """A batch of `count`, of the right size and type, on the device."""

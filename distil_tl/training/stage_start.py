@@ -76,6 +76,7 @@ def begin_stage(
         val_part_size=PartSize("evaluation", f"the evaluation of stage {stage.name}", record.part_sizes),
         statistics=SavedStatistics(trained_statistics(network)),
         cuda_graphs=stage.uses_cuda_graphs,
+        teaching=setup.teaching,
     )
     if plan.accumulation > 1 or training.part_size.images is not None:
         training.stop_cuda_graphs()
@@ -122,6 +123,8 @@ def fit_to_memory(info: DistInfo, training: StageTraining, setup: StageSetup, im
         parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
         held = [torch.empty_like(p) for p in parameters for _ in range(moments)]
         count = min(images, training.part_size.images or images)
+        if setup.teaching is not None and setup.features is None:
+            setup.teaching.teacher(setup.dummy(count, info.device))
         with preserve_state(training.inner, info.device):
             training.inner(setup.dummy(count, info.device)).sum().backward()
         del held

@@ -40,6 +40,7 @@ from distil_tl.utils.log import logger, printable
 
 if TYPE_CHECKING:
     from distil_tl.data.stage_batches import StageBatches
+    from distil_tl.training.distillation import Teaching
 
 
 @dataclass
@@ -64,6 +65,7 @@ class StageTraining:
         cuda_graphs: the compiled network is replayed as CUDA graphs.
         statistics: those of the beginning of the current step, where they train.
         outputs: logits, targets, losses and validity of the current step, for the meter.
+        teaching: None where the stage learns from the labels alone.
         reducing: the ranks are reducing gradients, or the weights change: this rank can't repeat the step alone.
     """
 
@@ -86,6 +88,7 @@ class StageTraining:
     val_part_size: PartSize = field(default_factory=lambda: PartSize("evaluation", "the evaluation"))
     statistics: SavedStatistics = field(default_factory=lambda: SavedStatistics([]))
     outputs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    teaching: Teaching | None = None
     reducing: bool = False
     cuda_graphs: bool = False
 
@@ -157,6 +160,17 @@ class StageTraining:
                 f"its last checkpoint, with at most {self.part_size.images} images at once on each rank",
                 restart_settings(self.stage.name, self.part_size),
             )
+
+    def taught(self, part: Batch, step: int) -> Tensor | None:
+        """The teacher's logits for a part of a micro-batch; None without a teacher."""
+        return None if self.teaching is None else self.teaching.logits(part, step // self.sampler.steps_per_epoch)
+
+    def losses(self, logits: Tensor, taught: Tensor | None, part: Batch) -> Tensor:
+        """The loss of each image of a part, [N], of the student's logits and the teacher's."""
+        losses = self.loss(logits, part.targets, part.indices, part.partners)
+        if self.teaching is None or taught is None:
+            return losses
+        return self.teaching.blend(losses, logits, taught, part, self.loss)
 
     def add_output(self, logits: Tensor, part: Batch, losses: Tensor) -> None:
         """Keep the output of a part for the meter, until the step is complete."""
