@@ -145,7 +145,7 @@ def test_a_student_on_one_and_two_ranks_and_stopped(teacher: Path, small: list[s
 
 
 def recorded_losses(args: list[str]) -> list[list[float]]:
-    """The training losses of a run and, for each, that of the same outputs computed by the reference, in this process."""
+    """The training losses of a run, and those that torch computes of the same outputs; in this process."""
     found: list[list[float]] = []
     teaching: Any = importlib.import_module("distil_tl.training.distillation").Teaching
     original = teaching.blend
