@@ -90,6 +90,13 @@ def test_wrong_keys_and_values(doctor: Doctor) -> None:
     assert shown.count("nowhere") == 1, "by one check"
 
 
+def test_what_auto_will_be(doctor: Doctor) -> None:
+    status, lines = doctor("data.global_batch_size=auto", "stages.head.epochs=auto")
+    assert (status, problems(lines)) == (0, [])
+    assert "ok configuration/auto: data.global_batch_size=8, stages.head.epochs=50 (52 training images)" in lines
+    assert any(line.startswith("ok model/stages.head: epochs: auto, ") for line in lines)
+
+
 def test_a_stage_or_size_that_the_model_does_not_have(doctor: Doctor) -> None:
     status, lines = doctor("stages.full.unfreeze=[layer9]")
     assert status == 2
