@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from distil_tl import time_limit
 from distil_tl.cli.extend import extended
-from distil_tl.config import load, problems, run_name
+from distil_tl.config import problems
+from distil_tl.load_config import load, run_name
 from distil_tl.rundir.changes import unsafe_changes
 from distil_tl.time_limit import affordable_epochs
 from distil_tl.train import main
@@ -56,7 +58,7 @@ def train_with_speeds(args: list[str], seconds: dict[str, float], *stop: Any) ->
         found = original(run, training, take_step)
         assert set(found) == {"training", "evaluation"}
         assert all(value > 0 for value in found.values())
-        run.ticked_at, run.state.seconds = time_limit.time.monotonic(), 0.0
+        run.ticked_at, run.state.seconds = time.monotonic(), 0.0
         return {"training": seconds[training.stage.name], "evaluation": 0.0}
 
     with pytest.MonkeyPatch.context() as patch:

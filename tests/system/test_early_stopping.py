@@ -66,16 +66,15 @@ def test_the_next_stage_starts_from_the_best_weights_also_after_a_kill(
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     assert train_to_epoch_two([*small, *PATIENT, f"run_dir={whole}"]) == 0
 
-    def fail(*args: Any) -> None:
+    def fail(*args: Any) -> Any:
         if args[1].name == "full":
             raise RuntimeError("killed")
         return original(*args)
 
-    original = train_module.set_up_stage
+    original: Any = vars(train_module)["set_up_stage"]
     with monkeypatch.context() as patch:
         patch.setattr(train_module, "set_up_stage", fail)
-        with pytest.raises(RuntimeError, match="killed"):
-            train_to_epoch_two([*small, *PATIENT, f"run_dir={run_dir}", "checkpoint.keep=9"])
+        assert train_to_epoch_two([*small, *PATIENT, f"run_dir={run_dir}", "checkpoint.keep=9"]) == 1
     saved = run_dir / "checkpoints"
     assert (saved / "last").readlink() == Path("step-00000024")
     best, last, third = (

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from distil_tl.cli.distil import main as distil
 from distil_tl.cli.distil import student
-from distil_tl.config import load, problems
+from distil_tl.config import problems
 from distil_tl.data.loader import Batch
+from distil_tl.load_config import load
 from distil_tl.teacher import refuse_unfit_teachers, split_of_teacher
 from distil_tl.train import main
 from distil_tl.training.config import DistillConfig
@@ -219,7 +220,8 @@ def test_the_command_trains_another_model_with_the_images_and_split_of_the_teach
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tmp_path / "teacher"
-    args = [f"data.root={folder}/train", *small_args(folder)[1:], "stages.full.epochs=0", f"run_dir={first}"]
+    shutil.copytree(folder / "train", tmp_path / "photos")
+    args = [f"data.root={tmp_path}/photos", *small_args(folder)[1:], "stages.full.epochs=0", f"run_dir={first}"]
     assert main(args) == 0
     split = (first / "split.csv").read_text()
     moved = split.replace(",train,", ",val,", 1)  # so that it is not the split that would be made
