@@ -46,6 +46,14 @@ RECIPES: dict[str, list[str]] = {
     "frozen-squash-0.875": ["frozen", "data.crop_mode=squash", "data.crop_pct=0.875"],
     "frozen-border": ["frozen", "data.crop_mode=border"],
     "frozen-border-0.875": ["frozen", "data.crop_mode=border", "data.crop_pct=0.875"],
+    "mixup": ["stages.full.mixup=0.2"],
+    "cutmix": ["stages.full.cutmix=1"],
+    "mixup-and-cutmix": ["stages.full.mixup=0.2", "stages.full.cutmix=1", "stages.full.mix_off_epochs=1"],
+    "strong": ["stages.full.augment=strong"],
+    "erasing": ["stages.full.augment=[crop(0.5),hflip,erasing(0.25)]"],
+    "color": ["stages.full.augment=[crop(0.5),hflip,color(0.4)]"],
+    "drop-path": ["model.drop_path=0.1"],
+    "dropout": ["model.dropout=0.2"],
     "frozen-regularized": ["frozen", "stages.head.search.prefer=regularized"],
 }
 FORMS = ("full", "small", "long")
