@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from distil_tl.cli import predictions
 from distil_tl.data.decode import decode
 from distil_tl.data.transforms import eval_transform
 from distil_tl.export.names import PREPROCESS
+from distil_tl.export.onnx_model import OnnxModel
 from distil_tl.export.predict import RefusedError, find_images, prepare, resize_and_crop
 from distil_tl.export.to_onnx import describe
 from distil_tl.models.preprocess import Preprocess
@@ -78,6 +80,18 @@ def test_files_become_the_same_bytes_as_in_evaluation(
             found = prepare(path, settings(32, 37, interpolation, mode))
             assert (found.dtype, found.shape, found.flags.c_contiguous) == (np.uint8, (3, 32, 32), True)
             assert np.array_equal(found, by_package(path, 32, 37, interpolation, mode)), (height, width, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_onnx_file_is_read_with_its_crop(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    trained, image = Preprocess(interpolation="bicubic").with_crop(mode, 0.9), torch.from_numpy(random_pixels(50, 70))
+    metadata = describe(trained, 32, ["a", "b"], {}, intensity="dtype", extensions=[".png"])
+    session = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata))
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **settings: session)
+    (tmp_path / "model.onnx").touch()
+    found = eval_transform(OnnxModel(tmp_path / "model.onnx").preprocess, 32)(image.permute(2, 0, 1))
+    assert torch.equal(found, eval_transform(trained, 32)(image.permute(2, 0, 1)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
