@@ -182,6 +182,10 @@ def restore_model(run_dir: str | Path, checkpoint: str = "best", overrides: list
     classes: list[str] = state["classes"]
     preprocess = Preprocess.from_json(state["preprocess"])
     stage_name = state["run"]["position"]["stage"]
+    if stage_name not in config.stages:
+        raise UserError(
+            f"{saved} has no stage {stage_name}, which the checkpoint {path.name} is of: it was changed; restore it"
+        )
     stage = config.stages[stage_name]
     image_size = stage.image_size or config.data.image_size or preprocess.crop_size
     model = build(config.model, len(classes), image_size=config.data.image_size, seed=config.seed, pretrained=False)

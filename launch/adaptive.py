@@ -25,10 +25,9 @@ from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import setup_console
 from launch.args import CLUSTERS, add_submission_options, argument_parser, print_line, seconds
 from launch.executor import sbatch_script
-from launch.folder_lock import submission_lock
 from launch.search_lock import LOCK_FILE, refuse_other_search
 from launch.snapshot import snapshot_path, take_snapshot
-from launch.submission import nothing_submitted, settle
+from launch.submission import nothing_submitted, submitting
 from launch.sweep_file import Sweep, Trial
 from launch.sweep_plan import SweepArgs, plan_trials, read_sweep_args, refuse_other_common
 from launch.test_only import refuse_impossible
@@ -94,9 +93,8 @@ def search(
     from launch.optuna_study import open_study
 
     lock = Attempt(folder, LOCK_FILE)
-    with nothing_submitted(folder), submission_lock(folder):
-        settle(folder)
-        refuse_other_common(plan)  # again, with what another process or an interrupted one has submitted
+    with submitting(folder):
+        refuse_other_common(plan)
         refuse_other_search(folder)
         lock.begin(0, {})
     with ended(lock):

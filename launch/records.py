@@ -98,9 +98,10 @@ def read_record(run_dir: Path) -> dict[str, Any] | None:
     if found is not None and found[0].job_id is not None:
         return found[0].record(found[1], found[0].job_id)
     record = read_json(run_dir / RECORD_FILE)
-    if record is None or not {"job_id", "cluster", "time"} <= record.keys():
+    if record is None or not all(isinstance(record.get(name), str) for name in ("job_id", "cluster", "time")):
         return None
-    if "uid" not in record:
+    if not isinstance(record.get("uid"), int):
+        record.pop("uid", None)
         with suppress(OSError):
             record["uid"] = (run_dir / RECORD_FILE).stat().st_uid
     return record

@@ -148,7 +148,7 @@ def _remaining(run_dir: Path, lines: list[dict[str, Any]]) -> str | None:
     try:
         seconds = trained["seconds"] + evaluated["seconds"]
         return time_left(_epochs(run_dir), evaluated["stage"], evaluated["epoch"], seconds) or None
-    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 
@@ -171,7 +171,7 @@ def _progress(run_dir: Path, last: Json) -> float | None:
         before = sum(epochs[name] for name in names[: names.index(last["stage"])])
         done = last["epoch"] if last["split"] == "val" else last["epoch"] - 1
         fraction: float = (before + done) / max(1, sum(epochs.values()))
-    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+    except (UserError, LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
     return fraction
 
@@ -219,9 +219,9 @@ def data_of(run_dir: Path) -> str | None:
 
 
 def get_number(line: Json, key: str) -> float | None:
-    """The value of a key if it is a number."""
+    """The value of a key if it is a finite number."""
     value = line.get(key)
-    return value if isinstance(value, (int, float)) else None
+    return value if isinstance(value, (int, float)) and abs(value) < 1e300 else None
 
 
 def loss_of(evaluation: Json) -> float:

@@ -10,6 +10,8 @@ import subprocess
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+from distil_tl.utils.processes import run_text
+
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 ACTIVE = ("RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "SUSPENDED", "STOPPED", "RESIZING")
 TIMEOUT_S = 60  # of one command
@@ -208,7 +210,7 @@ def _run(command: list[str]) -> str:
     # A user's SQUEUE_* settings, such as SQUEUE_PARTITION, would hide jobs.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environ, check=False)
+        done = run_text(command, timeout=TIMEOUT_S, env=environ)
     except subprocess.TimeoutExpired:
         raise SlurmUnavailableError(f"{command[0]} does not answer") from None
     if done.returncode != 0:

@@ -22,7 +22,9 @@ from typing import Any
 
 from distil_tl.utils.errors import UserError, WriteError
 from distil_tl.utils.files import write_atomic, write_json
+from distil_tl.utils.processes import run_text
 from launch.executor import slurm_script, without_slurm_variables
+from launch.folder_lock import submission_lock
 from launch.records import OPEN_FOLDER, RECORD_FILE, Submission, read_json, read_open_submissions
 from launch.squeue import Queue, SlurmUnavailableError, read_cluster, read_queue
 
@@ -120,6 +122,23 @@ def find_job(submission: Submission, queue: Queue | None = None) -> str | None:
 
 
 @contextmanager
+def submitting(folder: Path) -> Iterator[int]:
+    """Hold the submission lock of a run directory or sweep, with the records of earlier submissions complete.
+
+    What was checked before must be checked again in the body: another process, or this command before it was killed,
+    may have submitted something. An error of writing in the body means that nothing was submitted. Yields the lock's
+    descriptor.
+
+    Raises:
+        UserError: the lock is held for long, Slurm can't be asked for an interrupted submission, or nothing can be
+            written.
+    """
+    with nothing_submitted(folder), submission_lock(folder) as lock:
+        settle(folder)
+        yield lock
+
+
+@contextmanager
 def nothing_submitted(folder: Path) -> Iterator[None]:
     """Turn an error of writing below `folder`, before anything is submitted, into a UserError."""
     try:
@@ -156,11 +175,7 @@ def _sbatch(script: Path, submission: Submission, lock: int) -> str:
         UserError: it refused; or it failed, and Slurm can't be asked whether it has the job all the same.
     """
     with without_slurm_variables():
-        done = subprocess.run(
-            ["sbatch", str(script)],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, pass_fds=(lock,), start_new_session=True,
-            check=False,
-        )  # fmt: skip
+        done = run_text(["sbatch", str(script)], stdin=subprocess.DEVNULL, pass_fds=(lock,), start_new_session=True)
     match = re.search(r"job (\d+)", done.stdout)
     if done.returncode == 0 and match is not None:
         return match[1]

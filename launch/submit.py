@@ -19,13 +19,12 @@ from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import setup_console
 from launch.args import ASSUME_ENDED, CLUSTERS, add_submission_options, argument_parser, ids_only, print_line, read_run
 from launch.executor import describe_resources, make_executor, sbatch_script
-from launch.folder_lock import submission_lock
 from launch.job import Training
 from launch.local_job import start_recorded, wait_for_job
 from launch.preflight import check_submission, refuse_active_run
 from launch.records import read_open_submissions
 from launch.snapshot import take_snapshot
-from launch.submission import nothing_submitted, settle, submit_to_slurm
+from launch.submission import submit_to_slurm, submitting
 from launch.test_only import refuse_impossible
 
 
@@ -74,8 +73,8 @@ def submit(
     unresolved.run_dir = str(run_dir)
     check_submission(config, slurm, cluster)
     if not dry_run and read_open_submissions(run_dir):  # of a command that was killed
-        with nothing_submitted(run_dir), submission_lock(run_dir):
-            settle(run_dir)
+        with submitting(run_dir):
+            pass
     refuse_active_run(run_dir, assume_ended=assume_ended, dry_run=dry_run)
     if look_for_start(asdict(config), unresolved).completed and not dry_run:
         print_line(f"the run in {run_dir} is already completed; for another run change seed or run_dir")
@@ -87,9 +86,7 @@ def submit(
         return 0
     if cluster == "slurm" and not no_test:
         refuse_impossible(sbatch_script(run_dir, slurm, cluster, name=run_dir.name), slurm)
-    with nothing_submitted(run_dir), submission_lock(run_dir) as lock:
-        settle(run_dir)
-        # Again, as another process may have submitted it.
+    with submitting(run_dir) as lock:
         refuse_active_run(run_dir, assume_ended=assume_ended, dry_run=dry_run)
         path = run_dir / "slurm" / "config.yaml"
         write_atomic(path, to_yaml(unresolved))

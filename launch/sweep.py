@@ -26,7 +26,7 @@ from launch.run_status import RunStatus, read_status
 from launch.snapshot import take_snapshot
 from launch.squeue import SlurmUnavailableError, max_array_size, set_array_parallelism
 from launch.status import WAITING
-from launch.submission import nothing_submitted, settle
+from launch.submission import nothing_submitted, submitting
 from launch.sweep_plan import SweepPlan, plan_trials, read_sweep_args, refuse_other_common, save_plan, submit_trials
 from launch.test_only import refuse_impossible
 
@@ -95,9 +95,7 @@ def submit_sweep(
         script = sbatch_script(plan.folder, plan.slurm, cluster, name=plan.sweep.name, tasks=len(todo))
         refuse_impossible(script, plan.slurm)
     monitor = f"monitor with: python -m launch.status {shlex.quote(str(plan.folder))}"
-    with nothing_submitted(plan.folder), submission_lock(plan.folder) as lock:
-        settle(plan.folder)
-        # Again, with what another process, or this command before it was killed, has submitted.
+    with submitting(plan.folder) as lock:
         refuse_other_common(plan)
         statuses, todo, left = find_todo(plan, states, cluster)
         print_not_submitted(statuses, [*todo, *left], resubmit_failed)

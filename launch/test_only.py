@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.processes import run_text
 from launch.executor import without_slurm_variables
 from launch.partitions import Partition, nodes_for, read_partitions
 from launch.slurm_config import SlurmConfig, parse_minutes
@@ -51,9 +52,7 @@ def ask_slurm(script: str) -> tuple[str | None, bool]:
     """Slurm's reason why it can't run a script, None if it can; and whether that is final, not about now."""
     try:
         with without_slurm_variables():
-            done = subprocess.run(
-                ["sbatch", "--test-only"], input=script, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-            )
+            done = run_text(["sbatch", "--test-only"], input=script, timeout=TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error), False
     if done.returncode == 0:

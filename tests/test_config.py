@@ -148,6 +148,20 @@ def test_numbers_in_scientific_notation():
     assert of_file("stages: {head: {unfreeze: head, lr: 1e-4}}").stages["head"].lr == 1e-4
 
 
+@pytest.mark.parametrize(
+    ("pair", "hint"),
+    [
+        ("data.split.val=20%", "; write 0.2"), ("data.split.val=12,5 %", "; write 0.125"), ("seed=1,5", "; write 1.5"),
+        ("data.split.val=x%", ""), ("data.augment=20%", None),
+    ],
+)  # fmt: skip
+def test_a_percentage_or_a_comma(pair: str, hint: str | None):
+    if hint is not None:
+        assert message_of(pair).endswith(f"could not be converted to {'Integer' if 'seed' in pair else 'Float'}{hint}")
+    else:
+        assert config_of(pair).data.augment == "20%"
+
+
 def test_values_of_the_wrong_type_name_their_keys():
     message = message_of("seed=abc", "optim.warmup=x", "data.hflip=maybe", "data.workers=1.5")
     assert message.startswith("4 problems:\n")

@@ -124,10 +124,15 @@ def compare(
 
 
 def images_of(model: RestoredModel, run_dir: Path, split: str, data: Path | None) -> Index:
-    """The images of a split of a run, or of the folder `data`, as `distil-tl evaluate` finds them."""
+    """The images of a split of a run, or of the folder `data`, as `distil-tl evaluate` finds them. Raises UserError."""
     config = model.config.data
     if data is not None:
         config = dataclasses.replace(config, root=str(data), labels=None)
+    elif config.root is not None and not Path(config.root).is_dir():
+        raise UserError(
+            f"data.root={printable(config.root)} of {printable(run_dir)} is not a folder; if the images were moved, "
+            f"add --data NEW_FOLDER"
+        )
     return find_split(config, data_root(config), split, model.classes, run_dir)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from distil_tl.data.config import ALL_EXTENSIONS
-from distil_tl.report.load import mapping
+from distil_tl.report.load import integer, mapping
 from distil_tl.utils.args import overlay, parse_overrides, read_yaml, refuse
 from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import UserError, did_you_mean
@@ -80,18 +80,21 @@ def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
         raise UserError(f"{run_dir} is not a run directory: config.yaml is missing")
     name, epochs = _wanted(overrides)
     tree, done = read_yaml(run_dir / "config.yaml"), _stages_done(run_dir)
-    stages: dict[str, Any] = tree["stages"]
+    stages = mapping(tree, "stages")
+    if not stages or not all(isinstance(stage, dict) for stage in stages.values()):
+        raise UserError(f"{run_dir}/config.yaml has no stages that can be read: restore it")
     if name not in stages:
         hint = did_you_mean(name, stages) or f"; its stages are {', '.join(stages)}"
         raise UserError(f"{run_dir} has no stage {name}{hint}")
     prefix = f"stages.{name}."
     own = [argument.removeprefix(prefix) for argument in overrides if argument.startswith(prefix)]
     changes = _values([argument for argument in own if not argument.startswith("epochs=")])
-    found = _search_result(done.get(name, {}), mapping(tree, "optim"))
+    found = _search_result(mapping(done, name), mapping(tree, "optim"))
     added = {**stages[name], "search": {}, **found, **changes, "epochs": epochs}
     last = list(stages)[-1]
     is_same = last.startswith(f"{name}_") and stages[last] == overlay(stages[last], added)
-    is_done = done.get(last, {}).get("epochs", 0) >= epochs or done.get(last, {}).get("stopped_early", False)
+    state = mapping(done, last)
+    is_done = (integer(state.get("epochs")) or 0) >= epochs or bool(state.get("stopped_early", False))
     if not is_same or is_done:
         stages[_free_name(name, stages)] = added
     tree["run_dir"] = str(run_dir)
@@ -118,13 +121,13 @@ def _stages_done(run_dir: Path) -> dict[str, Any]:
         state = json.loads((run_dir / "checkpoints" / "last" / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return mapping(mapping(state, "run"), "stages")
+    return mapping(mapping(state, "run"), "stages") if isinstance(state, dict) else {}
 
 
 def _search_result(record: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:
     """The settings that a head search chose. Weight decay is no setting of a stage: it is the only candidate again."""
     result = mapping(record, "search")
-    if not result:
+    if not result.keys() >= {"lr", "weight_decay"}:
         return {}
     decay = result["weight_decay"]
     again = {} if decay == optim.get("weight_decay") else {"weight_decay": [decay]}

@@ -6,13 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distil_tl.data.config import ALL_EXTENSIONS, SPLIT_FILE, SPLITS
+from distil_tl.data.config import ALL_EXTENSIONS, MAX_WORKERS, SPLIT_FILE, SPLITS
 from distil_tl.export.names import ONNX
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, UserError
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable
 from distil_tl.utils.outputs import check_output
+
+MAX_BATCH = 65_536  # images
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -48,6 +50,8 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.batch_size < 1 or (options.workers or 0) < 0 or options.top < 1:
         raise UserError("--batch-size and --top must be at least 1, and --workers at least 0")
+    if options.batch_size > MAX_BATCH or (options.workers or 0) > MAX_WORKERS:
+        raise UserError(f"--batch-size must be at most {MAX_BATCH:,}, and --workers at most {MAX_WORKERS}")
     if options.output is not None:
         inputs, written = [options.model, *options.paths], (b"path,prediction,", b'{"path": ')
         check_output("--output", options.output, inputs, ALL_EXTENSIONS, earlier=written)

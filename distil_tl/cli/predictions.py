@@ -32,7 +32,6 @@ from distil_tl.utils.outputs import check_output, open_output
 from distil_tl.utils.threads import available_cpus
 
 
-# Nine parameters: the options of the command.
 # Nine parameters: those of the command.
 def predict(
     model: Path,
@@ -63,7 +62,10 @@ def predict(
     ignored: Counter[str] = Counter()
     files = find_images(paths, predictor.extensions, ignored)
     if predictor.root is not None and (model / SPLIT_FILE).is_file():
-        files = of_split(files, splits_of(model / SPLIT_FILE, predictor.root, files), split)
+        # Images that were moved are found by their paths below the folder that is given.
+        moved = not predictor.root.is_dir() and len(paths) == 1 and paths[0].is_dir()
+        root = paths[0] if moved else predictor.root
+        files = of_split(files, splits_of(model / SPLIT_FILE, root, files), split, root)
     if output is not None:
         check_output("--output", output, [model, *files], ALL_EXTENSIONS)
     if twice := given_twice(files):
@@ -128,12 +130,14 @@ def onnx_predictor(path: Path, device: str) -> Predictor:
     return Predictor(model.classes, transform, model.extensions, lambda images: torch.from_numpy(model(images.numpy())))
 
 
-def of_split(files: list[Path], splits: Sequence[str | None], split: str | None) -> list[Path]:
+def of_split(files: list[Path], splits: Sequence[str | None], split: str | None, root: Path) -> list[Path]:
     """The files in a split of the run. Without one, all of them, and a warning if the run was trained on some."""
     if split is not None:
         files = [file for file, own in zip(files, splits, strict=True) if own == split]
         if not files:
-            raise UserError(f"none of the images is in {split} of the run")
+            raise UserError(
+                f"none of the images is in {split} of the run, which names them by their paths below {printable(root)}"
+            )
     elif trained := sum(own == "train" for own in splits):
         sys.stderr.write(
             f"distil-tl predict: the model was trained on {trained} of these {len(files)} images; --split val leaves "

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from distil_tl.data.config import DataConfig, SplitConfig, has_splits, is_divided, root_problems
+from distil_tl.data.config import MAX_WORKERS, DataConfig, SplitConfig, has_splits, is_divided, root_problems
 from distil_tl.utils.command import run_command
-from distil_tl.utils.errors import UserError
+from distil_tl.utils.errors import UserError, number_hint
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable, setup_console
 
@@ -33,9 +33,9 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--resize", type=int, metavar="N", help="maximum shorter side in pixels (default: no change)")
     parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of JPEGs, 1 to 100 (default: 95)")
     parser.add_argument("--labels", type=path_argument, metavar="FILE", help="a table with paths and labels")
-    parser.add_argument("--val", type=float, default=split.val, metavar="SHARE", help="of each class for val, if there "
+    parser.add_argument("--val", type=share, default=split.val, metavar="SHARE", help="of each class for val, if there "
                         f"is no split (default: {split.val})")  # fmt: skip
-    parser.add_argument("--test", type=float, default=split.test, metavar="SHARE", help="for test (default: none)")
+    parser.add_argument("--test", type=share, default=split.test, metavar="SHARE", help="for test (default: none)")
     parser.add_argument("--group", metavar="GROUP", help="images to keep in one split: a column of the table, or a "
                         "regular expression on paths")  # fmt: skip
     parser.add_argument("--seed", type=int, default=split.seed, metavar="SEED", help="of the split (default: 0)")
@@ -45,6 +45,14 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: all CPUs)")
     options = parser.parse_args(args)
     return run_command("distil-tl prepare", lambda: run(options))
+
+
+def share(text: str) -> float:
+    """A number on the command line."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number{number_hint(text)}") from None
 
 
 def run(options: argparse.Namespace) -> None:
@@ -87,8 +95,8 @@ def option_problems(
     if not 1 <= options.quality <= 100:
         yield "--quality must be 1 to 100"
     yield from config.problems()
-    if (options.workers or 0) < 0:
-        yield "--workers must be at least 0"
+    if not 0 <= (options.workers or 0) <= MAX_WORKERS:
+        yield f"--workers must be at least 0, and at most {MAX_WORKERS}"
     if only_table:
         if options.resize is not None:
             yield "--resize needs a folder for the copy: give --out DIR"

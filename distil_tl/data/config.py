@@ -29,6 +29,7 @@ BALANCES = ("none", "sampler", "weights", "logit_adjust", "effective_number")
 ON_BAD_IMAGE = ("error", "skip")
 MAX_WORKERS = 256  # loader processes of a rank
 MIN_AUTO_BATCH, MAX_AUTO_BATCH = 8, 128
+MOVED = "if the images were moved, add data.root=NEW_FOLDER"  # of a trained run
 INTENSITIES = ("dtype", "percentile")
 # What people call the folders of splits, in lower case.
 USUAL_SPLITS = {
@@ -236,9 +237,9 @@ def root_problems(config: DataConfig, run_dir: str | None) -> Iterator[str]:
 def evaluation_problems(config: DataConfig) -> Iterator[str]:
     """Why the images can't be used in an evaluation, which may be of a folder without train; nothing if they can."""
     if config.labels is not None:
-        yield from root_problems(config, None)
+        yield from (f"{problem}; {MOVED}, or data.labels=FILE" for problem in root_problems(config, None))
     elif config.root is not None and not Path(config.root).is_dir():
-        tar = "; unpack it and give the folder" if Path(config.root).is_file() else ""
+        tar = "; unpack it and give the folder" if Path(config.root).is_file() else f"; {MOVED}"
         yield f"data.root={config.root} is not a folder{tar}"
 
 

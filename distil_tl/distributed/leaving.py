@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 REQUEUE_SECONDS = 120  # for rank 0 to requeue the job and exit; a launcher may kill it when another rank exits first
 SAME_ERROR_SECONDS = 15  # for rank 0 to print the error that all ranks have, and exit
+SUSPENSION_SECONDS = 3  # for the watchdog to say that the job was suspended
 RESTART_SECONDS = 120  # for all ranks to close their records before they start again
 
 
@@ -67,10 +68,11 @@ def exit_after_rank_zero(info: DistInfo, seconds: float) -> None:
 
 
 def cause_of(info: DistInfo, error: BaseException) -> BaseException:
-    """The PreemptedError or RestartError of another rank that explains a lost connection; else `error` itself.
+    """The PreemptedError or RestartError that explains a lost connection; else `error` itself.
 
-    After training has started the ranks stop together, so a preemption explains nothing then. A store that is gone
-    gets no request: torch would print a stack trace.
+    It is of another rank, or of all, if the job was suspended for so long that torch gave up a collective. After
+    training has started the ranks stop together, so a preemption explains nothing then. A store that is gone gets no
+    request: torch would print a stack trace.
     """
     url = info.launch.url
     of_store = isinstance(error, (dist.DistStoreError, dist.DistNetworkError))
@@ -85,7 +87,24 @@ def cause_of(info: DistInfo, error: BaseException) -> BaseException:
         return error if info.training_started else preempted
     except dist.DistError:
         pass
-    return error
+    return suspension(info) or error
+
+
+def suspension(info: DistInfo) -> RestartError | None:
+    """The error with which the ranks start again after their job was suspended; None if that explains nothing.
+
+    Torch counts that time, too: a collective that waited meanwhile ends with a timeout when the job is continued. If it
+    was less than half of the timeout, the rank has waited for long all the same.
+    """
+    timeout, watchdog = info.batch_timeout, info.watchdog
+    seconds = 0.0 if watchdog is None else watchdog.suspended(within=timeout, wait=SUSPENSION_SECONDS)
+    if watchdog is None or watchdog.lost() is not None or seconds < timeout / 2:
+        return None
+    return RestartError(
+        f"the job was suspended for {seconds:.0f} s, and distributed.timeout_seconds={timeout:g} passed meanwhile: the "
+        f"run starts again from its last checkpoint. With a longer timeout it would continue where it was",
+        {},
+    )
 
 
 def _accepts_connections(url: str) -> bool:

@@ -18,6 +18,7 @@ from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.device import choose_device
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.doctor.lines import first_line, size
+from distil_tl.utils.processes import run_text
 
 SMI_SECONDS = 20  # nvidia-smi without the persistence daemon takes seconds on a node with many GPUs
 # The oldest driver for programs that were built with each major version of CUDA (its documentation, minor version
@@ -160,10 +161,7 @@ def _smi(query: Sequence[str]) -> list[list[str]]:
     if command is None:
         return []
     try:
-        done = subprocess.run(
-            [command, *query, "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=SMI_SECONDS, check=True,
-        )  # fmt: skip
+        done = run_text([command, *query, "--format=csv,noheader,nounits"], timeout=SMI_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     return [[cell.strip() for cell in row] for row in csv.reader(done.stdout.splitlines()) if row]

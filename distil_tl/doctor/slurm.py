@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from distil_tl.doctor.lines import Report, first_line
 from distil_tl.utils.errors import did_you_mean
+from distil_tl.utils.processes import run_text
 
 GROUP = "Slurm"
 SECONDS = 15.0
@@ -35,9 +36,7 @@ def read_partitions() -> dict[str, Partition]:
     Raises:
         OSError, subprocess.SubprocessError: sinfo is missing, fails, or does not answer.
     """
-    done = subprocess.run(
-        ["sinfo", "--noheader", "--format=%R|%a|%G|%c"], capture_output=True, text=True, timeout=SECONDS, check=True
-    )
+    done = run_text(["sinfo", "--noheader", "--format=%R|%a|%G|%c"], timeout=SECONDS, check=True)
     found: dict[str, Partition] = {}
     for line in done.stdout.splitlines():
         name, state, gres, cpus = (line.strip().split("|") + [""] * 4)[:4]

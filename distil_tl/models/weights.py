@@ -171,7 +171,7 @@ def load_backbone(module: nn.Module, state: StateDict, *, skip: tuple[str, ...],
     try:
         missing, unexpected = module.load_state_dict(kept, strict=False)
     except RuntimeError as error:
-        differences = [line.strip() for line in str(error).splitlines()[1:]]
+        differences = _other_shapes(kept, module) or [line.strip() for line in str(error).splitlines()[1:]]
     else:
         differences = [f"missing {name}" for name in missing if not has_prefix(name, skip)]
         differences += [f"unexpected {name}" for name in unexpected]
@@ -184,6 +184,15 @@ def load_backbone(module: nn.Module, state: StateDict, *, skip: tuple[str, ...],
             f"{'; '.join(differences[:_MAX_LISTED])}{more}. "
             "Give weights of the same architecture, or set model.name to the architecture of these"
         )
+
+
+def _other_shapes(state: StateDict, module: nn.Module) -> list[str]:
+    """The tensors that have another shape than in the module."""
+    return [
+        f"{name} is {list(state[name].shape)} in the file, and {list(expected.shape)} in the model"
+        for name, expected in module.state_dict().items()
+        if name in state and state[name].shape != expected.shape
+    ]
 
 
 def log_old_head(state: StateDict, heads: tuple[str, ...], source: str) -> None:

@@ -27,6 +27,7 @@ from distil_tl.rundir.state import RunState
 from distil_tl.utils.args import to_yaml
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json, writing
+from distil_tl.utils.processes import run_text
 from distil_tl.utils.threads import available_cpus
 from distil_tl.utils.version import __version__
 
@@ -161,7 +162,7 @@ def git_state() -> dict[str, Any] | None:
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(package), *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return run_text(command, timeout=10, check=True).stdout.strip()
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}

@@ -19,7 +19,11 @@ from distil_tl.utils.errors import NoProgressError, SupersededError, UserError
 from distil_tl.utils.files import write_json
 
 FILE = "attempt.json"
-FIELDS = {"token", "folder", "host", "pid", "process", "slurm_job_id", "restarts", "step", "stuck", "started_at"}
+# Of the fields that every such file has.
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "token": str, "folder": str, "host": str, "pid": int, "process": (str, type(None)),
+    "slurm_job_id": (str, type(None)), "restarts": int, "step": int, "stuck": int, "started_at": str,
+}  # fmt: skip
 MAX_STUCK = 3  # automatic restarts in a row that may begin at the same step
 
 
@@ -116,7 +120,10 @@ def read_attempt(path: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.keys() >= FIELDS else None
+    valid = isinstance(found, dict) and all(isinstance(found.get(name, ...), kind) for name, kind in TYPES.items())
+    if not valid:
+        return None
+    return found if isinstance(found.get("uid"), int) else {**found, "uid": None}
 
 
 def is_alive(signed: Mapping[str, Any]) -> bool:

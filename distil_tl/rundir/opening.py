@@ -14,6 +14,7 @@ from distil_tl.models.transfer import TransferModel
 from distil_tl.rundir.changes import refuse_changes
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_train_state, load_weights
 from distil_tl.rundir.directory import RunDirectory, check_shared
+from distil_tl.rundir.queued_job import warn_of_queued_job
 from distil_tl.rundir.start import Start, find_start
 from distil_tl.rundir.state import RunState
 from distil_tl.utils.command import has_restarted
@@ -77,6 +78,7 @@ def open_outputs(
     checkpoints: Checkpoints,
 ) -> str | None:
     """Claim the run directory and write the files that describe the run, on rank 0. Returns the token of the claim."""
+    warn_of_queued_job(directory.path)
     directory.open(unresolved, splits.classes, info, state.step)
     if start.checkpoint is not None and start.is_own_checkpoint:
         newest = Path(start.checkpoint)

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import BooleanNode, DictConfig, ListConfig, Node, OmegaConf, StringNode
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, Node, OmegaConf, StringNode
 from omegaconf.errors import OmegaConfBaseException
 
-from distil_tl.utils.errors import UserError, did_you_mean
+from distil_tl.utils.errors import UserError, did_you_mean, number_hint
 from distil_tl.utils.log import printable
 from distil_tl.utils.paths import path_problem, read_text
 from distil_tl.utils.shipped import find_configuration, shipped_files
@@ -135,7 +135,9 @@ def apply(schema: DictConfig, tree: dict[str, Any], prefix: str, problems: list[
             try:
                 OmegaConf.update(schema, full, value)
             except (OmegaConfBaseException, OverflowError) as error:  # an integer of more digits than a float holds
-                problems.append(f"`{full}`: {str(error).splitlines()[0]}")
+                is_number = isinstance(_node_at(schema, full), (FloatNode, IntegerNode))
+                hint = number_hint(str(value)) if is_number else ""
+                problems.append(f"`{full}`: {str(error).splitlines()[0]}{hint}")
 
 
 def _is_typed_list(node: Any) -> bool:

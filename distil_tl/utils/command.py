@@ -72,6 +72,7 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
     _Ended.because_of_others = False
     provide_home(show=_is_rank_zero())
     try:
+        _refuse_deleted_folder()
         return body() or 0
     except UserError as error:
         _print_error(f"{name}: {error}", every_rank=error.one_rank)
@@ -108,6 +109,17 @@ def run_command(name: str, body: Callable[[], int | None]) -> int:
             raise
         logger.exception("%s: internal error", name)
         return EXIT_FAULT
+
+
+def _refuse_deleted_folder() -> None:
+    """Raises UserError if the current folder is gone: a relative path, and much in libraries, needs one."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError(
+            f"the current folder does not exist any more, or can't be read ({error.strerror}): change to another one, "
+            f"as with `cd`, and run the command there"
+        ) from None
 
 
 def _known_error(error: Exception) -> tuple[str, int, bool] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 EXIT_FAULT = 1
@@ -41,7 +42,7 @@ class LostRanksError(RuntimeError):
 
 
 class RestartError(Exception):
-    """The device ran out of memory while the ranks were reducing gradients: the process must start again.
+    """The process must start again: out of memory while the ranks reduced gradients, or a job that was suspended.
 
     Attributes:
         settings: environment variables for the new process.
@@ -118,3 +119,12 @@ def listed(items: Sequence[str], limit: int) -> str:
     """The first `limit` items, and how many more there are."""
     more = len(items) - limit
     return ", ".join(items[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def number_hint(text: str) -> str:
+    """How a number is written that was given as 20% or 0,2; empty for other texts."""
+    if match := re.fullmatch(r"\s*(\d+(?:[.,]\d+)?)\s*%\s*", text):
+        return f"; write {float(match[1].replace(',', '.')) / 100:g}"
+    if re.fullmatch(r"\s*-?\d+,\d+\s*", text):
+        return f"; write {text.strip().replace(',', '.')}"
+    return ""

@@ -1,11 +1,25 @@
-"""Processes below another one: list them, kill them."""
+"""Commands of the system, and the processes below another one."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+
+def run_text(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command and keep what it prints, in UTF-8; other bytes, as in the names of jobs, are replaced.
+
+    Args:
+        options: of `subprocess.run`.
+    """
+    return subprocess.run(
+        command, **{"capture_output": True, "encoding": "utf-8", "errors": "replace", "check": False, **options}
+    )
 
 
 def descendants(pid: int) -> list[int]:

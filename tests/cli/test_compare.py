@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from distil_tl.cli.compare import main
 from distil_tl.cli.comparison import Pairs, count_pairs
 from distil_tl.evaluate import main as evaluate
-from distil_tl.models.config import ModelConfig
-from distil_tl.models.preprocess import Preprocess
-from distil_tl.models.transfer import build
-from distil_tl.rundir.checkpoint import Checkpoints
-
-CLASSES = ["circles", "noise", "stripes"]
-NAME = "shufflenet_v2_x0_5"
+from tests.helpers.trained import make_run
 
 
 def test_the_figures_are_those_of_the_literature() -> None:
@@ -37,24 +29,6 @@ def test_the_figures_are_those_of_the_literature() -> None:
 def test_pairs_are_counted() -> None:
     targets, first, second = np.array([0, 1, 2, 0, 1]), np.array([0, 1, 2, 1, 0]), np.array([0, 2, 2, 0, 2])
     assert count_pairs(targets, first, second) == Pairs(both=2, only_first=1, only_second=1, none=1)
-
-
-def make_run(path: Path, data: Path, seed: int, classes: list[str] = CLASSES) -> Path:
-    path.mkdir()
-    (path / "config.yaml").write_text(
-        f"data: {{root: {data}, image_size: 32, workers: 0}}\nmodel: {{name: {NAME}, weights: none}}\n"
-        "stages: {head: {unfreeze: head}}\nprecision: fp32\n"
-    )
-    model = build(ModelConfig(NAME, weights="none"), len(classes), image_size=32, seed=seed).module
-    for _ in range(40):  # statistics for BatchNorm: else all images look alike
-        model.train()(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
-    checkpoints = Checkpoints(path / "checkpoints")
-    run = {"position": {"stage": "head"}, "stages": {"head": {}}}
-    preprocess = Preprocess(crop_size=32, resize_size=32)
-    state = {"classes": classes, "preprocess": asdict(preprocess), "run": run}
-    checkpoints.save(1, weights=model.state_dict(), train_state={}, state=state, is_best=True)
-    checkpoints.wait()
-    return path
 
 
 def test_two_runs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,6 +75,10 @@ def test_other_classes_are_refused(data: Path, tmp_path: Path, capsys: pytest.Ca
     runs = [make_run(tmp_path / "a", data, 1), make_run(tmp_path / "b", data, 1, ["circles", "noise", "lines"])]
     assert main([str(run) for run in runs]) == 2
     assert "have other classes (lines, stripes): only models of the same classes" in capsys.readouterr().err
+    data.rename(tmp_path / "moved")
+    assert main([str(runs[0]), str(runs[0])]) == 2
+    assert f"data.root={data} of {runs[0]} is not a folder; if the images were moved" in capsys.readouterr().err
+    assert main([str(runs[0]), str(runs[0]), f"--data={tmp_path}/moved"]) == 0
     assert main([str(runs[0]), str(tmp_path)]) == 2
     assert "is not a run directory" in capsys.readouterr().err
     assert main([str(runs[0]), str(runs[0]), "--images", "-1"]) == 2

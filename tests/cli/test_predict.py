@@ -103,6 +103,8 @@ def test_a_file_that_cannot_be_read_is_an_error_if_asked_for(
     [
         (["--batch-size", "0"], "--batch-size and --top must be at least 1"),
         (["--workers", "-1"], "--workers at least 0"),
+        (["--workers", "257"], "--workers at most 256"),
+        (["--batch-size", "99999999999999999999"], "--batch-size must be at most 65,536"),
         (["-o", "nowhere/out.csv"], "there is no folder nowhere"),
     ],
 )

@@ -275,6 +275,9 @@ def test_wrong_options_are_refused_together(source: Path, tmp_path: Path, capsys
     for part in ("--resize must", "--quality must", "--workers must"):
         assert part in message
     assert "is not a folder" in refused(capsys, *arguments(tmp_path / "nowhere", tmp_path / "copy"))
+    with pytest.raises(SystemExit):
+        main([str(source), "--out", str(tmp_path / "copy"), "--val", "20%"])
+    assert "argument --val: '20%' is not a number; write 0.2" in capsys.readouterr().err
     assert not (tmp_path / "copy").exists()
 
 

@@ -255,3 +255,10 @@ def test_evaluation_requires_a_folder(folder: Path, tmp_path: Path) -> None:
     archive = pack(tmp_path / "a.tar", folder)
     with pytest.raises(UserError, match=r"a\.tar is not a folder; unpack it and give the folder"):
         configuration.check_evaluation(load([*small_args(archive), "data.stage_to=/tmp"])[0])
+    with pytest.raises(
+        UserError, match=r"nowhere is not a folder; if the images were moved, add data.root=NEW_FOLDER$"
+    ):
+        configuration.check_evaluation(load(small_args(tmp_path / "nowhere"))[0])
+    table = [*small_args(folder), f"data.labels={tmp_path}/nowhere.csv"]
+    with pytest.raises(UserError, match=r"is not a file; if .* add data.root=NEW_FOLDER, or data.labels=FILE$"):
+        configuration.check_evaluation(load(table)[0])

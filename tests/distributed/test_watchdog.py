@@ -175,13 +175,15 @@ def test_a_node_that_does_not_answer_ends_all(star: Callable[..., Star], by: int
 
 
 def test_a_job_that_is_suspended_and_resumed_goes_on(star: Callable[..., Star]) -> None:
-    ranks = star(3, heartbeat=2.0)
+    ranks = star(3, heartbeat=2.0, suspended=1.0)
     pids = [pid for rank in range(3) for pid in (ranks.pid(rank), ranks.watchdog_pid(rank))]
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for pid in pids:
             os.kill(pid, number)
         time.sleep(3 if number == signal.SIGSTOP else 1)
     assert [ranks.watchdogs[rank].lost() for rank in range(3)] == [None] * 3
+    assert all(1 < ranks.watchdogs[rank].suspended(within=WITHIN, wait=WITHIN) < WITHIN for rank in range(3))
+    assert ranks.watchdogs[0].suspended(within=0.1) == 0, "that is over"
     ranks.processes[1].kill()  # they still watch
     assert ranks.verdict(2) == f"rank 1 (host n1, pid {ranks.pid(1)}) was killed or exited"
 
@@ -198,8 +200,10 @@ def test_only_time_in_which_the_observer_ran_counts(monkeypatch: pytest.MonkeyPa
     times = iter([0.0, 0.5, 1.5, 1000.0, 1000.5])
     monkeypatch.setattr(time, "monotonic", lambda: next(times))
     clock = Clock(longest=2.0)
-    assert [clock.advance() for _ in range(4)] == [0.5, 1.0, 2.0, 0.5]
+    assert [(clock.advance(), clock.suspended) for _ in range(3)] == [(0.5, 0), (1.0, 0), (2.0, 996.5)]
+    assert clock.advance() == 0.5
     assert clock.now == 4.0
+    assert clock.suspended == 0
 
 
 def test_many_ranks_send_fewer_heartbeats_and_several_come_in_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,10 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import optuna_driver, optuna_study, status, sweep_plan
+from launch import adaptive, optuna_driver, optuna_study, status, sweep_plan
 from launch.records import read_record
 from tests.helpers.adaptive_jobs import (
     HERE,
+    PLAIN,
     RESUME,
     SPACE,
     STOPPED,
@@ -78,6 +80,38 @@ def test_the_same_search_proposes_the_same_in_one_go_and_in_two(slurm: FakeSlurm
     HERE.rename("sweeps/there")
     searched("--parallel=1", "--trials=5")
     assert [trial.user_attrs["values"] for trial in stored()] == there
+
+
+def test_a_full_disk_while_it_writes(
+    slurm: FakeSlurm, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, calls, fails = os.fsync, 0, 10**9
+
+    def fsync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    searched("--trials=2")
+    total, statuses = calls, []
+    for number, part in enumerate((0, 0.3, 0.6, 0.9)):
+        HERE.rename(f"sweeps/{number}")
+        before = len(slurm.calls("sbatch"))
+        calls, fails = 0, int(part * total)
+        capsys.readouterr()
+        statuses.append(adaptive.main([*PLAIN, "rates.yaml", "--trials=2"]))
+        said = capsys.readouterr().err
+        assert said.count("No space left on device") == 1, said
+        assert "Traceback" not in said
+        fails = 10**9
+        (HERE / "search.json").unlink(missing_ok=True)  # it names this process, which would have ended
+        searched("--trials=2")
+        assert states() == {"COMPLETE": 2}
+        assert len(slurm.calls("sbatch")) - before == 2, "no trial is submitted twice"
+    assert statuses == [2, 1, 1, 1]
 
 
 # Pruning

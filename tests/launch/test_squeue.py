@@ -34,6 +34,13 @@ def test_the_state_of_one_job(slurm: FakeSlurm) -> None:
     assert (job_state("7"), job_state("8"), job_state("9")) == ("RUNNING", "FAILED", None)
 
 
+def test_names_that_are_not_utf_8_hide_no_job(slurm: FakeSlurm) -> None:
+    """As in the comment of a job that another program submitted."""
+    (slurm.folder / "squeue").write_text("#!/bin/sh\nprintf '7|7|RUNNING|n1|None|1:00|caf\\351|x\\n'\n")
+    assert read_queue()["7"].state == "RUNNING"
+    assert job_state("7") == "7|7|RUNNING|n1|None|1:00|caf\ufffd|x"
+
+
 def test_slurm_that_does_not_answer_in_time(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     assert shutil.which("squeue") == str(slurm.folder / "squeue")
     (slurm.folder / "squeue").write_text("#!/bin/sh\nexec sleep 30\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from distil_tl.tracking.wandb.state import Marks, segments
-from launch.sync import main
+from launch import sync
+from launch.sync import main, send
+from tests.helpers.chaos import small_disk
 from tests.helpers.wandb_runs import ALL, Run
 from tests.helpers.wandb_server import Server, struck, tracked
 
@@ -134,6 +137,35 @@ def test_a_server_that_does_not_answer(
     monkeypatch.setenv("WANDB_BASE_URL", wandb_server.url)
     assert main([str(run_dir)]) == 0
     assert wandb_server.steps(run_dir) == ALL
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    for size in (1 << 20, 1 << 10):
+        with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+            while file.write(bytes(size)):
+                pass
+
+
+def test_a_full_disk_while_it_sends(
+    killed: Run, tmp_path: Path, wandb_server: Server, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with small_disk(tmp_path / "disk"):
+        if not (tmp_path / "disk").is_mount():
+            pytest.skip("this user may not mount a file system")
+        run_dir, full = copied(killed, tmp_path / "disk" / "run"), tmp_path / "disk" / "full"
+        with monkeypatch.context() as patch:
+            patch.setattr(sync, "send", lambda *args: (fill(full), send(*args)))
+            assert main([str(run_dir)]) == 1
+        said = capsys.readouterr()
+        assert "No space left on device" in said.out
+        assert "1 of 1 failed; run the same command to retry" in said.out
+        assert "Traceback" not in said.out + said.err
+        full.unlink()
+        assert main([str(run_dir)]) == 0
+        assert wandb_server.steps(run_dir) == ALL
+        assert Marks.of(run_dir, "online").done
 
 
 def test_what_is_sent_so_far_is_not_sent_again(

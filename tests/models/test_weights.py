@@ -195,6 +195,9 @@ def test_the_backbone_must_match_exactly(tmp_path: Path, state: dict[str, Tensor
     with pytest.raises(UserError, match=r"layer1\.0\.conv") as caught:
         load("resnet18", path)
     assert "1 tensors differ" in str(caught.value)
+    if change == "shape":
+        said = "layer1.0.conv1.weight is [64, 64, 1, 1] in the file, and [64, 64, 3, 3] in the model. Give weights"
+        assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

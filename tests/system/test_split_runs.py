@@ -151,7 +151,14 @@ def test_predictions_know_the_split(
     assert "the model was trained on 44 of these 60 images; --split val leaves them out" in capsys.readouterr().err
     assert rows(str(flat), "--split=val") == 16
     assert predict([str(alone), str(flat / "noise"), "--split=test"]) == 2
-    assert "none of the images is in test of the run" in capsys.readouterr().err
+    assert f"none of the images is in test of the run, which names them by their paths below {flat}" in (
+        capsys.readouterr().err
+    )
+    moved = flat.rename(tmp_path / "moved")
+    try:
+        assert rows(str(moved), "--split=val") == 16
+    finally:
+        moved.rename(flat)
 
 
 def test_weights_of_images(flat: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,18 @@ def test_the_exit_status_is_what_the_command_returns() -> None:
     assert run_command("test", lambda: 1) == 1
 
 
+def test_a_current_folder_that_was_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_command("test", lambda: fails_with(AssertionError())) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("test: the current folder does not exist any more")
+    assert said.count("\n") == 1
+
+
 def test_a_compiler_that_fails(capsys: pytest.CaptureFixture[str]) -> None:
     error = type("InductorError", (RuntimeError,), {})("InvalidCxxCompiler: no working compiler\n\nSet TORCH_LOGS")
     assert run_command("test", lambda: fails_with(error)) == 2

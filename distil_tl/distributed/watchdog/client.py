@@ -25,6 +25,7 @@ TIMES = {  # seconds
     "forced_exit": 3.0,  # after which a rank that is told to exit is killed
     "doubt": 1.0,  # in which another rank's death may turn out to be the reason for a rank's error
     "greeting": 20.0,  # in which a connection has to say who it is
+    "suspended": 10.0,  # from which on the rank is told that its job was suspended; less is a busy machine
 }
 _MASKED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 # The package is found last, so that nothing beside it can hide a module of the standard library.
@@ -71,6 +72,7 @@ class RankWatchdog:
         self._ours, self._theirs = socket.socketpair()
         self._received = b""
         self._lost: str | None = None
+        self._suspensions: list[tuple[float, float]] = []  # when they ended, in monotonic time, and their seconds
         self._has_peers = self._connected = self._rank_zero_ended = False
 
     def start(self, settings: dict[str, Any], connection: socket.socket | None) -> None:
@@ -128,6 +130,18 @@ class RankWatchdog:
         self._hear(wait, lambda: self._lost is not None)
         return self._lost
 
+    def suspended(self, within: float, wait: float = 0.0) -> float:
+        """For how many seconds the whole job was suspended; 0 if it was not, or no longer in the last `within` seconds.
+
+        Waits up to `wait` seconds for the answer, or until a rank is lost.
+        """
+
+        def found() -> list[float]:
+            return [seconds for until, seconds in self._suspensions if time.monotonic() - until <= within]
+
+        self._hear(wait, lambda: bool(found()) or self._lost is not None)
+        return max(found(), default=0.0)
+
     def is_connected(self, wait: float) -> bool:
         """Whether this watchdog, not that of rank 0, is connected to that of rank 0. Waits up to `wait` seconds."""
         self._hear(wait, lambda: self._connected)
@@ -171,4 +185,6 @@ class RankWatchdog:
             for message in map(json.loads, lines):
                 self._lost = message.get("verdict", self._lost)
                 self._connected = message.get("connected", self._connected)
+                if "suspended" in message:
+                    self._suspensions.append((message["until"], message["suspended"]))
                 self._rank_zero_ended = message.get("rank_zero_ended", self._rank_zero_ended)

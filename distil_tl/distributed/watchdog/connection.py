@@ -18,10 +18,13 @@ class Clock:
 
     Args:
         longest: between two calls of `advance`. A longer time does not count: this process was suspended.
+
+    Attributes:
+        suspended: seconds before the last call that do not count.
     """
 
     def __init__(self, longest: float) -> None:
-        self.now = 0.0
+        self.now = self.suspended = 0.0
         self._longest = longest
         self._looked = time.monotonic()
 
@@ -29,6 +32,7 @@ class Clock:
         """Add the time since the last call. Returns what was added."""
         before, self._looked = self._looked, time.monotonic()
         passed = min(self._looked - before, self._longest)
+        self.suspended = self._looked - before - passed
         self.now += passed
         return passed
 

@@ -85,6 +85,8 @@ class Watchdog:
             wait = min(next_tick - time.monotonic(), 0.1 if urgent else self.tick)
             events = self.selector.select(max(0.0, wait))
             self.own.observe(self.clock.advance())
+            if self.clock.suspended >= self.settings["suspended"]:
+                self.control.send({"suspended": self.clock.suspended, "until": time.monotonic()})
             for key, _ in events:
                 self.handle(key.data)
             if time.monotonic() >= next_tick and not self.done:

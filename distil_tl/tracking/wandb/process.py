@@ -57,8 +57,9 @@ def track(task: Task, statuses: queue.Queue[str], report: Report) -> int:
                     session.follow()
             session.finish(status)
         except Exception as error:
-            traceback.print_exc()
             report("warn", _one_line(error))
+            with suppress(OSError):  # the disk with the log may be full
+                traceback.print_exc()
             return GIVE_UP if isinstance(error, permanent) else RETRY
     return SENT
 
@@ -114,9 +115,11 @@ def main() -> NoReturn:
     try:
         exit_status = track(task, statuses, report)
     except BaseException:
-        traceback.print_exc()
+        with suppress(OSError):
+            traceback.print_exc()
     finally:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
         kill_descendants(os.getpid())  # W&B's exit handler would wait for its processes, and they for this one
         shutil.rmtree(sys.argv[2], ignore_errors=True)  # its temporary folder, if the training can't remove it
         os._exit(exit_status)
