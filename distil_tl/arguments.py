@@ -42,6 +42,13 @@ def check_arguments(program: str, argv: Sequence[str]) -> None:
         sys.exit(status)
 
 
+def check_evaluation_arguments(argv: Sequence[str] | None = None) -> None:
+    """The same for an evaluation; None: those of this process."""
+    evaluation_parser().parse_intermixed_args(argv)
+    if status := run_command("distil_tl.evaluate", lambda: None):
+        sys.exit(status)
+
+
 def evaluation_parser() -> argparse.ArgumentParser:
     """The arguments of `distil_tl.evaluate`, here so that they can be read before torch is imported."""
     found = argparse.ArgumentParser(

@@ -12,7 +12,7 @@ from distil_tl import config as configuration
 from distil_tl.utils.command import exit_process, run_command
 
 if __name__ == "__main__":  # before torch is imported, so that a wrong argument is refused in less than a second
-    arguments.evaluation_parser().parse_intermixed_args()
+    arguments.check_evaluation_arguments()
 
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import ALL_EXTENSIONS

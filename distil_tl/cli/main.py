@@ -90,7 +90,7 @@ def check_arguments(command: str, args: list[str]) -> None:
     if command == "train":
         arguments.check_arguments("distil_tl.train", args)
     else:
-        arguments.evaluation_parser().parse_intermixed_args(args)
+        arguments.check_evaluation_arguments(args)
 
 
 def usage() -> str:

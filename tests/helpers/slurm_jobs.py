@@ -25,7 +25,8 @@ from tests.helpers.same_run import differing, timeless
 from tests.helpers.slurm_cluster import Partition
 from tests.helpers.wandb_server import Server
 
-# Each step of a job's first start takes longer, so that the test can disturb it in time. After a requeue it is fast.
+# Each step of a job's first start takes longer, or each save, so that the test can disturb it in time. After a requeue
+# it is fast.
 # What it computes is the same. Python searches rarely for reference cycles, which saves a fifth of a job's CPU time.
 SLOW_STEPS = """
 import atexit, gc, os, sys, time
@@ -39,6 +40,11 @@ if seconds and any("submitit" in word or "launch.task" in word for word in sys.o
         time.sleep(seconds)
         return step(self, *args, **kwargs)
     torch.optim.SGD.step = slow_step
+    pause, save = float(os.environ.get("SECONDS_A_SAVE", 0)), torch.save
+    def slow_save(*args, **kwargs):
+        time.sleep(pause)
+        return save(*args, **kwargs)
+    torch.save = slow_save
 """
 
 
@@ -148,17 +154,19 @@ class Run:
 
     Args:
         seconds: that each step of its first start takes longer.
+        save: the same for each save.
         slurm: keys of the configuration's section `slurm`.
     """
 
     def __init__(
         self, cluster: Partition, inputs: Inputs, run_dir: Path, args: list[str], seconds: float = 0,
-        launch: Callable[..., str] = launched, **slurm: object,
+        launch: Callable[..., str] = launched, save: float = 0, **slurm: object,
     ) -> None:  # fmt: skip
         self.cluster, self.inputs, self.run_dir = cluster, inputs, run_dir
         values = {"partition": cluster.name, "nodes": 1, "gpus_per_node": 1, "cpus_per_task": 1, "time": 10}
         values |= {"signal_delay_s": 20, **slurm}
-        setup = f"slurm.setup=[export PYTHONPATH={inputs.slow_steps}, export SECONDS_A_STEP={seconds}]"
+        variables = [f"export PYTHONPATH={inputs.slow_steps}", f"export SECONDS_A_STEP={seconds} SECONDS_A_SAVE={save}"]
+        setup = f"slurm.setup=[{', '.join(variables)}]"
         options = [f"slurm.{key}={value}" for key, value in values.items()]
         launch(cluster, "submit", *args, f"run_dir={run_dir}", *options, setup)
         self.job = json.loads((run_dir / "submitted.json").read_text())["job_id"]

@@ -128,10 +128,12 @@ def test_a_suspended_run_continues(partition: Partition, inputs: Inputs, tmp_pat
 def test_a_node_that_is_cut_off_while_it_saves(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     node = partition.nodes[1]
     with partition.only_on(node):
-        run = Run(partition, inputs, tmp_path / "run", [*inputs.small, "checkpoint.every_steps=1"], 1)
+        run = Run(partition, inputs, tmp_path / "run", [*inputs.small, "checkpoint.every_steps=1"], 1, save=5)
         run.wait_for_step(3)
-    wait_until(lambda: list((run.run_dir / "checkpoints").glob(".step-*.partial")), run.output)
-    partition.cut(node)
+    saving = run.run_dir / "checkpoints"
+    earlier = {path.name for path in saving.glob(".step-*.partial")}
+    wait_until(lambda: {path.name for path in saving.glob(".step-*.partial")} - earlier, run.output)
+    partition.cut(node)  # within the seconds that the new save takes
     partition.wait_for(run.job, "PENDING", "COMPLETED")
     run.wait_until_same_as(inputs.reference(1, [*inputs.small, "checkpoint.every_steps=1"]))
 
