@@ -16,7 +16,7 @@ import pytest
 
 from distil_tl.tracking.wandb.state import Marks, segments
 from launch import sync
-from launch.sync import main, send
+from launch.sync import Unsent, main, send
 from tests.helpers.chaos import small_disk
 from tests.helpers.wandb_runs import ALL, Run
 from tests.helpers.wandb_server import Server, struck, tracked
@@ -155,8 +155,13 @@ def test_a_full_disk_while_it_sends(
         if not (tmp_path / "disk").is_mount():
             pytest.skip("this user may not mount a file system")
         run_dir, full = copied(killed, tmp_path / "disk" / "run"), tmp_path / "disk" / "full"
+
+        def send_after(unsent: Unsent, timeout: float) -> None:
+            fill(full)
+            send(unsent, timeout)
+
         with monkeypatch.context() as patch:
-            patch.setattr(sync, "send", lambda *args: (fill(full), send(*args)))
+            patch.setattr(sync, "send", send_after)
             assert main([str(run_dir)]) == 1
         said = capsys.readouterr()
         assert "No space left on device" in said.out
