@@ -12,6 +12,7 @@ from tests.helpers.arguments import small_args
 from tests.helpers.chaos import KINDS, Fault
 from tests.helpers.chaos_plans import Plan, carry_out, make_reference, random_plan, table
 from tests.helpers.images import make_folder
+from tests.helpers.ranks import run_ranks, train
 from tests.helpers.same_run import Reference
 
 JOB = """
@@ -26,7 +27,8 @@ VARIANTS = {
         "optim.name=sgd",
         "data.split.seed=5",
         "stages.head.views=2",
-        "stages.head.epochs=2",
+        "stages.head.epochs=3",
+        "stages.head.patience=1",
         "data.balance=sampler",
         "optim.loss=focal",
         "metric=balanced_accuracy",
@@ -36,22 +38,35 @@ VARIANTS = {
 }
 
 
-def job_args(folder: Path, where: Path, variant: str) -> list[str]:
+# The stages that learn from a teacher: one whose outputs are cached, and one that computes them in each step.
+TAUGHT = {"sgd": ["all"], "features": ["head", "top"]}
+
+
+def make_teacher(folder: Path, run_dir: Path) -> Path:
+    args = [*small_args(folder), "data.image_size=48", "stages.head.epochs=1", "stages.full.epochs=0"]
+    assert run_ranks(1, train, [*args, f"run_dir={run_dir}"]) == [0]
+    return run_dir
+
+
+def job_args(folder: Path, where: Path, variant: str, teacher: Path) -> list[str]:
     path = where / "job.yaml"
     path.write_text(JOB)
     if variant == "features":  # a folder without a split, which the run makes
         folder = make_folder(where / "flat", {"": 70})
     general = [arg for arg in small_args(folder) if not arg.startswith("stages.")]
     more = ["checkpoint.every_steps=2", "distributed.timeout_seconds=30"]
-    return [str(path), *general, *VARIANTS[variant], *more]
+    taught = [f"stages.{stage}.distill.teacher={teacher}" for stage in TAUGHT.get(variant, [])]
+    return [str(path), *general, *VARIANTS[variant], *taught, *more]
 
 
 @pytest.fixture(scope="module")
 def references(folder: Path, tmp_path_factory: pytest.TempPathFactory):
+    teacher = make_teacher(folder, tmp_path_factory.mktemp("teacher") / "run")
+
     @functools.cache
     def reference(variant: str) -> tuple[list[str], Reference]:
         where = tmp_path_factory.mktemp(f"reference-{variant}")
-        args = job_args(folder, where, variant)
+        args = job_args(folder, where, variant, teacher)
         return args, make_reference(where, args)
 
     return reference
