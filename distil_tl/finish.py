@@ -1,16 +1,65 @@
-"""The end of a run: the best checkpoint is evaluated in full, and the run directory completed."""
+"""The ends of stages and of the run.
+
+A stage leaves averaged or interpolated weights, where its configuration says so. At the end of the run the best
+checkpoint is evaluated in full, and the run directory completed.
+"""
 
 from __future__ import annotations
+
+import time
 
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.run import Run
 from distil_tl.rundir.checkpoint import load_weights
 from distil_tl.training import console
 from distil_tl.training.evaluation import Evaluation, evaluate
+from distil_tl.training.interpolation import ALPHAS, Interpolation, best_alpha
 from distil_tl.training.memory import PartSize
-from distil_tl.training.network import final_network
+from distil_tl.training.network import ImageNetwork, final_network
+from distil_tl.training.step import StageTraining
 
 MISTAKES = 50  # most confident mistakes kept in evaluation.json
+
+
+def end_stage(run: Run, training: StageTraining) -> None:
+    """Leave the weights in the model from which the next stage starts.
+
+    Raises:
+        AllRanksStopError: on all ranks alike. A resumed run begins the end of the stage again.
+    """
+    training.weights.adopt_average()
+    if training.weights.interpolation is not None:
+        interpolate(run, training, training.weights.interpolation)
+
+
+def interpolate(run: Run, training: StageTraining, interpolation: Interpolation) -> None:
+    """Evaluate interpolated weights, and save the best: of all parameters with the same alpha."""
+    info, stage, began = run.info, training.stage, time.monotonic()
+    assert interpolation.figures is not None
+    figures, chosen, kept = {ALPHAS[0]: interpolation.figures}, ALPHAS[0], None
+    in_full = isinstance(training.inner, ImageNetwork)  # as after an epoch
+    try:
+        for alpha in ALPHAS[1:]:
+            info.phase = f"the evaluation of stage {stage.name} with alpha {alpha:g}"
+            interpolation.apply(alpha)
+            result = evaluate(
+                info, training.inner, training.batches.val_sampler.turns, training.batches.evaluation(),
+                run.num_classes, part_size=training.val_part_size, agreement=run.agreement,
+                mistakes=MISTAKES if in_full else None,
+            )  # fmt: skip
+            figures[alpha] = result.metrics.compute()
+            chosen, before = best_alpha(stage.metric, figures), chosen
+            kept = kept if chosen == before else result
+    except BaseException:
+        interpolation.apply(ALPHAS[0])  # if a checkpoint is written now, it has weights that were evaluated
+        raise
+    interpolation.apply(chosen)
+    training.weights.interpolation = None
+    is_best = run.records.add_interpolation(stage.name, figures, chosen, time.monotonic() - began)
+    if is_best:
+        run.best_evaluation = kept if in_full else None
+    console.print_interpolation(info, stage.name, run.state)
+    run.save(training, is_best=is_best)
 
 
 def finish(run: Run) -> None:

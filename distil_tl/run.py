@@ -80,8 +80,11 @@ class Run:
     # Stages.
 
     def has_finished(self, name: str) -> bool:
-        epochs, record = self.config.stages[name].epochs, self.state.stages.get(name)
-        return epochs == 0 or (record is not None and record.has_finished(epochs))
+        config, record = self.config.stages[name], self.state.stages.get(name)
+        skipped = bool(config.epochs == 0)
+        if skipped or record is None:
+            return skipped
+        return record.has_finished(config.epochs) and not (config.wise_ft and record.wise_ft is None)
 
     def stage(self, name: str) -> Stage:
         """A stage with its settings resolved, including those that a head search chose."""
@@ -135,6 +138,8 @@ class Run:
             return
         assert record.best is not None
         record.stopped_early = True
+        if self.training is not None:
+            self.training.weights.adopt_average()
         path = self.checkpoints.path(record.best["step"])
 
         def damage() -> str | None:
@@ -174,7 +179,7 @@ class Run:
             return
         self.checkpoints.save(
             self.state.step,
-            weights=self.model.module.state_dict(),
+            weights=training.weights.state_dict(self.model.module),
             train_state={"stage": training.stage.name, "meter": counted, **training.state()},
             state={
                 "format": 1,

@@ -14,6 +14,7 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.run import Run
 from distil_tl.training.evaluation import evaluate
+from distil_tl.training.interpolation import ALPHAS
 from distil_tl.training.optim import lr_factor, set_lr
 from distil_tl.training.stage import Stage
 from distil_tl.training.step import StageTraining, average_statistics, optimizer_step
@@ -57,7 +58,8 @@ def limit_epochs(run: Run, stage: Stage, begin: Callable[[], StageTraining], tak
 
     def decide() -> dict[str, Any]:
         run.tick()
-        left = MARGIN * 60 * (run.config.max_minutes or 0) - run.state.seconds - seconds["evaluation"]
+        ends = 1 + (len(ALPHAS) - 1) * stage.config.wise_ft  # evaluations after the last epoch
+        left = MARGIN * 60 * (run.config.max_minutes or 0) - run.state.seconds - ends * seconds["evaluation"]
         chosen = affordable_epochs(left, seconds["training"] + seconds["evaluation"], epochs, name)
         return {"epochs": chosen, "configured": epochs[name], "seconds_left": left, "seconds_of_epoch": seconds}
 

@@ -34,7 +34,7 @@ from distil_tl.distributed.leaving import cause_of
 from distil_tl.distributed.preemption import AllRanksStopError, Request, StopSignal
 from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero, once_per_node
-from distil_tl.finish import MISTAKES, finish
+from distil_tl.finish import MISTAKES, end_stage, finish
 from distil_tl.models.transfer import build, download_weights
 from distil_tl.open_run import open_run
 from distil_tl.report import write_report
@@ -157,6 +157,7 @@ def run_stage(run: Run, stage: Stage) -> None:
         position = evaluate_epoch(run, training, position)
         if run.agreement.exchange_now() is Request.STOP:
             raise AllRanksStopError
+    end_stage(run, training)
     run.training = None  # frees optimizer, gradients and loader processes before the next stage is set up
 
 
@@ -176,6 +177,7 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
             training.batches.start_val()  # now that the first batches of training are loaded
             optimizer_step(training, loss, step)
             average_statistics(info, training)
+            training.weights.after_step(step)
             position.step, position.consumed = position.step + 1, position.consumed + sampler.global_batch_size
             run.unsaved = True
             bar.advance()
@@ -247,14 +249,16 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
     # Collect mistakes now, so that the best epoch needs no second evaluation. A network of which only a part trains is
     # evaluated as a whole at the end.
     in_full = isinstance(training.inner, ImageNetwork)
-    result = evaluate(
-        info, training.inner, training.batches.val_sampler.turns, training.batches.evaluation(), run.num_classes,
-        part_size=training.val_part_size, agreement=run.agreement, mistakes=MISTAKES if in_full else None,
-    )  # fmt: skip
+    with training.weights.evaluated():
+        result = evaluate(
+            info, training.inner, training.batches.val_sampler.turns, training.batches.evaluation(), run.num_classes,
+            part_size=training.val_part_size, agreement=run.agreement, mistakes=MISTAKES if in_full else None,
+        )  # fmt: skip
     bad_images.refuse_none_usable(result.metrics.count, "val", run.source.index("val"))
     line, moment = run.records.add_epoch(training.moment(position), trained), training.moment(position)
     seconds = time.monotonic() - began
     is_best = run.records.add_evaluation(moment, result.metrics, seconds, result.waited)
+    training.weights.offer(run.state.final, stage.metric)
     if is_best:
         run.best_evaluation = result if in_full else None
     record = run.state.stages[stage.name]

@@ -230,7 +230,8 @@ def _judge_space(
 ) -> None:
     config, folders, archive = plan.config, everyone[0].folders, archive_size(everyone)
     if sizes and "run_dir" in folders:
-        space.judge_checkpoints(report, folders["run_dir"], sizes[0], config.optim, config.checkpoint.keep)
+        keep = config.checkpoint.keep
+        space.judge_checkpoints(report, folders["run_dir"], sizes[0], config.optim, keep, config.stages)
     if sizes and "cache" in folders:
         space.judge_features(report, folders["cache"], sizes[0], images, config.stages, config.data.augment)
     if "data.stage_to" in folders and config.data.root is not None and (images.bytes or archive is not None):

@@ -24,13 +24,14 @@ class StageBatches:
     loader: Iterable[Batch]
     val_sampler: EvalBatches
     val_loader: Iterable[Batch]
+    more_evaluations: int = 0  # after that of the last epoch
     _train: Iterator[Batch] | None = None
     _val: Iterator[Batch] | None = None
 
     def start(self, epoch: int, consumed: int) -> None:
         """Start to load the training batches, from a position of the stage to its end."""
         self.sampler.set_position(epoch, consumed)
-        self.val_sampler.passes = self.sampler.epochs - epoch
+        self.val_sampler.passes = self.sampler.epochs - epoch + self.more_evaluations
         self._train = self.source.batches(self.loader, "train")
 
     def next(self) -> Batch:

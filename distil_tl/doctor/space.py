@@ -21,9 +21,17 @@ GROUP = "disk"
 OPTIMIZER_VALUES = {"adamw": 2, "sgd": 1}  # per trained parameter
 
 
-def judge_checkpoints(report: Report, run_dir: FolderFacts, model: ModelFound, optim: OptimConfig, keep: int) -> None:
+def judge_checkpoints(
+    report: Report,
+    run_dir: FolderFacts,
+    model: ModelFound,
+    optim: OptimConfig,
+    keep: int,
+    stages: Mapping[str, StageConfig],
+) -> None:
     """A line about the space for checkpoints: the newest ones, the best one, and the one that is being written."""
-    one = 4 * (model.parameters + OPTIMIZER_VALUES.get(optim.name, 2) * model.trainable)
+    values = OPTIMIZER_VALUES.get(optim.name, 2) + max((saved_weights(stage) for stage in stages.values()), default=0)
+    one = 4 * (model.parameters + values * model.trainable)
     needed, written = (keep + 2) * one, _size_of(Path(run_dir.path) / "checkpoints")
     more = size(max(0, needed - written))
     text = f"{size(run_dir.free)} free for {more}: up to {keep + 2} checkpoints of up to {size(one)}"
@@ -31,6 +39,11 @@ def judge_checkpoints(report: Report, run_dir: FolderFacts, model: ModelFound, o
         report.ok(GROUP, "checkpoints", text)
     else:
         report.fail(GROUP, "checkpoints", f"{text}; free some space, choose another run_dir, or lower checkpoint.keep")
+
+
+def saved_weights(stage: StageConfig) -> int:
+    """How many values of each trained parameter a checkpoint has besides the evaluated one."""
+    return int(stage.ema is not None) + 2 * stage.wise_ft
 
 
 def _size_of(folder: Path) -> int:

@@ -62,6 +62,11 @@ def _body(run: Run) -> Markup:
         _section(
             "Head search", "Val top-1 of each candidate head. The outlined one was chosen.", search_maps(run), wide=True
         ),
+        _section(
+            "Interpolated weights",
+            "Between the first weights of a stage (alpha 0) and its best ones (alpha 1).",
+            tables.interpolation_tables(run),
+        ),
         _section("Evaluation", "The best checkpoint on val.", overview.evaluation(run.evaluation, confusion)),
         _section("Classes", "On val, sorted by F1, lowest first.", classes),
         _section("Test", "The best checkpoint on test, class by class.", _test(run)),

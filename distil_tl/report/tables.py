@@ -84,6 +84,27 @@ def stage_table(run: Run) -> Markup:
     return table(head, rows, label="Stages")
 
 
+def interpolation_tables(run: Run) -> list[Markup]:
+    """Figures of the interpolated weights of each stage with `wise_ft`, by alpha."""
+    found = []
+    for name, stage in mapping(run.summary, "stages").items():
+        result = mapping(stage if isinstance(stage, dict) else {}, "wise_ft")
+        figures = result.get("figures")
+        rows: list[list[Child]] = []
+        for row in figures if isinstance(figures, list) else []:
+            if isinstance(row, dict) and (alpha := number(row.get("alpha"))) is not None:
+                mark = " (chosen)" if alpha == number(result.get("alpha")) else ""
+                loss = number(row.get("loss"))
+                shown = text.MISSING if loss is None else f"{loss:.4f}"
+                rows.append([f"{alpha:g}{mark}", text.percent(number(row.get("top1"))), shown])
+        if rows:
+            label = f"Interpolated weights of stage {name}"
+            found.append(
+                h("div", h("h3", f"Stage {name}"), table(["Alpha", "Val top-1", "Val loss"], rows, label=label))
+            )
+    return found
+
+
 def peak_memory(run: Run) -> Markup | None:
     """The peak memory of each stage, of the rank with the highest; None for a run of earlier code."""
     stages = mapping(run.summary, "stages")

@@ -70,6 +70,8 @@ NEW_KEYS: dict[str, Any] = {
     "stages.*.mixup": 0.0,
     "stages.*.cutmix": 0.0,
     "stages.*.mix_off_epochs": 0,
+    "stages.*.ema": None,
+    "stages.*.wise_ft": False,
     "compile_mode": "default",
     "tf32": True,
     "deterministic": False,

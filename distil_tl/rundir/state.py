@@ -49,6 +49,7 @@ class StageRecord:
     search: dict[str, Any] | None = None  # result of the head search
     limit: dict[str, Any] | None = None  # what `max_minutes` made of its epochs, and from which figures
     teacher: dict[str, Any] | None = None  # whose outputs it learns from: run_dir, checkpoint and digest
+    wise_ft: dict[str, Any] | None = None  # result of the interpolation at the end
     peak_memory_mb: float = 0.0  # of the rank with the highest peak: GPU memory, else memory of the process
     part_sizes: dict[str, int] = field(default_factory=dict)  # images at once, by work, after memory ran out
 

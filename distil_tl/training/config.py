@@ -99,6 +99,8 @@ class StageConfig:
     views: int | None = None  # augmented views of each image in the features; null: one view, not augmented
     search: SearchConfig = field(default_factory=SearchConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    ema: float | None = None  # decay of a moving average of the weights, which is evaluated and kept; null: none
+    wise_ft: bool = False  # at the end, interpolate between the first and the best weights of the stage
 
     def __post_init__(self) -> None:
         self.epochs = whole_number(self.epochs)
@@ -139,6 +141,8 @@ class StageConfig:
                 f"{key} trains the whole network, so it can't use features; remove {key}.features and {key}.views"
             )
         found += self._mixing_problems(key)
+        if self.ema is not None and not 0 < self.ema < 1:
+            found.append(f"{key}.ema is the decay of an average: above 0 and below 1, such as 0.99, or null for none")
         if self.image_size is not None and self.image_size < 8:
             found.append(f"{key}.image_size must be at least 8 pixels")
         if self.search.wanted and self.distill.teacher is not None:

@@ -110,6 +110,20 @@ def print_epoch(
             )  # fmt: skip
 
 
+def print_interpolation(info: DistInfo, name: str, state: RunState) -> None:
+    """The result of the interpolation at the end of a stage."""
+    result = state.stages[name].wise_ft
+    if not info.is_main or result is None:
+        return
+    metric, rows = result["metric"], result["figures"]
+    figures = {row["alpha"]: row[metric] for row in rows}
+    logger.info(
+        "%s: between its first and its best weights alpha %g is chosen: %s %.4f on val, %.4f with alpha 1%s  "
+        "(%d evaluations in %.1f s)", name, result["alpha"], metric.replace("_", " "), figures[result["alpha"]],
+        figures[1.0], "  (best)" if state.final is state.best else "", len(rows) - 1, result["seconds"],
+    )  # fmt: skip
+
+
 def further_metric(figures: dict[str, Any], before: str) -> str:
     """The metric that chooses the best epoch, after `before`, if it is none of those that are always shown."""
     metric = figures.get("metric", "top1")
@@ -167,8 +181,9 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     logger.info("\n%s\n", table(rows, header))
     best = summary["best"]
     logger.info(
-        "best: top-1 %.4f, macro-F1 %.4f%s on val (stage %s, epoch %d); %.0f s on %d %s",
-        best["top1"], best["macro_f1"], further_metric(best, ", "), best["stage"], best["epoch"],
+        "best: top-1 %.4f, macro-F1 %.4f%s on val (stage %s, %s); %.0f s on %d %s",
+        best["top1"], best["macro_f1"], further_metric(best, ", "), best["stage"],
+        f"alpha {best['alpha']:g}" if "alpha" in best else f"epoch {best['epoch']}",
         summary["total_seconds"], summary["world_size"], "rank" if summary["world_size"] == 1 else "ranks",
     )  # fmt: skip
     if summary.get("test"):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distil_tl.rundir.state import RunState
 from distil_tl.training.config import rank_by
 from distil_tl.training.metrics import ClassificationMetrics
+
+FIGURES = ("loss", "top1", "top5", "macro_f1", "balanced_accuracy")
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,41 @@ class Records:
         """Record the evaluation after an epoch. Returns whether it is the best so far."""
         record = self._state.stages[at.stage]
         line = self._log(at, counted, seconds, waited, split="val", window="epoch")
-        kept = ("split", "loss", "top1", "top5", "macro_f1", "balanced_accuracy", "stage", "epoch", "step")
+        kept = ("split", *FIGURES, "stage", "epoch", "step")
         final = self._state.final = {**{key: line[key] for key in kept}, "metric": self._metric}
         record.epochs, record.top1 = at.epoch + 1, final["top1"]
         record.seconds += seconds
         if self._is_better(record.best):
             record.best = final
-        if self._is_better(self._state.best):
-            self._state.best = final
-            return True
-        return False
+        return self._keep_if_best()
+
+    def add_interpolation(
+        self, stage: str, figures: Mapping[float, Mapping[str, Any]], alpha: float, seconds: float
+    ) -> bool:
+        """Record the evaluations of interpolated weights at the end of a stage, after that of its last epoch.
+
+        Args:
+            figures: by alpha.
+            alpha: the one chosen.
+
+        Returns:
+            Whether its evaluation is the best so far.
+        """
+        record, last = self._state.stages[stage], self._state.final
+        assert last is not None
+        shown = dict.fromkeys(("top1", "loss", self._metric))
+        rows = [{"alpha": each, **{key: found[key] for key in shown}} for each, found in figures.items()]
+        record.wise_ft = {"alpha": alpha, "metric": self._metric, "seconds": seconds, "figures": rows}
+        record.seconds += seconds
+        self._state.final = {**last, **{key: figures[alpha][key] for key in FIGURES}, "alpha": alpha}
+        return self._keep_if_best()
+
+    def _keep_if_best(self) -> bool:
+        """Whether the last evaluation is the best of the run so far. Keeps it then."""
+        is_best = self._is_better(self._state.best)
+        if is_best:
+            self._state.best = self._state.final
+        return is_best
 
     def _is_better(self, than: dict[str, Any] | None) -> bool:
         """Whether the last evaluation is better than an earlier one; None: there is none."""

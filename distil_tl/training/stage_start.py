@@ -18,12 +18,14 @@ from distil_tl.data.stage_batches import StageBatches
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.graph.equivalence import preserve_state
 from distil_tl.rundir.state import StageRecord
+from distil_tl.training.interpolation import ALPHAS
 from distil_tl.training.losses import training_loss
 from distil_tl.training.memory import PartSize, SavedStatistics, training_part_size, until_memory_suffices
 from distil_tl.training.metrics import Meter
 from distil_tl.training.optim import build_optimizer
 from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup
+from distil_tl.training.stage_weights import StageWeights
 from distil_tl.training.step import StageTraining, trained_statistics
 
 if TYPE_CHECKING:
@@ -77,7 +79,10 @@ def begin_stage(
         statistics=SavedStatistics(trained_statistics(network)),
         cuda_graphs=stage.uses_cuda_graphs,
         teaching=setup.teaching,
+        weights=StageWeights.of(stage.config, model.module),
     )
+    if stage.config.wise_ft:
+        batches.more_evaluations = len(ALPHAS) - 1  # the best weights were evaluated already
     if plan.accumulation > 1 or training.part_size.images is not None:
         training.stop_cuda_graphs()
     count = 2

@@ -35,6 +35,7 @@ from distil_tl.training.network import Network
 from distil_tl.training.optim import clip_gradients, current_lr
 from distil_tl.training.records import Moment
 from distil_tl.training.stage import Stage
+from distil_tl.training.stage_weights import StageWeights
 from distil_tl.utils.errors import NonFiniteError, RestartError, UserError
 from distil_tl.utils.log import logger, printable
 
@@ -63,6 +64,7 @@ class StageTraining:
         part_size: how many images of a micro-batch go through the network at once.
         val_part_size: the same in evaluation.
         cuda_graphs: the compiled network is replayed as CUDA graphs.
+        weights: that the stage keeps besides those that it trains.
         statistics: those of the beginning of the current step, where they train.
         outputs: logits, targets, losses and validity of the current step, for the meter.
         teaching: None where the stage learns from the labels alone.
@@ -91,6 +93,7 @@ class StageTraining:
     teaching: Teaching | None = None
     reducing: bool = False
     cuda_graphs: bool = False
+    weights: StageWeights = field(default_factory=StageWeights)
 
     @property
     def sampler(self) -> TrainSampler:
@@ -188,7 +191,8 @@ class StageTraining:
         return Moment(self.stage.name, position.epoch, current_lr(self.optimizer))
 
     def state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        own = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        return {**own, **self.weights.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         ours = [group["param_names"] for group in self.optimizer.param_groups]
@@ -202,6 +206,7 @@ class StageTraining:
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
+        self.weights.load_state(state)
 
 
 @contextlib.contextmanager

@@ -71,14 +71,17 @@ def test_space_for_features_and_checkpoints(tmp_path: Path) -> None:
     space.judge_features(report, folder, MODEL, images, {"head": StageConfig(unfreeze="head")}, "light")
     assert report.lines == []
 
-    space.judge_checkpoints(report, folder, MODEL, OptimConfig(), keep=2)
+    space.judge_checkpoints(report, folder, MODEL, OptimConfig(), 2, {})
     assert found(report, FAIL)[0].startswith(
         "disk/checkpoints: 10 MiB free for 24 MiB: up to 4 checkpoints of up to 6 MiB"
     )
+    report = Report()
+    space.judge_checkpoints(report, folder, MODEL, OptimConfig(), 2, {"head": StageConfig(ema=0.9)})
+    assert "up to 4 checkpoints of up to 7 MiB" in found(report, FAIL)[0]  # with the raw weights
     (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
     (tmp_path / "checkpoints/step-00000001/weights.safetensors").write_bytes(bytes(15 << 20))  # will be replaced
     report = Report()
-    space.judge_checkpoints(report, folder, MODEL, OptimConfig(), keep=2)
+    space.judge_checkpoints(report, folder, MODEL, OptimConfig(), 2, {})
     assert found(report, FAIL) == []
 
     report, images.bytes = Report(), 10 << 20

@@ -59,7 +59,8 @@ def loop_args(folder: Path, tmp_path: Path, device: str, *more: str) -> list[str
     """13 steps of four images in each stage, in two micro-batches each."""
     return [
         *small_args(folder), WITHOUT_TIMM, "data.global_batch_size=4", "data.max_local_batch_size=2", "data.workers=1",
-        "stages.head.features=off", "stages.full.epochs=1", "stages.full.unfreeze=all", "tracking.log_every=100",
+        "stages.head.features=off", "stages.full.epochs=1", "stages.full.unfreeze=all", "stages.full.ema=0.9",
+        "tracking.log_every=100",
         "checkpoint.every_minutes=null", f"distributed.device={device}", f"run_dir={tmp_path}/run", *more,
     ]  # fmt: skip
 

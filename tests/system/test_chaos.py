@@ -18,8 +18,8 @@ from tests.helpers.same_run import Reference
 JOB = """
 stages:
   head: {unfreeze: head, epochs: 1, lr: 0.01, augment: light}
-  top: {unfreeze: 2, epochs: 1, lr: 0.001, augment: strong}
-  all: {unfreeze: all, epochs: 1, lr: 0.001, augment: strong, mixup: 0.3, cutmix: 1}
+  top: {unfreeze: 2, epochs: 1, lr: 0.001, augment: strong, ema: 0.9}
+  all: {unfreeze: all, epochs: 1, lr: 0.001, augment: strong, mixup: 0.3, cutmix: 1, wise_ft: true}
 """
 VARIANTS = {
     "sgd": ["optim.name=sgd"],
@@ -34,7 +34,12 @@ VARIANTS = {
         "metric=balanced_accuracy",
     ],
     # Dropout and BatchNorm depend on the images of a rank: exact only on the same number of ranks.
-    "dropout": ["optim.name=adamw", "model.name=mobilenet_v3_small", "stages.all.batch_norm=train"],
+    "dropout": [
+        "optim.name=adamw",
+        "model.name=mobilenet_v3_small",
+        "stages.all.batch_norm=train",
+        "stages.all.ema=0.8",
+    ],
 }
 
 

@@ -20,7 +20,7 @@ from tests.helpers.runs import same_result, stopped_train, summary_of
 BEST = 2  # the epoch that `best_in_epoch_two` ranks first
 PATIENT = [
     "stages.head.epochs=6", "stages.head.patience=2", "stages.full.epochs=1", "stages.full.unfreeze=all",
-    "checkpoint.keep=1",
+    "checkpoint.keep=1", "stages.head.ema=0.9",
 ]  # fmt: skip
 
 

@@ -1,0 +1,123 @@
+"""WiSE-FT: interpolated weights, the choice of alpha, and runs that end with it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import distil_tl
+from distil_tl.training.averaging import trained_tensors
+from distil_tl.training.config import StageConfig
+from distil_tl.training.interpolation import ALPHAS, Interpolation, best_alpha
+from distil_tl.training.stage import apply_stage
+from tests.helpers.networks import tiny
+from tests.helpers.ranks import lines, run_ranks, train
+from tests.helpers.runs import evaluated, same_result, summary_of
+
+finish_module: Any = importlib.import_module("distil_tl.finish")
+
+
+def figures(top1: float, loss: float = 1.0) -> dict[str, float]:
+    return {"top1": top1, "loss": loss}
+
+
+def test_weights_lie_on_the_line_and_at_its_ends() -> None:
+    model = tiny()
+    apply_stage(model, StageConfig(unfreeze="head"))
+    weight = model.module.get_parameter("head.weight")
+    first, frozen = weight.detach().clone(), model.module.get_parameter("stem.conv.weight").detach().clone()
+    line = Interpolation(trained_tensors(model.module))
+    best = torch.randn(first.shape, generator=torch.Generator().manual_seed(1))
+    for values, found in ((best, figures(0.6)), (torch.zeros_like(best), figures(0.5)), (first, figures(0.6))):
+        weight.data.copy_(values)
+        line.offer(found, "top1")
+    again = Interpolation(trained_tensors(model.module))
+    again.load_state(line.state())
+    for alpha in (1.0, 0.3, 0.0):
+        again.apply(alpha)
+        assert torch.allclose(weight, (1 - alpha) * first + alpha * best, atol=1e-6)
+        assert alpha != 1.0 or torch.equal(weight, best)
+        assert alpha != 0.0 or torch.equal(weight, first)
+    assert torch.equal(model.module.get_parameter("stem.conv.weight"), frozen)
+    assert again.figures == figures(0.6)
+
+
+def test_the_best_alpha_and_of_equal_ones_the_nearest_to_1() -> None:
+    assert ALPHAS == (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+    assert best_alpha("top1", {1.0: figures(0.5), 0.7: figures(0.6), 0.5: figures(0.6, 0.1)}) == 0.7
+    assert best_alpha("loss", {1.0: figures(0.5), 0.7: figures(0.6), 0.5: figures(0.6, 0.1)}) == 0.5
+    assert best_alpha("top1", {1.0: figures(0.5), 0.9: figures(float("nan"))}) == 1.0
+
+
+# A learning rate that is much too high: weights closer to the start are better.
+WISE = ["stages.full.wise_ft=true", "stages.full.lr=3", "optim.clip_norm=null", "metric=loss", "stages.full.epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.helpers.arguments import small_args
+
+    run_dir = tmp_path_factory.mktemp("wise") / "run"
+    after = ["stages.full.ema=0.5", f"run_dir={run_dir}"]
+    assert train([*small_args(folder), *WISE, *after]) == 0
+    return run_dir
+
+
+def test_a_run_ends_with_the_alpha_that_is_best_on_val(finished: Path, tmp_path: Path) -> None:
+    summary = summary_of(finished)
+    result, final = summary["stages"]["full"]["wise_ft"], summary["final"]
+    by_alpha = {row["alpha"]: row["loss"] for row in result["figures"]}
+    assert list(by_alpha) == list(ALPHAS)
+    assert by_alpha[1.0] == min(line["loss"] for line in lines(finished, split="val", stage="full"))
+    assert result["alpha"] == final["alpha"] == min(by_alpha, key=by_alpha.__getitem__) < 1
+    assert final["loss"] == by_alpha[result["alpha"]]
+    assert summary["stages"]["head"]["wise_ft"] is None
+    assert "Interpolated weights" in (finished / "report.html").read_text()
+
+    assert evaluated([str(finished), "--checkpoint", "last", "--json", str(tmp_path / "last.json")]) == 0
+    assert json.loads((tmp_path / "last.json").read_text())["loss"] == pytest.approx(final["loss"], rel=1e-5)
+    best = json.loads((finished / "evaluation.json").read_text())
+    assert best["loss"] == pytest.approx(summary["best"]["loss"], rel=1e-5)
+    if summary["best"] == final:  # what `distil_tl.load` gives
+        weights = load_file(finished / "checkpoints" / "last" / "weights.safetensors")
+        loaded = distil_tl.load(finished).model.state_dict()
+        assert all(torch.equal(weights[name], loaded[name]) for name in weights)
+
+
+def stopped_at_an_alpha(args: list[str]) -> int:
+    """Train, with a signal in the fourth of the evaluations of interpolated weights."""
+    original, calls = finish_module.evaluate, []
+
+    def evaluate(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **more)
+
+    finish_module.evaluate = evaluate
+    importlib.import_module("distil_tl.distributed.preemption").EXCHANGE_SECONDS = 0.0  # type: ignore[attr-defined]
+    return train(args)
+
+
+def test_a_stop_between_two_alphas(finished: Path, small: list[str], tmp_path: Path) -> None:
+    args = [*small, *WISE, "stages.full.ema=0.5", f"run_dir={tmp_path}/run"]
+    assert run_ranks(1, stopped_at_an_alpha, args) == [3]
+    state = json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["run"]
+    assert state["position"]["epoch"] == 2
+    assert state["stages"]["full"]["wise_ft"] is None
+    held = torch.load(tmp_path / "run/checkpoints/last/train_state.pt")
+    assert held["interpolation"]["start"].keys() == held["interpolation"]["best"].keys() == held["raw"].keys()
+    assert train(args) == 0
+    same_result(tmp_path / "run", finished)
+    for name in ("best", "final"):
+        assert summary_of(tmp_path / "run")[name] == summary_of(finished)[name]
+    found = [summary_of(path)["stages"]["full"]["wise_ft"]["figures"] for path in (tmp_path / "run", finished)]
+    assert found[0] == found[1]
