@@ -12,13 +12,11 @@ from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.run import Run
 from distil_tl.rundir.checkpoint import load_weights
 from distil_tl.training import console
-from distil_tl.training.evaluation import Evaluation, evaluate
+from distil_tl.training.evaluation import MISTAKES, Evaluation, evaluate
 from distil_tl.training.interpolation import ALPHAS, Interpolation, best_alpha
 from distil_tl.training.memory import PartSize
 from distil_tl.training.network import ImageNetwork, final_network
 from distil_tl.training.step import StageTraining
-
-MISTAKES = 50  # most confident mistakes kept in evaluation.json
 
 
 def end_stage(run: Run, training: StageTraining) -> None:

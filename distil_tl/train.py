@@ -34,7 +34,7 @@ from distil_tl.distributed.leaving import cause_of
 from distil_tl.distributed.preemption import AllRanksStopError, Request, StopSignal
 from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero, once_per_node
-from distil_tl.finish import MISTAKES, end_stage, finish
+from distil_tl.finish import end_stage, finish
 from distil_tl.models.transfer import build, download_weights
 from distil_tl.open_run import open_run
 from distil_tl.report import write_report
@@ -46,7 +46,7 @@ from distil_tl.rundir.state import Position, StageRecord
 from distil_tl.teacher import add_teacher, refuse_unfit_teachers, split_of_teacher
 from distil_tl.time_limit import limit_epochs
 from distil_tl.training import console
-from distil_tl.training.evaluation import evaluate
+from distil_tl.training.evaluation import MISTAKES, evaluate
 from distil_tl.training.head_search import search_head
 from distil_tl.training.memory import replayed, until_memory_suffices
 from distil_tl.training.metrics import Meter

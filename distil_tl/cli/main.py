@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": ("distil_tl.cli.doctor", "check what a run will use on this machine, and what will fail"),
     "report": ("distil_tl.report", "write a run's report.html, one self-contained file"),
     "compare": ("distil_tl.cli.compare", "compare two runs on the same images"),
+    "soup": ("distil_tl.cli.soup", "average checkpoints of one or several runs, where that is better on val"),
     "extend": ("distil_tl.cli.extend", "train a run further, in a new stage"),
     "distil": ("distil_tl.cli.distil", "train another model as a student of a finished run"),
     "init": ("distil_tl.cli.init", "copy a configuration, sweep file or batch script that comes with the package"),

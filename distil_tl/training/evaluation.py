@@ -20,6 +20,8 @@ from distil_tl.training.network import Network
 from distil_tl.training.notable import Notable, Prediction
 from distil_tl.utils.log import Progress
 
+MISTAKES = 50  # most confident mistakes kept in evaluation.json
+
 
 @dataclass
 class Evaluation:
