@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,13 +30,11 @@ class Held(NamedTuple):
 
     Attributes:
         codes: uint8 [N], positions in SPLITS; train for images that it does not list.
-        listed: bool [N], whether it lists the path.
         same: bool [N], whether it lists the path with the same size.
         relabelled: the label that it lists, of each image that has another one now.
     """
 
     codes: Array
-    listed: Array
     same: Array
     relabelled: dict[int, str]
 
@@ -70,7 +69,7 @@ def read_split_file(path: Path, index: Index) -> Held:
     """
     order = keyed_order(index, 0)
     by_key, position = np.argsort(order), index.class_to_idx
-    found = Held(np.zeros(len(index), np.uint8), np.zeros(len(index), bool), np.zeros(len(index), bool), {})
+    found = Held(np.zeros(len(index), np.uint8), np.zeros(len(index), bool), {})
     try:
         with path.open("r", -1, *ENCODING, newline="") as file:
             for keys, codes, sizes, labels in _chunks(csv.reader(file)):
@@ -78,7 +77,7 @@ def read_split_file(path: Path, index: Index) -> Held:
                 rows = by_key[at]
                 known = order[rows] == keys
                 rows = rows[known]
-                found.codes[rows], found.listed[rows] = codes[known], True
+                found.codes[rows] = codes[known]
                 found.same[rows] = sizes[known] == index.sizes[rows]
                 targets = np.array([position.get(label, -1) for label in labels], np.int64)[known]
                 edited = targets != index.targets[rows]
@@ -100,12 +99,17 @@ def splits_of(path: Path, root: Path, files: Sequence[Path]) -> list[str | None]
     Raises:
         UserError: split.csv can't be read.
     """
-    position = {str(file.absolute()): i for i, file in enumerate(files)}
+    real_folder = functools.lru_cache(maxsize=None)(os.path.realpath)  # an image itself may be a link to another one
+
+    def place(file: str) -> str:
+        return f"{real_folder(os.path.dirname(file))}/{os.path.basename(file)}"  # noqa: PTH119, PTH120
+
+    position = {place(str(file)): i for i, file in enumerate(files)}
     found: list[str | None] = [None] * len(files)
     try:
         with path.open("r", -1, *ENCODING, newline="") as file:
             for row in csv.DictReader(file):
-                if (i := position.get(f"{root.absolute()}/{row['path']}")) is not None:
+                if (i := position.get(place(f"{root}/{row['path']}"))) is not None:
                     found[i] = row["split"]
     except (OSError, KeyError, csv.Error) as error:
         raise UserError(f"{path} can't be read: {error}") from error

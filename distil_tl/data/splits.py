@@ -61,17 +61,19 @@ class Splits:
     def save(self, run_dir: Path) -> None:
         """Save the indexes in the run directory, for `refuse_changed_images` to compare with, and a split made here."""
         (run_dir / "index").mkdir(exist_ok=True)
-        changed = False
-        for split in SPLITS:
-            index, path = self[split], run_dir / "index" / f"{split}.npz"
+        changed = {}
+        for split, index in self.as_dict().items():
+            path = run_dir / "index" / f"{split}.npz"
             saved = _load_index(path)
-            if index is not None and (saved is None or saved.fingerprint != index.fingerprint):
-                packed = io.BytesIO()
-                np.savez(packed, **index.to_arrays())  # type: ignore[arg-type]
-                write_atomic(path, packed.getvalue())
-                changed = True
+            if saved is None or saved.fingerprint != index.fingerprint:
+                changed[path] = index
+        # Before the indexes, which tell whether it is up to date: the process may be killed in between.
         if self.made_here and (changed or not (run_dir / SPLIT_FILE).is_file()):
             write_split_file(run_dir / SPLIT_FILE, self.as_dict())
+        for path, index in changed.items():
+            packed = io.BytesIO()
+            np.savez(packed, **index.to_arrays())  # type: ignore[arg-type]
+            write_atomic(path, packed.getvalue())
 
     def refuse_changed_images(self, fingerprints: dict[str, str], run_dir: Path) -> None:
         """Raises UserError, with the differences, if the images differ from those of a checkpoint."""

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from distil_tl.data.config import SplitConfig
+from distil_tl.data import splits as splits_module
+from distil_tl.data.config import SPLIT_FILE, DataConfig, SplitConfig
+from distil_tl.data.find_splits import find_splits
 from distil_tl.data.index import Array, Index
 from distil_tl.data.scan import scan
 from distil_tl.data.split import TEST, TRAIN, VAL, assign_splits, identical_files
+from distil_tl.data.split_file import splits_of, write_split_file
+from distil_tl.data.splits import Splits
 from distil_tl.utils.errors import UserError
 
 
@@ -132,3 +139,51 @@ def test_too_few_images_for_any_val_are_refused(tmp_path: Path) -> None:
     folder_of(tmp_path, daisy=2, rose=1)
     with pytest.raises(UserError, match=r"data.split.val=0.2: the largest class has 2 images"):
         codes_of(tmp_path)
+
+
+def splits_with(root: Path, seed: int) -> Splits:
+    found, _ = find_splits(DataConfig(root=str(root), split=SplitConfig(seed=seed)), root)
+    return Splits(found["train"], found["val"], found.get("test"))
+
+
+def test_a_kept_split_is_up_to_date_after_any_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without a checkpoint may be started again with another seed, and killed while it keeps its split."""
+    root, run_dir = folder_of(tmp_path / "images", daisy=20, rose=20), tmp_path / "run"
+    run_dir.mkdir()
+    splits_with(root, 1).save(run_dir)
+    expected = (run_dir / SPLIT_FILE).read_text()
+    writes = ["write_split_file", "write_atomic", "write_atomic"]
+    for done in range(len(writes) + 1):
+        splits_with(root, 0).save(run_dir)
+        assert (run_dir / SPLIT_FILE).read_text() != expected
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            left = iter([True] * done)
+            for name in set(writes):
+                patch.setattr(splits_module, name, killed_after(left, getattr(splits_module, name)))
+            splits_with(root, 1).save(run_dir)
+        splits_with(root, 1).save(run_dir)
+        assert (run_dir / SPLIT_FILE).read_text() == expected, f"killed after {done} files"
+
+
+def killed_after(left: Iterator[bool], write: Callable[..., None]) -> Callable[..., None]:
+    def written(*args: Any) -> None:
+        if not next(left, False):
+            raise KeyboardInterrupt
+        write(*args)
+
+    return written
+
+
+def test_files_are_found_in_a_kept_split_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folder_of(tmp_path / "images", daisy=5)
+    (root / "daisy" / "copy.jpg").symlink_to("000.jpg")
+    found, _ = find_splits(DataConfig(root=str(root)), root)
+    write_split_file(tmp_path / "split.csv", found)
+    (tmp_path / "link").symlink_to("images")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for top in (root, tmp_path / "link"):
+        for start in (root, tmp_path / "link", Path("../images"), Path("../link")):
+            names = ["daisy/000.jpg", "daisy/004.jpg", "daisy/copy.jpg", "daisy/other.jpg"]
+            listed = splits_of(tmp_path / "split.csv", top, [start / name for name in names])
+            assert [own is None for own in listed] == [False, False, False, True], (top, start)
