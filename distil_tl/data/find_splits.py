@@ -11,11 +11,11 @@ import numpy as np
 from distil_tl.data.config import SPLIT_FILE, SPLITS, DataConfig, SplitConfig, has_splits, is_divided
 from distil_tl.data.index import Array, Index, quoted, relabelled, relabelled_note
 from distil_tl.data.scan import scan
-from distil_tl.data.split import MOST_READ, TRAIN, VAL, assign_splits
+from distil_tl.data.split import MOST_READ, TEST, TRAIN, VAL, assign_splits
 from distil_tl.data.split_file import read_split_file
 from distil_tl.data.table import Table, read_table
 from distil_tl.data.walk import images_beside
-from distil_tl.utils.errors import UserError
+from distil_tl.utils.errors import UserError, listed
 from distil_tl.utils.log import logger, printable
 
 
@@ -48,6 +48,8 @@ def find_splits(
             images = "1 image is" if beside == 1 else f"{beside:,} images are"
             logger.info("%s below %s, but not in data.labels=%s", images, printable(root), printable(config.labels))
     whole, said = table.index, f"{table.note}; " if table.note else ""
+    if table.splits is not None:
+        _refuse_untrained_classes(config, whole, table.splits == TRAIN)
     if table.splits is not None and VAL in table.splits:
         _refuse_useless_split(config)
         return divided(whole, table.splits), table.note
@@ -59,12 +61,12 @@ def find_splits(
 
 
 def _assigned(config: DataConfig, table: Table, most_read: int) -> tuple[Array, str]:
-    """The split that is made for the images, or for those of train where a table has only train and test."""
+    """The split that is made for the images, or for those of train where a table has no val."""
     whole, groups = table.index, table.groups
     if table.splits is None:
         assigned = assign_splits(whole, config.split, groups, compare_contents=len(whole) <= most_read)
         return assigned.codes, "; ".join(assigned.notes)
-    if config.split.test:
+    if config.split.test and TEST in table.splits:
         raise UserError("data.split.test has no effect, as the table has test in a column; remove it")
     chosen = table.splits == TRAIN
     part, codes = whole.selected(chosen), table.splits.copy()
@@ -72,6 +74,15 @@ def _assigned(config: DataConfig, table: Table, most_read: int) -> tuple[Array, 
     assigned = assign_splits(part, config.split, groups, compare_contents=len(part) <= most_read)
     codes[chosen] = assigned.codes
     return codes, "; ".join(assigned.notes)
+
+
+def _refuse_untrained_classes(config: DataConfig, whole: Index, trained: Array) -> None:
+    """Raise UserError for classes of which a table has no image in train, as `scan` does for folders of val."""
+    if untrained := [quoted(name) for name in whole.selected(trained).missing]:
+        raise UserError(
+            f"data.labels={config.labels} has no image in train of the classes {listed(untrained, 8)}; correct its "
+            f"column with the split, or remove their rows"
+        )
 
 
 def _refuse_useless_split(config: DataConfig) -> None:

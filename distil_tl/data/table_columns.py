@@ -79,8 +79,9 @@ def choose_columns(names: Sequence[str], first: Sequence[str], config: DataConfi
     assert path is not None
     assert label is not None
     used = [(kind, position) for kind, position in found.items() if position is not None]
-    if len({position for _, position in used}) < len(used):
-        raise UserError(f"{has}: one can't be {' and '.join(kind for kind, _ in used)} at once; set data.columns.KIND")
+    for position in {position for _, position in used}:
+        if len(kinds := [kind for kind, own in used if own == position]) > 1:
+            raise UserError(f"{has}: {names[position]!r} can't be {' and '.join(kinds)} at once; set data.columns.KIND")
     notes = [", ".join(f"{kind} from column {names[position]!r}" for kind, position in used)]
     related = [name for name in names if any(word in _plain(name) for word in RELATED)]
     if found["group"] is None and group is None and found["split"] is None and related:

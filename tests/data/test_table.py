@@ -11,7 +11,7 @@ import pytest
 
 from distil_tl.data import table as table_module
 from distil_tl.data import table_file, walk
-from distil_tl.data.config import ColumnsConfig, DataConfig
+from distil_tl.data.config import ColumnsConfig, DataConfig, SplitConfig
 from distil_tl.data.find_splits import find_split, find_splits
 from distil_tl.data.index import Index, differences
 from distil_tl.data.scan import scan
@@ -224,6 +224,15 @@ def test_a_column_decides_the_split(tmp_path: Path) -> None:
         find_splits(config, root)
 
 
+def test_a_class_without_training_images_is_refused(tmp_path: Path) -> None:
+    """As a class folder of val is that train does not have: weights of classes would not be finite."""
+    rows = ["path,label,split", "1.jpg,a,train", "2.jpg,b,train", "3.jpg,c,val", "4.jpg,d,test"]
+    with pytest.raises(UserError, match="has no image in train of the classes 'c', 'd'; correct its column"):
+        many(tmp_path / "one", rows)
+    with pytest.raises(UserError, match="has no image in train of the classes 'd'"):  # where val is made
+        many(tmp_path / "two", [row for row in rows if "val" not in row])
+
+
 def test_an_edited_label_is_named_where_a_split_of_the_run_is_evaluated(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +271,7 @@ def test_images_that_a_table_does_not_name_are_said(
     monkeypatch.setattr(logger, "propagate", True)
     caplog.set_level("INFO", logger.name)
     plant(tmp_path / "many", "9.jpg")
-    many(tmp_path, ["path,label,split", "1.jpg,a,train", "2.jpg,b,val"])
+    many(tmp_path, ["path,label,split", "1.jpg,a,train", "2.jpg,a,val"])
     assert f"1 image is below {tmp_path}/many, but not in data.labels={tmp_path}/labels.csv" in caplog.text
 
 
@@ -283,6 +292,12 @@ def test_val_is_made_where_a_table_has_only_train_and_test(tmp_path: Path) -> No
     assert {split: len(index) for split, index in found.items()} == {"train": 32, "val": 8, "test": 10}
     assert paths(found["test"])[0] == "00.jpg"
     assert "it has no val, so one is made: 20% val of each class, seed 0" in note
+    config = DataConfig(root=f"{tmp_path}/many", labels=f"{tmp_path}/labels.csv", split=SplitConfig(test=0.25))
+    with pytest.raises(UserError, match="data.split.test has no effect, as the table has test"):
+        find_splits(config, tmp_path / "many")
+    (tmp_path / "labels.csv").write_text("\n".join(["path,label,split", *rows]).replace("test", "train"))
+    found, _ = find_splits(config, tmp_path / "many")
+    assert {split: len(index) for split, index in found.items()} == {"train": 28, "val": 10, "test": 12}
 
 
 def test_groups_of_a_column_stay_together(tmp_path: Path) -> None:
