@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from distil_tl import arguments
@@ -20,6 +21,7 @@ from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import open_split
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import init_distributed
+from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.inference import restore_model
 from distil_tl.training.console import evaluation_json
 from distil_tl.training.evaluation import evaluate
@@ -41,14 +43,14 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: there is no such run, checkpoint or split, or the split has classes that the model does not know.
     """
-    if options.json is not None:
-        check_output("--json", options.json, (), ALL_EXTENSIONS, earlier=(b'{\n  "checkpoint": ',))
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
     restored = restore_model(options.run_dir, options.checkpoint, without_table(options.overrides))
     config, model, split = restored.config, restored.model, options.split
     configuration.check_evaluation(config)
     with init_distributed(launch, config.distributed) as info:
+        if options.json is not None:  # rank 0 writes it: on another node its folder may not exist
+            on_rank_zero(info, "checking the output", lambda: check_json(options.json))
         index = open_split(info, config.data, split, restored.classes, options.run_dir)
         bad_images = BadImages(config.data.on_bad_image)
         source = ImageSource(info, config.data, {split: index}, model.preprocess, bad_images)
@@ -67,6 +69,11 @@ def run(options: argparse.Namespace) -> None:
             with open_output(options.json) as file:
                 file.write(json_text({"checkpoint": restored.checkpoint.name, **content}))
         print_metrics(f"{restored.checkpoint.name} of {options.run_dir} on {split}", content)
+
+
+def check_json(path: Path) -> None:
+    """Raises UserError if the metrics can't be written there."""
+    check_output("--json", path, (), ALL_EXTENSIONS, earlier=(b'{\n  "checkpoint": ',))
 
 
 def without_table(overrides: Sequence[str]) -> list[str]:

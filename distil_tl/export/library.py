@@ -64,7 +64,8 @@ def write_library_files(folder: Path, config: ModelConfig, model: TransferModel,
         ExportError: the library does not load them as the same model; nothing is written then.
     """
     state = {name: tensor.detach().contiguous().clone() for name, tensor in model.module.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+    place = folder if folder.is_dir() else folder.parent  # not always the parent: the user may not write there
+    with tempfile.TemporaryDirectory(dir=place, prefix=".") as temporary:
         partial = Path(temporary)
         (partial / WEIGHTS).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
         (partial / CONFIG).write_text(json_text(content), encoding="utf-8", errors="backslashreplace")

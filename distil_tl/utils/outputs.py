@@ -97,8 +97,8 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
             raise UserError(f"can't write to standard output: {error.strerror or error}") from error
         return
     if not _is_replaced(path):
-        try:
-            with path.open("w", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
+        try:  # "a": as /dev/stdout, it may be a file with earlier content, such as a log
+            with path.open("a", newline="", **_ENCODING) as file:  # type: ignore[call-overload]
                 yield file
         except BrokenPipeError:  # its reader has exited
             raise

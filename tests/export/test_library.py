@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,10 +23,20 @@ from tests.helpers.arguments import SMALLEST
 from tests.helpers.images import CLASSES
 
 
-def test_timm_loads_it(make_run: Callable[[str], Path], tmp_path: Path) -> None:
-    run_dir, out = make_run(SMALLEST), tmp_path / "out"
+def test_timm_loads_it(make_run: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir, out, written = make_run(SMALLEST), tmp_path / "out", list[Path]()
+    make = tempfile.mkdtemp
+
+    def noted(suffix: str | None = None, prefix: str | None = None, dir: Path | None = None) -> str:
+        if prefix == ".":
+            written.append(Path(str(dir)))
+        return make(suffix, prefix, dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", noted)
     for _ in range(2):  # an earlier export is replaced
         assert main([str(run_dir), "-o", str(out), "--format", "safetensors"]) == 0
+    assert written == [tmp_path, out], "where the user has a folder, nothing is written beside it"
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
     loaded = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     own, transform, _ = distil_tl.load(run_dir)
     images = torch.rand(2, 3, SIZE, SIZE)

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 
 from distil_tl.cli import predictions
-from distil_tl.data.decode import decode
+from distil_tl.data.decode import MAX_PIXELS, decode
 from distil_tl.data.transforms import eval_transform
+from distil_tl.data.walk import LEFTOVER_FOLDERS
+from distil_tl.export import predict as script
 from distil_tl.export.names import PREPROCESS
 from distil_tl.export.onnx_model import OnnxModel
 from distil_tl.export.predict import RefusedError, find_images, prepare, resize_and_crop
@@ -164,6 +166,10 @@ def test_other_images_are_refused_with_their_kind(
     path.write_bytes(data)
     with pytest.raises(RefusedError, match=reason):
         prepare(path, settings(8, 8, "bilinear"))
+
+
+def test_the_script_has_the_limits_of_the_package() -> None:
+    assert (script.LEFTOVERS, script.MAX_PIXELS) == (LEFTOVER_FOLDERS, MAX_PIXELS)
 
 
 def test_the_same_files_are_found_in_the_same_order(tmp_path: Path) -> None:

@@ -86,6 +86,9 @@ def test_what_is_open_already_is_written_into(tmp_path: Path) -> None:
         write(Path(f"/dev/fd/{log.fileno()}"), "text")
         assert (tmp_path / "log").stat().st_ino == os.fstat(log.fileno()).st_ino
     assert (tmp_path / "log").read_text() == "text"
+    with (tmp_path / "log").open("a") as log:  # as for `-o /dev/stdout >> log`
+        write(Path(f"/dev/fd/{log.fileno()}"), " and more")
+    assert (tmp_path / "log").read_text() == "text and more"
 
 
 def test_a_file_in_shared_memory_is_replaced_like_any_other() -> None:
