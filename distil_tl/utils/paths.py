@@ -16,7 +16,7 @@ MAX_BYTES = 2**20  # of a configuration or sweep file
 
 
 def impossible_paths(values: Mapping[str, str | None], keys: Sequence[str]) -> Iterator[str]:
-    """A problem for each value of `keys` that no file or folder can have as its path."""
+    """A problem for each value of `keys` that can't be the path of a file or folder."""
     for key in keys:
         path = values[key]
         if path is not None and (reason := path_problem(path)):
@@ -25,7 +25,7 @@ def impossible_paths(values: Mapping[str, str | None], keys: Sequence[str]) -> I
 
 
 def path_problem(path: str | Path) -> str:
-    """Why no file or folder can have this path; empty if one can, whether or not it exists."""
+    """Why this user can have no file or folder at this path; empty if one can be there, whether or not it exists."""
     encoded = os.fsencode(path)
     if b"\0" in encoded:
         return "it contains a NUL character"
@@ -36,6 +36,8 @@ def path_problem(path: str | Path) -> str:
     except OSError as error:
         if error.errno == errno.ELOOP:
             return "symbolic links form a loop"
+        if error.errno == errno.EACCES:
+            return "no permission to look into a folder above it"
     return ""
 
 

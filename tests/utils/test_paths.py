@@ -24,6 +24,21 @@ def test_a_path_that_no_file_can_have(tmp_path: Path) -> None:
     assert [path_problem(path) for path in ("x" * 255, "/nowhere/x", "", ".", "caf\udce9")] == [""] * 5
 
 
+def test_a_folder_that_may_not_be_entered(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    (closed / "sub").mkdir(parents=True)
+    closed.chmod(0)
+    is_root = os.geteuid() == 0  # who may enter any folder
+    try:
+        if is_root:
+            os.seteuid(65534)
+        assert path_problem(closed / "sub" / "x") == "no permission to look into a folder above it"
+    finally:
+        if is_root:
+            os.seteuid(0)
+        closed.chmod(0o700)
+
+
 @pytest.mark.parametrize("key", ["data.root", "data.stage_to", "run_dir", "resume", "model.weights"])
 def test_it_is_refused_by_its_key(key: str) -> None:
     with pytest.raises(UserError, match=rf"{key}='a/x+\.\.\.': the name is too long; give another path"):
