@@ -60,15 +60,16 @@ def cancel(folder: Path, *, pending: bool = False) -> int:
             problems.append(f"{run.run_dir.name} is not cancelled: {why}")
     for job in local:
         stop_job(job)
+    cancelled: list[str] = []
     try:
         for start in range(0, len(jobs), AT_ONCE):
             cancel_jobs(jobs[start : start + AT_ONCE])
+            cancelled += jobs[start : start + AT_ONCE]
     except SlurmUnavailableError as error:
         problems.append(str(error))
-        jobs = []
     for problem in problems:
         sys.stderr.write(f"launch.cancel: {problem}\n")
-    cancelled = [*jobs, *local]
+    cancelled += local
     if cancelled:
         print_line(f"cancelled {len(cancelled)} job{'s'[: len(cancelled) > 1]}: {listed(cancelled, SHOWN)}")
     elif not problems:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> No
         check_output("--config", config_file, [run_dir / "config.yaml"], ALL_EXTENSIONS, earlier=())
         with open_output(config_file) as file:
             file.write(content)
-        sys.stdout.write(f"{config_file}: submit it with distil-tl submit {' '.join([str(config_file), *pairs])}\n")
+        sys.stdout.write(f"{config_file}: submit it with distil-tl submit {shlex.join([str(config_file), *pairs])}\n")
         return
     from distil_tl import load_config
 

@@ -46,9 +46,10 @@ def run(name: str | None, path: Path | None) -> None:
     target = path or Path(file.name)
     if target.is_dir():
         target /= file.name
-    text = file.read_text(encoding="utf-8").replace(name_of(file), str(target))  # the command in its header
-    for other, path_of_other in files.items():
-        text = text.replace(name_of(path_of_other), other)
+    # The commands in its header. All in one pass, as the copy may be at the path that the file has in the repository.
+    names = {name_of(path_of_other): other for other, path_of_other in files.items()} | {name_of(file): str(target)}
+    pattern = "|".join(map(re.escape, names))
+    text = re.sub(pattern, lambda found: names[found[0]], file.read_text(encoding="utf-8"))
     try:
         with target.open("x", encoding="utf-8") as copy:
             copy.write(text)

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from distil_tl.utils.csv_rows import CsvWriter
 
-FORMATS = ("csv", "jsonl")
-
 
 @dataclass(frozen=True)
 class RowFormat:
     """What a row has.
 
     Attributes:
-        name: one of FORMATS.
+        name: csv or jsonl.
         top: the most probable classes in a row.
         all_classes: whether a row also has the probability of each class.
     """

@@ -43,8 +43,8 @@ def test_a_completed_run_is_trained_further_twice(
 def test_the_configuration_can_be_written_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.yaml").write_text("stages: {full: {unfreeze: all, epochs: 4, search: {lr: [1]}}}\nseed: 3\n")
     out = tmp_path / "more.yaml"
-    assert main([str(tmp_path), "stages.full.epochs=+3", "data.workers=4", "--config", str(out)]) == 0
-    assert f"distil-tl submit {out} data.workers=4" in capsys.readouterr().out
+    assert main([str(tmp_path), "stages.full.epochs=+3", "data.root=my images", "--config", str(out)]) == 0
+    assert f"distil-tl submit {out} 'data.root=my images'" in capsys.readouterr().out
     written = yaml.safe_load(out.read_text())
     assert written["stages"]["full_2"] == {"unfreeze": "all", "epochs": 3, "search": {}}
     assert (written["seed"], written["run_dir"]) == (3, str(tmp_path))

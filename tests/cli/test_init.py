@@ -23,6 +23,9 @@ def test_a_copy_is_the_file_with_its_own_command(capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith("mine.yaml: A ResNet-50 in two stages")
     original = (ROOT / "configs" / "resnet50.yaml").read_text()
     assert Path("mine.yaml").read_text() == original.replace("configs/resnet50.yaml", "mine.yaml")
+    Path("configs").mkdir()
+    assert main(["resnet50", "configs/resnet50.yaml"]) == 0
+    assert Path("configs/resnet50.yaml").read_text() == original, "the command names the copy"
     assert main(["train.sbatch"]) == 0
     text = Path("train.sbatch").read_text()
     assert text.startswith("#!/bin/bash")

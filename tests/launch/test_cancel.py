@@ -12,6 +12,7 @@ from distil_tl.rundir.lock import Attempt
 from launch import cancel
 from launch.records import SWEEP_FILE, write_record
 from launch.search_lock import LOCK_FILE
+from launch.squeue import SlurmUnavailableError
 from tests.helpers.fake_slurm import FakeSlurm
 
 
@@ -85,6 +86,24 @@ def test_what_is_refused(slurm: FakeSlurm, sweep: Path, capsys, monkeypatch) -> 
     assert cancel.main([str(sweep)]) == 2
     assert "of this machine has been searching there" in capsys.readouterr().err
     assert not slurm.calls("scancel")
+
+
+def test_jobs_that_were_cancelled_before_an_error_are_said(
+    slurm: FakeSlurm, sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def cancel_jobs(jobs: list[str]) -> None:
+        calls.append(jobs)
+        if len(calls) == 2:
+            raise SlurmUnavailableError("scancel does not answer")
+
+    monkeypatch.setattr(cancel, "AT_ONCE", 1)
+    monkeypatch.setattr(cancel, "cancel_jobs", cancel_jobs)
+    assert cancel.main([str(sweep)]) == 1
+    assert len(calls) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (f"cancelled 1 job: {calls[0][0]}\n", "launch.cancel: scancel does not answer\n")
 
 
 def test_slurm_that_does_not_answer(slurm: FakeSlurm, sweep: Path, capsys) -> None:
