@@ -124,7 +124,8 @@ class Run:
             training.load_state(self.train_state)
             training.meter.load_state(self.train_state["meter"])
         self.train_state, self.training = None, training
-        write_samples(self.info, self.directory.path, training, self.source)
+        is_resumed = (at.epoch, at.consumed) != (0, 0)
+        write_samples(self.info, self.directory.path, training, self.source, is_resumed=is_resumed)
         training.batches.start(at.epoch, at.consumed)
         return at
 

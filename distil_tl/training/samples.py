@@ -20,11 +20,17 @@ from distil_tl.utils.log import logger
 COUNT, SIDE = 10, 96  # images, and their side in pixels
 
 
-def write_samples(info: DistInfo, run_dir: Path, training: StageTraining, source: ImageSource) -> None:
-    """Write the first images of the stage as its augmentation shows them, side by side; those that can be read."""
+def write_samples(
+    info: DistInfo, run_dir: Path, training: StageTraining, source: ImageSource, *, is_resumed: bool
+) -> None:
+    """Write the first images of the stage as its augmentation shows them, side by side; those that can be read.
+
+    Args:
+        is_resumed: the stage has begun before, so that a picture which is there shows it.
+    """
     stage = training.stage
     path = run_dir / "samples" / f"{stage.name}.jpg"
-    if not info.is_main or path.exists():
+    if not info.is_main or (is_resumed and path.exists()):
         return
     # An image has its own random numbers, so nothing else changes.
     dataset = source.train_dataset(

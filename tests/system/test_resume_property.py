@@ -277,7 +277,7 @@ def plans(draw: st.DrawFn) -> Plan:
 def _no_files() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "decode", lambda path, **_: torch.zeros(1))
-        patch.setattr(run_module, "write_samples", lambda *_: None)
+        patch.setattr(run_module, "write_samples", lambda *_, **__: None)
         yield
 
 

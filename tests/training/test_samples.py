@@ -17,8 +17,10 @@ from tests.helpers.runs import losses
 def test_each_stage_has_one_and_training_does_not_change(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "with" / "samples").mkdir(parents=True)
+    (tmp_path / "with" / "samples" / "head.jpg").write_text("of another configuration, before the first checkpoint")
     assert main([*small_args(folder), f"run_dir={tmp_path}/with"]) == 0
-    monkeypatch.setattr(run_module, "write_samples", lambda *_: None)
+    monkeypatch.setattr(run_module, "write_samples", lambda *_, **__: None)
     assert main([*small_args(folder), f"run_dir={tmp_path}/without"]) == 0
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     names = sorted(path.name for path in (tmp_path / "with" / "samples").iterdir())
