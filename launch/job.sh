@@ -20,6 +20,8 @@ pass_on() { # as USR2, because at TERM srun would kill the run; again and again,
 
 watch_run() { # srun ...
   local status=3 outcome
+  # That an earlier start was preempted must not requeue this one. That it was killed counts.
+  if [ "$(tail -n 1 "$DISTIL_TL_OUTCOME" 2> /dev/null)" = preempted ]; then echo started >> "$DISTIL_TL_OUTCOME"; fi
   if [ -n "${stopped:-}" ]; then
     echo preempted >> "$DISTIL_TL_OUTCOME"
   else

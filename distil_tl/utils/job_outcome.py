@@ -1,7 +1,7 @@
 """The file in which a run says how it ends, for the batch script around it: launch/job.sh.
 
 Slurm's exit status of a job step does not say it: when one process ends, Slurm ends the others, and returns the highest
-status. A run that was killed says nothing.
+status. A run that was killed says nothing. The script notes that a run was killed, or started after it was preempted.
 """
 
 from __future__ import annotations

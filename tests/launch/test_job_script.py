@@ -66,28 +66,39 @@ def test_the_templates_have_the_same_lines(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "notes", "requeued", "left"),
+    ("status", "earlier", "notes", "requeued", "left"),
     [
-        (0, "saved", False, None),
-        (3, "saved preempted", True, "saved preempted"),
-        (143, "preempted", True, "preempted"),  # Slurm ended the other processes
-        (1, "saved failed", False, None),
-        (143, "failed", False, None),
-        (137, "refused", False, None),
-        (1, "", False, ""),  # Python could not start
-        (2, "", False, ""),
-        (137, "", True, "killed"),  # for example by the kernel, as memory ran out
-        (139, "saved killed saved", True, "saved killed saved killed"),
-        (137, "saved killed", False, None),  # again, without a checkpoint in between
+        (0, "", "saved", False, None),
+        (3, "", "saved preempted", True, "saved preempted"),
+        (143, "", "preempted", True, "preempted"),  # Slurm ended the other processes
+        (1, "", "saved failed", False, None),
+        (143, "", "failed", False, None),
+        (137, "", "refused", False, None),
+        (1, "", "", False, ""),  # Python could not start
+        (2, "", "", False, ""),
+        (137, "", "", True, "killed"),  # for example by the kernel, as memory ran out
+        (139, "saved killed", "saved", True, "saved killed saved killed"),
+        (137, "saved killed", "", False, None),  # again, without a checkpoint in between
+        (3, "saved preempted", "preempted", True, "saved preempted started preempted"),
+        (
+            1,
+            "saved preempted",
+            "",
+            False,
+            "saved preempted started",
+        ),  # what an earlier start noted is not about this one
+        (137, "saved preempted", "", True, "saved preempted started killed"),
+        (137, "saved preempted started killed", "", False, None),
     ],
 )
 def test_what_follows_from_the_end_of_a_run(
-    tmp_path: Path, status: int, notes: str, requeued: bool, left: str | None
+    tmp_path: Path, status: int, earlier: str, notes: str, requeued: bool, left: str | None
 ) -> None:
     script = Script(tmp_path)
-    if notes:
-        script.outcome.write_text(notes.replace(" ", "\n") + "\n")
-    assert script.run(f"sh -c 'exit {status}'") == (status, requeued)
+    if earlier:
+        script.outcome.write_text(earlier.replace(" ", "\n") + "\n")
+    run = f"for note in {notes}; do echo $note >> $DISTIL_TL_OUTCOME; done; exit {status}"
+    assert script.run(f"sh -c '{run}'") == (status, requeued)
     assert (" ".join(script.outcome.read_text().split()) if script.outcome.exists() else None) == (left or None)
 
 
