@@ -66,11 +66,8 @@ class Batch(NamedTuple):
 
     @property
     def all_indices(self) -> Tensor:
-        """Positions in the index of the images and their partners, each once where there are partners."""
-        if self.partners is None:
-            return self.indices
-        found: Tensor = torch.cat([self.indices, self.partners.indices]).unique()  # type: ignore[no-untyped-call]
-        return found
+        """Positions in the index of the images and their partners; most are both."""
+        return self.indices if self.partners is None else torch.cat([self.indices, self.partners.indices])
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `move` applied to the parts that a device needs; the indices stay."""

@@ -275,9 +275,8 @@ def check_finite(info: DistInfo, training: StageTraining) -> None:
     if bad == float("inf"):
         return
     index, stage = training.images, training.stage.name
-    mine = [
-        printable(index.relative_path(i)) for step, images in training.recent if step == bad for i in images.tolist()
-    ]
+    bad_images = [i for step, images in training.recent if step == bad for i in images.tolist()]
+    mine = [printable(index.relative_path(i)) for i in dict.fromkeys(bad_images)]
     names = [name for part in gather_objects(info, mine) for name in part]
     shown = ", ".join(names[:64]) + (f" and {len(names) - 64} more" if len(names) > 64 else "")
     raise NonFiniteError(

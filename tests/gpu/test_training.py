@@ -71,8 +71,8 @@ def loop_args(folder: Path, tmp_path: Path, device: str, *more: str) -> list[str
 def test_nothing_waits_for_the_device(
     device: str, precision: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loop = Loop(device, monkeypatch)
-    loop.run(loop_args(folder, tmp_path, device, f"precision={precision}"))
+    loop, mixing = Loop(device, monkeypatch), ("stages.full.mixup=0.2", "stages.full.cutmix=1")
+    loop.run(loop_args(folder, tmp_path, device, f"precision={precision}", *mixing))
     assert loop.steps == {"head": 13, "full": 13}
 
 
