@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 HOW = [
     "flip", "flip", "flip", "truncate", "truncate", "missing", "missing", "empty", "zeros", "text", "folder",
-    "dangling", "loop", "doubled", "line removed", "value", "value", "value", "key removed", "binary", "pipe",
+    "dangling", "loop", "doubled", "line removed", "value", "value", "value", "key removed", "binary",
     "other file",
 ]  # fmt: skip
 VALUES: list[Any] = [
@@ -60,8 +59,6 @@ def apply(run_dir: Path, damage: Damage) -> str:
             path.write_text("")
             return f"{name}: a file"
         return f"{name}: removed"
-    if not path.is_file():  # a pipe, of an earlier damage
-        return f"{name}: nothing"
     content = path.read_bytes()
     new = _changed(content, damage, run_dir)
     if new is not None:
@@ -70,8 +67,6 @@ def apply(run_dir: Path, damage: Damage) -> str:
         path.unlink()
         if damage.how == "folder":
             path.mkdir()
-        elif damage.how == "pipe":
-            os.mkfifo(path)
         else:
             path.symlink_to("nowhere" if damage.how == "dangling" else path.name)
     return f"{name}: {damage.how} {damage.at % max(1, len(content))} {damage.value!r}"
