@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,29 +84,37 @@ def test_a_damaged_run_directory(examples: int, runs: Runs, tmp_path: Path, monk
     instead_of_slurm(tmp_path, monkeypatch)
 
     def body(example: tuple[bool, list[Damage], str]) -> tuple[End, str, object]:
-        complete, chosen, command = example
-        root = tmp_path / "x"
-        run_dir, out = root / "run", root / "out"
-        shutil.copytree(runs.completed if complete else runs.interrupted, run_dir, symlinks=True)
-        out.mkdir()
-        shown = [apply(run_dir, damage) for damage in chosen]
-        before, images = snapshot(run_dir), snapshot(runs.data, runs.completed)
-        valid = valid_checkpoints(run_dir)
-        main: Callable[[list[str]], int] = importlib.import_module(MODULES[command]).main
-        end = run_main(main, runs.arguments(command, run_dir, out))
-        fault = fault_of(end, plain=False)
-        if not fault and snapshot(runs.data, runs.completed) != images:
-            fault = "images, or another run, were changed"
-        changed = [path for path, old in before.items() if snapshot_of(path) != old[2]] if not fault else []
-        if changed and (command in READ_ONLY or end.status == 2):
-            fault = f"{command}, status {end.status}: changed {changed}"
-        newest = max(valid, default=None)
-        if not fault and newest is not None and not any(path >= newest for path in valid_checkpoints(run_dir)):
-            fault = f"the valid checkpoint {newest} is lost"
-        shutil.rmtree(root)
-        return end, fault, (command, "completed" if complete else "interrupted", shown)
+        root = Path(tempfile.mkdtemp(dir=tmp_path))
+        try:
+            return tried(runs, root, *example)
+        finally:  # a checkpoint may still be written in the background
+            shutil.rmtree(root, ignore_errors=True)
 
     explore(st.tuples(st.booleans(), damages, st.sampled_from(COMMANDS)), examples, body)
+
+
+def tried(
+    runs: Runs, root: Path, complete: bool, chosen: list[Damage], command: str
+) -> tuple[End, str, tuple[str, str, list[str]]]:
+    """Damage a copy of a run, and run a command on it. How it ended, its fault, and how to show the example."""
+    run_dir, out = root / "run", root / "out"
+    shutil.copytree(runs.completed if complete else runs.interrupted, run_dir, symlinks=True)
+    out.mkdir()
+    shown = [apply(run_dir, damage) for damage in chosen]
+    before, images = snapshot(run_dir), snapshot(runs.data, runs.completed)
+    valid = valid_checkpoints(run_dir)
+    main: Callable[[list[str]], int] = importlib.import_module(MODULES[command]).main
+    end = run_main(main, runs.arguments(command, run_dir, out))
+    fault = fault_of(end, plain=False)
+    if not fault and snapshot(runs.data, runs.completed) != images:
+        fault = "images, or another run, were changed"
+    changed = [path for path, old in before.items() if snapshot_of(path) != old[2]] if not fault else []
+    if changed and (command in READ_ONLY or end.status == 2):
+        fault = f"{command}, status {end.status}: changed {changed}"
+    newest = max(valid, default=None)
+    if not fault and newest is not None and not any(path >= newest for path in valid_checkpoints(run_dir)):
+        fault = f"the valid checkpoint {newest} is lost"
+    return end, fault, (command, "completed" if complete else "interrupted", shown)
 
 
 def snapshot_of(path: bytes) -> object:
