@@ -36,6 +36,7 @@ format: $(INSTALLED)
 # The stamp is younger than pyproject.toml exactly when what that file asks for is installed.
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing everything into $(VENV), about 6 GB with PyTorch: minutes; pip says nothing until it is done'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 

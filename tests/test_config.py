@@ -540,7 +540,7 @@ def test_changes_refused_on_resume():
     assert changes(["stages.full.epochs=9"], ["head", "full"]) == ["stages.full.epochs: was 5, now 9"]
     assert changes(["stages.head.augment=none", "seed=1"], ["head"]) == [
         "seed: was 0, now 1",
-        "stages.head.augment: was None, now 'none'",
+        "stages.head.augment: was null, now 'none'",
     ]
 
 
@@ -548,7 +548,7 @@ def test_a_stage_that_has_not_begun_may_be_added_or_removed():
     one = {"stages": {"head": {"lr": 1.0}}}
     two = {"stages": {"head": {"lr": 1.0}, "full": {"lr": 2.0}}}
     assert unsafe_changes(one, two, ["head"]) == unsafe_changes(two, one, ["head"]) == []
-    assert unsafe_changes(two, one, ["head", "full"]) == ["stages.full.lr: was 2.0, now None"]
+    assert unsafe_changes(two, one, ["head", "full"]) == ["stages.full.lr: was 2.0, now null"]
 
 
 def test_new_stages_may_not_come_before_begun_ones():

@@ -18,6 +18,8 @@ from distil_tl.data.walk import images_beside
 from distil_tl.utils.errors import UserError, listed
 from distil_tl.utils.log import logger, printable
 
+UNEQUAL = 10  # times as many images in the largest class as in the smallest, from which on it is said
+
 
 def find_splits(
     config: DataConfig, root: Path, run_dir: Path | None = None, *, most_read: int = MOST_READ
@@ -147,3 +149,15 @@ def divided(whole: Index, codes: Array) -> dict[str, Index]:
             index = whole.selected(chosen)
             indexes[split] = index if split == "train" else replace(index, ignored=0, ignored_note="")
     return indexes
+
+
+def balance_hint(index: Index, balance: str) -> str | None:
+    """A sentence if the classes have very different sizes, and nothing is done about it."""
+    counts = index.class_counts
+    if balance != "none" or counts.min() * UNEQUAL > counts.max():
+        return None
+    largest, smallest = (printable(index.classes[i]) for i in (counts.argmax(), counts.argmin()))
+    return (
+        f"class {largest} has {counts.max() // max(1, counts.min())} times as many images as {smallest} "
+        f"({counts.max():,} and {counts.min():,}): try data.balance=logit_adjust, and metric=balanced_accuracy"
+    )

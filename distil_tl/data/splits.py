@@ -14,7 +14,7 @@ import numpy as np
 
 from distil_tl.data.config import SPLIT_FILE, SPLITS, DataConfig
 from distil_tl.data.digits import digits_folder
-from distil_tl.data.find_splits import find_split, find_splits
+from distil_tl.data.find_splits import balance_hint, find_split, find_splits
 from distil_tl.data.index import Index, differences
 from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.loader import warn_of_few_cpus
@@ -29,8 +29,6 @@ from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
 from distil_tl.utils.log import logger, printable
-
-UNEQUAL = 10  # times as many images in the largest class as in the smallest, from which on it is said
 
 
 @dataclass(frozen=True)
@@ -127,21 +125,11 @@ def open_splits(info: DistInfo, config: DataConfig, run_dir: Path | None = None)
         notes = f", {printable(index.ignored_note)}" if index.ignored_note else ""
         notes += f", no images of: {', '.join(map(printable, index.missing))}" if index.missing else ""
         logger.info("%s: %s images of %d classes%s", name, f"{len(index):,}", len(index.classes), notes)
-    hint_at_balance(indexes["train"], config.balance)
+    if hint := balance_hint(indexes["train"], config.balance):
+        logger.info("train: %s", hint)
     if archive and unpacked:  # records name the tar file, which is the same on all nodes and is not deleted
         indexes = {name: replace(index, root=archive / name, copy=unpacked / name) for name, index in indexes.items()}
     return Splits(indexes["train"], indexes["val"], indexes.get("test"))
-
-
-def hint_at_balance(index: Index, balance: str) -> None:
-    """Say that the classes have very different sizes, where nothing is done about it."""
-    counts = index.class_counts
-    if balance == "none" and counts.min() * UNEQUAL <= counts.max():
-        largest, smallest = (printable(index.classes[i]) for i in (counts.argmax(), counts.argmin()))
-        logger.info(
-            "train: class %s has %d times as many images as %s (%s and %s): see data.balance, and metric",
-            largest, counts.max() // max(1, counts.min()), smallest, f"{counts.max():,}", f"{counts.min():,}",
-        )  # fmt: skip
 
 
 def open_split(info: DistInfo, config: DataConfig, split: str, classes: Sequence[str], run_dir: Path) -> Index:

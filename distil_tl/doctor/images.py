@@ -13,7 +13,7 @@ import numpy as np
 
 from distil_tl.data.config import MORE_EXTENSIONS, SPLITS, DataConfig, is_divided, root_problems
 from distil_tl.data.decode import ImageError, decode, decoder_name
-from distil_tl.data.find_splits import find_splits
+from distil_tl.data.find_splits import balance_hint, find_splits
 from distil_tl.data.index import Index
 from distil_tl.data.intensity import intensity_warning
 from distil_tl.data.local_folder import StagingError, expand
@@ -86,6 +86,8 @@ def look_at_images(report: Report, config: DataConfig, min_side: int | None, fou
             GROUP, "train", f"{train.root} has {len(train)} images{' in train' if train.root == root else ''}, fewer "
             f"than one global batch; set data.global_batch_size to at most {len(train)}, or to auto",
         )  # fmt: skip
+    if train is not None and (hint := balance_hint(train, config.balance)):
+        report.warn(GROUP, "train", hint)
     if found.failed or not {"train", "val"} <= found.indexes.keys():
         found.indexes = {}
 

@@ -71,8 +71,8 @@ def baseline(evaluation: dict[str, Any]) -> tuple[str, float] | None:
     return name, n / total
 
 
-def overfitting(run: Run) -> str | None:
-    """A sentence if the loss on val has risen since an earlier epoch of the last stage, while that on train fell."""
+def overfitting(run: Run) -> tuple[int, str] | None:
+    """If the loss on val rose in the last stage while that on train fell: the epoch of the lowest, and a sentence."""
     if not run.bands:
         return None
     stage = run.bands[-1].name
@@ -85,7 +85,7 @@ def overfitting(run: Run) -> str | None:
     before, after = train.get(lowest.epoch), train.get(last.epoch)
     if rise < 1.05 or before is None or after is None or after >= before:
         return None
-    return (
+    return lowest.epoch or 1, (
         f"Overfitting: since epoch {lowest.epoch} of stage {stage} the loss on val has risen from "
         f"{_loss(lowest):.3f} to {_loss(last):.3f}, while that on train fell from {before:.3f} to {after:.3f}. Fewer "
         "epochs, stronger augmentation or more weight decay may help."

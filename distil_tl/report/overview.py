@@ -129,7 +129,7 @@ def notes(run: Run) -> Markup | None:
             )
     found += tables.part_sizes(run) + tables.early_ends(run)
     if overfit := figures.overfitting(run):
-        found.append(overfit)
+        found.append(overfit[1])
     for key in ("error", "reason", "message"):
         if isinstance(run.summary.get(key), str):
             found.append(str(run.summary[key]))
@@ -175,14 +175,20 @@ def next_commands(run: Run) -> Markup | None:
     if not run.summary:
         return None
     saved = str(run.settings.get("run_dir") or run.name)
-    name = shlex.quote(run.name if Path(saved).is_absolute() else saved)
+    folder = run.name if Path(saved).is_absolute() else saved.rstrip("/")
+    name = shlex.quote(folder)
     if run.summary.get("status") != "completed":
         return h("p", "Run the same command again to resume this run.")
     commands = [
         f"distil-tl predict {name} FOLDER -o predictions.csv",
         f"distil-tl export {name} -o model.onnx",
-        f"distil-tl extend {name} stages.{run.bands[-1].name if run.bands else 'full'}.epochs=+3",
     ]
+    last = run.bands[-1].name if run.bands else "full"
+    if overfit := figures.overfitting(run):
+        again = (f"{folder}/config.yaml", f"run_dir={folder}-fewer-epochs", f"stages.{last}.epochs={overfit[0]}")
+        commands.append(f"distil-tl train {shlex.join(again)}")
+    else:
+        commands.append(f"distil-tl extend {name} stages.{last}.epochs=+3")
     if not run.summary.get("test"):
         commands.insert(0, f"distil-tl evaluate {name} --split test data.root=FOLDER")
     return h("pre", "\n".join(commands), class_="next")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def unsafe_changes(
         if is_free_on_resume(key) or not_started or key in FREE_FOR_LATER_STAGES:
             continue
         if before.get(key) != after.get(key):
-            changes.append(f"{key}: was {before.get(key)!r}, now {after.get(key)!r}")
+            changes.append(f"{key}: was {_as_yaml(before.get(key))}, now {_as_yaml(after.get(key))}")
         elif key in digests[0] and digests[0][key] != digests[1].get(key):
             changes.append(f"{key}: {after[key]} has another value than before")
     stages = now.get("stages") or {}
@@ -124,6 +125,11 @@ def unsafe_changes(
     if ahead[: len(left)] != left:
         changes.append(f"stages: the order was {', '.join(started)}, now {', '.join(ahead)}")
     return changes
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as a configuration file has it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def refuse_changes(values: dict[str, Any], unresolved: DictConfig, state: dict[str, Any], run_dir: Path) -> None:
@@ -146,10 +152,12 @@ def refuse_changes(values: dict[str, Any], unresolved: DictConfig, state: dict[s
     changes = unsafe_changes(read_yaml(saved), plain(unresolved), list(state["run"]["stages"]), digests)
     if changes:
         listing = "\n".join(f"  - {change}" for change in changes)
+        only_epochs = all(".epochs: " in change for change in changes)
+        completed = "The run in it is completed. " if _is_completed(run_dir) else ""
         raise UserError(
             f"{run_dir} holds a run of another configuration, and resuming it with this one would not be the same "
-            f"training:\n{listing}\nUse the old values, or choose another run_dir."
-            f"{_way_to_train_longer(run_dir, values, state)}"
+            f"training:\n{listing}\n{completed}Use the old values, or choose another run_dir."
+            f"{_way_to_train_longer(run_dir, values, state) if only_epochs else ''}"
         )
 
 
@@ -164,11 +172,19 @@ def _way_to_train_longer(run_dir: Path, values: dict[str, Any], state: dict[str,
         wanted = values["stages"].get(name, {}).get("epochs")
         if isinstance(wanted, int) and isinstance(epochs, int) and wanted > epochs:
             more = wanted - epochs
+            first = "" if _is_completed(run_dir) else "let it end with the old values, and "
             return (
-                f" To train longer, let it end with the old values, and add a stage: distil-tl extend "
+                f" To train longer, {first}add a stage: distil-tl extend "
                 f"{shlex.quote(str(run_dir))} stages.{name}.epochs=+{more}"
             )
     return ""
+
+
+def _is_completed(run_dir: Path) -> bool:
+    try:
+        return bool(json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["status"] == "completed")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def interpolation_digests(values: dict[str, Any], unresolved: DictConfig) -> dict[str, str]:

@@ -47,3 +47,21 @@ def test_a_table_with_wrong_rows_fails(flat: Path, tmp_path: Path) -> None:
     assert len(failed) == 1
     assert "line 3: there is no file" in failed[0]
     assert found.indexes == {}
+
+
+def test_classes_of_very_different_size_are_pointed_out(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "shapes", {"": 45})
+    for image in sorted((root / "noise").iterdir())[3:]:
+        image.unlink()
+    config = DataConfig(root=str(root))
+    config.split.val = 0.4
+    config.global_batch_size = 4
+    hints = [line.text for line in examined(config, tmp_path)[0].lines if "times as many" in line.text]
+    assert not hints
+    for number in range(2):
+        make_folder(tmp_path / f"more{number}", {"": 45})
+    for number, path in enumerate(sorted(tmp_path.glob("more*/circles/*"))):
+        path.rename(root / "circles" / f"more{number}.png")
+    hints = [line.text for line in examined(config, tmp_path)[0].lines if "times as many" in line.text]
+    assert len(hints) == 1
+    assert "data.balance=logit_adjust" in hints[0]

@@ -73,7 +73,8 @@ def test_overfitting_is_said(tmp_path: Path, val: list[float], train: list[float
     found = overfitting(load_run(tmp_path))
     assert (found is not None) == said
     if found:
-        assert "since epoch 2 of stage full the loss on val has risen from 0.500 to 0.700" in found
+        assert "since epoch 2 of stage full the loss on val has risen from 0.500 to 0.700" in found[1]
+        assert found[0] == 2
 
 
 def test_the_settings_that_matter() -> None:
@@ -121,6 +122,17 @@ def test_what_newer_runs_add_is_on_the_page(tmp_path: Path) -> None:
     assert "distil-tl export run -o model.onnx" in words
     test = words[words.index("Test The best") :]
     assert "Images 150" in test
+
+
+def test_a_run_that_overfitted_is_not_to_be_trained_longer(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    _, words = report(run)
+    assert "distil-tl extend run" in words
+    overfitted = lines([0.9, 0.5, 0.6, 0.7], [1.0, 0.5, 0.3, 0.1])
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in overfitted))
+    _, words = report(run)
+    assert "distil-tl extend" not in words
+    assert "distil-tl train run/config.yaml run_dir=run-fewer-epochs stages.full.epochs=2" in words
 
 
 def test_a_run_that_did_not_complete_is_resumed(tmp_path: Path) -> None:

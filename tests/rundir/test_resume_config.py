@@ -217,9 +217,9 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
         "data.global_batch_size: was 8, now 4",
         "data.image_size: was 32, now 40",
         "data.crop_mode: was 'weights', now 'squash'",
-        "data.crop_pct: was None, now 0.9",
+        "data.crop_pct: was null, now 0.9",
         "data.augment: was 'light', now 'none'",
-        "data.hflip: was True, now False",
+        "data.hflip: was true, now false",
         "model.name: was 'timm/test_resnet', now 'shufflenet_v2_x1_0'",
         "optim.name: was 'sgd', now 'adamw'",
         "optim.momentum: was 0.9, now 0.8",
@@ -232,8 +232,8 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
         "stages.head.unfreeze: was 'head', now 2",
         "stages.head.layer_decay: was 1.0, now 0.5",
         "stages.head.batch_norm: was 'frozen', now 'train'",
-        "stages.head.augment: was None, now 'none'",
-        "stages.head.image_size: was None, now 40",
+        "stages.head.augment: was null, now 'none'",
+        "stages.head.image_size: was null, now 40",
     ],
 )
 def test_a_setting_that_would_make_it_another_training_is_refused_by_name(
@@ -270,6 +270,13 @@ def test_more_epochs_are_refused_with_the_way_that_exists(
     assert command == f"distil-tl extend {in_full} stages.full.epochs=+3"
     assert list(extended(in_full, command.split()[3:])[0]["stages"]) == ["head", "full", "full_2"]
     assert "distil-tl extend" not in refused([*small, f"run_dir={in_full}", "stages.full.epochs=1"], capsys)
+    assert "distil-tl extend" not in refused([*small, f"run_dir={in_full}", "stages.full.epochs=5", "seed=1"], capsys)
+    assert "let it end" in message
+    assert "completed" not in message
+    (in_full / "summary.json").write_text('{"status": "completed"}')
+    message = refused([*small, f"run_dir={in_full}", "stages.full.epochs=5"], capsys)
+    assert "The run in it is completed. Use the old values" in message
+    assert "let it end" not in message
 
 
 STAGES = {

@@ -115,7 +115,7 @@ def test_a_key_missing_from_a_saved_configuration_keeps_the_old_behaviour(
     assert restore_model(Path("moved")).config.data.hflip is False
     assert train.main([*ARGS, "stages.full.epochs=0"]) == 0
     assert train.main([*ARGS, "stages.full.epochs=0", "data.hflip=true"]) == 2
-    assert "data.hflip: was False, now True" in capsys.readouterr().err
+    assert "data.hflip: was false, now true" in capsys.readouterr().err
 
 
 def test_a_new_key_is_part_of_the_name_of_a_run_only_when_it_is_set(
