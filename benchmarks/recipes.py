@@ -54,6 +54,8 @@ RECIPES: dict[str, list[str]] = {
     "color": ["stages.full.augment=[crop(0.5),hflip,color(0.4)]"],
     "drop-path": ["model.drop_path=0.1"],
     "dropout": ["model.dropout=0.2"],
+    "ema": ["stages.full.ema=0.99"],
+    "wise-ft": ["stages.full.wise_ft=true"],
     "frozen-regularized": ["frozen", "stages.head.search.prefer=regularized"],
 }
 FORMS = ("full", "small", "long")
