@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import mmap
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from distil_tl.data.config import ALL_EXTENSIONS
-from distil_tl.export.names import ONNX, SCRIPT
+from distil_tl.export.names import ONNX, PROVENANCE, SCRIPT
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import path_argument
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "onnx":
         if output.suffix != ONNX:
             raise UserError(f"-o {printable(output)}: name a file that ends in {ONNX}")
-        check_output("-o", output, (), ALL_EXTENSIONS, earlier=(b"\x08",))  # of a protobuf: the version of ONNX
+        check_model(output)
         check_script(output.parent / SCRIPT)
     from distil_tl.cli import exports  # imports torch, which takes seconds; --help does not need it
 
@@ -58,9 +59,20 @@ def run(options: argparse.Namespace) -> None:
         exports.export_library(options.run_dir, options.checkpoint, options.overrides, output)
 
 
+def check_model(path: Path) -> None:
+    """Raises UserError if the model can't be written, or would replace another file than an earlier one."""
+    check_output("-o", path, (), ALL_EXTENSIONS, earlier=(b"\x08",), whole=True)  # of a protobuf: the version of ONNX
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(PROVENANCE.encode()) < 0:
+                raise UserError(
+                    f"-o {printable(path)} exists, and is another program's model: name another file, or remove it"
+                )
+
+
 def check_script(path: Path) -> None:
     """Raises UserError if the script would replace another file than an earlier one of this command."""
-    check_output("the script", path)
+    check_output("the script", path, whole=True)
     if path.exists() and b"`distil-tl export` wrote both" not in path.read_bytes():
         raise UserError(
             f"{printable(path)} is in the way: a script of that name is written beside the model. Rename it, or name "

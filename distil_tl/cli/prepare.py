@@ -13,6 +13,8 @@ from distil_tl.utils.errors import UserError, number_hint
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable, setup_console
 
+DUPLICATES = "duplicates.csv"
+
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
@@ -79,11 +81,17 @@ def run(options: argparse.Namespace) -> None:
     setup_console(True)
     from distil_tl.cli.preparing import prepare  # imports torch, which takes seconds; --help does not need it
 
+    duplicates = duplicates_beside(out) if only_table else out / DUPLICATES
     prepare(
         config, root, out,
         only_table=only_table, resize=options.resize, quality=options.quality,
-        workers=options.workers, duplicates=not options.no_duplicates,
+        workers=options.workers, duplicates=None if options.no_duplicates else duplicates,
     )  # fmt: skip
+
+
+def duplicates_beside(table: Path) -> Path:
+    """Where duplicates are listed if only a table is written."""
+    return table.with_name(f"{table.stem}.{DUPLICATES}")
 
 
 def option_problems(
@@ -104,6 +112,8 @@ def option_problems(
             yield f"{printable(options.root)} has train and val already: give --out DIR"
         if out.exists():
             yield f"--out {printable(options.out)} exists: name a new file"
+        elif not options.no_duplicates and duplicates_beside(out).exists():
+            yield f"{printable(duplicates_beside(out))} exists, where duplicates are listed: name another table"
         elif not out.parent.is_dir():
             yield f"--out {printable(options.out)}: there is no folder {printable(out.parent)}"
     elif out.is_relative_to(root) or root.is_relative_to(out):

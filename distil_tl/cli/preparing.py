@@ -18,8 +18,6 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger, printable
 from distil_tl.utils.threads import available_cpus
 
-DUPLICATES = "duplicates.csv"
-
 
 # Eight parameters: the options of the command.
 def prepare(
@@ -31,7 +29,7 @@ def prepare(
     resize: int | None,
     quality: int,
     workers: int | None,
-    duplicates: bool,
+    duplicates: Path | None,
 ) -> None:
     """Write the images of `root` with their split to `out`.
 
@@ -41,7 +39,7 @@ def prepare(
         resize: maximum shorter side in pixels; None: no change.
         quality: of JPEGs.
         workers: processes; None: as many as there are CPUs.
-        duplicates: look for images that are in two splits.
+        duplicates: a file for the images that are in two splits; None: they are not looked for.
 
     Raises:
         UserError: there are no images, a format has no decoder, they can't be divided, or an error of `copy_resized`.
@@ -57,12 +55,10 @@ def prepare(
             raise UserError(f"can't write {printable(out)}: {error.strerror or error}") from error
         names = (printable(shlex.quote(str(path))) for path in (root, out))
         logger.info("train on this split with  data.root=%s data.labels=%s", *names)
-        file = out.with_name(f"{out.stem}.{DUPLICATES}")
     else:
         copy_resized(config, splits, out, resize=resize, quality=quality, workers=workers)
-        file = out / DUPLICATES
-    if duplicates:
-        report_duplicates(splits, file, workers)
+    if duplicates is not None:
+        report_duplicates(splits, duplicates, workers)
 
 
 def prepared_splits(config: DataConfig, root: Path) -> dict[str, Index]:

@@ -71,9 +71,10 @@ class Index:
 
     def relative_paths(self) -> Iterator[bytes]:
         """The relative paths of all samples, as bytes."""
-        names = self.names.tobytes()
-        ends = self.offsets.tolist()
-        return (names[start:end] for start, end in itertools.pairwise(ends))
+        for first in range(0, len(self), ROWS_AT_ONCE):
+            offsets = self.offsets[first : first + ROWS_AT_ONCE + 1]
+            names = self.names[offsets[0] : offsets[-1]].tobytes()
+            yield from (names[start:end] for start, end in itertools.pairwise((offsets - offsets[0]).tolist()))
 
     def path(self, i: int) -> Path:
         """Path of sample i below `root`, for messages and records; raises IndexError."""
@@ -244,10 +245,12 @@ def _weights(index: Index) -> Array:
 def fingerprint_of(classes: Sequence[str], names: Array, offsets: Array, targets: Array, sizes: Array) -> str:
     """The fingerprint of an index with these fields. Checkpoints contain it, so it must never change."""
     digest = hashlib.sha256()
-    numbers = (offsets.astype("<i8"), targets.astype("<i4"), sizes.astype("<i8"))
-    for part in (_joined(classes), names.tobytes(), *(array.tobytes() for array in numbers)):
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
+    arrays: list[Array] = [bytes_array(_joined(classes)), np.ascontiguousarray(names)]
+    arrays += [np.ascontiguousarray(offsets, dtype="<i8"), np.ascontiguousarray(targets, dtype="<i4")]
+    arrays += [np.ascontiguousarray(sizes, dtype="<i8")]
+    for part in arrays:
+        digest.update(part.nbytes.to_bytes(8, "little"))
+        digest.update(part.data)
     return digest.hexdigest()
 
 

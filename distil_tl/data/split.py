@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -86,8 +87,10 @@ def groups_by_path(index: Index, pattern: str) -> Array:
         UserError: the pattern is not valid, or does not match every path.
     """
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what may mean something else one day
+            compiled = re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
         raise UserError(f"data.split.group={pattern} is not a regular expression: {error}") from None
     known: dict[tuple[str | None, ...] | str, int] = {}
     found = np.empty(len(index), dtype=np.int64)
@@ -231,7 +234,10 @@ def _cost(left: Array, counts: Array, quota: Array) -> float:
 
 def keyed_order(index: Index, seed: int) -> Array:
     """A pseudo-random number for each image, uint64 [N], that depends on its relative path and the seed alone."""
-    return np.frombuffer(b"".join(path_key(path, seed) for path in index.relative_paths()), dtype="<u8")
+    keys = bytearray()
+    for path in index.relative_paths():
+        keys += path_key(path, seed)
+    return np.frombuffer(keys, dtype="<u8")
 
 
 def path_key(path: bytes, seed: int) -> bytes:

@@ -50,10 +50,10 @@ def _parts(splits: Mapping[str, Index]) -> Iterator[bytes]:
     weighted = any(index.weights is not None for index in splits.values())
     writer.writerow([*COLUMNS, WEIGHT] if weighted else COLUMNS)
     for split, index in splits.items():
-        numbers = zip(index.targets.tolist(), index.sizes.tolist(), strict=True)
-        for i, (name, (target, size)) in enumerate(zip(index.relative_paths(), numbers, strict=True)):
+        for i, name in enumerate(index.relative_paths()):
             weight = [] if index.weights is None else [float(index.weights[i])]
-            writer.writerow([os.fsdecode(name), index.classes[target], split, size, *weight])
+            label, size = index.classes[index.targets[i]], int(index.sizes[i])
+            writer.writerow([os.fsdecode(name), label, split, size, *weight])
             if i % ROWS_AT_ONCE == 0:
                 yield text.getvalue().encode(*ENCODING)
                 text.seek(0)
@@ -83,7 +83,7 @@ def read_split_file(path: Path, index: Index) -> Held:
                 edited = targets != index.targets[rows]
                 at = np.flatnonzero(known)[edited]
                 found.relabelled.update(zip(rows[edited].tolist(), (labels[i] for i in at.tolist()), strict=True))
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError, OverflowError, csv.Error) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"can't be read: {error}"
         raise UserError(f"{path} {reason}: it says which images are in which split; restore it") from error
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import math
 from array import array
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from distil_tl.data.config import SPLITS, USUAL_SPLITS, DataConfig
-from distil_tl.data.index import ROWS_AT_ONCE, Array, Index, fingerprint_of, gathered, quoted
+from distil_tl.data.index import Array, Index, fingerprint_of, gathered, quoted
 from distil_tl.data.split import path_key
 from distil_tl.data.table_columns import Columns, choose_columns
 from distil_tl.data.table_file import Chunk, TableFile, open_table
+from distil_tl.data.table_order import folder_order
 from distil_tl.data.table_paths import ImagePaths, Missing, find_paths
 from distil_tl.utils.errors import UserError, did_you_mean, listed
 from distil_tl.utils.log import logger, printable
@@ -31,6 +31,8 @@ THREADS = 16  # files looked at in parallel, to hide the latency of a network fi
 PER_TASK = 256  # files
 MOST_LISTED = 20  # rows that can't be used
 MISSING_VALUES = ("nan", "na", "n/a", "#n/a", "<na>", "null", "none", "nil", "-", "?")  # in lower case
+MOST_TRIED = 100  # rows, of which the first with an image says how the paths are written
+LARGEST_WEIGHT = 3e38  # that a float32 holds
 MOST_COUNTED = 10_000  # such rows until the rest is not read any more
 
 
@@ -67,7 +69,10 @@ def read_table(config: DataConfig, root: Path, classes: Sequence[str] | None = N
     if not first.rows:
         raise UserError(f"data.labels={config.labels} has no rows")
     columns = choose_columns(file.columns, first.rows[0], config)
-    paths = find_paths(first.rows[0][columns.path] if len(first.rows[0]) > columns.path else "", root, config)
+    paths = ImagePaths(root, config.image_extensions, exact=True)
+    if not file.exact:
+        tried = [row[columns.path] for row in first.rows[:MOST_TRIED] if len(row) > columns.path]
+        paths = find_paths(tried, root, config)
     rows = _Rows(file, columns, paths)
     with ThreadPoolExecutor(THREADS) as pool:
         rows.add(first, pool)
@@ -114,17 +119,20 @@ class _Rows:
         some = [cells[i : i + PER_TASK] for i in range(0, len(cells), PER_TASK)]
         found = itertools.chain.from_iterable(pool.map(self.paths.find_all, some))
         for (line, row), image in zip(good, found, strict=True):
-            label = row[self.columns.label].strip()
+            label = row[self.columns.label] if self.file.exact else row[self.columns.label].strip()
             split = self._split_of(row)
             group = 0 if self.columns.group is None else _group_key(row[self.columns.group])
             problem = image.reason if isinstance(image, Missing) else "the label is empty" if not label else None
+            if "\0" in label:
+                problem = problem or "the label has a NUL character"
             if split is None:
                 problem = problem or f"the split {row[self.columns.split or 0]!r} is not train, val or test"
             if group is None:
                 problem = problem or "the group is empty"
             weight = self._weight_of(row)
             if weight is None:
-                problem = problem or f"the weight {row[self.columns.weight or 0]!r} is not a number from 0 on"
+                cell = row[self.columns.weight or 0]
+                problem = problem or f"the weight {cell!r} is not a number from 0 to {LARGEST_WEIGHT:g}"
             if isinstance(image, Missing) or problem is not None or split is None or group is None or weight is None:
                 self._refuse(line, problem or "")
                 continue
@@ -154,7 +162,7 @@ class _Rows:
             weight = float(row[self.columns.weight].replace(",", "."))
         except ValueError:
             return None
-        return weight if 0 <= weight < math.inf else None
+        return weight if 0 <= weight <= LARGEST_WEIGHT else None
 
     def _refuse(self, line: int, problem: str) -> None:
         self.wrong_count += 1
@@ -163,7 +171,7 @@ class _Rows:
 
     def refuse_wrong(self, table: str) -> None:
         """Raise UserError with all rows that can't be used, if there are any."""
-        keys = np.frombuffer(self.keys, dtype="<u8")
+        keys: Array = np.frombuffer(self.keys, dtype="<u8")
         order = np.argsort(keys, kind="stable")
         for i in np.flatnonzero(keys[order[1:]] == keys[order[:-1]]).tolist():
             one, two = int(order[i]), int(order[i + 1])
@@ -171,6 +179,7 @@ class _Rows:
             labels = "" if same else ", with another label: an image has one label"
             self._refuse(self.lines[two], f"the same image as in {self.file.unit} {self.lines[one]}{labels}")
         if not self.wrong_count:
+            self.keys, self.lines = bytearray(), array("q")  # no longer needed
             return
         more = self.wrong_count - len(self.wrong)
         at_least = "at least " if self.wrong_count >= MOST_COUNTED else ""
@@ -220,7 +229,7 @@ def _in_order(rows: _Rows, root: Path, classes: Sequence[str] | None, note: str)
     names = np.frombuffer(rows.names, dtype=np.uint8)
     lengths = np.frombuffer(rows.lengths, dtype=np.int64)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
-    order = _folder_order(names, offsets, targets)
+    order = folder_order(names, offsets, targets)
     names = gathered(names, offsets, order)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), lengths[order].cumsum()])
     targets, sizes = targets[order], np.frombuffer(rows.sizes, dtype=np.int64)[order]
@@ -241,27 +250,3 @@ def _in_order(rows: _Rows, root: Path, classes: Sequence[str] | None, note: str)
     splits = None if rows.columns.split is None else np.frombuffer(rows.splits, dtype=np.uint8)[order]
     groups = None if rows.columns.group is None else np.frombuffer(rows.groups, dtype=np.int64)[order]
     return Table(index, splits, groups, note)
-
-
-def _folder_order(names: Array, offsets: Array, targets: Array) -> Array:
-    """The positions of all images in the order of an image folder, int64 [N]. One class at a time, to save memory."""
-    by_class = np.argsort(targets, kind="stable")
-    ends = np.bincount(targets).cumsum()
-    return np.concatenate([_sorted(names, offsets, rows) for rows in np.split(by_class, ends[:-1])])
-
-
-def _sorted(names: Array, offsets: Array, rows: Array) -> Array:
-    """`rows` in the order of folders as a whole, then of names."""
-    starts, lengths = offsets[rows], offsets[rows + 1] - offsets[rows]
-    width = int(lengths.max(initial=1))
-    keys = np.zeros((len(rows), width), dtype=np.uint8)
-    columns = np.arange(width)
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        some = slice(first, first + ROWS_AT_ONCE)
-        inside = columns < lengths[some, None]
-        part = keys[some]
-        part[inside] = names[(starts[some, None] + columns)[inside]]
-        is_slash = part == ord("/")
-        last = width - 1 - is_slash[:, ::-1].argmax(axis=1)
-        part[np.flatnonzero(is_slash.any(axis=1)), last[is_slash.any(axis=1)]] = 0
-    return rows[np.argsort(keys.view(f"S{width}").ravel(), kind="stable")]

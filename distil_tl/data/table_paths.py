@@ -8,6 +8,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ class ImagePaths:
         prefix: what is cut off: the folder on the machine where the table was written.
         suffix: the extension that the paths lack.
         notes: the same, in words.
+        exact: whether cells are the paths, as in a split.csv, which needs no rules.
     """
 
     root: Path
@@ -49,11 +51,12 @@ class ImagePaths:
     prefix: str = ""
     suffix: str = ""
     notes: list[str] = field(default_factory=list)
+    exact: bool = False
     lost: str = ""  # the first path without a file
 
     def find(self, cell: str) -> FoundImage | Missing:
         """The image that a cell names. Thread-safe."""
-        text = cell.strip().replace("\\", "/")
+        text = cell if self.exact else cell.strip().replace("\\", "/")
         if not text:
             return Missing("the path is empty")
         if self.prefix and text.startswith(self.prefix):
@@ -88,16 +91,25 @@ class ImagePaths:
         """Where the first missing image is, if it is in a folder below `root`; for the end of a message."""
         if not self.lost:
             return ""
-        for folder in sorted(path for path in self.root.iterdir() if path.is_dir()):
-            if (folder / self.lost).is_file():
-                return f"\n{quoted(self.lost)} is in {folder}: give data.root={folder}"
+        with suppress(OSError):  # a path that is too long, or a folder that may not be read
+            for folder in sorted(path for path in self.root.iterdir() if path.is_dir()):
+                if (folder / self.lost).is_file():
+                    return f"\n{quoted(self.lost)} is in {folder}: give data.root={folder}"
         return ""
 
 
-def find_paths(first: str, root: Path, config: DataConfig) -> ImagePaths:
-    """How the paths of a table are read, by the first of them."""
+def find_paths(cells: Sequence[str], root: Path, config: DataConfig) -> ImagePaths:
+    """How the paths of a table are read, by the first of `cells` that means an image in some way."""
+    for cell in cells:
+        if (paths := _paths_like(cell, root, config)) is not None:
+            return paths
+    return ImagePaths(root, config.image_extensions)
+
+
+def _paths_like(cell: str, root: Path, config: DataConfig) -> ImagePaths | None:
+    """How the paths of a table are read in which `cell` means an image; None if it can't mean one."""
     paths = ImagePaths(root, config.image_extensions)
-    text = first.strip().replace("\\", "/")
+    text = cell.strip().replace("\\", "/")
     for start in _starts(_below(text, root), root):
         rest = text[len(text) - len(start) :]
         for suffix in ("",) if start.lower().endswith(ALL_EXTENSIONS) else ("", *config.image_extensions):
@@ -109,7 +121,7 @@ def find_paths(first: str, root: Path, config: DataConfig) -> ImagePaths:
                     paths.notes.append(f"the paths lack {suffix}")
                 paths.lost = ""
                 return paths
-    return ImagePaths(root, config.image_extensions)
+    return None
 
 
 def _starts(text: str, root: Path) -> Iterator[str]:

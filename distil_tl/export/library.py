@@ -42,15 +42,16 @@ def check_folder(folder: Path) -> None:
     if folder.is_dir() and not there and any(folder.iterdir()):
         raise UserError(f"{shown} has other files in it: name a new folder")
     for name in (WEIGHTS, CONFIG) if folder.is_dir() else ():
-        check_output("-o", folder / name)
+        check_output("-o", folder / name, whole=True)
     if not folder.is_dir() and not os.access(folder.parent, os.W_OK):
         raise UserError(f"{shown}: no permission to write in {printable(folder.parent)}")
 
 
 def _is_own(path: Path) -> bool:
     try:
-        return "distil_tl" in json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return isinstance(content, dict) and "distil_tl" in content
+    except (OSError, ValueError, RecursionError):
         return False
 
 
@@ -90,14 +91,20 @@ def loading_lines(folder: Path, config: ModelConfig) -> str:
     """The lines of Python that load what `write_library_files` wrote."""
     if config.from_timm:
         return (
-            f'model = timm.create_model("local-dir:{folder}", pretrained=True).eval()\n'
+            f"model = timm.create_model({_literal(f'local-dir:{folder}')}, pretrained=True).eval()\n"
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
         )
     return (
-        f'config = json.load(open("{folder / CONFIG}", encoding="utf-8"))\n'
+        f'config = json.load(open({_literal(folder / CONFIG)}, encoding="utf-8"))\n'
         'model = torchvision.models.get_model(config["architecture"], **config["model_args"]).eval()\n'
-        f'model.load_state_dict(safetensors.torch.load_file("{folder / WEIGHTS}"))'
+        f"model.load_state_dict(safetensors.torch.load_file({_literal(folder / WEIGHTS)}))"
     )
+
+
+def _literal(text: str | Path) -> str:
+    """A text as Python has it, in double quotes."""
+    escaped = str(text).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{printable(escaped)}"'
 
 
 def library_config(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from distil_tl.data.config import intensity_problem
 from distil_tl.data.pillow import Intensity
-from distil_tl.export.names import CLASSES, INPUT, INSTALL, PREPROCESS, SIDES
+from distil_tl.export import predict
+from distil_tl.export.names import INPUT, INSTALL, SIDES
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import printable
@@ -60,20 +61,25 @@ class OnnxModel:
         except Exception as error:  # of several types of its own
             reason = printable(str(error).partition("\n")[0])
             raise UserError(f"onnxruntime can't read {printable(path)} ({reason})") from error
-        metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-        if CLASSES not in metadata or PREPROCESS not in metadata:
+        try:
+            settings, self.classes = predict.read_model(self._session)
+            levels = (settings["mean"], settings["std"])
+            mean, std = ((float(red), float(green), float(blue)) for red, green, blue in levels)
+            problem = intensity_problem(settings["intensity"])
+            if not np.isfinite([*mean, *std]).all():
+                problem = "its mean and std are no numbers"
+        except Exception as error:  # as above, and of damaged metadata
+            problem = str(error).partition("\n")[0] or type(error).__name__
+        if problem:
             raise UserError(
-                f"{printable(path)} was not written by `distil-tl export`: its metadata has no {CLASSES} or "
-                f"{PREPROCESS}"
+                f"{printable(path)} was not written by `distil-tl export`, or is damaged ({printable(problem)})"
             )
-        settings: dict[str, Any] = json.loads(metadata[PREPROCESS])
-        self.classes: list[str] = json.loads(metadata[CLASSES])
         self.image_size: int = settings["image_size"]
         self.intensity: Intensity = settings["intensity"]
         self.extensions: tuple[str, ...] = tuple(settings["extensions"])
         mode, side = next((mode, key) for mode, key in SIDES.items() if key in settings)
         self.preprocess = Preprocess(
-            mean=tuple(settings["mean"]), std=tuple(settings["std"]), interpolation=settings["interpolation"],
+            mean=mean, std=std, interpolation=settings["interpolation"],
             crop_size=settings["image_size"], resize_size=settings[side], crop_mode=mode,
         )  # fmt: skip
 

@@ -6,6 +6,8 @@ and PNGs. It prepares them to the same bytes as evaluation in training did; any 
 folder is searched at any depth. The CSV is that of `distil-tl predict MODEL.onnx PATH...`.
 """
 
+# More than 300 lines, as it is one file that works alone.
+
 from __future__ import annotations
 
 import argparse
@@ -24,6 +26,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
+SIDES = ("shorter_side", "both_sides", "longer_side")  # that is resized; the metadata has one of them
 LEFTOVERS = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".thumbnails", ".AppleDouble", ".Trashes", "lost+found")
 
 
@@ -34,9 +37,7 @@ class RefusedError(Exception):
 def read_image(path: Path, min_side: int) -> Any:
     """The pixels of an 8-bit RGB or grey JPEG or PNG, uint8 [H, W, 3], upright.
 
-    Args:
-        min_side: length in pixels that is sufficient for the shorter side: a large JPEG is decoded at 1/2, 1/4 or 1/8
-            of its size, down to this length.
+    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size, down to a shorter side of `min_side` pixels.
 
     Raises:
         RefusedError: it is another image, or damaged.
@@ -172,7 +173,7 @@ def weighted_sums(pixels: Any, weights: tuple[Any, Any, int], wanted: slice, off
 
 def prepare(path: Path, settings: dict[str, Any]) -> Any:
     """An image as the model with these settings in its metadata expects it, uint8 [3, S, S]; raises as `read_image`."""
-    side: int = next(settings[key] for key in ("shorter_side", "both_sides", "longer_side") if key in settings)
+    side: int = next(settings[key] for key in SIDES if key in settings)
     return np.ascontiguousarray(resize_and_crop(read_image(path, 2 * side), settings).transpose(2, 0, 1))
 
 
@@ -201,8 +202,26 @@ def walk(folder: str, extensions: tuple[str, ...], parents: tuple[str, ...]) -> 
         if entry.is_dir() and entry.name not in LEFTOVERS and not entry.name.startswith("._"):
             yield from walk(os.path.join(folder, entry.name), extensions, (*parents, real))  # noqa: PTH118
         elif not entry.is_dir() and entry.name.lower().endswith(extensions) and not entry.name.startswith("._"):
+            if not entry.is_file():  # a pipe or a device may never end
+                raise RefusedError(f"{entry.path} is not a regular file, or a broken link: remove it")
             names.append(entry.name)
     yield folder, sorted(names)
+
+
+def read_model(session: Any) -> tuple[dict[str, Any], list[str]]:
+    """The settings and classes in a model's metadata. It is tried once. Raises any Exception if it is another model."""
+    metadata = session.get_modelmeta().custom_metadata_map
+    settings, classes = (json.loads(metadata[f"distil_tl.{name}"]) for name in ("preprocess", "classes"))
+    size, names = settings["image_size"], [*classes, *settings["extensions"]]
+    sides = [settings[key] for key in SIDES if key in settings]
+    known = settings["interpolation"] in ("bilinear", "bicubic", "nearest") and all(isinstance(n, str) for n in names)
+    if not known or not all(1 <= size <= side <= 1 << 15 for side in sides):
+        raise ValueError("its metadata is damaged")
+    view = resize_and_crop(np.zeros((2, 3, 3), np.uint8), settings)
+    answer = session.run(["probabilities"], {"images": view.transpose(2, 0, 1)[None]})[0]
+    if answer.shape != (1, len(classes)) or not np.isfinite(answer).all():
+        raise ValueError(f"it does not answer with probabilities of {len(classes)} classes")
+    return settings, classes
 
 
 def predictions(session: Any, files: list[Path], settings: dict[str, Any], batch_size: int) -> Iterator[Any]:
@@ -267,11 +286,13 @@ def run(options: argparse.Namespace) -> int:
     Image.MAX_IMAGE_PIXELS = None  # the limit is checked here
     setup = onnxruntime.SessionOptions()
     setup.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0  # else: all
-    session = onnxruntime.InferenceSession(str(models[0]), setup, providers=["CPUExecutionProvider"])
-    metadata = session.get_modelmeta().custom_metadata_map
-    if "distil_tl.classes" not in metadata:
-        raise RefusedError(f"{models[0]} was not written by `distil-tl export`")
-    settings, classes = json.loads(metadata["distil_tl.preprocess"]), json.loads(metadata["distil_tl.classes"])
+    setup.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(models[0]), setup, providers=["CPUExecutionProvider"])
+        settings, classes = read_model(session)
+    except Exception as error:  # onnxruntime raises errors of many types
+        reason = str(error).partition("\n")[0]
+        raise RefusedError(f"{models[0]} was not written by `distil-tl export`, or is damaged ({reason})") from error
     files = find_images(options.paths, tuple(settings["extensions"]))
     results = predictions(session, files, settings, options.batch_size)
     text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
@@ -288,9 +309,11 @@ def main() -> int:
         return run(parse_arguments())
     except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
         return 0
-    except (RefusedError, OSError) as error:
-        sys.stderr.write(f"predict.py: {error}\n")
-        return 2
+    except (RefusedError, OSError, ImportError, MemoryError) as error:
+        message = str(error) or type(error).__name__
+        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        sys.stderr.write(f"predict.py: {shown}\n")
+        return 1 if isinstance(error, MemoryError) else 2
 
 
 if __name__ == "__main__":

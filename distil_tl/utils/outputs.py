@@ -31,6 +31,8 @@ def check_output(
     inputs: Iterable[Path] = (),
     image_endings: tuple[str, ...] = (),
     earlier: tuple[bytes, ...] | None = None,
+    *,
+    whole: bool = False,
 ) -> None:
     """Refuse an output that can't be written, or that would destroy an input or another file of the user.
 
@@ -39,6 +41,7 @@ def check_output(
         inputs: files and folders that the command reads.
         image_endings: of the names of images, in lower case.
         earlier: how a file begins that the command wrote earlier, the only kind that is replaced; None: any file is.
+        whole: the output is a regular file, and not a device or a pipe to write into.
 
     Raises:
         UserError: `path` is a folder, in a folder that does not exist or can't be written to, an input, named like an
@@ -47,6 +50,8 @@ def check_output(
     shown = f"{option} {printable(path)}"
     if path.is_dir():
         raise UserError(f"{shown} is a folder: name a file in it")
+    if whole and path.exists() and not _is_replaced(path):
+        raise UserError(f"{shown} is not a regular file: name another file")
     if not path.parent.is_dir():
         raise UserError(f"{shown}: there is no folder {printable(path.parent)}")
     own = _identity(path)

@@ -71,6 +71,8 @@ def test_only_a_table_of_the_split(flat: Path, tmp_path: Path, capsys: pytest.Ca
         split: index.fingerprint for split, index in made.items()
     }
     assert "exists: name a new file" in refused(capsys, flat, "--out", tmp_path / "split.csv")
+    (tmp_path / "other.duplicates.csv").write_text("of the user")
+    assert "exists, where duplicates are listed" in refused(capsys, flat, "--out", tmp_path / "other.csv")
     message = refused(capsys, flat, "--out", tmp_path / "other.csv", "--resize=64", "--val=2", "--group=(")
     assert "--val must be a share" in message
     assert "--resize needs a folder" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import unicodedata
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from distil_tl.data.scan import scan
 from distil_tl.data.split_file import write_split_file
 from distil_tl.data.splits import open_splits
 from distil_tl.data.table import Table, read_table
+from distil_tl.data.table_order import folder_order
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
 from tests.helpers.image_folders import assert_equal, plant
@@ -55,17 +57,18 @@ def test_a_table_of_an_image_folder_gives_the_index_of_the_folder(root: Path) ->
     assert_equal(found.index, scan(root))
 
 
-def test_order_of_classes_of_many_images() -> None:
+@pytest.mark.parametrize("long", ["c/d", "c" * 31, "c" * 33, "c/" * 20 + "d"])
+def test_order_of_classes_of_many_images(long: str) -> None:
     rng = random.Random(1)
     names = sorted(
-        {"/".join(rng.choices(["a", "b-", "b", "c/d", "ä"], k=rng.randint(1, 4))) + ".jpg" for _ in range(400)}
+        {"/".join(rng.choices(["a", "b-", "b", long, "ä"], k=rng.randint(1, 4))) + ".jpg" for _ in range(400)}
     )
     packed = [name.encode() for name in names]
     rng.shuffle(packed)
     targets = np.array([rng.randint(0, 2) for _ in packed])
     joined = np.frombuffer(b"".join(packed), dtype=np.uint8)
     offsets = np.concatenate([[0], np.cumsum([len(name) for name in packed])])
-    order = table_module._folder_order(joined, offsets, targets)
+    order = folder_order(joined, offsets, targets)
 
     def key(i: int) -> tuple[int, str]:
         folder, slash, name = packed[i].decode().rpartition("/")
@@ -82,8 +85,9 @@ def test_order_of_classes_of_many_images() -> None:
         ("sep=;\r\nPfad;Klasse\r\na/x.jpg;Gänse\r\nb/ä ö.png;Häher;;\r\n", "l.csv", "semicolons"),
         ("path\tclass\na/x.jpg\tGänse\n\nb/ä ö.png\tHäher\n".encode("utf-16"), "l.txt", "tabs"),
         ("Image Path,Class\n./a/x.jpg, Gänse \na/../b/ä ö.png,Häher\n", "l.csv", "'Image Path'"),
+        ('"Notiz\nzum Bild";Pfad;Klasse\nx;a/x.jpg;Gänse\nx;b/ä ö.png;Häher\n', "l.csv", "semicolons"),
     ],
-    ids=["excel", "windows-1252", "sep", "utf-16", "unusual paths"],
+    ids=["excel", "windows-1252", "sep", "utf-16", "unusual paths", "line break in a name"],
 )  # fmt: skip
 def test_forms_of_text(root: Path, content: str | bytes, name: str, said: str) -> None:
     found = read(root, content, name)
@@ -120,6 +124,23 @@ def test_paths_of_another_machine(root: Path) -> None:
     assert paths(found.index) == ["a/x.jpg", "b/x.jpg"]
     assert "the paths lack .jpg" in found.note
     assert f"'x.jpg' is in {root}/a: give data.root={root}/a" in refusal(root, "path,label\nx.jpg,a\n")
+
+
+def test_a_wrong_first_row_does_not_hide_how_paths_are_written(root: Path) -> None:
+    rows = "path,label\nC:\\x\\lost.jpg,a\nC:\\x\\a\\x.jpg,a\nC:\\x\\b\\x.jpg,b\n"
+    message = refusal(root, rows)
+    assert "has 1 rows that can't be used" in message
+    assert "line 2: there is no file" in message
+
+
+def test_a_split_file_is_read_as_it_is_written(tmp_path: Path) -> None:
+    names = ["a/ x.jpg", "a/x.jpg ", "a/back\\slash.jpg", "b/caf\udce9.jpg", " b /\r.jpg", " b /y.png"]
+    root = plant(tmp_path / "images", *(name if name.endswith(("jpg", "png")) else f"{name}.jpg" for name in names))
+    splits, _ = find_splits(DataConfig(root=str(root), split=SplitConfig(val=0.5)), root)
+    write_split_file(tmp_path / "split.csv", splits)
+    again, _ = find_splits(DataConfig(root=str(root), labels=str(tmp_path / "split.csv")), root)
+    for split, index in splits.items():
+        assert_equal(again[split], index)
 
 
 def test_umlauts_in_the_other_form(root: Path) -> None:
@@ -187,6 +208,29 @@ def test_columns_that_can_not_be_told(root: Path) -> None:
     config.split.group = "kin"
     with pytest.raises(UserError, match=r"not data.split.group=kin, did you mean"):
         read_table(config, root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("x" * 200_000 + ",label\na/x.jpg,a\n", "can't read the first line of .*field larger than field limit"),
+        ("x" * (1 << 20) + ",label\n", "the first line has more than 1,048,576 characters, so it is no table"),
+        ("path,label\na/x.jpg,a\n".encode("utf-16-le"), "the first line has NUL characters, so it is no table"),
+        (b"\xff\xfep\0a\0\0\xd8x", "can't read the first line of .*codec can't decode"),
+        ("path,label\na/x.jpg,a\0b\n", "line 2: the label has a NUL character"),
+        ("path,label,weight\na/x.jpg,a,1e300\n", r"line 2: the weight '1e300' is not a number from 0 to 3e\+38"),
+        (f"path,label\n{'x' * 300}.jpg,a\n", "line 2: .*File name too long"),
+    ],
+)  # fmt: skip
+def test_damage_is_named(root: Path, content: str | bytes, message: str) -> None:
+    assert re.search(message, refusal(root, content))
+
+
+def test_a_parquet_file_without_rows(root: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"path": pyarrow.array([], "string"), "label": []}), root / "l.parquet")
+    with pytest.raises(UserError, match="has no rows"):
+        read_table(DataConfig(root=str(root), labels=str(root / "l.parquet")), root)
 
 
 def test_reading_ends_after_many_wrong_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +367,6 @@ def test_weights(root: Path) -> None:
     part = found.selected(np.array([False, True]))
     assert part.weights is not None
     assert part.weights.tolist() == [2.0]
-    assert "line 3: the weight 'much' is not a number from 0 on" in refusal(root, rows.replace("0,5", "much"))
+    assert "line 3: the weight 'much' is not a number from 0 to 3e+38" in refusal(root, rows.replace("0,5", "much"))
     config = ColumnsConfig(weight="none")
     assert read(root, rows, columns=config).index.weights is None

@@ -161,6 +161,20 @@ def test_a_file_that_is_in_the_way_is_not_replaced(
     assert export(run_dir, "-o", tmp_path / "model") == 2
     assert "name a file that ends in .onnx" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["predict.py"]
+    (tmp_path / "predict.py").unlink()
+    (tmp_path / "theirs.onnx").write_bytes(b"\x08\x08 of another program")
+    os.mkfifo(tmp_path / "pipe.onnx")
+    (tmp_path / "device.onnx").symlink_to("/dev/null")
+    for name, message in {
+        "theirs": "exists, and is another program's model",
+        "pipe": "is not a regular file",
+        "device": "is not a regular file",
+    }.items():
+        assert export(run_dir, "-o", tmp_path / f"{name}.onnx") == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "predict.py").symlink_to(tmp_path / "pipe.onnx")
+    assert export(run_dir, "-o", tmp_path / "model.onnx") == 2
+    assert "is not a regular file" in capsys.readouterr().err
 
 
 def test_refusals_of_predict(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,11 @@ def test_files_of_others_are_not_replaced(
         assert main([str(tmp_path), "-o", str(path), "--format", "safetensors"]) == 2
         assert message in capsys.readouterr().err
     assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
+    (tmp_path / "config.json").write_text("5")
+    assert main([str(tmp_path), "-o", str(tmp_path), "--format", "safetensors"]) == 2
+    (tmp_path / "config.json").unlink()
+    os.mkfifo(tmp_path / "config.json")
+    assert main([str(tmp_path), "-o", str(tmp_path), "--format", "safetensors"]) == 2
 
 
 def test_timm_resizes_to_the_same_size() -> None:

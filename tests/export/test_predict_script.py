@@ -89,7 +89,10 @@ def test_an_onnx_file_is_read_with_its_crop(mode: str, tmp_path: Path, monkeypat
     onnxruntime = pytest.importorskip("onnxruntime")
     trained, image = Preprocess(interpolation="bicubic").with_crop(mode, 0.9), torch.from_numpy(random_pixels(50, 70))
     metadata = describe(trained, 32, ["a", "b"], {}, intensity="dtype", extensions=[".png"])
-    session = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata))
+    answer = np.full((1, 2), 0.5, dtype=np.float32)
+    session = SimpleNamespace(
+        get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata), run=lambda names, images: [answer]
+    )
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *args, **settings: session)
     (tmp_path / "model.onnx").touch()
     found = eval_transform(OnnxModel(tmp_path / "model.onnx").preprocess, 32)(image.permute(2, 0, 1))

@@ -93,6 +93,28 @@ def bounded(seconds: float = BOUND_S) -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, max(0.1, left - (time.monotonic() - began)), again)
 
 
+def in_child(body: Callable[[], str]) -> str:
+    """The fault that `body` returns in a process of its own, which may crash or hang."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            signal.alarm(int(BOUND_S))
+            with os.fdopen(writer, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(body())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writer)
+    with os.fdopen(reader, encoding="utf-8") as file:
+        fault = file.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return fault or (f"the process ended with {code}" if code else "")
+
+
 def fault_of(end: End, *, plain: bool = True) -> str:
     """What is wrong with how a command ended; empty if nothing is.
 

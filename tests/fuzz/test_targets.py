@@ -28,7 +28,7 @@ def kinds() -> list[int]:
     return [os.lstat(name).st_mode for name in DEVICES]
 
 
-def each_place(tmp_path: Path, run: Callable[[Path, Path], End], *, folder: bool = False) -> None:
+def each_place(tmp_path: Path, run: Callable[[Path, Path], End], *, folder: bool = False, ending: str = "") -> None:
     """Run a command with every place; report all faults.
 
     A refused place leaves everything as it was. An accepted one changes only what it names, which was a file of the
@@ -36,18 +36,20 @@ def each_place(tmp_path: Path, run: Callable[[Path, Path], End], *, folder: bool
 
     Args:
         run: from the root and the place.
-        folder: the command writes a folder, so that no file there may change.
+        folder: the command writes a folder, or replaces only what it wrote, so that no file there may change.
+        ending: of the names of all places.
     """
     faults, devices = Faults(), kinds()
     (tmp_path / "names").mkdir()
-    for what in targets.build(tmp_path / "names"):
+    for what in targets.build(tmp_path / "names", ending):
         root = tmp_path / "x"
-        place = targets.build(root)[what]
+        place = targets.build(root, ending)[what]
         with suppress(OSError):
             if stat.S_ISFIFO(os.stat(place).st_mode):  # noqa: PTH116 - someone reads it
                 threading.Thread(target=place.read_bytes, daemon=True).start()
         before = snapshot(root)
-        end = run(root, place)
+        with mock.patch.object(os, "fsync"):  # which takes long on a busy disk
+            end = run(root, place)
         real = os.fsencode(os.path.realpath(place))
         now = snapshot(root)
         lost = []
