@@ -11,6 +11,7 @@ from distil_tl.models.config import ModelConfig
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.transfer import build
 from distil_tl.rundir.checkpoint import Checkpoints
+from distil_tl.rundir.state import Position, RunState, StageRecord
 
 CLASSES = ["circles", "noise", "stripes"]
 NAME = "shufflenet_v2_x0_5"
@@ -27,7 +28,7 @@ def make_run(path: Path, data: Path, seed: int, classes: list[str] = CLASSES, na
     for _ in range(40):  # statistics for BatchNorm: else all images look alike
         model.train()(torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(seed)))
     checkpoints = Checkpoints(path / "checkpoints")
-    run = {"position": {"stage": "head"}, "stages": {"head": {}}}
+    run = RunState(position=Position("head", 1, 0, 1), stages={"head": StageRecord(epochs=1)}).to_json()
     preprocess = Preprocess(crop_size=32, resize_size=32)
     state = {"classes": classes, "preprocess": asdict(preprocess), "run": run}
     checkpoints.save(1, weights=model.state_dict(), train_state={}, state=state, is_best=True)
