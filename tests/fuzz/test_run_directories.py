@@ -118,8 +118,9 @@ def tried(
 
 
 def snapshot_of(path: bytes) -> object:
-    """As in `snapshot`, without the times and identity: what a file holds."""
-    return snapshot(Path(os.fsdecode(path))).get(path, (0, 0, None))[2]
+    """As in `snapshot`, without permissions and identity: what is there; None if nothing is."""
+    found = snapshot(Path(os.fsdecode(path)))[path]
+    return None if found is None else found[2]
 
 
 def valid_checkpoints(run_dir: Path) -> list[str]:
