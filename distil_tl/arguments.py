@@ -12,6 +12,7 @@ from distil_tl.load_config import load
 from distil_tl.utils.args import explain, to_yaml
 from distil_tl.utils.command import run_command
 from distil_tl.utils.home import path_argument
+from distil_tl.utils.run_folders import refuse_other_than_run
 
 
 def usage(program: str) -> str:
@@ -44,8 +45,8 @@ def check_arguments(program: str, argv: Sequence[str]) -> None:
 
 def check_evaluation_arguments(argv: Sequence[str] | None = None) -> None:
     """The same for an evaluation; None: those of this process."""
-    evaluation_parser().parse_intermixed_args(argv)
-    if status := run_command("distil_tl.evaluate", lambda: None):
+    run_dir = evaluation_parser().parse_intermixed_args(argv).run_dir
+    if status := run_command("distil_tl.evaluate", lambda: refuse_other_than_run(run_dir)):
         sys.exit(status)
 
 

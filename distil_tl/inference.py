@@ -26,6 +26,7 @@ from distil_tl.training.config import StageConfig
 from distil_tl.training.network import Network, final_network
 from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.run_folders import refuse_other_than_run
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | Tensor | np.ndarray"
 _ACCEPTED = (
@@ -171,8 +172,7 @@ def restore_model(run_dir: str | Path, checkpoint: str = "best", overrides: list
     """
     run_dir = Path(run_dir)
     saved = run_dir / "config.yaml"
-    if not saved.is_file():
-        raise UserError(f"{run_dir} is not a run directory: config.yaml is missing")
+    refuse_other_than_run(run_dir)
     config = load_saved(run_dir, overrides or [])
     path = _find_checkpoint(run_dir, checkpoint)
     damage = find_damage(path)

@@ -145,7 +145,7 @@ def _define_stages(schema: DictConfig, stages: Any, problems: list[str]) -> None
 
 def _resolve_defaults(config: Config, schema: DictConfig) -> None:
     """Fill in defaults that depend on other values, so that the saved file holds what was used."""
-    if config.model.weights == "auto" and not config.model.problems():
+    if config.model.weights == "auto":
         config.model.weights = schema.model.weights = resolve_weights(config.model)
     paths = [(config.data, "root"), (config.data, "labels"), (config, "run_dir"), (config, "resume")]
     for section, key in [*paths, *((stage.distill, "teacher") for stage in config.stages.values())]:

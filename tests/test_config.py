@@ -498,6 +498,12 @@ def test_a_missing_variable_is_named_with_its_key():
     assert config_of(file, "data.root=/here").data.root == "/here"
 
 
+def test_the_configuration_is_read_without_torch():
+    code = "import sys; from distil_tl.load_config import load; load(['data.root=x']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_the_saved_file_gives_the_same_configuration():
     config, source = load(["stages.head.epochs=9", "seed=3"])
     assert config_of(yaml_file(to_yaml(source))) == config
@@ -586,6 +592,14 @@ def test_a_missing_root_or_split_is_refused(tmp_path: Path):
     (tmp_path / "flowers" / "train").mkdir(parents=True)
     assert "flower is not a folder, did you mean `flowers`?" in complaint_of(f"data.root={tmp_path / 'flower'}")
     assert "has no val folder" in complaint_of("data.root=flowers")
+    run = tmp_path / "runs" / "f"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("data:\n  root: flower\n")
+    assert "run directory (of images in flower); give the images' folder" in complaint_of(f"data.root={run}")
+    assert "runs holds run directories (f); give" in complaint_of(f"data.root={run.parent}")
+    moved = complaint_of("data.root=flower", f"run_dir={run}")
+    assert f"the images of {run} were there: if moved, give data.root=NEW_FOLDER run_dir={run}" in moved
+    assert "did you mean `flowers`?" in complaint_of("data.root=flowrs", f"run_dir={run}")
     (tmp_path / "flowers" / "val").mkdir()
     check(config_of("data.root=flowers"), 1)
     assert f"is a folder above the splits: give data.root={tmp_path}/flowers" in complaint_of(f"data.root={tmp_path}")

@@ -18,6 +18,7 @@ from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.outputs import check_output, open_output
+from distil_tl.utils.run_folders import refuse_other_than_run
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -70,8 +71,7 @@ def student(run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         UserError: no such run, no model for the student, or no stage that can learn from a teacher.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run directory: config.yaml is missing")
+    refuse_other_than_run(run_dir)
     if not any(argument.startswith("model.name=") for argument in overrides):
         raise UserError("say which model learns, as in model.name=resnet18")
     tree = read_yaml(run_dir / "config.yaml")

@@ -15,6 +15,7 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable
 from distil_tl.utils.outputs import check_output
+from distil_tl.utils.run_folders import refuse_other_than_run
 
 FORMATS = ("onnx", "safetensors")
 
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"-o {printable(output)}: name a file that ends in {ONNX}")
         check_model(output)
         check_script(output.parent / SCRIPT)
+    refuse_other_than_run(options.run_dir)
     from distil_tl.cli import exports  # imports torch, which takes seconds; --help does not need it
 
     if options.format == "onnx":

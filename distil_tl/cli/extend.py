@@ -21,6 +21,7 @@ from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import UserError, did_you_mean
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.outputs import check_output, open_output
+from distil_tl.utils.run_folders import refuse_other_than_run
 
 _MORE = re.compile(r"stages\.([\w-]+)\.epochs=\+(\d+)")
 
@@ -77,8 +78,7 @@ def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
     Raises:
         UserError: no such run or stage, not exactly one `stages.NAME.epochs=+N`, or arguments that name another run.
     """
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run directory: config.yaml is missing")
+    refuse_other_than_run(run_dir)
     name, epochs = _wanted(overrides)
     tree, done = read_yaml(run_dir / "config.yaml"), _stages_done(run_dir)
     stages = mapping(tree, "stages")

@@ -13,8 +13,10 @@ from distil_tl.utils.errors import EXIT_FAULT, UserError
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import printable
 from distil_tl.utils.outputs import check_output
+from distil_tl.utils.run_folders import no_images, refuse_other_than_run
 
 MAX_BATCH = 65_536  # images
+EXCEL_BEGIN = b"\xef\xbb\xbfpath;prediction;"  # of the output with --excel
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -29,6 +31,11 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=path_argument, metavar="FILE", help="default: standard output")
     parser.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
     parser.add_argument("--format", choices=("csv", "jsonl"), help="default: by the name of FILE, else csv")
+    parser.add_argument(
+        "--excel",
+        action="store_true",
+        help="CSV for Excel where numbers have a decimal comma: with semicolons and a BOM",
+    )
     parser.add_argument("--top", type=int, default=1, metavar="K", help="the K most probable classes (default: 1)")
     parser.add_argument(
         "--split", choices=SPLITS, help="only images that the run, which divided them, has in this split"
@@ -53,16 +60,22 @@ def run(options: argparse.Namespace) -> int:
     if options.batch_size > MAX_BATCH or (options.workers or 0) > MAX_WORKERS:
         raise UserError(f"--batch-size must be at most {MAX_BATCH:,}, and --workers at most {MAX_WORKERS}")
     if options.output is not None:
-        inputs, written = [options.model, *options.paths], (b"path,prediction,", b'{"path": ')
+        inputs, written = [options.model, *options.paths], (b"path,prediction,", EXCEL_BEGIN, b'{"path": ')
         check_output("--output", options.output, inputs, ALL_EXTENSIONS, earlier=written)
     if options.model.suffix == ONNX and options.checkpoint != "best":
         raise UserError(f"--checkpoint is for a run directory; {printable(options.model)} has one model")
+    if options.model.suffix != ONNX:
+        refuse_other_than_run(options.model, options.paths)
+    for problem in filter(None, map(no_images, options.paths)):
+        raise UserError(problem)
     if options.split is not None and not (options.model / SPLIT_FILE).is_file():
         raise UserError(
             f"--split needs the {SPLIT_FILE} of a run that divided its images; {printable(options.model)} has none: "
             f"give the folder of the split"
         )
     by_name = "jsonl" if options.output is not None and options.output.suffix in (".jsonl", ".ndjson") else "csv"
+    if options.excel and (options.format or by_name) != "csv":
+        raise UserError("--excel is for CSV: remove it, or --format jsonl and the ending .jsonl")
     from distil_tl.cli.prediction_rows import RowFormat
     from distil_tl.cli.predictions import predict  # imports torch, which takes seconds; --help does not need it
 
@@ -72,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         output=options.output,
         split=options.split,
-        rows=RowFormat(options.format or by_name, options.top, options.all),
+        rows=RowFormat(options.format or by_name, options.top, options.all, options.excel),
         batch_size=options.batch_size,
         workers=options.workers,
         device=options.device,

@@ -21,11 +21,13 @@ class RowFormat:
         name: csv or jsonl.
         top: the most probable classes in a row.
         all_classes: whether a row also has the probability of each class.
+        excel: a CSV that Excel opens where numbers have a decimal comma: with a byte order mark, semicolons and commas.
     """
 
     name: str = "csv"
     top: int = 1
     all_classes: bool = False
+    excel: bool = False
 
 
 def write_rows(
@@ -54,15 +56,21 @@ def _csv_writer(file: TextIO, classes: list[str], shape: RowFormat) -> Callable[
     count = min(shape.top, len(classes))
     numbered = [f"{name}_{i}" for i in range(2, count + 1) for name in ("prediction", "probability")]
     columns = [f"p({name})" for name in classes] if shape.all_classes else []
-    writer = CsvWriter(file)
+    if shape.excel:
+        file.write("\ufeff")
+    writer = CsvWriter(file, ";" if shape.excel else ",")
+
+    def number(p: float) -> str:
+        return f"{p:.6f}".replace(".", ",") if shape.excel else f"{p:.6f}"
+
     writer.writerow(["path", "prediction", "probability", *numbered, *columns, "error"])
 
     def write(path: Path, prediction: Tensor | str) -> None:
         if isinstance(prediction, str):
             writer.writerow([path, *[""] * (2 * count + len(columns)), prediction])
             return
-        best = [cell for i, p in _top(prediction, count) for cell in (classes[i], f"{p:.6f}")]
-        per_class = [f"{p:.6f}" for p in prediction.tolist()] if shape.all_classes else []
+        best = [cell for i, p in _top(prediction, count) for cell in (classes[i], number(p))]
+        per_class = [number(p) for p in prediction.tolist()] if shape.all_classes else []
         writer.writerow([path, *best, *per_class, ""])
 
     return write

@@ -14,6 +14,7 @@ from distil_tl.data.augmentation import augment_problem
 from distil_tl.utils.auto import AUTO, whole_number
 from distil_tl.utils.errors import did_you_mean
 from distil_tl.utils.paths import why_no_file
+from distil_tl.utils.run_folders import no_images, recorded_root, runs_in
 
 SPLITS = ("train", "val", "test")
 SPLIT_FILE = "split.csv"  # in the run directory of a run that divided its images
@@ -208,7 +209,12 @@ def root_problems(config: DataConfig, run_dir: str | None) -> Iterator[str]:
         return
     if not root.is_dir():
         near = did_you_mean(root.name, [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else [])
+        if run_dir is not None and recorded_root(Path(run_dir)) == config.root:
+            near = f"; the images of {run_dir} were there: if moved, give data.root=NEW_FOLDER run_dir={run_dir}"
         yield f"data.root={root} is not a folder{near}"
+        return
+    if problem := no_images(root):
+        yield f"data.root={problem}"
         return
     folders = _folders_in(root)
     missing = [split for split in ("train", "val") if split not in folders]
@@ -241,6 +247,8 @@ def evaluation_problems(config: DataConfig) -> Iterator[str]:
     elif config.root is not None and not Path(config.root).is_dir():
         tar = "; unpack it and give the folder" if Path(config.root).is_file() else f"; {MOVED}"
         yield f"data.root={config.root} is not a folder{tar}"
+    elif config.root is not None and (problem := no_images(Path(config.root))):
+        yield f"data.root={problem}"
 
 
 def _problems_of_table(table: Path, root: Path | None) -> Iterator[str]:
@@ -261,6 +269,8 @@ def _problems_of_classes(root: Path, folders: list[str]) -> Iterator[str]:
     """Why a folder without splits can't be divided into some; nothing if it can."""
     if not folders:
         yield f"data.root={root} has no folder; it must hold CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg"
+    elif runs := runs_in(root):
+        yield f"data.root={root} holds run directories ({', '.join(runs[:5])}); give the images' folder"
     for name in folders[:20]:
         if len(set(_usual(_folders_in(root / name)).values())) > 1:
             yield f"data.root={root} is a folder above the splits: give data.root={root / name}"

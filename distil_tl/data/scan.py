@@ -16,6 +16,7 @@ from distil_tl.data.config import IMG_EXTENSIONS
 from distil_tl.data.index import Array, Index, bytes_array, fingerprint_of, quoted
 from distil_tl.data.walk import describe, ending_of, entries, is_folder, is_leftover, refuse_broken_link, walk
 from distil_tl.utils.errors import UserError, did_you_mean, listed
+from distil_tl.utils.run_folders import no_images
 
 
 def scan(
@@ -94,6 +95,8 @@ def _class_folders(split: Path, extensions: tuple[str, ...]) -> tuple[list[str],
     if not split.is_dir():
         problem = "is not a folder" if split.exists() else "does not exist"
         raise UserError(f"the folder of images {quoted(split)} {problem}: it must contain one sub-folder per class")
+    if problem := no_images(split):
+        raise UserError(problem)
     folders: list[str] = []
     files: list[str] = []
     for entry in entries(str(split)):

@@ -23,7 +23,7 @@ from distil_tl.data.split import path_key
 from distil_tl.data.table_columns import Columns, choose_columns
 from distil_tl.data.table_file import Chunk, TableFile, open_table
 from distil_tl.data.table_order import folder_order
-from distil_tl.data.table_paths import ImagePaths, Missing, find_paths
+from distil_tl.data.table_paths import NO_FILE, ImagePaths, Missing, find_paths
 from distil_tl.utils.errors import UserError, did_you_mean, listed
 from distil_tl.utils.log import logger, printable
 
@@ -183,6 +183,14 @@ class _Rows:
             return
         more = self.wrong_count - len(self.wrong)
         at_least = "at least " if self.wrong_count >= MOST_COUNTED else ""
+        if self.wrong_count > 1 and not self.names and all(problem.startswith(NO_FILE) for _, problem in self.wrong):
+            count = f"the first {self.wrong_count:,}" if at_least else f"its {self.wrong_count:,}"
+            line, problem = self.wrong[0]
+            raise UserError(
+                f"data.labels={table}: none of {count} images exists, such as {problem.removeprefix(NO_FILE)} in "
+                f"{self.file.unit} {line}; give the folder in which the paths begin: data.root=FOLDER"
+                f"{self.paths.advice()}"
+            )
         lines = "".join(f"\n  - {self.file.unit} {line}: {problem}" for line, problem in self.wrong)
         raise UserError(
             f"data.labels={table} has {at_least}{self.wrong_count:,} rows that can't be used; correct or remove them:"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import posixpath
 import re
@@ -16,6 +17,8 @@ from typing import NamedTuple
 from distil_tl.data.config import ALL_EXTENSIONS, DataConfig
 from distil_tl.data.index import quoted
 
+MOST_FOLDERS = 500  # below data.root, in which a missing image is looked for
+NO_FILE = "there is no file "
 DRIVE = re.compile(r"[A-Za-z]:/")
 
 
@@ -81,7 +84,7 @@ class ImagePaths:
                 return Missing(f"{quoted(cell)} is not a regular file")
             return FoundImage(os.fsencode(form), status.st_size, status.st_mtime_ns)
         self.lost = self.lost or name
-        return Missing(f"{quoted(cell)}: {problem}" if problem else f"there is no file {quoted(self.root / name)}")
+        return Missing(f"{quoted(cell)}: {problem}" if problem else f"{NO_FILE}{quoted(self.root / name)}")
 
     def find_all(self, cells: Sequence[str]) -> list[FoundImage | Missing]:
         """The images that some cells name. Thread-safe."""
@@ -91,11 +94,15 @@ class ImagePaths:
         """Where the first missing image is, if it is in a folder below `root`; for the end of a message."""
         if not self.lost:
             return ""
-        with suppress(OSError):  # a path that is too long, or a folder that may not be read
-            for folder in sorted(path for path in self.root.iterdir() if path.is_dir()):
-                if (folder / self.lost).is_file():
+        name, same_name = posixpath.basename(self.lost), ""
+        with suppress(OSError):  # a path that is too long
+            for folder, below, files in itertools.islice(os.walk(self.root), MOST_FOLDERS):
+                below.sort()
+                if Path(folder) != self.root and (Path(folder) / self.lost).is_file():
                     return f"\n{quoted(self.lost)} is in {folder}: give data.root={folder}"
-        return ""
+                if name in files and not same_name:
+                    same_name = f"\na file {quoted(name)} is in {folder}: correct the paths, or give data.root={folder}"
+        return same_name
 
 
 def find_paths(cells: Sequence[str], root: Path, config: DataConfig) -> ImagePaths:

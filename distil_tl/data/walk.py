@@ -1,6 +1,7 @@
 """The walk through folders of images, for training, prediction and copies: which files are images, and which not.
 
-Symbolic links are followed. What file managers and notebooks leave behind is left out.
+Symbolic links are followed. What file managers and notebooks leave behind is left out, and so are run directories, in
+which images are samples of others.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import NamedTuple
 
 from distil_tl.data.index import Index, quoted
 from distil_tl.utils.errors import UserError, listed
+from distil_tl.utils.run_folders import CHECKPOINTS, is_run_directory
 
 # Folders of Jupyter, macOS, Synology, Thumbnails of several programs; with copies of images or parts of them.
 LEFTOVER_FOLDERS = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".thumbnails", ".AppleDouble", ".Trashes", "lost+found")
 LEFTOVER_FILES = "._"  # AppleDouble: the metadata of a file of the same name
+RUN = "run directory"  # how one is counted
 MOST_ENDINGS = 6
 MOST_ENTRIES, MOST_FOLDERS = 20_000, 500  # below data.root, until which images that a table lacks are counted
 
@@ -51,17 +54,22 @@ def walk(top: Path, start: str, extensions: tuple[str, ...], ignored: Counter[st
         identity = _identity(top / folder)
         if identity in ancestors:
             raise UserError(f"{quoted(top / folder)} contains itself: remove the symbolic link that forms this loop")
-        images: list[Found] = []
+        images, below, left = list[Found](), list[str](), Counter[str]()
         for entry in entries(f"{top}/{folder}" if folder else str(top)):
             if is_leftover(entry):
-                ignored[ending_of(entry.name)] += 1
+                left[ending_of(entry.name)] += 1
             elif is_folder(entry):
-                pending.append((f"{folder}/{entry.name}" if folder else entry.name, (*ancestors, identity)))
+                below.append(entry.name)
             elif entry.name.lower().endswith(extensions):
                 images.append(Found(entry.name, *_size_and_time(entry)))
             else:
                 refuse_broken_link(entry, extensions)
-                ignored[ending_of(entry.name)] += 1
+                left[ending_of(entry.name)] += 1
+        if CHECKPOINTS in below and is_run_directory(top / folder):
+            ignored[RUN] += 1
+            continue
+        ignored.update(left)
+        pending += [(f"{folder}/{name}" if folder else name, (*ancestors, identity)) for name in below]
         scanned.append((folder, sorted(images)))
     # Sorted by the whole path as a string, like the folders of os.walk: "a-b" comes before "a/b".
     return sorted(scanned)
@@ -78,18 +86,23 @@ def images_beside(index: Index, extensions: tuple[str, ...]) -> int:
     folders = [""]
     for folder in folders:  # it grows
         try:
+            below, here = list[str](), 0
             with os.scandir(index.root / folder) as inside:
                 for entry in inside:
                     seen += 1
-                    if seen > MOST_ENTRIES or len(folders) > MOST_FOLDERS:
+                    if seen > MOST_ENTRIES or len(folders) + len(below) > MOST_FOLDERS:
                         return 0
                     name = folder + entry.name
                     if entry.is_dir(follow_symlinks=False):
-                        folders += [] if is_leftover(entry) else [f"{name}/"]
+                        below += [] if is_leftover(entry) else [f"{name}/"]
                     elif name.lower().endswith(extensions) and not is_leftover(entry):
-                        found += os.fsencode(name) not in known
+                        here += os.fsencode(name) not in known
         except OSError:
             continue
+        if f"{folder}{CHECKPOINTS}/" in below and is_run_directory(index.root / folder):
+            continue
+        found += here
+        folders += below
     return found
 
 
@@ -125,11 +138,16 @@ def ending_of(name: str) -> str:
 
 def describe(ignored: Counter[str]) -> str:
     """What was left out, such as `7 other files ignored: 3 .heic, 2 .gif, 2 ._*`; empty if nothing was."""
-    total = sum(ignored.values())
-    if not total:
-        return ""
-    parts = [f"{count:,} {ending}" for ending, count in sorted(ignored.items(), key=lambda item: (-item[1], item[0]))]
-    return f"{total:,} other {'file' if total == 1 else 'files'} ignored: {listed(parts, MOST_ENDINGS)}"
+    files = sorted(
+        ((ending, n) for ending, n in ignored.items() if ending != RUN), key=lambda item: (-item[1], item[0])
+    )
+    total, runs, said = sum(count for _, count in files), ignored[RUN], []
+    if total:
+        parts = [f"{count:,} {ending}" for ending, count in files]
+        said.append(f"{total:,} other {'file' if total == 1 else 'files'} ignored: {listed(parts, MOST_ENDINGS)}")
+    if runs:
+        said.append(f"{runs:,} run {'directory' if runs == 1 else 'directories'} not searched")
+    return "; ".join(said)
 
 
 def refuse_broken_link(entry: os.DirEntry[str], extensions: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ folder is searched at any depth. The CSV is that of `distil-tl predict MODEL.onn
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
 import io
@@ -27,6 +28,7 @@ from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
 SIDES = ("shorter_side", "both_sides", "longer_side")  # that is resized; the metadata has one of them
+RUN = ("config.yaml", "checkpoints")  # of a folder that training wrote, whose images are samples
 LEFTOVERS = (".ipynb_checkpoints", "__MACOSX", "@eaDir", ".thumbnails", ".AppleDouble", ".Trashes", "lost+found")
 
 
@@ -182,6 +184,8 @@ def find_images(paths: Sequence[Path], extensions: tuple[str, ...]) -> list[Path
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
+            if all((path / name).exists() for name in RUN):
+                raise RefusedError(f"{path} is a run directory: give the images' folder")
             for folder, names in sorted(walk(str(path), extensions, ())):
                 files += [Path(folder) / name for name in names]
         elif path.exists():
@@ -198,6 +202,9 @@ def walk(folder: str, extensions: tuple[str, ...], parents: tuple[str, ...]) -> 
     real, names = os.path.realpath(folder), list[str]()
     if real in parents:
         raise RefusedError(f"{folder} contains itself: remove the symbolic link that forms this loop")
+    if all(Path(folder, name).exists() for name in RUN):
+        sys.stderr.write(f"predict.py: {folder} is a run directory, and is not searched\n")
+        return
     for entry in os.scandir(folder):
         if entry.is_dir() and entry.name not in LEFTOVERS and not entry.name.startswith("._"):
             yield from walk(os.path.join(folder, entry.name), extensions, (*parents, real))  # noqa: PTH118
@@ -238,26 +245,59 @@ def predictions(session: Any, files: list[Path], settings: dict[str, Any], batch
         yield from (item if isinstance(item, str) else next(results) for item in items)
 
 
-def write_rows(file: IO[str], files: list[Path], results: Iterator[Any], classes: list[str], every: bool) -> int:
+def write_rows(
+    file: IO[str], files: list[Path], results: Iterator[Any], classes: list[str], *, every: bool, excel: bool
+) -> int:
     """Write the CSV; return how many files could not be used."""
+    separator, point = ";," if excel else ",."
     columns = [f"p({name})" for name in classes] if every else []
-    write_row(file, ["path", "prediction", "probability", *columns, "error"])
+    file.write("\ufeff" if excel else "")
+    write_row(file, ["path", "prediction", "probability", *columns, "error"], separator)
     unusable = 0
     for name, result in zip(map(os.fsencode, files), results):  # noqa: B905  # Python 3.9
         path = name.decode("utf-8", "surrogateescape")  # in any locale
         if isinstance(result, str):
             unusable += 1
-            write_row(file, [path, "", "", *("" for _ in columns), result])
+            write_row(file, [path, "", "", *("" for _ in columns), result], separator)
         else:
             best = int(result.argmax())
-            write_row(file, [path, classes[best], f"{result[best]:.6f}", *(f"{p:.6f}" for p in result if every), ""])
+            numbers = [f"{p:.6f}".replace(".", point) for p in (result[best], *(result if every else ()))]
+            write_row(file, [path, classes[best], *numbers, ""], separator)
     return unusable
 
 
-def write_row(file: IO[str], row: Sequence[Any]) -> None:
+def write_row(file: IO[str], row: Sequence[Any], separator: str) -> None:
     """Write a row of CSV. csv.writer alone leaves a carriage return unquoted, where readers end the row."""
     odd = any("\r" in str(cell) for cell in row)
-    csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL).writerow(row)
+    style: dict[str, Any] = {"delimiter": separator, "quoting": csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL}
+    csv.writer(file, lineterminator="\n", **style).writerow(row)
+
+
+@contextlib.contextmanager
+def open_output(path: Path | None) -> Iterator[IO[str]]:
+    """The CSV to write, which replaces `path` when it is complete; None: standard output."""
+    text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
+    if path is None:
+        with open(sys.stdout.fileno(), "w", closefd=False, **text) as file:
+            yield file
+        return
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f".{os.getpid()}.tmp")
+    try:
+        with partial.open("x", **text) as file:
+            yield file
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_earlier_output(path: Path) -> bool:
+    """Whether a file that exists begins like one that this script wrote, or is empty."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(100).decode("utf-8-sig", "replace")
+    return not start or start.replace(";", ",").startswith("path,prediction,")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -266,6 +306,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument("--model", type=Path, metavar="FILE", help="default: the only .onnx file beside this script")
     parser.add_argument("--all", action="store_true", help="add a column with the probability of each class")
+    parser.add_argument("--excel", action="store_true", help="for Excel with decimal commas: with semicolons and a BOM")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images (default: 32)")
     return parser.parse_args()
 
@@ -277,8 +318,8 @@ def run(options: argparse.Namespace) -> int:
         raise RefusedError(f"{len(models)} .onnx files are beside this script: name one with --model")
     if options.batch_size < 1:
         raise RefusedError("--batch-size must be at least 1")
-    if options.output is not None and options.output.exists():
-        raise RefusedError(f"--output {options.output} exists: name a new file")
+    if options.output is not None and options.output.exists() and not is_earlier_output(options.output):
+        raise RefusedError(f"--output {options.output} exists, and is no earlier output: name another file")
     if not models[0].is_file():
         raise RefusedError(f"there is no file {models[0]}")
     import onnxruntime
@@ -295,10 +336,10 @@ def run(options: argparse.Namespace) -> int:
         raise RefusedError(f"{models[0]} was not written by `distil-tl export`, or is damaged ({reason})") from error
     files = find_images(options.paths, tuple(settings["extensions"]))
     results = predictions(session, files, settings, options.batch_size)
-    text: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
-    output, mode = (options.output, "x") if options.output else (sys.stdout.fileno(), "w")
-    with open(output, mode, closefd=mode == "x", **text) as file:
-        unusable = write_rows(file, files, results, classes, options.all)
+    with open_output(options.output) as file:
+        unusable = write_rows(file, files, results, classes, every=options.all, excel=options.excel)
+    if options.output is not None:
+        sys.stderr.write(f"predict.py: {len(files):,} rows in {options.output}\n")
     if unusable:
         sys.stderr.write(f"predict.py: {unusable} of {len(files)} files can't be used; see column error\n")
     return 2 if unusable == len(files) else 0

@@ -14,9 +14,9 @@ class CsvWriter:
     readers take it for the end of a row.
     """
 
-    def __init__(self, file: TextIO) -> None:
-        self._plain = csv.writer(file, lineterminator="\n")
-        self._quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    def __init__(self, file: TextIO, delimiter: str = ",") -> None:
+        self._plain = csv.writer(file, lineterminator="\n", delimiter=delimiter)
+        self._quoted = csv.writer(file, lineterminator="\n", delimiter=delimiter, quoting=csv.QUOTE_ALL)
 
     def writerow(self, row: Sequence[Any]) -> None:
         odd = any("\r" in str(cell) for cell in row)

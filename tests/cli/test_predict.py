@@ -80,6 +80,42 @@ def test_the_most_probable_classes_as_columns_or_json() -> None:
     assert second == {"path": "b.png", "error": "not an image"}
 
 
+def test_a_csv_for_excel_has_a_mark_semicolons_and_decimal_commas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, results = io.StringIO(), list[Tensor | str]([torch.tensor([0.25, 0.75]), "not an image; or a new kind"])
+    write_rows(file, [Path("a,1.png"), Path("b.png")], results, ["rose", "t\u00fclip"], RowFormat(excel=True))
+    assert file.getvalue() == (
+        '\ufeffpath;prediction;probability;error\na,1.png;t\u00fclip;0,750000;\nb.png;;;"not an image; or a new kind"\n'
+    )
+    monkeypatch.setattr(predictions, "predict", lambda *args, **settings: 0)
+    out = tmp_path / "out.csv"
+    out.write_text(file.getvalue(), encoding="utf-8")
+    assert main(["model.onnx", "x.png", "--excel", "-o", str(out)]) == 0  # it is an earlier output
+    assert main(["model.onnx", "x.png", "--excel", "--format", "jsonl"]) == 2
+    assert "--excel is for CSV" in capsys.readouterr().err
+
+
+def test_arguments_that_are_swapped_or_above_or_below_a_run_directory_get_a_hint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/a/checkpoints/step-00000001", "runs/b/checkpoints", "photos"):
+        Path(name).mkdir(parents=True)
+    for name in ("a", "b"):
+        Path("runs", name, "config.yaml").write_text("data:\n  root: flowers\n")
+    for arguments, message in (
+        (["photos", "runs/a"], "photos is not a run directory; give runs/a first, and the images after it"),
+        (["runs", "photos"], "runs is not a run directory; it holds runs/a, runs/b: give one of them"),
+        (["runs/a/checkpoints/step-00000001", "photos"], "give runs/a --checkpoint step-00000001"),
+        (["runs/a/checkpoints", "photos"], "runs/a/checkpoints is not a run directory, but in one: give runs/a\n"),
+        (["runs/a", "runs/b"], "runs/b is a run directory (of images in flowers); give the images' folder"),
+        (["photos", "photos"], "photos is not a run directory: config.yaml is missing"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_failure_leaves_no_part_of_a_csv(tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     out.write_text("earlier")
@@ -95,7 +131,7 @@ def test_a_file_that_cannot_be_read_is_an_error_if_asked_for(
     monkeypatch: pytest.MonkeyPatch, options: list[str], status: int, unreadable: int
 ) -> None:
     monkeypatch.setattr(predictions, "predict", lambda *args, **settings: unreadable)
-    assert main(["RUN_DIR", "x.png", *options]) == (status if unreadable else 0)
+    assert main(["model.onnx", "x.png", *options]) == (status if unreadable else 0)
 
 
 @pytest.mark.parametrize(

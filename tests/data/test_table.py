@@ -174,6 +174,18 @@ def test_all_wrong_rows_are_refused_together_by_line(root: Path) -> None:
         assert reason in message
 
 
+def test_a_table_whose_images_are_elsewhere_is_refused_in_one_line(root: Path) -> None:
+    rows = "path,label\n" + "".join(f"deep/{name}.jpg,a\n" for name in ("z", "lost", "gone"))
+    message = refusal(root, rows)
+    assert f"none of its 3 images exists, such as '{root}/deep/z.jpg' in line 2; give the folder" in message
+    assert message.splitlines()[1:] == [f"'deep/z.jpg' is in {root}/a: give data.root={root}/a"]
+    message = refusal(root, rows.replace("deep/", "other/"))
+    assert message.splitlines()[1:] == [
+        f"a file 'z.jpg' is in {root}/a/deep: correct the paths, or give data.root={root}/a/deep"
+    ]
+    assert "can't be used; correct or remove them" in refusal(root, rows + "a/x.jpg,a\n")
+
+
 def test_labels_that_look_like_missing_values_are_named(
     root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,12 +246,12 @@ def test_a_parquet_file_without_rows(root: Path) -> None:
 
 
 def test_reading_ends_after_many_wrong_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table_module, "MOST_COUNTED", 30)
+    monkeypatch.setattr(table_module, "MOST_COUNTED", 29)
     monkeypatch.setattr(table_file, "ROWS_AT_ONCE", 10)
-    message = refusal(root, "path,label\n" + "".join(f"{i}.jpg,a\n" for i in range(1000)))
-    assert "has at least 30 rows that can't be used" in message
+    message = refusal(root, "path,label\na/x.jpg,a\n" + "".join(f"{i}.jpg,a\n" for i in range(1000)))
+    assert "has at least 29 rows that can't be used" in message
     assert len(message.splitlines()) == 22
-    assert message.endswith("and 10 more")
+    assert message.endswith("and 9 more")
 
 
 # Splits.

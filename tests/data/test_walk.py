@@ -32,6 +32,21 @@ def test_linked_folders_are_followed_and_the_rest_is_counted(tmp_path: Path) -> 
     assert describe(Counter()) == ""
 
 
+def test_run_directories_are_not_searched(tmp_path: Path) -> None:
+    photos = plant(tmp_path, "a.jpg", "f/config.yaml", "f/checkpoints/x.pt", "f/samples/b.jpg", "f/c.jpg", "f/d.txt")
+    plant(photos, "g/checkpoints/e.jpg")  # a class of that name
+    ignored: Counter[str] = Counter()
+    found = walk(photos, "", ENDINGS, ignored)
+    assert [f"{folder}/{image.name}" for folder, images in found for image in images] == [
+        "/a.jpg", "g/checkpoints/e.jpg",
+    ]  # fmt: skip
+    assert describe(ignored) == "1 run directory not searched"
+    ignored[".txt"] += 1
+    assert describe(ignored) == "1 other file ignored: 1 .txt; 1 run directory not searched"
+    with pytest.raises(UserError, match="f is a run directory; give the images' folder"):
+        scan(photos / "f")
+
+
 def test_what_other_programs_leave_behind_is_no_class_and_no_image(tmp_path: Path) -> None:
     plant(
         tmp_path, "cat/1.jpg", "dog/1.jpg", ".ipynb_checkpoints/1.jpg", "__MACOSX/cat/._1.jpg", "cat/._1.jpg",

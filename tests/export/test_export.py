@@ -104,6 +104,25 @@ def test_the_script_alone_writes_the_same_csv_as_predict(exported: Path, folder:
     assert str(tmp_path / "images" / "grün\r0.png") in [row[0] for row in rows[0]]
 
 
+def test_the_script_replaces_its_own_output_alone_and_writes_for_excel_as_predict_does(
+    exported: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, package = tmp_path / "script.csv", tmp_path / "package.csv"
+    images = sorted((folder / "val").rglob("*.png"))[:2]
+    arguments = ["predict.py", *map(str, images), "--model", str(exported), "-o", str(out)]
+    for more in ([], ["--excel", "--all"], ["--excel", "--all"]):
+        monkeypatch.setattr(sys, "argv", [*arguments, *more])
+        assert script.main() == 0
+        assert f"predict.py: 2 rows in {out}" in capsys.readouterr().err
+    assert predict([str(exported), *map(str, images), "--excel", "--all", "-o", str(package)]) == 0
+    assert out.read_bytes() == package.read_bytes()
+    assert out.read_bytes().startswith(b"\xef\xbb\xbfpath;prediction;probability;p(")
+    out.write_text("mine")
+    assert script.main() == 2
+    assert "exists, and is no earlier output: name another file" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["package.csv", "script.csv"]
+
+
 def test_another_model_is_noticed_and_not_left(
     exported: Path, run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -81,7 +81,8 @@ def test_torchvision_loads_it(make_run: Callable[[str], Path], tmp_path: Path) -
 def test_files_of_others_are_not_replaced(
     make_run: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "config.yaml"):  # as of a run directory
+        (tmp_path / name).write_text("{}")
     for path, message in (
         (tmp_path, "has a config.json that `distil-tl export` did not write"),
         (tmp_path / "config.json", "is a file: name a folder"),
@@ -89,7 +90,7 @@ def test_files_of_others_are_not_replaced(
     ):
         assert main([str(tmp_path), "-o", str(path), "--format", "safetensors"]) == 2
         assert message in capsys.readouterr().err
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}"]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["{}", "{}"]
     (tmp_path / "config.json").write_text("5")
     assert main([str(tmp_path), "-o", str(tmp_path), "--format", "safetensors"]) == 2
     (tmp_path / "config.json").unlink()

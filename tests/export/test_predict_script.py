@@ -184,7 +184,13 @@ def test_the_same_files_are_found_in_the_same_order(tmp_path: Path) -> None:
     (tmp_path / "linked").symlink_to("b")
     paths = [tmp_path / "a/notes.txt", tmp_path, tmp_path / "z.png"]
     endings = (".jpg", ".png", ".webp", ".tif")
+    (tmp_path / "runs/f/checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "sample.jpg"):
+        (tmp_path / "runs/f" / name).write_bytes(b"x")
     assert find_images(paths, endings) == predictions.find_images(paths, endings)
+    assert not [path for path in find_images(paths, endings) if path.name == "sample.jpg"]
+    with pytest.raises(RefusedError, match="f is a run directory: give the images' folder"):
+        find_images([tmp_path / "runs/f"], endings)
     (tmp_path / "b" / "again").symlink_to(tmp_path)
     with pytest.raises(RefusedError, match="contains itself"):
         find_images(paths, endings)
