@@ -28,7 +28,7 @@ def check_arguments(program: str, argv: Sequence[str]) -> None:
     For use before torch is imported, which takes seconds.
     """
     if argv and argv[0] in ("-h", "--help"):
-        sys.stdout.write(usage(f"python -m {program}"))
+        sys.stdout.write(usage(called(program)))
         sys.exit(0)
 
     shows = "--print-config" in argv
@@ -43,17 +43,22 @@ def check_arguments(program: str, argv: Sequence[str]) -> None:
         sys.exit(status)
 
 
-def check_evaluation_arguments(argv: Sequence[str] | None = None) -> None:
+def called(program: str) -> str:
+    """How a program is started: that of a module, or a command of distil-tl."""
+    return f"python -m {program}" if program.startswith("distil_tl.") else program
+
+
+def check_evaluation_arguments(argv: Sequence[str] | None = None, program: str = "distil_tl.evaluate") -> None:
     """The same for an evaluation; None: those of this process."""
-    run_dir = evaluation_parser().parse_intermixed_args(argv).run_dir
-    if status := run_command("distil_tl.evaluate", lambda: refuse_other_than_run(run_dir)):
+    run_dir = evaluation_parser(program).parse_intermixed_args(argv).run_dir
+    if status := run_command(program, lambda: refuse_other_than_run(run_dir)):
         sys.exit(status)
 
 
-def evaluation_parser() -> argparse.ArgumentParser:
+def evaluation_parser(program: str = "distil_tl.evaluate") -> argparse.ArgumentParser:
     """The arguments of `distil_tl.evaluate`, here so that they can be read before torch is imported."""
     found = argparse.ArgumentParser(
-        prog="python -m distil_tl.evaluate",
+        prog=called(program),
         description="Evaluate a checkpoint on a split, with the same result on any number of ranks.",
         epilog="key=value changes the configuration for this evaluation, for example data.root=OTHER_FOLDER.",
     )

@@ -323,6 +323,10 @@ def test_what_is_not_divided_into_splits(tmp_path: Path):
     assert f"give data.root={flat}/dog" in complaint_of(f"data.root={flat}")
     (flat / "empty").mkdir()
     assert "has no folder; it must hold CLASS/*.jpg" in complaint_of(f"data.root={flat}/empty")
+    for image in ("empty/1.JPG", "empty/2.png", "cat/1.jpg"):
+        (flat / image).touch()
+    message = complaint_of(f"data.root={flat}/empty")
+    assert message.endswith(f"has no class folders, only images (2); did you mean data.root={flat}?")
 
 
 def test_a_table_of_labels(folder: Path, tmp_path: Path):
@@ -428,6 +432,10 @@ def test_invalid_stages(text: str):
 
 
 # Arguments and files
+
+
+def test_keys_are_no_options():
+    assert message_of("--data.root=x") == "can't read the argument '--data.root=x': write data.root=x, without --"
 
 
 @pytest.mark.parametrize("args", [["--foo"], ["-v", "seed=1"], ["a.yaml", "b.yaml"], ["a.yaml", "--lr", "seed=1"]])

@@ -19,7 +19,7 @@ COMMANDS = {
     "evaluate": ("distil_tl.evaluate", "exact metrics of a checkpoint, on any number of ranks"),
     "predict": ("distil_tl.cli.predict", "predict the classes of image files and folders, as CSV"),
     "export": ("distil_tl.cli.export", "write a trained model as ONNX, or as timm and torchvision load it"),
-    "prepare": ("distil_tl.cli.prepare", "copy an image folder with large images made smaller, for faster reading"),
+    "prepare": ("distil_tl.cli.prepare", "copy images with a permanent split, and large ones made smaller if asked"),
     "prefetch": ("distil_tl.cli.prefetch", "download and check pretrained weights before a job without network"),
     "doctor": ("distil_tl.cli.doctor", "check what a run will use on this machine, and what will fail"),
     "report": ("distil_tl.report", "write a run's report.html, one self-contained file"),
@@ -89,9 +89,9 @@ def check_arguments(command: str, args: list[str]) -> None:
     from distil_tl import arguments  # OmegaConf: not needed for the other commands
 
     if command == "train":
-        arguments.check_arguments("distil_tl.train", args)
+        arguments.check_arguments("distil-tl train", args)
     else:
-        arguments.check_evaluation_arguments(args)
+        arguments.check_evaluation_arguments(args, "distil-tl evaluate")
 
 
 def usage() -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.data.augmentation import augment_problem
+from distil_tl.data.class_folder import no_class_folders
 from distil_tl.utils.auto import AUTO, whole_number
 from distil_tl.utils.errors import did_you_mean
 from distil_tl.utils.paths import why_no_file
@@ -233,7 +234,7 @@ def root_problems(config: DataConfig, run_dir: str | None) -> Iterator[str]:
             f"val/CLASS/*.jpg (its folders: {', '.join(folders[:5])}){''.join(f'; {advice}' for advice in rename)}"
         )
     elif missing:
-        yield from _problems_of_classes(root, folders)
+        yield from _problems_of_classes(root, folders, config.image_extensions)
     for among in ("train", "val", "test") if not missing else [""]:
         if run_dir is not None and Path(run_dir).resolve().is_relative_to((root / among).resolve()):
             among = f"the images of {among}" if among else f"the classes of data.root={root}"
@@ -265,10 +266,10 @@ def _problems_of_table(table: Path, root: Path | None) -> Iterator[str]:
         yield f"data.root={root} {what} that the paths in the table begin in"
 
 
-def _problems_of_classes(root: Path, folders: list[str]) -> Iterator[str]:
+def _problems_of_classes(root: Path, folders: list[str], extensions: tuple[str, ...]) -> Iterator[str]:
     """Why a folder without splits can't be divided into some; nothing if it can."""
     if not folders:
-        yield f"data.root={root} has no folder; it must hold CLASS/*.jpg, or train/CLASS/*.jpg and val/CLASS/*.jpg"
+        yield no_class_folders(root, extensions)
     elif runs := runs_in(root):
         yield f"data.root={root} holds run directories ({', '.join(runs[:5])}); give the images' folder"
     for name in folders[:20]:

@@ -13,13 +13,13 @@ import re
 import shlex
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distil_tl.data.config import DataConfig
+from distil_tl.data.config import DataConfig, is_divided
 from distil_tl.data.decode import ImageError, read_size
 from distil_tl.data.index import Index
 from distil_tl.data.loader_processes import BoundedLoader
@@ -78,6 +78,9 @@ def copy_resized(
         "source": {split: index.fingerprint for split, index in splits.items()},
         "resize": resize,
         "quality": quality,
+        **(
+            {"split": asdict(config.split)} if config.root is not None and is_divided(config, Path(config.root)) else {}
+        ),
         **({"pixels": pixels} if (pixels := unusual_pixels(config)) else {}),
     }
     datasets = {split: ShrinkDataset(index, out / split, resize, quality) for split, index in splits.items()}
@@ -114,13 +117,16 @@ def open_manifest(out: Path, settings: dict[str, Any], splits: dict[str, Index])
         saved = json.loads(manifest.path.read_text(encoding="utf-8"))
         manifest.bad = {split: dict(bad) for split, bad in saved["bad"].items()}
         changed = [key for key in ("version", "source", "resize", "quality") if saved[key] != settings[key]]
+        split = [f"--{k}={v}" for k, v in saved.get("split", {}).items() if settings.get("split", {}).get(k) != v]
         same_pixels = saved.get("pixels") == settings.get("pixels")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise UserError(
             f"{printable(manifest.path)} can't be read; delete {printable(out)}, or choose another --out"
         ) from None
     if changed:
-        what = "from other images" if "source" in changed else f"with another {' and '.join(f'--{k}' for k in changed)}"
+        what = f"with another {' and '.join(f'--{k}' for k in changed)}"
+        if "source" in changed:
+            what = f"with {' '.join(split)}" if split else "from other images"
         raise UserError(f"{printable(out)} was made {what}; delete it, or choose another --out")
     if not same_pixels:
         raise UserError(

@@ -110,6 +110,11 @@ class TrainSampler(DistributedSampler[SampleKey]):
         self.consumed = consumed
 
     @property
+    def is_balanced(self) -> bool:
+        """Whether each class is drawn equally often; else an epoch has each image at most once."""
+        return self._members is not None
+
+    @property
     def end(self) -> int:
         """Number of samples of an epoch over all ranks, without the dropped ones."""
         return self.steps_per_epoch * self.global_batch_size

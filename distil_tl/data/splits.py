@@ -7,6 +7,7 @@ import io
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from distil_tl.data.tar_archive import stage_archive
 from distil_tl.distributed.collectives import share_arrays
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
+from distil_tl.utils.args import read_yaml
 from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic
@@ -85,10 +87,20 @@ class Splits:
                 saved = _load_index(path)
                 if saved is not None:
                     changes = str(differences(saved, index))
+                    changes += _other_root(run_dir, index.root)
             raise UserError(
                 f"the images in {root} differ from those that this run was started with ({changes}); restore them, or "
                 f"choose another run_dir"
             )
+
+
+def _other_root(run_dir: Path, now: Path) -> str:
+    """What is said of a run that began with another data.root than one of a split in `now`; else empty."""
+    with suppress(UserError):
+        saved = (read_yaml(run_dir / "config.yaml").get("data") or {}).get("root")
+        if saved and "${" not in saved and Path(saved).resolve() not in (now.resolve(), now.resolve().parent):
+            return f"; data.root was {saved}"
+    return ""
 
 
 def _load_index(path: Path) -> Index | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from distil_tl.data.augmentation import augment_text
@@ -96,15 +97,27 @@ def _loss(metric: Metric) -> float:
     return math.inf if metric.loss is None else metric.loss
 
 
+def _images(run: Run) -> str:
+    """The names of the folder and of the table, without their paths."""
+    data, saved = mapping(run.settings, "data"), Path(str(run.settings.get("run_dir") or run.name))
+    if data.get("root") is None:
+        return "digits"
+    root = Path(str(data["root"]))
+    place, depth = run.directory.resolve(), len(saved.parts)
+    if root.name in ("", "..") and not saved.is_absolute() and place.parts[-depth:] == saved.parts:
+        root = (place.parents[depth - 1] / root).resolve()  # relative to the folder that the run was started in
+    table = Path(str(data["labels"])).name if data.get("labels") else ""
+    return ", ".join(filter(None, (root.name, table)))
+
+
 def settings(run: Run) -> list[tuple[str, str]]:
     """The settings that matter most, by name."""
     config = run.settings
     data, model, optim = (mapping(config, key) for key in ("data", "model", "optim"))
-    root = data.get("root")
     shown = [
         ("Model", model.get("name")),
         ("Weights", str(model.get("weights", "")).rpartition("/")[2]),
-        ("Images", "digits" if root is None else str(root).rstrip("/").rpartition("/")[2]),
+        ("Images", _images(run)),
         ("Size", f"{data['image_size']} px" if data.get("image_size") else None),
         ("Crop", data.get("crop_mode") if data.get("crop_mode") != "weights" else None),
         ("Kept of the sides", data.get("crop_pct")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -150,18 +151,19 @@ def evaluation(content: dict[str, Any], confusion: Confusion | None) -> Markup |
     interval = figures.wilson(top1 * n, n) if n and top1 is not None else None
     of_f1 = figures.bootstrapped_f1(confusion.rows) if confusion else None
     largest = figures.baseline(content)
-    shown = [
+    classes = len(content["per_class"]) if isinstance(content.get("per_class"), list) else math.inf
+    shown: list[tuple[str, Any]] = [
         ("Split", str(content.get("split") or text.MISSING)),
         ("Images", text.count(n)),
         ("Top-1", _with(text.percent(top1), interval)),
-        ("Top-5", text.percent(number(content.get("top5")))),
+        *([("Top-5", text.percent(number(content.get("top5"))))] if classes > 5 else []),
         ("Macro F1", _with(text.percent(number(content.get("macro_f1"))), of_f1)),
         ("Loss", text.decimal(number(content.get("loss")))),
     ]
     if number(content.get("balanced_accuracy")) is not None:
-        shown.insert(5, ("Balanced accuracy", text.percent(number(content.get("balanced_accuracy")))))
+        shown.insert(-1, ("Balanced accuracy", text.percent(number(content.get("balanced_accuracy")))))
     if largest is not None:
-        shown.append((f"Always {largest[0]}", text.percent(largest[1])))
+        shown.append((f"Always \u201c{largest[0]}\u201d", text.percent(largest[1])))
     return h("dl", [h("div", h("dt", k), h("dd", v)) for k, v in shown], class_="line")
 
 

@@ -54,6 +54,18 @@ def print_stage(info: DistInfo, model: TransferModel, training: StageTraining, r
         batch // ranks, config.lr, config.layer_decay, stage.image_size, _augmentation(stage), config.batch_norm,
         record.precision,
     )  # fmt: skip
+    if not training.sampler.is_balanced and (note := left_out(training.sampler.length, batch, ranks)):
+        logger.info("  %s", note)
+
+
+def left_out(images: int, batch: int, ranks: int) -> str:
+    """A sentence if more than a tenth of the images is in no batch of an epoch, with a better size; else empty."""
+    left = images % batch
+    if left * 10 <= images:
+        return ""
+    better = min(range(batch, max(ranks, batch // 2) - 1, -ranks), key=lambda size: images % size)
+    way = f"; data.global_batch_size={better} leaves out {images % better}" if images % better < left else ""
+    return f"{left:,} of {images:,} images ({left / images:.0%}) are left out of each epoch, each time others{way}"
 
 
 def _augmentation(stage: Stage) -> str:

@@ -26,8 +26,11 @@ def is_file(arg: str) -> bool:
 
 
 def refuse_spaces(args: Sequence[str]) -> None:
-    """Raises UserError if an argument such as `key = value` was divided at its spaces."""
+    """Raises UserError if an argument such as `key = value` was divided at its spaces, or is `--key=value`."""
     for before, arg, after in zip(["", *args], args, [*args[1:], ""], strict=False):
+        if arg.startswith("-") and "=" in arg:
+            key = arg.lstrip("-")
+            raise UserError(f"can't read the argument {arg!r}: write {key}, without {arg[: -len(key)]}")
         if arg == "=":
             raise UserError(f"can't read the argument '=': write {before}={after} without spaces")
         if arg.startswith("=") and before and not before.startswith("-"):

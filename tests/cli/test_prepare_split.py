@@ -52,6 +52,8 @@ def test_a_copy_has_the_split_of_a_run(flat: Path, tmp_path: Path, capsys: pytes
         split: {index.relative_path(i) for i in range(len(index))} for split, index in made.items()
     }
     said = capsys.readouterr().out
+    message = refused(capsys, flat, "--out", tmp_path / "copy", "--test=0.3", "--seed=3")
+    assert "was made with --test=0.2; delete it" in message
     assert "20% val and 20% test of each class, seed 3; 2 byte-identical files stay together" in said
     assert (tmp_path / "copy/train/noise").is_dir()
     one = next((tmp_path / "copy").rglob("0001.png"))
@@ -59,7 +61,7 @@ def test_a_copy_has_the_split_of_a_run(flat: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "copy" / "train" / "noise" / one.name).unlink(missing_ok=True)
     prepare(flat, "--out", tmp_path / "copy", "--test=0.2", "--seed=3")
     assert one.exists()
-    assert "from other images" in refused(capsys, flat, "--out", tmp_path / "copy")
+    assert "was made with --test=0.2 --seed=3; delete it" in refused(capsys, flat, "--out", tmp_path / "copy")
 
 
 def test_only_a_table_of_the_split(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

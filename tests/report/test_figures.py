@@ -86,6 +86,10 @@ def test_the_settings_that_matter() -> None:
         ("Seed", "3"),
     ]
     assert settings(Run("run", Path(), [], config="}")) == []
+    config = "data: {root: ., labels: a/labels.csv}\nrun_dir: runs/photos\n"
+    assert settings(Run("photos", Path("/x/pictures/runs/photos"), [], config=config)) == [
+        ("Images", "pictures, labels.csv")
+    ]
 
 
 def test_the_classes_with_the_most_mistakes_follow_those_that_they_are_confused_with() -> None:
@@ -116,7 +120,8 @@ def test_what_newer_runs_add_is_on_the_page(tmp_path: Path) -> None:
     uncertain = words[words.index("Least certain") :]
     assert "val/tulip/x.jpg tulip 40.0 % rose tulip 40.0 %" in uncertain
     assert "/data/flowers/val" not in page
-    assert "Always" in words
+    assert "Always \u201cdaisy\u201d" in words
+    assert "Top-5" not in words
     assert "Training images of stage head" in page
     assert "1,234" in words[words.index("Trained on") :]
     assert "distil-tl export run -o model.onnx" in words

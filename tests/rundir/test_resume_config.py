@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from distil_tl.cli.extend import extended
 from distil_tl.data import pixels
@@ -121,6 +122,10 @@ def test_resuming_from_another_run_names_the_drift_as_well(
     gone.unlink()
     message = refused([*small_args(data), f"run_dir={tmp_path}/next", f"resume={run_dir}"], capsys)
     assert f"1 removed ('circles/{gone.name}')" in message
+    data.rename(tmp_path / "other")
+    message = refused([*small_args(tmp_path / "other"), f"run_dir={run_dir}"], capsys)
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())["data"]["root"]
+    assert f"1 removed ('circles/{gone.name}'); data.root was {saved})" in message
 
 
 def test_drift_is_relative_to_the_images_that_training_began_with(
