@@ -203,7 +203,7 @@ def walk(folder: str, extensions: tuple[str, ...], parents: tuple[str, ...]) -> 
     if real in parents:
         raise RefusedError(f"{folder} contains itself: remove the symbolic link that forms this loop")
     if all(Path(folder, name).exists() for name in RUN):
-        sys.stderr.write(f"predict.py: {folder} is a run directory, and is not searched\n")
+        say(f"{folder} is a run directory, and is not searched")
         return
     for entry in os.scandir(folder):
         if entry.is_dir() and entry.name not in LEFTOVERS and not entry.name.startswith("._"):
@@ -291,6 +291,12 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
+def say(message: str) -> None:
+    """Write a line to standard error, in which control characters of names are escaped."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    sys.stderr.write(f"predict.py: {shown}\n")
+
+
 def is_earlier_output(path: Path) -> bool:
     """Whether a file that exists begins like one that this script wrote, or is empty."""
     if not path.is_file():
@@ -318,7 +324,7 @@ def run(options: argparse.Namespace) -> int:
         raise RefusedError(f"{len(models)} .onnx files are beside this script: name one with --model")
     if options.batch_size < 1:
         raise RefusedError("--batch-size must be at least 1")
-    if options.output is not None and options.output.exists() and not is_earlier_output(options.output):
+    if options.output is not None and os.path.lexists(options.output) and not is_earlier_output(options.output):
         raise RefusedError(f"--output {options.output} exists, and is no earlier output: name another file")
     if not models[0].is_file():
         raise RefusedError(f"there is no file {models[0]}")
@@ -339,9 +345,9 @@ def run(options: argparse.Namespace) -> int:
     with open_output(options.output) as file:
         unusable = write_rows(file, files, results, classes, every=options.all, excel=options.excel)
     if options.output is not None:
-        sys.stderr.write(f"predict.py: {len(files):,} rows in {options.output}\n")
+        say(f"{len(files):,} rows in {options.output}")
     if unusable:
-        sys.stderr.write(f"predict.py: {unusable} of {len(files)} files can't be used; see column error\n")
+        say(f"{unusable} of {len(files)} files can't be used; see column error")
     return 2 if unusable == len(files) else 0
 
 
@@ -352,8 +358,7 @@ def main() -> int:
         return 0
     except (RefusedError, OSError, ImportError, MemoryError) as error:
         message = str(error) or type(error).__name__
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        sys.stderr.write(f"predict.py: {shown}\n")
+        say(message)
         return 1 if isinstance(error, MemoryError) else 2
 
 

@@ -27,7 +27,7 @@ from distil_tl.inference import RestoredModel
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.errors import UserError
 from tests.fuzz.onnx_models import damaged, model
-from tests.fuzz.running import End, bounded, explore, fault_of, in_child, run_main
+from tests.fuzz.running import End, bounded, explore, fault_of, in_child, run_main, stand_in_run
 from tests.fuzz.test_targets import each_place
 from tests.fuzz.test_trees import fresh, restored  # noqa: F401 - a fixture
 from tests.fuzz.trees import Node, build, images, real_images, trees
@@ -76,7 +76,7 @@ def one_model() -> bytes:
 def test_a_model_at_any_place(tmp_path: Path, restored: RestoredModel) -> None:  # noqa: F811 - the fixture
     def run(root: Path, place: Path) -> End:
         with quick_export(restored, root / "data"):
-            return run_main(export.main, ["run", f"--output={place}"])
+            return run_main(export.main, [stand_in_run(), f"--output={place}"])
 
     each_place(tmp_path, run, folder=True, ending=".onnx")
 
@@ -85,7 +85,7 @@ def test_a_model_at_any_place(tmp_path: Path, restored: RestoredModel) -> None: 
 def test_a_folder_at_any_place(tmp_path: Path, restored: RestoredModel) -> None:  # noqa: F811 - the fixture
     def run(root: Path, place: Path) -> End:
         with quick_export(restored, root / "data"):
-            return run_main(export.main, ["run", "--format=safetensors", f"--output={place}"])
+            return run_main(export.main, [stand_in_run(), "--format=safetensors", f"--output={place}"])
 
     each_place(tmp_path, run, folder=True)
 
@@ -112,7 +112,7 @@ def test_what_is_in_the_place_of_the_script(kind: str, tmp_path: Path, restored:
         place.symlink_to(targets[kind])
     before = os.lstat(place)
     with quick_export(restored, data):
-        end = run_main(export.main, ["run", "-o", str(place.parent / "model.onnx")])
+        end = run_main(export.main, [stand_in_run(), "-o", str(place.parent / "model.onnx")])
     assert fault_of(end) == ""
     assert end.status == (0 if kind in ("own", "dangling") else 2), end
     assert (tmp_path / "text").read_text() == "of the user"
