@@ -206,10 +206,13 @@ def walk(folder: str, extensions: tuple[str, ...], parents: tuple[str, ...]) -> 
         say(f"{folder} is a run directory, and is not searched")
         return
     for entry in os.scandir(folder):
-        if entry.is_dir() and entry.name not in LEFTOVERS and not entry.name.startswith("._"):
-            yield from walk(os.path.join(folder, entry.name), extensions, (*parents, real))  # noqa: PTH118
-        elif not entry.is_dir() and entry.name.lower().endswith(extensions) and not entry.name.startswith("._"):
-            if not entry.is_file():  # a pipe or a device may never end
+        if entry.name in LEFTOVERS or entry.name.startswith("._"):
+            continue
+        path = Path(entry.path)
+        if path.is_dir():
+            yield from walk(entry.path, extensions, (*parents, real))
+        elif entry.name.lower().endswith(extensions):
+            if not path.is_file():  # a pipe or a device may never end
                 raise RefusedError(f"{entry.path} is not a regular file, or a broken link: remove it")
             names.append(entry.name)
     yield folder, sorted(names)
@@ -291,12 +294,6 @@ def open_output(path: Path | None) -> Iterator[IO[str]]:
         partial.unlink(missing_ok=True)
 
 
-def say(message: str) -> None:
-    """Write a line to standard error, in which control characters of names are escaped."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-    sys.stderr.write(f"predict.py: {shown}\n")
-
-
 def is_earlier_output(path: Path) -> bool:
     """Whether a file that exists begins like one that this script wrote, or is empty."""
     if not path.is_file():
@@ -324,7 +321,8 @@ def run(options: argparse.Namespace) -> int:
         raise RefusedError(f"{len(models)} .onnx files are beside this script: name one with --model")
     if options.batch_size < 1:
         raise RefusedError("--batch-size must be at least 1")
-    if options.output is not None and os.path.lexists(options.output) and not is_earlier_output(options.output):
+    exists = options.output is not None and os.path.lexists(options.output)
+    if exists and not is_earlier_output(options.output):
         raise RefusedError(f"--output {options.output} exists, and is no earlier output: name another file")
     if not models[0].is_file():
         raise RefusedError(f"there is no file {models[0]}")
@@ -351,14 +349,19 @@ def run(options: argparse.Namespace) -> int:
     return 2 if unusable == len(files) else 0
 
 
+def say(message: str) -> None:
+    """Write a line to standard error, without control characters that may be in names of files."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+    sys.stderr.write(f"predict.py: {shown}\n")
+
+
 def main() -> int:
     try:
         return run(parse_arguments())
     except BrokenPipeError:  # the reader of standard output, such as `head`, has exited
         return 0
     except (RefusedError, OSError, ImportError, MemoryError) as error:
-        message = str(error) or type(error).__name__
-        say(message)
+        say(str(error) or type(error).__name__)
         return 1 if isinstance(error, MemoryError) else 2
 
 

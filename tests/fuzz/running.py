@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections import Counter
@@ -26,17 +25,6 @@ from distil_tl.utils.log import logger
 BOUND_S = 120.0  # seconds after which a command counts as hanging, on a busy machine too
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline: they may change a terminal
 TRACES = ("Traceback (most recent", "internal error")
-
-
-_RUNS = tempfile.TemporaryDirectory()  # removed at the end of the process
-
-
-def stand_in_run() -> str:
-    """A folder that commands take for a run directory; what they read from it must be replaced."""
-    folder = Path(_RUNS.name) / "run"
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text("{}")
-    return str(folder)
 
 
 class WorkBeginsError(BaseException):

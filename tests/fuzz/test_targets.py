@@ -17,7 +17,7 @@ from distil_tl import train
 from distil_tl.cli import predict, prepare
 from distil_tl.inference import RestoredModel
 from tests.fuzz import targets
-from tests.fuzz.running import End, Faults, fault_of, replaced, run_main, snapshot, stand_in_run
+from tests.fuzz.running import End, Faults, fault_of, replaced, run_main, snapshot
 from tests.fuzz.test_trees import restored  # noqa: F401 - a fixture
 from tests.helpers.arguments import small_args
 
@@ -73,9 +73,7 @@ def each_place(tmp_path: Path, run: Callable[[Path, Path], End], *, folder: bool
 def test_the_output_of_predict(tmp_path: Path, restored: RestoredModel) -> None:  # noqa: F811 - the fixture
     def run(root: Path, place: Path) -> End:
         with mock.patch("distil_tl.cli.predictions.restore_model", return_value=restored):
-            return run_main(
-                predict.main, [stand_in_run(), str(root / "data/train"), f"--output={place}", "--workers=0"]
-            )
+            return run_main(predict.main, ["run", str(root / "data/train"), f"--output={place}", "--workers=0"])
 
     each_place(tmp_path, run)
 

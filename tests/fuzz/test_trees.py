@@ -21,7 +21,7 @@ from distil_tl.inference import RestoredModel
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build as build_model
 from distil_tl.utils.errors import UserError
-from tests.fuzz.running import End, bounded, explore, fault_of, run_main, snapshot, stand_in_run
+from tests.fuzz.running import End, bounded, explore, fault_of, run_main, snapshot
 from tests.fuzz.trees import Node, build, count_files, trees
 from tests.helpers.arguments import SMALLEST
 
@@ -75,7 +75,7 @@ def test_a_prediction(examples: int, tmp_path: Path, restored: RestoredModel) ->
             before, out = snapshot(place), tmp_path / "out.csv"
             with mock.patch("distil_tl.cli.predictions.restore_model", return_value=restored):
                 end = run_main(
-                    predict.main, [stand_in_run(), str(place / "data"), "-o", str(out), "--workers=0", "--device=cpu"]
+                    predict.main, ["run", str(place / "data"), "-o", str(out), "--workers=0", "--device=cpu"]
                 )
             fault = fault_of(end) or ("changed" if snapshot(place) != before else "")
             if out.exists():
