@@ -6,9 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from distil_tl.config import Config
+from distil_tl.config import Config, load
 from distil_tl.data.config import SPLITS
-from distil_tl.load_config import load
 from distil_tl.utils.args import explain, to_yaml
 from distil_tl.utils.command import run_command
 from distil_tl.utils.home import path_argument

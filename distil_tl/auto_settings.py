@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distil_tl.config import Config
 from distil_tl.data.config import auto_batch_size
 from distil_tl.rundir.state import planned
 from distil_tl.training.config import auto_epochs
 from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
+
+if TYPE_CHECKING:
+    from distil_tl.config import Config
 
 
 def resolve_auto(config: Config, images: int, state: Mapping[str, Any]) -> tuple[Config, dict[str, int]]:

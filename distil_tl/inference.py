@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from distil_tl.config import Config
+from distil_tl.config import Config, load_saved
 from distil_tl.data.decode import decode, to_tensor
 from distil_tl.data.pillow import Intensity
 from distil_tl.data.transforms import ImageTransform, eval_transform
-from distil_tl.load_config import load_saved
 from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.rundir import checkpoint as ckpt

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from distil_tl.config import Config
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import Splits
@@ -28,6 +28,9 @@ from distil_tl.training.console import print_start
 from distil_tl.utils.args import plain
 from distil_tl.utils.files import writing
 from distil_tl.utils.log import add_rank_file
+
+if TYPE_CHECKING:
+    from distil_tl.config import Config
 
 
 def open_run(

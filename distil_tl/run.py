@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distil_tl.config import Config
 from distil_tl.data.loader import BatchPlan, plan_batches
 from distil_tl.data.pixels import pixel_digests
 from distil_tl.data.source import ImageSource
@@ -27,6 +26,9 @@ from distil_tl.training.stage import Stage
 from distil_tl.training.step import StageTraining
 from distil_tl.utils.errors import PreemptedError, SupersededError
 from distil_tl.utils.log import logger
+
+if TYPE_CHECKING:
+    from distil_tl.config import Config
 
 
 @dataclass

@@ -6,12 +6,9 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distil_tl.config import Config
 from distil_tl.data.config import SPLIT_FILE
-from distil_tl.inference import restore_model
-from distil_tl.run import Run
 from distil_tl.training.distillation import Teacher, Teaching, cache_teaching
 from distil_tl.training.precision import use_benchmark
 from distil_tl.training.stage import Stage
@@ -19,6 +16,11 @@ from distil_tl.training.stage_setup import StageSetup
 from distil_tl.utils.args import read_yaml, refuse
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger, printable
+
+if TYPE_CHECKING:
+    from distil_tl.config import Config
+    from distil_tl.inference import RestoredModel
+    from distil_tl.run import Run
 
 
 def teachers(config: Config) -> dict[str, Path]:
@@ -69,15 +71,17 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(printable, names[:5])) + more
 
 
-def add_teacher(run: Run, stage: Stage, setup: StageSetup) -> StageSetup:
+def add_teacher(run: Run, stage: Stage, setup: StageSetup, restored: RestoredModel) -> StageSetup:
     """The set-up of a stage with its teacher, whose outputs are cached if the stage trains on features. A collective.
 
+    Args:
+        restored: the teacher.
+
     Raises:
-        UserError: the teacher can't be loaded, or is not the one that the stage began with.
+        UserError: the teacher is not the one that the stage began with.
     """
     config, record = stage.config.distill, run.state.stages[stage.name]
     assert config.teacher is not None
-    restored = restore_model(config.teacher)
     order = [restored.classes.index(name) for name in run.source.index("train").classes]
     network = restored.network(run.info.device)
     teacher = Teacher(restored.model, network, restored.image_size, order)

@@ -16,8 +16,7 @@ from omegaconf import DictConfig
 
 from distil_tl import arguments
 from distil_tl.auto_settings import settle_auto
-from distil_tl.config import Config, check
-from distil_tl.load_config import load
+from distil_tl.config import Config, check, load
 from distil_tl.utils.command import exit_process, run_command
 
 if __name__ == "__main__":  # before torch is imported, so that a typo is refused in less than a second
@@ -35,6 +34,7 @@ from distil_tl.distributed.preemption import AllRanksStopError, Request, StopSig
 from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero, once_per_node
 from distil_tl.finish import end_stage, finish
+from distil_tl.inference import restore_model
 from distil_tl.models.transfer import build, download_weights
 from distil_tl.open_run import open_run
 from distil_tl.report import write_report
@@ -136,7 +136,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     began = time.monotonic()
     setup = set_up_stage(info, stage, model, run.source, record, run.plan.micro, run.agreement)
     if stage.config.distill.teacher is not None:
-        setup = add_teacher(run, stage, setup)
+        setup = add_teacher(run, stage, setup, restore_model(stage.config.distill.teacher))
     if stage.config.search.wanted:
         stage = search_head(info, stage, setup, run.source, record, run.agreement)
     log_every = run.config.tracking.log_every

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl import load_config
+from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.utils.args import apply, explain, is_file, overlay, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.errors import UserError
@@ -74,7 +74,7 @@ def read_run(args: Sequence[str], unread: list[str] | None = None) -> tuple[Conf
     # To find the default weights, `load` imports torch, which is not needed to report an error.
     weights = ["model.weights=none"] if errors and unread is None else []
     try:
-        config, source = load_config.load([*rest, *weights], unread=unread)
+        config, source = configuration.load([*rest, *weights], unread=unread)
         if unread is not None:
             unread += errors
             return config, source, slurm

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl import load_config
+from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.rundir.changes import NEW_KEYS, new_keys, unsafe_changes
 from distil_tl.utils.args import flatten, is_file, overlay, plain, read_yaml, to_yaml
@@ -113,13 +113,13 @@ def plan_trials(args: SweepArgs, cluster: str, trials: Sequence[Trial]) -> Sweep
     shared = [*config, *metric, *_older_values(sweep.config, folder), *as_arguments(sweep.set), *args.pairs]
     # The common configuration needs some data.root, though no trial uses it.
     images = ["data.root=null"] if "data.root" in varied else []
-    common = load_config.load([*shared, *images, f"run_dir={folder}"])[1]
+    common = configuration.load([*shared, *images, f"run_dir={folder}"])[1]
     planned: dict[Path, tuple[Trial, str]] = {}
     problems: dict[str, list[str]] = {}
     for trial in trials:
         run_dir = folder / trial.name
         try:
-            trial_config, source = load_config.load([*shared, *trial.arguments, f"run_dir={run_dir}"])
+            trial_config, source = configuration.load([*shared, *trial.arguments, f"run_dir={run_dir}"])
             check_submission(trial_config, slurm, cluster)
         except UserError as error:
             problems.setdefault(str(error), []).append(" ".join(trial.arguments) or trial.name)

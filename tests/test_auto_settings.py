@@ -12,9 +12,8 @@ import pytest
 from distil_tl import auto_settings
 from distil_tl import train as train_module
 from distil_tl.auto_settings import auto_problem, resolve_auto
-from distil_tl.config import problems
+from distil_tl.config import load, problems
 from distil_tl.data.config import DataConfig, auto_batch_size
-from distil_tl.load_config import load
 from distil_tl.train import main
 from distil_tl.training.config import StageConfig, auto_epochs
 from tests.helpers.images import make_folder

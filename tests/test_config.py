@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from distil_tl.arguments import usage
-from distil_tl.config import Config, check, hints, problems
-from distil_tl.load_config import load, run_name
+from distil_tl.config import Config, check, hints, load, problems, run_name
 from distil_tl.rundir.changes import unsafe_changes
 from distil_tl.training.config import compiler_problem, default_stages
 from distil_tl.utils.args import flatten, plain, to_yaml
@@ -507,7 +506,7 @@ def test_a_missing_variable_is_named_with_its_key():
 
 
 def test_the_configuration_is_read_without_torch():
-    code = "import sys; from distil_tl.load_config import load; load(['data.root=x']); print('torch' in sys.modules)"
+    code = "import sys; from distil_tl.config import load; load(['data.root=x']); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 

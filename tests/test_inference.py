@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 import distil_tl
+from distil_tl.config import load_saved
 from distil_tl.data.decode import decode
 from distil_tl.data.transforms import eval_transform
 from distil_tl.evaluate import main as evaluate
 from distil_tl.inference import RestoredModel, Transform, restore_model
-from distil_tl.load_config import load_saved
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.preprocess import Normalize, Preprocess
 from distil_tl.models.transfer import TransferModel, build

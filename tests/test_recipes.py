@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from distil_tl.arguments import check_arguments
-from distil_tl.config import RECIPES, Config, check
-from distil_tl.load_config import load, load_saved
+from distil_tl.config import RECIPES, Config, check, load, load_saved
 from distil_tl.rundir.changes import unsafe_changes
 from distil_tl.utils.args import plain, to_yaml
 from distil_tl.utils.errors import UserError

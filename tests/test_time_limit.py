@@ -13,8 +13,7 @@ import pytest
 
 from distil_tl import time_limit
 from distil_tl.cli.extend import extended
-from distil_tl.config import problems
-from distil_tl.load_config import load, run_name
+from distil_tl.config import load, problems, run_name
 from distil_tl.rundir.changes import unsafe_changes
 from distil_tl.time_limit import affordable_epochs
 from distil_tl.train import main

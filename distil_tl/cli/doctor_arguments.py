@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from distil_tl import load_config
+from distil_tl import config as configuration
 from distil_tl.cli.doctor_plan import GROUP, Plan
 from distil_tl.config import Config
 from distil_tl.distributed.launch_env import Launch, read_launch
@@ -33,7 +33,7 @@ def plan_within(seconds: float, args: Sequence[str], report: Report, launch: Lau
     try:
         plan = call_with_timeout(seconds, lambda: read_plan(args, found, launch))
     except CallTimeoutError:
-        config = load_config.load(["model.weights=none"])[0]
+        config = configuration.load(["model.weights=none"])[0]
         plan = Plan(launch, f"distil-tl doctor: {' '.join(args)}", config, None, None)
         plan.failed["arguments"] = (
             f"reading the arguments and the files that they name did not end within {seconds:g} s; does the file "
@@ -64,7 +64,7 @@ def read_plan(args: Sequence[str], report: Report, launch: Launch) -> Plan:
         for problem in _separate(str(error)):
             report.fail(GROUP, "arguments", problem)
         report.warn(GROUP, "arguments", "the rest is checked with the defaults")
-        config, unresolved, slurm, given = load_config.load(["model.weights=none"])[0], None, None, False
+        config, unresolved, slurm, given = configuration.load(["model.weights=none"])[0], None, None, False
     plan = Plan(launch, title, config, unresolved, slurm if given else None, unread=unread)
     _ = plan.preprocess  # now, within the time limit: it looks at the file of the weights
     return plan

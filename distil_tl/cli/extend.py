@@ -58,12 +58,12 @@ def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> No
             file.write(content)
         sys.stdout.write(f"{config_file}: submit it with distil-tl submit {shlex.join([str(config_file), *pairs])}\n")
         return
-    from distil_tl import load_config
+    from distil_tl import config as configuration
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(content, encoding="utf-8")
-        config = load_config.load([str(path), *pairs], saved=True)
+        config = configuration.load([str(path), *pairs], saved=True)
     from distil_tl.train import train
 
     train(*config)

@@ -36,10 +36,10 @@ def prefetch(args: Sequence[str], *, check: bool = False) -> None:
     Raises:
         UserError: the arguments are wrong, or a download failed; with `check`, something is missing or damaged.
     """
-    from distil_tl import load_config
+    from distil_tl import config as configuration
 
     setup_console(True)
-    config, _ = load_config.load([arg for arg in args if not arg.startswith("slurm.")])
+    config, _ = configuration.load([arg for arg in args if not arg.startswith("slurm.")])
     problems = config.model.problems()
     if problems:
         raise UserError("\n".join(problems))

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distil_tl.config import Config
-from distil_tl.load_config import load_saved
+from distil_tl.config import Config, load_saved
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_state
 from distil_tl.training.config import METRICS, rank_by
 from distil_tl.utils.args import refuse

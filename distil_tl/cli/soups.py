@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distil_tl.cli.soup_candidates import Candidate, find_candidates
-from distil_tl.config import check_evaluation
+from distil_tl.config import check_evaluation, load
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import SPLIT_FILE
 from distil_tl.data.index import Index
@@ -28,7 +28,6 @@ from distil_tl.data.splits import open_split
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.inference import RestoredModel, restore_model
-from distil_tl.load_config import load
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.report import write_report
 from distil_tl.rundir.checkpoint import WEIGHTS, Checkpoints

@@ -260,8 +260,7 @@ def test_the_chart_shows_the_time_of_each_part(tmp_path: Path) -> None:
 
 
 def test_the_command_of_distil_tl_is_valid(job: Job, tmp_path: Path) -> None:
-    from distil_tl.config import check
-    from distil_tl.load_config import load
+    from distil_tl.config import check, load
 
     keys = ours.command(job, tmp_path / "run", ("stages.head.views=2", *ours.search_keys(10, 5)))[3:]
     read, _ = load(keys)

@@ -233,7 +233,9 @@ def test_a_tar_file_that_can_not_be_unpacked(
     assert doctor(*args)[0] == 0, "it may be unpacked already"
 
 
-@pytest.mark.parametrize("look", ["distil_tl.load_config._saved_configuration", "distil_tl.models.config.Path.is_file"])
+@pytest.mark.parametrize(
+    "look", ["distil_tl.config.loading._saved_configuration", "distil_tl.models.config.Path.is_file"]
+)
 def test_arguments_on_a_server_that_does_not_answer(look: str, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     over, original = threading.Event(), Path.is_file
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distil_tl import load_config
+from distil_tl import config as configuration
 from distil_tl.cli.init import main
 from distil_tl.utils.errors import UserError
 from launch.sweep_file import read_sweep
@@ -53,19 +53,19 @@ def test_a_name_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["resnet5"]) == 2
     assert "did you mean `resnet50`" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"there is no configuration file .*, did you mean `resnet50`"):
-        load_config.load(["resnet5", "data.root=x"])
+        configuration.load(["resnet5", "data.root=x"])
     with pytest.raises(UserError, match="there is no configuration file"):
-        load_config.load(["elsewhere/resnet50", "data.root=x"])
+        configuration.load(["elsewhere/resnet50", "data.root=x"])
 
 
 def test_names_are_found_anywhere_and_own_files_come_first() -> None:
-    by_name = load_config.load(["gradual", "data.root=x"])[0]
-    assert by_name == load_config.load([str(ROOT / "configs" / "gradual.yaml"), "data.root=x"])[0]
+    by_name = configuration.load(["gradual", "data.root=x"])[0]
+    assert by_name == configuration.load([str(ROOT / "configs" / "gradual.yaml"), "data.root=x"])[0]
     Path("gradual").mkdir()  # a folder of that name is not a configuration
-    assert load_config.load(["gradual", "data.root=x"])[0] == by_name
+    assert configuration.load(["gradual", "data.root=x"])[0] == by_name
     Path("resnet50").write_text("seed: 7")
-    assert load_config.load(["resnet50", "data.root=x"])[0].seed == 7
-    assert load_config.load(["gradual", "data.root=x"])[0].seed == 0  # `base:` looks beside its own file
+    assert configuration.load(["resnet50", "data.root=x"])[0].seed == 7
+    assert configuration.load(["gradual", "data.root=x"])[0].seed == 0  # `base:` looks beside its own file
 
 
 def test_a_copied_sweep_file_finds_its_configuration() -> None:

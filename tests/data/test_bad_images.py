@@ -288,7 +288,7 @@ def test_a_batch_of_only_bad_images_changes_nothing(tmp_path: Path, world: int) 
 
 
 def fresh_weights(root: Path) -> dict[str, torch.Tensor]:
-    from distil_tl.load_config import load
+    from distil_tl.config import load
     from distil_tl.models.transfer import build
 
     config, _ = load(small_args(root))

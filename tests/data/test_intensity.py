@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distil_tl.config import load
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import DataConfig
 from distil_tl.data.decode import decode
@@ -16,7 +17,6 @@ from distil_tl.data.pillow import Intensity
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import open_splits
-from distil_tl.load_config import load
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.utils.log import logger
 from tests.helpers.image_bytes import png

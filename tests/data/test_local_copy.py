@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
+from distil_tl.config import load
 from distil_tl.data import local_copy, local_folder
 from distil_tl.data.local_copy import stage_folder
 from distil_tl.data.local_folder import FolderWriter
 from distil_tl.data.splits import open_splits
-from distil_tl.load_config import load
 from distil_tl.utils.log import setup_console
 from tests.helpers.arguments import small_args
 from tests.helpers.chaos import small_disk

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from distil_tl import config as configuration
+from distil_tl.config import load, run_name
 from distil_tl.data.config import DataConfig
 from distil_tl.data.splits import open_splits
-from distil_tl.load_config import load, run_name
 from distil_tl.train import main
 from distil_tl.utils.errors import UserError
 from tests.helpers.arguments import small_args

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distil_tl import arguments, load_config
+from distil_tl import arguments
 from distil_tl import config as configuration
 from distil_tl.config import Config
 from distil_tl.models.config import ModelConfig
@@ -28,7 +28,7 @@ each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
 def load(path: Path, *overrides: str) -> Config:
-    return load_config.load([str(path), *overrides])[0]
+    return configuration.load([str(path), *overrides])[0]
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def test_its_header_says_how_to_run_it_and_what_to_expect(path: Path) -> None:
 
 
 def test_the_demo_is_the_embedded_default() -> None:
-    assert load(ROOT / "configs" / "demo.yaml") == load_config.load([])[0]
+    assert load(ROOT / "configs" / "demo.yaml") == configuration.load([])[0]
 
 
 def test_the_base_of_gradual_gives_everything_but_the_stages() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from distil_tl import load_config
+from distil_tl import config as configuration
 from distil_tl.cli.main import COMMANDS
 from distil_tl.config import Config
 from distil_tl.train import main
@@ -206,7 +206,7 @@ def test_the_yaml_that_is_shown_loads(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path, dirs_exist_ok=True)
     for block in blocks:
         (tmp_path / "my.yaml").write_text(block)
-        assert load_config.load([str(tmp_path / "my.yaml"), "data.root=x"])[0].data.global_batch_size == 128
+        assert configuration.load([str(tmp_path / "my.yaml"), "data.root=x"])[0].data.global_batch_size == 128
 
 
 def test_the_python_that_is_shown_is_python() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from distil_tl import load_config
+from distil_tl import config as configuration
 from distil_tl.training import autotune
 from distil_tl.training.network import SplitNetwork
 from distil_tl.training.precision import candidates
@@ -50,7 +50,7 @@ class Loop:
 
     def run(self, args: list[str]) -> None:
         try:
-            self.train.train(*load_config.load(args))
+            self.train.train(*configuration.load(args))
         finally:
             self.waiting_is_an_error.close()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from distil_tl.load_config import load
+from distil_tl.config import load
 from distil_tl.models.transfer import build
 
 RECORDED = Path(__file__).resolve().parents[1] / "recorded" / "feature_cache_v5"

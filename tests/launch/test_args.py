@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from distil_tl import load_config, train
+from distil_tl import config as configuration
+from distil_tl import train
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from launch import adaptive, status, sync
@@ -230,7 +231,7 @@ def test_invalid_arguments(args: list[str], part: str) -> None:
 
 def test_training_reads_a_file_with_a_slurm_section(capsys) -> None:
     path = yaml_file("{seed: 5, slurm: {nodes: 2, anything: at all}}")
-    assert load_config.load([path, "data.root=x", "model.weights=none"])[0].seed == 5
+    assert configuration.load([path, "data.root=x", "model.weights=none"])[0].seed == 5
     assert train.main([path, "data.root=nowhere", "model.weights=none"]) == 2
     said = capsys.readouterr().err
     assert "nowhere is not a folder" in said

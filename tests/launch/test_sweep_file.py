@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distil_tl import load_config
+from distil_tl import config as configuration
 from distil_tl.utils.errors import UserError
 from launch.sweep_file import Sweep, Trial, Values, as_arguments, draw, read_sweep
 from tests.helpers.paths import ROOT
@@ -240,7 +240,7 @@ def test_drawn_numbers_are_short_to_read() -> None:
 )
 def test_a_value_is_unchanged_by_the_command_line(key: str, value: Any) -> None:
     (argument,) = as_arguments({key: value})
-    config: Any = load_config.load([argument, "model.weights=none"])[0]
+    config: Any = configuration.load([argument, "model.weights=none"])[0]
     for part in key.split("."):
         config = config[part] if isinstance(config, dict) else getattr(config, part)
     assert config == value

@@ -16,13 +16,14 @@ import pytest
 import yaml
 
 from distil_tl.cli.extend import extended
+from distil_tl.config import load
 from distil_tl.data import pixels
 from distil_tl.data.scan import scan
 from distil_tl.data.splits import Splits
-from distil_tl.load_config import load
 from distil_tl.rundir.opening import look_for_start
 from distil_tl.rundir.start import Start
 from distil_tl.train import main
+from distil_tl.utils.args import read_yaml
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import setup_console
 from tests.helpers.arguments import small_args
@@ -94,10 +95,11 @@ def test_drift_is_refused_with_what_was_added_removed_and_resized(
     before = content(run_dir)
     message = refused([*small_args(data), f"run_dir={run_dir}"], capsys)
     first, second, third = (f"'noise/{path.name}'" for path in noise[:3])
+    started_with = read_yaml(run_dir / "config.yaml")["data"]["root"]
     assert (
         f"the images in {data}/train differ from those that this run was started with (1 added ('circles/new.png'); "
-        f"4 removed ({first}, {second}, {third} and 1 more); 1 changed in size ('noise/{noise[5].name}')); restore "
-        f"them, or choose another run_dir"
+        f"4 removed ({first}, {second}, {third} and 1 more); 1 changed in size ('noise/{noise[5].name}'); "
+        f"data.root was {started_with}); restore them, or choose another run_dir"
     ) in message
     assert content(run_dir) == before, "nothing was written"
 

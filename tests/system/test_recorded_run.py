@@ -12,9 +12,8 @@ import yaml
 
 import distil_tl
 from distil_tl import evaluate, train
-from distil_tl.config import Config
+from distil_tl.config import Config, load, load_saved, run_name
 from distil_tl.inference import restore_model
-from distil_tl.load_config import load, load_saved, run_name
 from distil_tl.rundir import changes
 from distil_tl.utils.args import flatten, plain
 from tests.helpers.paths import ROOT

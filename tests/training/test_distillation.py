@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from distil_tl.cli.distil import main as distil
 from distil_tl.cli.distil import student
-from distil_tl.config import problems
+from distil_tl.config import load, problems
 from distil_tl.data.loader import Batch
-from distil_tl.load_config import load
 from distil_tl.teacher import refuse_unfit_teachers, split_of_teacher
 from distil_tl.train import main
 from distil_tl.training.config import DistillConfig

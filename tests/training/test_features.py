@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from distil_tl.config import check
+from distil_tl.config import check, load
 from distil_tl.data import feature_cache, loader
 from distil_tl.data.feature_cache import FeatureCache, FeatureDataset
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.scan import scan
-from distil_tl.load_config import load
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.graph.frozen_prefix import cut_frozen_prefix
 from distil_tl.models.transfer import TransferModel, build

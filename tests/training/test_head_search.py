@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from distil_tl import train as train_module
-from distil_tl.config import check
-from distil_tl.load_config import load
+from distil_tl.config import check, load
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.train import main
 from distil_tl.training import head_search as module

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distil_tl.cli import predict
-from distil_tl.load_config import load
+from distil_tl.config import load
 from distil_tl.utils.args import read_yaml
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.paths import MAX_BYTES, path_problem

@@ -1,32 +1,25 @@
-"""The configuration: the sections of all folders composed, and checked."""
+"""Checks of the configuration, and hints at values that have no effect."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
+from distil_tl.config.sections import Config
 from distil_tl.data.config import (
-    DataConfig,
     evaluation_problems,
     fitting_world_sizes,
     root_problems,
 )
-from distil_tl.distributed.config import DistributedConfig, cuda_is_available
-from distil_tl.models.config import ModelConfig
-from distil_tl.rundir.config import CheckpointConfig
-from distil_tl.tracking.config import TrackingConfig
+from distil_tl.distributed.config import cuda_is_available
 from distil_tl.training.config import (
     COMPILE,
     COMPILE_MODES,
     METRICS,
     PRECISIONS,
-    OptimConfig,
-    StageConfig,
     compiler_problem,
-    default_stages,
     wants_features,
 )
 from distil_tl.utils.args import (
@@ -35,29 +28,6 @@ from distil_tl.utils.args import (
 )
 from distil_tl.utils.home import home_problems
 from distil_tl.utils.log import logger
-
-
-@dataclass
-class Config:
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    stages: dict[str, StageConfig] = field(default_factory=default_stages)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    recipe: str | None = None  # stages and settings to begin with, which other keys change: quick | standard
-    metric: str = "top1"  # chooses the best epoch and head: top1 | top5 | macro_f1 | balanced_accuracy | loss
-    max_minutes: float | None = None  # of training: stages get fewer epochs where they would take longer; null: any
-    precision: str = "auto"  # auto (chosen by a trial in long stages) | fp32 | bf16 | fp16
-    compile: str = "none"  # torch.compile, which takes about a minute: none | prefix (the frozen part) | all
-    compile_mode: str = "default"  # of torch.compile: default | reduce-overhead (CUDA graphs) | max-autotune
-    tf32: bool = True  # on CUDA, round float32 convolutions to TF32, which is faster; matrix products never are
-    deterministic: bool = False  # on CUDA, use only algorithms that repeat bit by bit; slower
-    seed: int = 0  # of the new head, the order of the images and the augmentations
-    run_dir: str | None = None  # null: runs/DATA-MODEL-HASH, so that the same command resumes its run
-    resume: str = "auto"  # auto: from the last checkpoint in run_dir | never | the path of a run or checkpoint
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-
 
 RECIPES = ("quick", "standard")  # files in configs/recipes
 MAX_INTEGER = 2**53  # what floats and JSON keep exactly; counters of 64 bits overflow later

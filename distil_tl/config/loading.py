@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.config import RECIPES, Config, values_out_of_range
+from distil_tl.config.checks import RECIPES, values_out_of_range
+from distil_tl.config.sections import Config
 from distil_tl.data.config import (
     data_name,
 )
