@@ -221,6 +221,7 @@ def run_one(task: Task, work: Path) -> dict[str, Any]:
         record = run.state.stages[training.stage.name]
         found.update(images=training.sampler.end, device=str(run.info.device), precision=record.precision)
         found["data_wait_seconds"] = record.data_wait_seconds
+        record.epochs += 1  # which ends the stage
         training.meter = Meter(run.info, run.num_classes)
         run.state.position = following = replace(position, epoch=position.epoch + 1, consumed=0)
         return following
