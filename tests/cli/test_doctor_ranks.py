@@ -64,10 +64,10 @@ def test_a_rank_that_does_not_join(folder: Path, tmp_path: Path) -> None:
 
 def test_a_folder_that_does_not_answer_on_one_rank(folder: Path, tmp_path: Path) -> None:
     args = [*small_args(folder), f"run_dir={tmp_path}/run"]
-    (status, content), (other_status, _) = run_ranks(2, examine_in, str(tmp_path), args, "no answer", "2")
+    (status, content), (other_status, _) = run_ranks(2, examine_in, str(tmp_path), args, "no answer", "6")
     assert status == other_status == 2
     assert {line for line in lines_of(content) if "ranks/" in line and not line.startswith("ok ")} == {
-        f"fail ranks/{name}: rank 1: did not answer within 2 s" for name in ("run_dir", "cache", "data.root")
+        f"fail ranks/{name}: rank 1: did not answer within 6 s" for name in ("run_dir", "cache", "data.root")
     }
 
 

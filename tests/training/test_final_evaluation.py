@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distil_tl import evaluate, inference, train
+from distil_tl import evaluate, finish, inference, train
 from distil_tl.run import Run
 from distil_tl.training import network, stage_setup
 from distil_tl.training.precision import Compute
@@ -26,7 +26,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         phases.append(info.phase)
         return original(info, *args, **kwargs)
 
-    monkeypatch.setattr(train, "evaluate", noted)
+    for module in (train, finish):
+        monkeypatch.setattr(module, "evaluate", noted)
     return phases
 
 
@@ -113,7 +114,7 @@ def test_a_frozen_part_in_bf16_is_evaluated_in_bf16(
         return used[-1]
 
     monkeypatch.setattr(stage_setup, "_prefix_compute", lambda *args: Compute(torch.bfloat16, True))
-    for module in (train, inference):
+    for module in (finish, inference):
         monkeypatch.setattr(module, "final_network", noted)
     run = tmp_path / "run"
     args = [*small_args(folder), f"run_dir={run}", "stages.full.epochs=0", "precision=auto"]
