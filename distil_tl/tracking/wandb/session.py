@@ -83,6 +83,8 @@ class Session:
 
             add_artifact(self._run, self._run_dir, summary.get("best") or {})
         self._run.finish(exit_code={"completed": 0, "preempted": 3}.get(status, 1))
+        if self._task.mode == "offline":
+            _end_client()
         self._marks.segment, self._marks.safe = None, self._marks.step
         self._marks.done = status == "completed"
         self._marks.save()
@@ -128,6 +130,13 @@ def _init(task: Task, run_id: str) -> Any:
     for stage in task.config.get("stages") or {}:
         run.define_metric(f"stage_{stage}/*", step_metric=f"stage_{stage}/epoch")
     return run
+
+
+def _end_client() -> None:
+    """Wait until W&B's own process has written the segment: in offline mode `finish` may return before."""
+    import wandb
+
+    wandb.teardown()
 
 
 def _token(run_dir: Path) -> str | None:
