@@ -26,6 +26,7 @@ from distil_tl.inference import restore_model
 from distil_tl.training.console import evaluation_json
 from distil_tl.training.evaluation import evaluate
 from distil_tl.utils.files import json_text
+from distil_tl.utils.intervals import plus_minus
 from distil_tl.utils.log import logger, printable, setup_console, table
 from distil_tl.utils.outputs import check_output, open_output
 
@@ -91,9 +92,12 @@ def print_metrics(title: str, content: dict[str, Any]) -> None:
         for row in content["per_class"]
     ]
     logger.info("\n%s\n", table(rows, ["class", "n", "recall", "precision", "F1"]))
+    top1, top5, macro_f1 = (
+        plus_minus(content[name], content["intervals"].get(name)) for name in ("top1", "top5", "macro_f1")
+    )
     logger.info(
-        "%s: top-1 %.4f, top-5 %.4f, macro-F1 %.4f, loss %.4f, n %d",
-        title, content["top1"], content["top5"], content["macro_f1"], content["loss"], content["n"],
+        "%s: top-1 %s, top-5 %s, macro-F1 %s, loss %.4f, n %d (\u00b1: half the width of the 95 %% interval)",
+        title, top1, top5, macro_f1, content["loss"], content["n"],
     )  # fmt: skip
 
 

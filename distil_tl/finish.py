@@ -7,6 +7,7 @@ checkpoint is evaluated in full, and the run directory completed.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.run import Run
@@ -70,13 +71,18 @@ def finish(run: Run) -> None:
     missing = [split for split in ("test", "val") if split in run.source.splits and split not in results]
     if missing:
         results |= evaluate_best(run, shown["stage"], missing)
+    intervals = dict[str, Any]()
     for split, result in results.items() if info.is_main else ():
         name = "evaluation.json" if split == "val" else f"evaluation_{split}.json"
-        run.directory.write(name, console.evaluation_json(split, run.source.index(split), result))
+        content = console.evaluation_json(split, run.source.index(split), result)
+        run.directory.write(name, content)
+        intervals[split] = content["intervals"]
     run.source.bad_images.combine_ranks(info)
     state.bad_images = run.source.bad_images.by_split
     state.best = shown
-    more = {"test": results["test"].metrics.compute()} if "test" in results else {}
+    more = {"intervals": intervals.get("val")}
+    if "test" in results:
+        more["test"] = {**results["test"].metrics.compute(), "intervals": intervals.get("test")}
     # The others wait without a collective: W&B may take longer to finish than a collective may last.
     summary = on_rank_zero(info, "closing the run", lambda: run.complete(**more))
     if info.is_main:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from distil_tl.training.remaining import planned_epochs, time_left
 from distil_tl.utils.args import read_yaml
 from distil_tl.utils.data_wait import wait_share
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.intervals import of_counts
 from launch.evidence import METRICS_FILE, Evidence, Json, gather_evidence, read_lines
 from launch.local_job import is_job_alive
 from launch.records import has_started, read_json
@@ -37,6 +38,7 @@ class RunStatus:
         state: one of STATES.
         progress: fraction of the epochs of all stages, 0 to 1.
         best: the best evaluation so far.
+        intervals: 95 % intervals of its figures, by name, as far as they are known.
         restarts: how often Slurm restarted the job.
         host: where it runs.
         seconds: total training time.
@@ -53,6 +55,7 @@ class RunStatus:
     state: str
     progress: float | None = None
     best: dict[str, Any] | None = None
+    intervals: dict[str, Sequence[float]] = field(default_factory=dict)
     stage: str | None = None
     epoch: int | None = None
     step: int | None = None
@@ -75,12 +78,14 @@ def read_status(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> RunStat
     state, detail = decide_state(seen)
     summary, attempt, record, job = seen.summary, seen.attempt or {}, seen.record, seen.job
     best = summary.get("best")
+    best = best if isinstance(best, dict) else _best(run_dir, seen.lines)
     return RunStatus(
         run_dir,
         state,
         progress=1.0 if state == "completed" else _progress(run_dir, seen.last),
         remaining=_remaining(run_dir, seen.lines) if state == "running" else None,
-        best=best if isinstance(best, dict) else _best(run_dir, seen.lines),
+        best=best,
+        intervals=_intervals(summary, best or {}),
         stage=seen.last.get("stage"),
         epoch=seen.last.get("epoch"),
         step=seen.last.get("step"),
@@ -94,6 +99,17 @@ def read_status(run_dir: Path, queue: Mapping[str, QueuedJob] | None) -> RunStat
         data=data_of(run_dir),
         left=job.left if job is not None and job.state == "RUNNING" and job.left[:1].isdigit() else None,
     )
+
+
+def _intervals(summary: Json, best: Json) -> dict[str, Sequence[float]]:
+    """The intervals of the best evaluation: as a completed run recorded them, else those of counts alone."""
+    saved = summary.get("intervals")
+    found = {name: pair for name, pair in saved.items() if _is_pair(pair)} if isinstance(saved, dict) else {}
+    return {**of_counts(best), **found}
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(end, (int, float)) for end in value)
 
 
 def _job_id(job: QueuedJob | None, record: Json | None, attempt: Json) -> str | None:

@@ -25,6 +25,7 @@ from distil_tl.utils.data_wait import is_notable
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_safe
 from distil_tl.utils.home import path_argument
+from distil_tl.utils.intervals import plus_minus
 from distil_tl.utils.log import printable, setup_console, table
 from launch.args import seconds
 from launch.evidence import ask_slurm
@@ -197,7 +198,7 @@ def _cells(overview: Overview, rank: int, run: RunStatus, values: Sequence[Any])
         printable(name),
         run.state,
         f"{100 * run.progress:.0f}%" if run.progress is not None else "",
-        f"{metric:.4f}" if metric is not None else "",
+        plus_minus(metric, run.intervals.get(overview.metric)) if metric is not None else "",
         *("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in values),
         f"{run.stage} {run.epoch}" if run.stage else "",
         f"{run.data_wait:.0%}" if run.data_wait is not None and is_notable(run.data_wait) else "",

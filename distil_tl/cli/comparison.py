@@ -22,6 +22,7 @@ from distil_tl.data.splits import data_root
 from distil_tl.inference import RestoredModel, restore_model
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import json_text
+from distil_tl.utils.intervals import Interval, plus_minus, wilson
 from distil_tl.utils.log import Progress, printable, table
 from distil_tl.utils.outputs import open_output
 
@@ -48,6 +49,11 @@ class Pairs:
     @property
     def accuracies(self) -> tuple[float, float]:
         return (self.both + self.only_first) / self.n, (self.both + self.only_second) / self.n
+
+    @property
+    def intervals(self) -> tuple[Interval | None, Interval | None]:
+        """95 % of each accuracy, by Wilson (1927)."""
+        return wilson(self.both + self.only_first, self.n), wilson(self.both + self.only_second, self.n)
 
     @property
     def p_value(self) -> float:
@@ -172,7 +178,8 @@ def comparison(index: Index, first: np.ndarray, second: np.ndarray, readable: np
         chosen = readable & (index.targets == target)
         if chosen.any():
             of_class = count_pairs(index.targets[chosen], first[chosen], second[chosen])
-            per_class.append({"class": name, "n": of_class.n, "top1": of_class.accuracies, **asdict(of_class)})
+            figures = {"n": of_class.n, "top1": of_class.accuracies, "top1_intervals": of_class.intervals}
+            per_class.append({"class": name, **figures, **asdict(of_class)})
     right = (first == index.targets).astype(int) - (second == index.targets).astype(int)
     flipped = [
         {
@@ -186,6 +193,7 @@ def comparison(index: Index, first: np.ndarray, second: np.ndarray, readable: np
     return {
         "n": pairs.n,
         "top1": pairs.accuracies,
+        "top1_intervals": pairs.intervals,
         **asdict(pairs),
         "difference": pairs.accuracies[1] - pairs.accuracies[0],
         "interval": pairs.interval,
@@ -205,11 +213,17 @@ def as_text(content: dict[str, Any], images: int) -> str:
         "",
         table(
             [
-                [printable(row["class"]), str(row["n"]), *(f"{x:.4f}" for x in row["top1"]), _signed(*row["top1"])]
-                for row in [*content["per_class"], {"class": "all", "n": content["n"], "top1": content["top1"]}]
+                [
+                    printable(row["class"]),
+                    str(row["n"]),
+                    *map(plus_minus, row["top1"], row["top1_intervals"]),
+                    _signed(*row["top1"]),
+                ]
+                for row in [*content["per_class"], {**content, "class": "all"}]
             ],
             ["class", "n", "first", "second", "difference"],
         ),
+        "\u00b1: half the width of the 95 % interval (Wilson)",
         "",
         f"right: both {content['both']}, only first {content['only_first']}, only second {content['only_second']}, "
         f"none {content['none']}",

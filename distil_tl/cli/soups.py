@@ -73,9 +73,9 @@ class Soup:
     @property
     def figures(self) -> dict[str, Any]:
         """Of the average on val, as summary.json holds them."""
-        first, found = self.candidates[0].figures, self.evaluations["val"].metrics.compute()
-        kept = {key: first[key] for key in ("split", "stage", "epoch", "step")}
-        return {**kept, **{key: found[key] for key in FIGURES}, "metric": self.metric}
+        first, metrics = self.candidates[0].figures, self.evaluations["val"].metrics
+        kept, found = {key: first[key] for key in ("split", "stage", "epoch", "step")}, metrics.compute()
+        return {**kept, "n": metrics.count, **{key: found[key] for key in FIGURES}, "metric": self.metric}
 
     def provenance(self) -> list[dict[str, Any]]:
         """Each checkpoint: where it is from, its figure on val, that of the average with it, whether it was added."""
@@ -264,13 +264,18 @@ def write_run(info: DistInfo, folder: Path, output: Path, soup: Soup, overrides:
     write_json(folder / "classes.json", first.state["classes"])
     for name in ("index", SPLIT_FILE, "metrics.jsonl"):
         _copy(first, name, folder)
-    provenance = soup.provenance()
+    provenance, intervals = soup.provenance(), dict[str, Any]()
     for split, result in soup.evaluations.items():
         name = "evaluation.json" if split == "val" else f"evaluation_{split}.json"
-        write_json(folder / name, {**evaluation_json(split, soup.indexes[split], result), "soup": provenance})
-    test = {"test": soup.evaluations["test"].metrics.compute()} if "test" in soup.evaluations else {}
+        content = evaluation_json(split, soup.indexes[split], result)
+        write_json(folder / name, {**content, "soup": provenance})
+        intervals[split] = content["intervals"]
+    test = {}
+    if "test" in soup.evaluations:
+        test = {"test": {**soup.evaluations["test"].metrics.compute(), "intervals": intervals["test"]}}
     summary = {
-        "status": "completed", "world_size": 1, "best": figures, "final": figures, **test,
+        "status": "completed", "world_size": 1, "best": figures, "final": figures,
+        "intervals": intervals["val"], **test,
         "stages": {name: StageRecord(**record).summary() for name, record in run["stages"].items()},
         "bad_images": {}, "total_seconds": soup.seconds, "soup": provenance,
     }  # fmt: skip

@@ -1,58 +1,18 @@
-"""How sure the figures of a run are, and what they are compared with."""
+"""What the figures of a run are compared with, its settings, and how intervals are written."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distil_tl.data.augmentation import augment_text
 from distil_tl.report.load import Metric, Run, mapping
 from distil_tl.report.text import number, percent
-
-Z = 1.959964  # of a normal distribution: 95 % lie within
-DRAWS = 1000  # of the bootstrap
-MAX_CELLS = 20_000  # of a confusion matrix that are not 0; with more, drawing takes long
-MAX_CLASSES = 1000
+from distil_tl.utils.intervals import Interval
 
 
-def wilson(correct: float, n: float) -> tuple[float, float] | None:
-    """The 95 % interval of Wilson (1927) for a share of `correct` in `n`; None for n = 0."""
-    if n <= 0 or not 0 <= correct <= n:
-        return None
-    share, extra = correct / n, Z**2 / n
-    middle = (share + extra / 2) / (1 + extra)
-    half = Z * math.sqrt(share * (1 - share) / n + extra / (4 * n)) / (1 + extra)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def bootstrapped_f1(rows: Sequence[Sequence[float]]) -> tuple[float, float] | None:
-    """The 95 % percentile interval of macro-F1, by drawing the images of a confusion matrix again and again.
-
-    None without images, or with too many classes.
-    """
-    import numpy as np  # not needed for a report without an evaluation
-
-    matrix = np.array(rows, dtype=np.float64)
-    cells, n = np.flatnonzero(matrix), matrix.sum()
-    if n <= 0 or len(cells) > MAX_CELLS or len(matrix) > MAX_CLASSES:
-        return None
-    drawn = np.random.default_rng(0).multinomial(int(n), matrix.flat[cells] / n, size=DRAWS).astype(np.float64)
-    target, predicted = np.divmod(cells, len(matrix))
-    by_class = np.zeros((3, len(matrix), DRAWS))  # hits, targets and predictions
-    for column, i, j in zip(drawn.T, target, predicted, strict=True):
-        by_class[0, i] += column * (i == j)
-        by_class[1, i] += column
-        by_class[2, j] += column
-    counted = by_class[1] + by_class[2]
-    with np.errstate(invalid="ignore"):
-        scores = np.nanmean(np.where(counted > 0, 2 * by_class[0] / counted, np.nan), axis=0)
-    low, high = np.quantile(scores, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def between(interval: tuple[float, float] | None) -> str:
+def between(interval: Interval | None) -> str:
     """An interval as text; empty if there is none."""
     return "" if interval is None else f"{percent(interval[0])} to {percent(interval[1])}"
 

@@ -12,6 +12,7 @@ from distil_tl.report.confusion import Confusion
 from distil_tl.report.load import Run, mapping
 from distil_tl.report.markup import Markup, h
 from distil_tl.report.text import number
+from distil_tl.utils import intervals
 from distil_tl.utils.data_wait import is_notable
 
 STATES = {
@@ -84,15 +85,15 @@ def cards(run: Run, confusion: Confusion | None) -> Markup:
         name = "Balanced accuracy" if run.metric == "balanced_accuracy" else "Top-5"
         shown.append((name, text.percent(chosen), "chose the best epoch"))
     n, top1 = number(run.evaluation.get("n")), best.top1 if best else None
-    if n and top1 is not None and (interval := figures.between(figures.wilson(top1 * n, n))):
+    if n and top1 is not None and (interval := figures.between(intervals.wilson(top1 * n, n))):
         shown[0] = (*shown[0][:2], f"{interval}, {when}")
     # While a run is trained further, the evaluation is that of an earlier checkpoint.
     same = best is not None and run.evaluation.get("top1") == best.top1
-    f1 = figures.between(figures.bootstrapped_f1(confusion.rows)) if confusion and same else ""
+    f1 = figures.between(intervals.bootstrap(confusion.rows).get("macro_f1")) if confusion and same else ""
     shown.append(("Macro F1", text.percent(best.macro_f1 if best else None), ", ".join(filter(None, (f1, when)))))
     if test_top1 is not None:
         size, test_f1 = number(run.test.get("n")), number(test.get("macro_f1"))
-        facts = [figures.between(figures.wilson(test_top1 * size, size)) if size else ""]
+        facts = [figures.between(intervals.wilson(test_top1 * size, size)) if size else ""]
         facts.append(f"macro F1 {text.percent(test_f1)}" if test_f1 else "")
         shown.append(("Test top-1", text.percent(test_top1), ", ".join(filter(None, facts)) or "test"))
     shown += [
@@ -148,8 +149,8 @@ def evaluation(content: dict[str, Any], confusion: Confusion | None) -> Markup |
     if not content:
         return None
     n, top1 = number(content.get("n")), number(content.get("top1"))
-    interval = figures.wilson(top1 * n, n) if n and top1 is not None else None
-    of_f1 = figures.bootstrapped_f1(confusion.rows) if confusion else None
+    interval = intervals.wilson(top1 * n, n) if n and top1 is not None else None
+    drawn = intervals.bootstrap(confusion.rows) if confusion else {}
     largest = figures.baseline(content)
     classes = len(content["per_class"]) if isinstance(content.get("per_class"), list) else math.inf
     shown: list[tuple[str, Any]] = [
@@ -157,17 +158,17 @@ def evaluation(content: dict[str, Any], confusion: Confusion | None) -> Markup |
         ("Images", text.count(n)),
         ("Top-1", _with(text.percent(top1), interval)),
         *([("Top-5", text.percent(number(content.get("top5"))))] if classes > 5 else []),
-        ("Macro F1", _with(text.percent(number(content.get("macro_f1"))), of_f1)),
+        ("Macro F1", _with(text.percent(number(content.get("macro_f1"))), drawn.get("macro_f1"))),
         ("Loss", text.decimal(number(content.get("loss")))),
     ]
-    if number(content.get("balanced_accuracy")) is not None:
-        shown.insert(-1, ("Balanced accuracy", text.percent(number(content.get("balanced_accuracy")))))
+    if (balanced := number(content.get("balanced_accuracy"))) is not None:
+        shown.insert(-1, ("Balanced accuracy", _with(text.percent(balanced), drawn.get("balanced_accuracy"))))
     if largest is not None:
         shown.append((f"Always \u201c{largest[0]}\u201d", text.percent(largest[1])))
     return h("dl", [h("div", h("dt", k), h("dd", v)) for k, v in shown], class_="line")
 
 
-def _with(shown: str, interval: tuple[float, float] | None) -> Markup:
+def _with(shown: str, interval: intervals.Interval | None) -> Markup:
     note = h("span", f" ({figures.between(interval)})", class_="interval") if interval else None
     return h("span", shown, note)
 

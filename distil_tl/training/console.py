@@ -18,6 +18,7 @@ from distil_tl.training.notable import Prediction
 from distil_tl.training.remaining import time_left
 from distil_tl.training.stage import Stage, trainable_groups
 from distil_tl.utils.data_wait import is_notable, wait_share
+from distil_tl.utils.intervals import of_evaluation, plus_minus
 from distil_tl.utils.log import logger, table
 
 if TYPE_CHECKING:
@@ -145,14 +146,15 @@ def further_metric(figures: dict[str, Any], before: str) -> str:
 
 def evaluation_json(split: str, index: Index, result: Evaluation) -> dict[str, Any]:
     """The content of evaluation.json; docs/run-directory.md describes the fields."""
-    classes = index.classes
+    classes, matrix = index.classes, result.metrics.confusion_matrix()
+    figures = {"n": result.metrics.count, **result.metrics.compute()}
     return {
         "split": split,
-        "n": result.metrics.count,
-        **result.metrics.compute(),
+        **figures,
+        "intervals": of_evaluation({**figures, "classes": classes, "confusion_matrix": matrix}),
         "classes": list(classes),
         "per_class": result.metrics.per_class(classes),
-        "confusion_matrix": result.metrics.confusion_matrix(),
+        "confusion_matrix": matrix,
         "mistakes": [_predicted(index, prediction) for prediction in result.mistakes],
         "uncertain": [_predicted(index, prediction) for prediction in result.uncertain],
     }
@@ -191,21 +193,27 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     header = ["stage", "epochs", "trainable", "images/s", "seconds", "train top-1", "val top-1"]
     header[5:5] = ["data wait"] if shown else []
     logger.info("\n%s\n", table(rows, header))
-    best = summary["best"]
+    best, test = summary["best"], summary.get("test")
     logger.info(
-        "best: top-1 %.4f, macro-F1 %.4f%s on val (stage %s, %s); %.0f s on %d %s",
-        best["top1"], best["macro_f1"], further_metric(best, ", "), best["stage"],
+        "best: %s%s on val (stage %s, %s); %.0f s on %d %s",
+        _with_intervals(best, summary.get("intervals")), further_metric(best, ", "), best["stage"],
         f"alpha {best['alpha']:g}" if "alpha" in best else f"epoch {best['epoch']}",
         summary["total_seconds"], summary["world_size"], "rank" if summary["world_size"] == 1 else "ranks",
     )  # fmt: skip
-    if summary.get("test"):
-        logger.info("test: top-1 %.4f, macro-F1 %.4f", summary["test"]["top1"], summary["test"]["macro_f1"])
+    if test:
+        logger.info("test: %s", _with_intervals(test, test.get("intervals")))
     quoted = shlex.quote(str(run_dir))
     logger.info("\nresults are in %s: open report.html", run_dir)
     logger.info("predict:  distil-tl predict %s FOLDER -o predictions.csv", quoted)
     logger.info("export:   distil-tl export %s -o model.onnx", quoted)
-    if not summary.get("test"):
+    if not test:
         logger.info("evaluate: distil-tl evaluate %s --split test data.root=FOLDER", quoted)
+
+
+def _with_intervals(figures: dict[str, Any], intervals: dict[str, Any] | None) -> str:
+    """Top-1 and macro-F1 with half the width of their 95 % intervals; summaries of earlier code have none."""
+    top1, macro_f1 = (plus_minus(figures[name], (intervals or {}).get(name)) for name in ("top1", "macro_f1"))
+    return f"top-1 {top1}, macro-F1 {macro_f1}"
 
 
 def print_completed(info: DistInfo, run_dir: Path) -> None:

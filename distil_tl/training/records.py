@@ -67,7 +67,7 @@ class Records:
         """Record the evaluation after an epoch. Returns whether it is the best so far."""
         record = self._state.stages[at.stage]
         line = self._log(at, counted, seconds, waited, split="val", window="epoch")
-        kept = ("split", *FIGURES, "stage", "epoch", "step")
+        kept = ("split", "n", *FIGURES, "stage", "epoch", "step")
         final = self._state.final = {**{key: line[key] for key in kept}, "metric": self._metric}
         record.epochs, record.top1 = at.epoch + 1, final["top1"]
         record.seconds += seconds
@@ -118,6 +118,7 @@ class Records:
             "stage": at.stage,
             "split": split,
             "window": window,
+            "n": counted.count,
             **counted.compute(),
             "lr": at.lr,
             "images_per_second": counted.count / seconds if seconds else None,

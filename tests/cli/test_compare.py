@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from distil_tl.cli.compare import main
 from distil_tl.cli.comparison import Pairs, count_pairs
 from distil_tl.evaluate import main as evaluate
+from distil_tl.utils.intervals import plus_minus
 from tests.helpers.trained import make_run
 
 
@@ -42,6 +44,10 @@ def test_two_runs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for run, top1 in zip(runs, content["top1"], strict=True):
         evaluate([str(run), "--json", str(run / "val.json"), "data.on_bad_image=skip"])
         assert json.loads((run / "val.json").read_text())["top1"] == top1
+    all_of_val = json.loads((runs[1] / "val.json").read_text())
+    assert content["top1_intervals"][1] == all_of_val["intervals"]["top1"]
+    shown = plus_minus(content["top1"][1], content["top1_intervals"][1])
+    assert [re.split(r"\s{2,}", line)[-2] for line in printed.out.splitlines() if line.startswith("all ")] == [shown]
     flipped = content["flipped"]
     assert len(flipped) == content["only_first"] + content["only_second"] > 2
     assert all((row["first"] == row["class"]) != (row["second"] == row["class"]) for row in flipped)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from distil_tl.utils.intervals import wilson
 from launch import status
 from launch.job_output import last_message
 from launch.records import write_record
@@ -71,6 +72,23 @@ def test_the_best_run_is_first(slurm: FakeSlurm, tmp_path: Path, capsys) -> None
     assert column(text, "run") == ["b", "c", "a"]
     assert column(text, "top1") == ["0.9000", "0.7000", "0.5000"]
     assert column(text, "") == ["1", "2", "3"]
+
+
+def test_figures_have_their_intervals(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
+    """By the number of images, or as the run recorded them; `finished` writes neither."""
+    finished(tmp_path / "runs" / "a", top1=0.9)
+    finished(tmp_path / "runs" / "b", top1=0.8, n=100)
+    finished(tmp_path / "runs" / "c", top1=0.7, n=None, intervals=0)
+    low, high = wilson(80, 100) or (0.0, 0.0)
+    assert column(shown(capsys, tmp_path / "runs"), "top1") == ["0.9000", f"0.8000 ± {(high - low) / 2:.4f}", "0.7000"]
+    rows = json.loads(shown(capsys, tmp_path / "runs", "--json"))["runs"]
+    assert [row["intervals"] for row in rows] == [{}, {"top1": [low, high]}, {}]
+    folder = sweep(tmp_path / "s", {"a": {}, "b": {}}, metric="macro_f1")
+    for name, f1 in (("a", 0.5), ("b", 0.4)):
+        saved = json.loads((finished(folder / name, macro_f1=f1) / "summary.json").read_text())
+        own = {"intervals": {"macro_f1": [f1 - 0.1, f1 + 0.2]} if name == "a" else {"macro_f1": ["?", None]}}
+        (folder / name / "summary.json").write_text(json.dumps({**saved, **own}))
+    assert column(shown(capsys, folder), "macro_f1") == ["0.5000 ± 0.1500", "0.4000"]
 
 
 def test_equal_ones_by_loss_and_then_by_name(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
@@ -403,6 +421,7 @@ def test_json(slurm: FakeSlurm, tmp_path: Path, capsys) -> None:
     assert done == {
         "run_dir": f"{folder}/a", "state": "completed", "progress": 1.0,
         "best": {"stage": "full", "epoch": 2, "step": 20, "top1": 0.5, "loss": None},
+        "intervals": {},
         "stage": None, "epoch": None, "step": None, "job_id": "7", "restarts": 0, "host": None, "seconds": 12.5,
         "data_wait": None, "data": None, "detail": None, "slurm": None, "left": None, "remaining": None, "log": None,
         "values": {"stages.head.lr": 0.1}, "earlier": False,

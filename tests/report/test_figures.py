@@ -1,4 +1,4 @@
-"""Intervals, baselines and notes of the report."""
+"""Baselines, notes and settings of the report."""
 
 from __future__ import annotations
 
@@ -12,34 +12,11 @@ import pytest
 from PIL import Image
 
 from distil_tl.report.confusion import Confusion
-from distil_tl.report.figures import baseline, bootstrapped_f1, overfitting, settings, wilson
+from distil_tl.report.figures import baseline, overfitting, settings
 from distil_tl.report.load import Run, load_run
 from tests.helpers.report_runs import build_evaluation, build_run, report
 
 NAMES = ["daisy", "rose", "tulip"]
-
-
-def test_wilson() -> None:
-    # Newcombe (1998), "Two-sided confidence intervals for the single proportion", table I.
-    for correct, n, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]:
-        assert wilson(correct, n) == pytest.approx((low, high), abs=5e-5)
-    assert wilson(0, 0) is None
-    assert wilson(29, 29) == pytest.approx((0.8830, 1.0), abs=5e-5)
-
-
-def test_the_interval_of_macro_f1_is_that_of_drawing_images_again() -> None:
-    matrix = np.array([[40, 5, 0], [8, 20, 2], [0, 3, 6]])
-    found = bootstrapped_f1(matrix.tolist())
-    assert found is not None
-    pairs = np.array([(i, j) for i in range(3) for j in range(3) for _ in range(matrix[i, j])])
-    rng, scores = np.random.default_rng(5), []
-    for _ in range(2000):
-        target, predicted = pairs[rng.integers(len(pairs), size=len(pairs))].T
-        hits = [((target == c) & (predicted == c)).sum() for c in range(3)]
-        scores.append(np.mean([2 * h / ((target == c).sum() + (predicted == c).sum()) for c, h in enumerate(hits)]))
-    assert found == pytest.approx(np.quantile(scores, [0.025, 0.975]), abs=0.012)
-    assert found == bootstrapped_f1(matrix.tolist())
-    assert bootstrapped_f1([[0, 0], [0, 0]]) is None
 
 
 def test_the_baseline_is_the_largest_class() -> None:

@@ -167,6 +167,9 @@ def test_the_layout_fits_the_viewport(page, report, width, scheme):
         assert first >= left - 4
         assert right - 20 < last <= right + 4
         assert min(above, below) > -4
+    tops = page.evaluate("[...document.querySelectorAll('.pair > figure')].map(f => f.getBoundingClientRect().top)")
+    assert len(tops) == 2
+    assert (tops[0] == tops[1]) == (width > 820), "side by side, at one height"
     tables = "[...document.querySelectorAll('.stack, .scroll:has(.heat)')]"
     cut_off = page.evaluate(f"{tables}.filter(e => e.scrollWidth > e.clientWidth).length")
     assert cut_off == 0 or width == 768, "on a tablet wide tables scroll"

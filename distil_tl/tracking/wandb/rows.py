@@ -51,7 +51,7 @@ def row_of(line: dict[str, Any]) -> dict[str, Any]:
     numbers = {
         key: value
         for key, value in line.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("step", "epoch", "time")
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("step", "epoch", "n", "time")
     }
     row = {f"{series}/{key}": value for key, value in numbers.items()}
     row |= {"epoch": line["epoch"], "stage": line["stage"]}
