@@ -27,6 +27,7 @@ from typing import Any
 
 from benchmarks.imbalance import link_long_tail
 from benchmarks.measure import log, markdown, version
+from benchmarks.plain_recipe import run_plain
 from distil_tl.data.digits import digits_folder
 from distil_tl.train import main as train
 from distil_tl.utils.command import run_command
@@ -57,6 +58,9 @@ RECIPES: dict[str, list[str]] = {
     "ema": ["stages.full.ema=0.99"],
     "wise-ft": ["stages.full.wise_ft=true"],
     "frozen-regularized": ["frozen", "stages.head.search.prefer=regularized"],
+    # The loop of benchmarks/peers/plain.py, with keys of benchmarks/plain_recipe.py.
+    "plain": ["loop=plain"],
+    "plain-1e-3": ["plain", "full_lr=1e-3"],
 }
 FORMS = ("full", "small", "long")
 SMALL, RATIO = 10, 20  # images of a class; largest to smallest class of a long tail
@@ -211,17 +215,34 @@ def run(run_dir: Path, arguments: list[str], *, keep: bool) -> dict[str, Any]:
         log(f"{run_dir.parent.parent.name}  {run_dir.parent.name}  {run_dir.name}")
         run_dir.mkdir(parents=True, exist_ok=True)
         write_json(note, arguments)
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            status = train([*arguments, f"run_dir={run_dir}"])
-        finished = read_summary(run_dir)
-        if status or finished is None:
-            raise UserError(f"{run_dir}: training ended with status {status}\n{said.getvalue()[-2000:]}")
+        finished = train_plain(run_dir, arguments) if "loop=plain" in arguments else train_here(run_dir, arguments)
         if not keep:
-            shutil.rmtree(run_dir / "checkpoints")
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)
     figures = {"val": finished["best"] or finished["final"], "test": finished["test"]}
-    found: dict[str, Any] = {split: {key: figures[split][key] for key in FIGURES} for split in figures}
+    found: dict[str, Any] = {split: {key: figures[split].get(key) for key in FIGURES} for split in figures}
     return {**found, "seconds": finished["total_seconds"]}
+
+
+def train_here(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
+    """summary.json of a run of distil_tl. Raises UserError if it failed."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        status = train([*arguments, f"run_dir={run_dir}"])
+    finished = read_summary(run_dir)
+    if status or finished is None:
+        raise UserError(f"{run_dir}: training ended with status {status}\n{said.getvalue()[-2000:]}")
+    return finished
+
+
+def train_plain(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
+    """summary.json of a run of the plain loop. Raises UserError."""
+    values = dict(word.split("=", 1) for word in arguments)
+    size, hflip = int(values["data.image_size"]), values.get("data.hflip") != "false"
+    own = {key: value for key, value in values.items() if key not in ("loop", "seed", "precision") and "." not in key}
+    run_plain(run_dir, own, Path(values["data.root"]), int(values["seed"]), hflip=hflip, size=size)
+    finished = read_summary(run_dir)
+    assert finished is not None
+    return finished
 
 
 def read_summary(run_dir: Path) -> dict[str, Any] | None:

@@ -59,6 +59,8 @@ class Job:
     threads: int
     device: str
     speed: Speed = DOCUMENTED
+    squash: bool = False  # evaluation resizes both sides to `image_size`, in place of a centre crop
+    test: bool = False  # test/ is evaluated after each epoch, too
 
     @property
     def tuned(self) -> bool:
@@ -109,9 +111,10 @@ class Events:
     def begin(self, stage: str) -> None:
         self._write(event="begin", stage=stage)
 
-    def epoch(self, stage: str, epoch: int, top1: float, loss: float) -> None:
-        """`epoch` counts from 1; `loss` and `top1` are over all images of val."""
-        self._write(event="epoch", stage=stage, epoch=epoch, top1=top1, loss=loss)
+    def epoch(self, stage: str, epoch: int, top1: float, loss: float, split: str = "val") -> None:
+        """`epoch` counts from 1; `loss` and `top1` are over all images of `split`."""
+        event = "epoch" if split == "val" else split
+        self._write(event=event, stage=stage, epoch=epoch, top1=top1, loss=loss)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

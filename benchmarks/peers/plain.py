@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,14 +16,14 @@ def run(job: Job, events: Events) -> None:
     model = shared.network(job)
     if job.speed.channels_last:
         model.to(memory_format=torch.channels_last)
-    val = shared.val_loader(job)
+    splits = {split: shared.val_loader(job, split) for split in (("val", "test") if job.test else ("val",))}
     for stage in job.stages:
         if stage.epochs:
             events.begin(stage.name)
-            train_stage(job, model, stage, val, events)
+            train_stage(job, model, stage, splits, events)
 
 
-def train_stage(job: Job, model: nn.Module, stage: Stage, val: shared.Batches, events: Events) -> None:
+def train_stage(job: Job, model: nn.Module, stage: Stage, splits: Mapping[str, shared.Batches], events: Events) -> None:
     head = model.get_submodule(job.head)
     model.requires_grad_(stage.name != "head")
     head.requires_grad_(True)
@@ -43,7 +45,8 @@ def train_stage(job: Job, model: nn.Module, stage: Stage, val: shared.Batches, e
             nn.utils.clip_grad_norm_(model.parameters(), job.clip_norm)
             optimizer.step()
             scheduler.step()
-        shared.evaluate(job, model, stage.name, val).write(events, stage.name, epoch + 1)
+        for split, batches in splits.items():
+            shared.evaluate(job, model, stage.name, batches).write(events, stage.name, epoch + 1, split)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def transform(job: Job, augment: str) -> v2.Transform:
     """The transform of a Pillow image, as in torchvision's references."""
     mode = InterpolationMode(job.interpolation)
     if augment == "none":
-        steps: list[nn.Module] = [v2.Resize(job.resize, interpolation=mode), v2.CenterCrop(job.image_size)]
+        size = [job.image_size, job.image_size] if job.squash else job.resize
+        steps: list[nn.Module] = [v2.Resize(size, interpolation=mode), v2.CenterCrop(job.image_size)]
     else:
         steps = [v2.RandomResizedCrop(job.image_size, scale=(0.5, 1.0), interpolation=mode)]
         steps += [v2.RandomHorizontalFlip()] if job.hflip else []
@@ -86,8 +87,8 @@ def train_loader(job: Job, stage: Stage) -> Batches:
     return DataLoader(data, job.batch, shuffle=True, drop_last=True, **loader_options(job))
 
 
-def val_loader(job: Job) -> Batches:
-    data = ImageFolder(f"{job.root}/val", transform(job, "none"))
+def val_loader(job: Job, split: str = "val") -> Batches:
+    data = ImageFolder(f"{job.root}/{split}", transform(job, "none"))
     return DataLoader(data, job.batch, **loader_options(job))
 
 
@@ -160,8 +161,8 @@ class Count:
         self.correct += float((logits.argmax(1) == targets).sum())
         self.losses += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
 
-    def write(self, events: Events, stage: str, epoch: int) -> None:
-        events.epoch(stage, epoch, self.correct / self.n, self.losses / self.n)
+    def write(self, events: Events, stage: str, epoch: int, split: str = "val") -> None:
+        events.epoch(stage, epoch, self.correct / self.n, self.losses / self.n, split)
 
 
 @torch.no_grad()

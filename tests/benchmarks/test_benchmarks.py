@@ -178,7 +178,7 @@ def test_frozen_statistics_do_not_change(job: Job, tmp_path: Path) -> None:
         model = shared.network(job)
         speed = Speed(workers=0, frozen_statistics=frozen, fused=True)
         head = job.with_speed(speed).with_epochs(full=0)
-        plain.train_stage(head, model, head.stage("head"), shared.val_loader(head), Events(tmp_path / "e"))
+        plain.train_stage(head, model, head.stage("head"), {"val": shared.val_loader(head)}, Events(tmp_path / "e"))
         names = [name for name in before if name.endswith("running_mean")]
         assert all(torch.equal(before[name], model.state_dict()[name]) for name in names) is frozen
 

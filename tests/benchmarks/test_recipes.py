@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import recipes
+from benchmarks import plain_recipe, recipes
+from benchmarks.peers.job import Events, Job, read_events
 from benchmarks.recipes import Task, interval, prepare, read_task, resolve, tables
 from distil_tl.utils.errors import UserError
 
@@ -118,3 +119,39 @@ def test_tables_have_intervals_and_paired_differences() -> None:
     assert "| default | 0.600 ± 0.248 |" in text, "Student's t for three values: 4.303 * 0.1 / sqrt(3)"
     assert "| one | +0.100 ± 0.000 |" in text
     assert interval([0.25]) == "0.250"
+
+
+def test_the_plain_loop_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own rates and crop; of its epochs the best on val counts, and test takes none of its time."""
+    jobs: list[Job] = []
+
+    def loop(job: Job, events: Events) -> None:
+        jobs.append(job)
+        for epoch, top1 in enumerate((0.5, 0.75, 0.625)):
+            events.epoch("full", epoch, top1, 1.0)
+            events.epoch("full", epoch, top1 + 0.125, 1.0, "test")
+
+    monkeypatch.setattr("benchmarks.peers.plain.run", loop)
+    root = make_images(tmp_path / "data", {"train": {"a": 3, "b": 3}, "val": {"a": 2, "b": 2}})
+    command = [
+        "--task",
+        f"t={root} data.hflip=false",
+        "--recipe",
+        "mine=plain full_lr=1e-3 crop=squash",
+        "--seeds",
+        "1",
+    ]
+    assert recipes.main([*command, "--recipes", "plain", "mine", "--out", str(tmp_path / "out")]) == 0
+    assert [(job.stage("full").lr, job.squash, job.hflip, job.classes) for job in jobs] == [
+        (3e-4, False, False, 2), (1e-3, True, False, 2)
+    ]  # fmt: skip
+    (row, _) = json.loads((tmp_path / "out" / "recipes.json").read_text())["runs"]
+    assert (row["val"]["top1"], row["test"]["top1"]) == (0.75, 0.875)
+    with pytest.raises(UserError, match="the plain loop has no lr;"):
+        plain_recipe.run_plain(tmp_path, {"lr": "1"}, root, 0, hflip=True, size=32)
+    events = Events(tmp_path / "events")
+    events.epoch("head", 1, 0.5, 1.0)
+    events.epoch("head", 1, 0.5, 1.0, "test")
+    val, test = read_events(events.path)
+    spent = plain_recipe.summary([val, {**test, "time": val["time"] + 4}], 10.0)["total_seconds"]
+    assert spent == pytest.approx(6)
