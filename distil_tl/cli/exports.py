@@ -105,6 +105,11 @@ def export_library(run_dir: Path, checkpoint: str, overrides: Sequence[str], fol
     setup_console(True)
     restored = restore_model(run_dir, checkpoint, list(overrides))
     config, model = restored.config.model, restored.model
+    if config.is_own:
+        raise UserError(
+            f"--format safetensors is for models of timm and torchvision, and {config.name} is none of them: use its "
+            f"weights in {printable(restored.checkpoint / ckpt.WEIGHTS)} with your code, or --format onnx"
+        )
     content = library_config(config, model, restored.image_size, restored.classes, provenance(run_dir, restored))
     write_library_files(folder, config, model, content)
     logger.info(

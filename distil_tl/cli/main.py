@@ -21,6 +21,7 @@ COMMANDS = {
     "export": ("distil_tl.cli.export", "write a trained model as ONNX, or as timm and torchvision load it"),
     "prepare": ("distil_tl.cli.prepare", "copy images with a permanent split, and large ones made smaller if asked"),
     "prefetch": ("distil_tl.cli.prefetch", "download and check pretrained weights before a job without network"),
+    "models": ("distil_tl.cli.models", "list the models that can be used, with their sizes"),
     "doctor": ("distil_tl.cli.doctor", "check what a run will use on this machine, and what will fail"),
     "report": ("distil_tl.report", "write a run's report.html, one self-contained file"),
     "compare": ("distil_tl.cli.compare", "compare two runs on the same images"),

@@ -169,4 +169,4 @@ def run_name(config: Config) -> str:
     hashed["data.root"] = str(Path(config.data.root).resolve()) if config.data.root else None
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True, default=str).encode()).hexdigest()[:8]
     data = data_name(Path(config.data.root)) if config.data.root else "digits"
-    return f"{data}-{config.model.name.rpartition('/')[2]}-{digest}"
+    return f"{data}-{config.model.name.rpartition('/')[2].replace(':', '-')}-{digest}"

@@ -132,7 +132,8 @@ def judge_weights(report: Report, config: ModelConfig, facts: Sequence[Facts]) -
         return
     path, digest = weights_file(config)
     if path is None:
-        report.ok(GROUP, "model.weights", "none: random weights")
+        own = config.is_own and resolve_weights(config) == "default"
+        report.ok(GROUP, "model.weights", f"those that {config.name} loads" if own else "none: random weights")
     elif digest is not None and not sha256_file(path).startswith(digest):
         report.fail(GROUP, "model.weights", f"{path} is damaged: its checksum is wrong; delete it, and {remedy}")
     else:

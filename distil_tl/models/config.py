@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from distil_tl.models.names import TIMM_PREFIX, WEIGHTS_SUFFIXES
+from distil_tl.models.names import INSTALL_TIMM, OWN_SEPARATOR, TIMM_PREFIX, WEIGHTS_SUFFIXES
 from distil_tl.models.weight_packages import PACKAGES
 from distil_tl.utils.errors import did_you_mean
 from distil_tl.utils.home import expand_home
@@ -21,7 +21,7 @@ KEYWORDS = ("auto", "default", "none", "package")
 class ModelConfig:
     """The backbone."""
 
-    name: str = "timm/tf_efficientnet_lite0"  # a torchvision classifier such as resnet50, or timm/NAME
+    name: str = "timm/tf_efficientnet_lite0"  # a torchvision model such as resnet50, timm/NAME, or MODULE:FUNCTION
     # A path is a run directory, or ends in .safetensors, .pth, .pt or .bin. `auto` is `package` where one is installed,
     # else `default`.
     weights: str = "auto"  # auto | default (the library's) | package | none (random) | IMAGENET1K_V2 or the like | PATH
@@ -36,6 +36,11 @@ class ModelConfig:
     @property
     def from_timm(self) -> bool:
         return self.name.startswith(TIMM_PREFIX)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a function of the user builds the network."""
+        return OWN_SEPARATOR in self.name
 
     @property
     def path(self) -> Path | None:
@@ -72,6 +77,8 @@ class ModelConfig:
                 found.append(
                     f"model.{key} must be a share of at least 0 and below 1, or null for the library's default"
                 )
+            elif self.is_own:
+                found.append(f"model.{key}: {self.name} sets its own; remove model.{key}")
             elif check_model:
                 from distil_tl.models import drops
 
@@ -80,11 +87,15 @@ class ModelConfig:
         return found
 
     def _name_problem(self) -> str | None:
+        if self.is_own:
+            from distil_tl.models import own_models
+
+            return own_models.name_problem(self.name)
         from distil_tl.models import timm_models, torchvision_models
 
         if self.from_timm:
             if not timm_models.installed():
-                return f"model.name={self.name} needs timm: {timm_models.INSTALL}, or choose a torchvision model"
+                return f"model.name={self.name} needs timm: {INSTALL_TIMM}, or choose a torchvision model"
             problem = timm_models.name_problem(self.library_name)
             return problem and f"model.name: {problem}"
         valid = torchvision_models.names()
@@ -102,6 +113,9 @@ class ModelConfig:
         weights = resolve_weights(self)
         if weights == "none":
             return None
+        if self.is_own:
+            valid_here = "default (those that its function loads), none or a path"
+            return None if weights == "default" else f"model.weights: for {self.name} use {valid_here}"
         if weights == "package":
             return self._package_problem()
         if self.from_timm:

@@ -3,4 +3,6 @@
 from __future__ import annotations
 
 TIMM_PREFIX = "timm/"  # timm/NAME is a timm model, NAME alone a torchvision model
+OWN_SEPARATOR = ":"  # MODULE:FUNCTION is a network of the user
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+INSTALL_TIMM = "pip install 'distil_tl[timm]'"

@@ -16,14 +16,13 @@ from torch import nn
 
 from distil_tl.models.head import seeded
 from distil_tl.models.layer_groups import LayerGroup, groups_from_parts, has_prefix, parameters_by_child
-from distil_tl.models.names import TIMM_PREFIX
+from distil_tl.models.names import INSTALL_TIMM, TIMM_PREFIX
 from distil_tl.models.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from distil_tl.models.weights import StateDict
 from distil_tl.utils.errors import UserError, did_you_mean, listed
 from distil_tl.utils.import_path import is_installed
 from distil_tl.utils.log import logger
 
-INSTALL = "pip install 'distil_tl[timm]'"
 # Those that torchvision supports for tensors; timm also has others.
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 
@@ -38,7 +37,7 @@ def _timm() -> ModuleType:
         import timm
     except ImportError as error:
         raise UserError(
-            f"model.name starts with {TIMM_PREFIX}, but timm cannot be imported ({error}): {INSTALL}"
+            f"model.name starts with {TIMM_PREFIX}, but timm cannot be imported ({error}): {INSTALL_TIMM}"
         ) from error
     return timm  # type: ignore[no-any-return]
 
@@ -46,6 +45,24 @@ def _timm() -> ModuleType:
 def names() -> list[str]:
     """Names of timm's architectures, without tags and without the `timm/` prefix."""
     return list(_timm().list_models())
+
+
+def names_with_tags() -> list[str]:
+    """Names of timm's architectures with each of their sets of weights, as NAME.TAG."""
+    return list(_timm().list_pretrained())
+
+
+def published_as(name: str) -> tuple[int, str, str]:
+    """The image size, the tag and the place of the weights for a name; tag and place are empty if there are none.
+
+    The place is a repository of the Hugging Face hub, or the name of a file in torch.hub's cache.
+    """
+    config = _timm().models.get_pretrained_cfg(name)
+    size = preprocess(name).crop_size
+    if not config or not config.has_weights:
+        return size, "", ""
+    url = config.url[0] if isinstance(config.url, tuple) else config.url or ""
+    return size, config.tag or "default", config.hf_hub_id or url.rpartition("/")[2]
 
 
 def name_problem(name: str) -> str | None:

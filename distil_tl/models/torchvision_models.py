@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torchvision import models as tv
 from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -38,6 +40,12 @@ def published_weights(name: str, weights: str) -> Any:
     """Torchvision's entry for the weights named `weights`; the default one if there is none of this name."""
     published = tv.get_model_weights(name)
     return published[weights] if weights in published.__members__ else published.DEFAULT
+
+
+def published_as(name: str) -> tuple[str, str]:
+    """The name of the default weights of a model, and that of their file in torch.hub's cache."""
+    published = published_weights(name, "default")
+    return published.name, published.url.rpartition("/")[2]
 
 
 def preprocess(name: str, weights: str) -> Preprocess:
@@ -71,10 +79,27 @@ def build(
     """
     check_size(name, image_size)
     with seeded(seed, "model"):
-        module: nn.Module = tv.get_model(name, weights=None, **arguments(name, image_size, random=random), **drops)
+        module = _create(name, **arguments(name, image_size, random=random), **drops)
         head = find_head(module)
         replace_head(module, head, num_classes)
     return module, (head,)
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    """The architecture with random weights. RegNet computes its widths with tensors, so they need values."""
+    with _ValuesOnCpu() if name.startswith("regnet") else contextlib.nullcontext():
+        module: nn.Module = tv.get_model(name, weights=None, **options)
+    return module
+
+
+class _ValuesOnCpu(TorchFunctionMode):
+    """Puts tensors of given values on the CPU where a network is built on the device `meta`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = dict(kwargs or {})
+        if func is torch.arange or (func is torch.tensor and isinstance(args[0], list)):
+            given["device"] = "cpu"
+        return func(*args, **given)
 
 
 def arguments(name: str, image_size: int, *, random: bool) -> dict[str, object]:
@@ -92,7 +117,7 @@ def accepts(name: str, argument: str) -> bool:
     """Whether a model is built with an argument of this name; the builders of some set it themselves."""
     try:
         with torch.device("meta"):
-            tv.get_model(name, weights=None, **arguments(name, 224, random=False), **{argument: 0.1})
+            _create(name, **arguments(name, 224, random=False), **{argument: 0.1})
     except TypeError:
         return False
     return True

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distil_tl.models import drops, timm_models, torchvision_models
+from distil_tl.models import drops, own_models, timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.head import init_head, seeded
 from distil_tl.models.layer_groups import LayerGroup, groups_of_modules, groups_of_parameters
@@ -137,13 +137,9 @@ def build(
         raise
     except Exception as error:  # the code of some models fails while they are built for a size
         raise _size_error("data.image_size", config.name, size, first_line(error), preprocess) from error
-    if config.from_timm:
-        skip, groups = head, timm_models.groups(module, head)
-        check_size = functools.partial(timm_models.check_size, config.library_name, module)
-    else:
-        skip = (*head, *torchvision_models.auxiliary_classifiers(config.name))
-        groups = torchvision_groups(module, head)
-        check_size = functools.partial(torchvision_models.check_size, config.name)
+    skip, groups, check_size = _parts(config, module, head)
+    if config.is_own:
+        preprocess = own_models.preprocess(config.name, module)
 
     if pretrained:
         state, info = _read_weights(config, weights, module, head)
@@ -153,7 +149,7 @@ def build(
         state = strip_prefixes(state, module.state_dict())
         if config.from_timm:
             state = timm_models.adapt_state_dict(state, module, skip, config.library_name)
-        else:
+        elif not config.is_own:
             state = torchvision_models.adapt_state_dict(state, module)
         if config.path is not None:
             log_old_head(state, skip, info.source)
@@ -169,6 +165,10 @@ def _build_module(
 ) -> tuple[nn.Module, tuple[str, ...], bool]:
     """The architecture, with its weights if timm's own are wanted; the paths of its head; whether its size is fixed."""
     weights, chosen = resolve_weights(config), drops.arguments(config)
+    if config.is_own:
+        return own_models.build(
+            config.name, num_classes, size, pretrained=pretrained and weights == "default", seed=seed
+        )
     if config.from_timm:
         from_library = pretrained and weights == "default"
         return timm_models.build(
@@ -178,6 +178,19 @@ def _build_module(
         config.name, num_classes, size, random=weights == "none", seed=seed, drops=chosen
     )
     return module, head, torchvision_models.fixed_size(config.name)
+
+
+def _parts(
+    config: ModelConfig, module: nn.Module, head: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[LayerGroup, ...], Callable[[int], None]]:
+    """The paths whose weights are not loaded, the layer groups, and the check of an image size."""
+    if config.is_own:
+        return head, own_models.groups(config.name, module, head), lambda size: None
+    if config.from_timm:
+        check = functools.partial(timm_models.check_size, config.library_name, module)
+        return head, timm_models.groups(module, head), check
+    skip = (*head, *torchvision_models.auxiliary_classifiers(config.name))
+    return skip, torchvision_groups(module, head), functools.partial(torchvision_models.check_size, config.name)
 
 
 def _size_error(key: str, name: str, size: int, reason: str, preprocess: Preprocess) -> UserError:
@@ -194,6 +207,8 @@ def _read_weights(
     """The state dict to load, None if the module already has its weights, and the source of the weights."""
     if weights == "none":
         return None, WeightsInfo("none", None)
+    if config.is_own and config.path is None:
+        return None, WeightsInfo(f"those of {config.name}", None)
     if config.path is not None:
         is_run = config.path.suffix != Path(config.weights).suffix
         source = f"the run {config.weights}" if is_run else f"file {config.path.name}"
@@ -221,7 +236,7 @@ def download_weights(config: ModelConfig) -> None:
         UserError: the download failed; the message names the source and the alternatives.
     """
     weights = resolve_weights(config)
-    if weights in ("none", "package") or config.path is not None:
+    if weights in ("none", "package") or config.is_own or config.path is not None:
         return
     if config.from_timm:
         timm_models.download(config.library_name)
@@ -232,7 +247,7 @@ def download_weights(config: ModelConfig) -> None:
 def missing_weights(config: ModelConfig) -> str | None:
     """The name of the weights that must be downloaded before `build`; None if they are on this machine."""
     weights = resolve_weights(config)
-    if weights in ("none", "package") or config.path is not None:
+    if weights in ("none", "package") or config.is_own or config.path is not None:
         return None
     if config.from_timm:
         cached = timm_models.cached_file(config.library_name)
@@ -251,6 +266,8 @@ def weights_file(config: ModelConfig) -> tuple[Path | None, str | None]:
         return config.path, None
     if weights == "package":
         return PACKAGES[config.name].file(), None
+    if config.is_own:
+        return None, None
     if config.from_timm:
         return timm_models.cached_file(config.library_name), None
     path = torchvision_models.cache_path(config.name, weights)
@@ -259,6 +276,8 @@ def weights_file(config: ModelConfig) -> tuple[Path | None, str | None]:
 
 def default_preprocess(config: ModelConfig) -> Preprocess:
     """The preprocessing that the weights expect; for `none` and paths, that of the model's default weights."""
+    if config.is_own:
+        return own_models.preprocess(config.name)
     if config.from_timm:
         return timm_models.preprocess(config.library_name)
     return torchvision_models.preprocess(config.name, resolve_weights(config))

@@ -19,6 +19,8 @@ from distil_tl.data.augmentation import Augment
 from distil_tl.data.feature_cache import FeatureDataset
 from distil_tl.data.index import Index
 from distil_tl.data.pillow import Intensity
+from distil_tl.models.names import OWN_SEPARATOR
+from distil_tl.models.own_models import source_digest
 from distil_tl.rundir.checkpoint import weights_hash
 from distil_tl.training.network import Prefix
 from distil_tl.training.stage import Stage
@@ -92,6 +94,8 @@ def cache_key(model: TransferModel, prefix: Prefix | Teacher, index: Index, view
         **({"pixels": views.pixels} if views.pixels else {}),
         **({"intensity": views.intensity} if views.intensity != "dtype" else {}),
         **({"teacher": views.teacher} if views.teacher else {}),
+        # The code of layers is not in the graph.
+        **({"source": source_digest(model.module)} if OWN_SEPARATOR in model.name else {}),
     }
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:24]
 

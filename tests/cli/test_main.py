@@ -44,6 +44,8 @@ def test_help_and_refusals_import_no_torch() -> None:
         "prefetch --nosuch": 2,
         "doctor --nosuch": 2,
         "prefetch optim.nam=sgd": 2,
+        "models mobilenet_v3_small": 0,
+        "models nosuch": 2,
         "train --nosuch": 2,
         "train optim.nam=sgd": 2,
         "evaluate --nosuch": 2,
