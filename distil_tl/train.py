@@ -43,7 +43,7 @@ from distil_tl.rundir.directory import peak_memory_mb, reset_peak_memory
 from distil_tl.rundir.opening import look_for_start
 from distil_tl.rundir.start import Start
 from distil_tl.rundir.state import Position, StageRecord
-from distil_tl.teacher import add_teacher, refuse_unfit_teachers, split_of_teacher
+from distil_tl.teacher import add_teacher, refuse_unfit_teachers, split_of_teacher, teacher_file
 from distil_tl.time_limit import limit_epochs
 from distil_tl.training import console
 from distil_tl.training.evaluation import MISTAKES, evaluate
@@ -136,7 +136,8 @@ def run_stage(run: Run, stage: Stage) -> None:
     began = time.monotonic()
     setup = set_up_stage(info, stage, model, run.source, record, run.plan.micro, run.agreement)
     if stage.config.distill.teacher is not None:
-        setup = add_teacher(run, stage, setup, restore_model(stage.config.distill.teacher))
+        trained = teacher_file(run, stage) or restore_model(stage.config.distill.teacher)
+        setup = add_teacher(run, stage, setup, trained)
     if stage.config.search.wanted:
         stage = search_head(info, stage, setup, run.source, record, run.agreement)
     log_every = run.config.tracking.log_every

@@ -14,6 +14,7 @@ from distil_tl.data.config import (
     root_problems,
 )
 from distil_tl.distributed.config import cuda_is_available
+from distil_tl.models.config import ModelConfig
 from distil_tl.training.config import (
     COMPILE,
     COMPILE_MODES,
@@ -74,7 +75,7 @@ def problems(config: Config, world_size: int) -> Iterator[str]:
 
 def values_out_of_range(config: Config, *, without_model: bool = False) -> Iterator[str]:
     """The problems of single values, and of values that contradict each other."""
-    found = [] if without_model else config.model.problems()
+    found = [] if without_model else [*config.model.problems(), *_teacher_models(config)]
     found += _section_problems(config)
     yield from found
     paths = {
@@ -83,6 +84,7 @@ def values_out_of_range(config: Config, *, without_model: bool = False) -> Itera
         "data.stage_to": config.data.stage_to,
         "model.weights": config.model.weights,
     }
+    paths |= {f"stages.{name}.distill.teacher": stage.distill.teacher for name, stage in config.stages.items()}
     yield from home_problems({**paths, "run_dir": config.run_dir, "resume": config.resume})
     for key, value in flatten(dataclasses.asdict(config)).items():
         if any(problem.startswith(key) for problem in found):
@@ -94,6 +96,14 @@ def values_out_of_range(config: Config, *, without_model: bool = False) -> Itera
                 yield f"{key} is {one}, too large a number"
             if isinstance(one, str) and not one.strip():
                 yield f"{key} is empty; give a value, or null"
+
+
+def _teacher_models(config: Config) -> Iterator[str]:
+    """Names of networks that no library has, of teachers that are weights."""
+    for name, stage in config.stages.items():
+        if stage.distill.model is not None:
+            for problem in ModelConfig(stage.distill.model).name_problems():
+                yield problem.replace("model.name", f"stages.{name}.distill.model", 1)
 
 
 def _section_problems(config: Config) -> Iterator[str]:

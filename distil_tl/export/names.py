@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from distil_tl.models.names import LIBRARY_CONFIG, LIBRARY_WEIGHTS
+
 ONNX = ".onnx"
 INPUT, OUTPUT = "images", "probabilities"  # of the graph
 SCRIPT = "predict.py"  # written beside a model
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG = LIBRARY_WEIGHTS, LIBRARY_CONFIG
 
 # Keys of the metadata of an ONNX file; the values are JSON.
 CLASSES = "distil_tl.classes"

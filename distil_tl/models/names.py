@@ -6,3 +6,4 @@ TIMM_PREFIX = "timm/"  # timm/NAME is a timm model, NAME alone a torchvision mod
 OWN_SEPARATOR = ":"  # MODULE:FUNCTION is a network of the user
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 INSTALL_TIMM = "pip install 'distil_tl[timm]'"
+LIBRARY_WEIGHTS, LIBRARY_CONFIG = "model.safetensors", "config.json"  # of distil-tl export and of timm

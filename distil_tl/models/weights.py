@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shlex
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -15,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from distil_tl.models.layer_groups import has_prefix
+from distil_tl.models.library_folder import class_names
 from distil_tl.models.names import WEIGHTS_SUFFIXES
 from distil_tl.utils.errors import UserError, listed
 from distil_tl.utils.log import logger
@@ -47,9 +51,47 @@ def read_state_dict(path: Path) -> StateDict:
     Raises:
         UserError: the file cannot be read, contains code to run, or contains no state dict.
     """
+    return _finite(_unwrap(_load(path), path), path)
+
+
+def read_classifier(path: Path) -> tuple[StateDict, list[str] | None]:
+    """`read_state_dict`, with the names of the classes, in the order of the logits; None if the file has none.
+
+    They are in a list `classes` or a mapping `class_to_idx` beside the state dict; in a `.safetensors` file they are
+    JSON in its metadata. Raises as `read_state_dict`, and if they are something else.
+    """
+    loaded = _load(path)
+    beside: Mapping[str, Any] = loaded if isinstance(loaded, Mapping) else {}
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            beside = file.metadata() or {}
+    return _finite(_unwrap(loaded, path), path), _classes_beside(beside, path)
+
+
+def _classes_beside(content: Mapping[str, Any], path: Path) -> list[str] | None:
+    found = [key for key in ("classes", "class_to_idx") if not isinstance(content.get(key), (Tensor, NoneType))]
+    if not found:
+        return None
+    key = found[0]
+    names, what = content[key], f"model.weights: {key} in {path}"
+    if isinstance(names, str):
+        try:
+            names = json.loads(names)
+        except (ValueError, RecursionError):
+            raise UserError(f"{what} is not JSON; remove it, or write the file again") from None
+    if isinstance(names, Mapping):
+        positions = list(names.values())
+        if not all(type(i) is int for i in positions) or sorted(positions) != list(range(len(names))):
+            raise UserError(f"{what} does not count the classes from 0; remove it, or write the file again")
+        names = sorted(names, key=names.__getitem__)
+    return class_names(names, what)
+
+
+def _load(path: Path) -> object:
+    """The content of a weights file, on the CPU. Raises as `read_state_dict`."""
     try:
         if path.suffix == ".safetensors":
-            return _finite(dict(safetensors.torch.load_file(path, device="cpu")), path)
+            return dict(safetensors.torch.load_file(path, device="cpu"))
         with path.open("rb") as file:
             if not file.read(4).startswith(_MAGIC):
                 raise ValueError("not written by torch.save")
@@ -59,7 +101,7 @@ def read_state_dict(path: Path) -> StateDict:
                 f"trust its source, convert it once on an isolated machine, and give the new file as model.weights:\n"
                 f"  {_command(_CONVERT_SCRIPT, path)}"
             )
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"model.weights: {path} holds Python objects other than tensors. Loading those could run code "
@@ -72,7 +114,6 @@ def read_state_dict(path: Path) -> StateDict:
             f"model.weights: {path} is not a readable weights file ({type(error).__name__}: {error}); "
             f"copy it again, or give another {', '.join(WEIGHTS_SUFFIXES)} file"
         ) from error
-    return _finite(_unwrap(loaded, path), path)
 
 
 def _command(code: str, path: Path) -> str:

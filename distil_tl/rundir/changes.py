@@ -61,6 +61,8 @@ NEW_KEYS: dict[str, Any] = {
     "metric": "top1",
     "stages.*.patience": None,
     "stages.*.distill.teacher": None,
+    "stages.*.distill.model": None,
+    "stages.*.distill.image_size": None,
     "stages.*.distill.temperature": 2.0,
     "stages.*.distill.alpha": 0.5,
     "max_minutes": None,

@@ -95,8 +95,11 @@ class RunDirectory:
         return summary
 
 
-def check_shared(info: DistInfo, path: Path, is_visible: Callable[[], bool]) -> None:
+def check_shared(info: DistInfo, path: Path, is_visible: Callable[[], bool], what: str = "run_dir") -> None:
     """Check that every rank sees a file that rank 0 sees or has just written. A collective.
+
+    Args:
+        what: it is of, for the message.
 
     Raises:
         UserError: on all ranks, naming the hosts that do not see it.
@@ -107,7 +110,7 @@ def check_shared(info: DistInfo, path: Path, is_visible: Callable[[], bool]) -> 
     hosts = {host for host in gather_objects(info, None if visible else socket.gethostname()) if host is not None}
     if hosts:
         raise UserError(
-            f"{path} is not visible on {', '.join(sorted(hosts))}, but it is on rank 0: run_dir must be on storage "
+            f"{path} is not visible on {', '.join(sorted(hosts))}, but it is on rank 0: {what} must be on storage "
             f"that all nodes share, under the same path (a relative path starts where each process starts)"
         )
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.data.augmentation import Augment, augment_problem
+from distil_tl.models.library_folder import is_weights, weights_in, weights_problem
+from distil_tl.models.names import LIBRARY_CONFIG
 from distil_tl.utils.auto import AUTO, whole_number
+from distil_tl.utils.home import expand_home
 from distil_tl.utils.import_path import is_installed
 
 BATCH_NORM = ("frozen", "train")
@@ -64,9 +67,12 @@ class SearchConfig:
 class DistillConfig:
     """Knowledge distillation: the stage learns from the outputs of a trained model, and from the labels."""
 
-    teacher: str | None = None  # a run directory with the same classes: its best checkpoint teaches; null: none
+    # Weights are a file, or a folder of `distil-tl export --format safetensors`. Of a run its best checkpoint teaches.
+    teacher: str | None = None  # a trained model of the same classes: a run directory or weights; null: none
     temperature: float = 2.0  # that softens the probabilities of both models
     alpha: float = 0.5  # share of the teacher in the loss; the labels have the rest
+    model: str | None = None  # of weights, as model.name; null: as config.json beside them says
+    image_size: int | None = None  # of weights, in pixels; null: as config.json says, else that of `model`
 
     def problems(self, key: str) -> list[str]:
         found = []
@@ -74,12 +80,36 @@ class DistillConfig:
             found.append(f"{key}.temperature must be a positive number")
         if not 0 <= self.alpha <= 1:
             found.append(f"{key}.alpha must be from 0 (the labels alone) to 1 (the teacher alone)")
-        if self.teacher is not None and not self.teacher.startswith("~"):
-            if not (Path(self.teacher) / "config.yaml").is_file():
-                found.append(f"{key}.teacher={self.teacher} is not a run directory: config.yaml is missing")
-            elif not (Path(self.teacher) / "checkpoints" / "best").is_dir():
-                found.append(f"{key}.teacher={self.teacher} has no best checkpoint: let that run reach its first one")
-        return found
+        if self.image_size is not None and self.image_size < 8:
+            found.append(f"{key}.image_size must be at least 8 pixels")
+        return found + list(self._teacher_problems(key))
+
+    @property
+    def weights(self) -> Path | None:
+        """The path of a teacher that is weights; None for a run directory, and without a teacher."""
+        path = None if self.teacher is None else expand_home(self.teacher)
+        return path if path is not None and is_weights(path) else None
+
+    def _teacher_problems(self, key: str) -> Iterator[str]:
+        described = [name for name in ("model", "image_size") if getattr(self, name) is not None]
+        if self.teacher is None:
+            yield from (f"{key}.{name} is of a teacher: set {key}.teacher to its weights" for name in described)
+            return
+        path, shown = expand_home(self.teacher), f"{key}.teacher={self.teacher}"
+        if str(path).startswith("~"):  # a home that is not known, which is named with those of other paths
+            return
+        if self.weights is not None:
+            if problem := weights_problem(path):
+                yield f"{key}.teacher: {problem}"
+            elif self.model is None and not weights_in(path).with_name(LIBRARY_CONFIG).is_file():
+                yield f"{shown}: name the network of these weights, as in {key}.model=timm/efficientnet_b0"
+            return
+        if not (path / "config.yaml").is_file():
+            yield f"{shown} is not a run directory: config.yaml is missing"
+        elif not (path / "checkpoints" / "best").is_dir():
+            yield f"{shown} has no best checkpoint: let that run reach its first one"
+        for name in described:
+            yield f"{key}.{name} is of a teacher that is weights, and {self.teacher} is a run directory: remove it"
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -13,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distil_tl.cli.distil import main as distil
 from distil_tl.cli.distil import student
 from distil_tl.config import load, problems
 from distil_tl.data.loader import Batch
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import build
 from distil_tl.teacher import refuse_unfit_teachers, split_of_teacher
 from distil_tl.train import main
 from distil_tl.training.config import DistillConfig
@@ -105,12 +109,34 @@ def test_a_teacher_maps_classes_resizes_images_and_stays_in_evaluation_mode() ->
         ("temperature=0", "stages.full.distill.temperature must be a positive number"),
         ("alpha=1.5", "stages.full.distill.alpha must be from 0"),
         ("teacher=nowhere", "stages.full.distill.teacher=nowhere is not a run directory"),
+        ("teacher=nowhere.pth", "stages.full.distill.teacher: there is no file nowhere.pth"),
+        ("teacher=~nobody/x", "stages.full.distill.teacher=~nobody/x: there is no user nobody"),
+        ("model=timm/test_vit", "stages.full.distill.model is of a teacher: set stages.full.distill.teacher"),
+        ("image_size=32", "stages.full.distill.image_size is of a teacher"),
     ],
 )
 def test_what_is_refused_before_any_work(arg: str, said: str) -> None:
     config, _ = load(["model.name=resnet18", "model.weights=none", f"stages.full.distill.{arg}"])
     (problem,) = problems(config, 1)
     assert problem.startswith(said)
+
+
+def teacher_problems(*args: str) -> list[str]:
+    config, _ = load(["model.name=resnet18", "model.weights=none", *(f"stages.full.distill.{arg}" for arg in args)])
+    return list(problems(config, 1))
+
+
+def test_weights_need_the_name_of_a_network_and_a_known_ending(tmp_path: Path) -> None:
+    path, other = tmp_path / "x.pth", tmp_path / "x.ckpt"
+    path.touch()
+    other.touch()
+    assert "name the network of these weights" in teacher_problems(f"teacher={path}")[0]
+    assert not teacher_problems(f"teacher={path}", "model=resnet18", "image_size=64")
+    assert "does not end in .safetensors, .pth" in teacher_problems(f"teacher={other}", "model=resnet18")[0]
+    (problem,) = teacher_problems(f"teacher={path}", "model=resnet81")
+    assert problem.startswith("stages.full.distill.model=resnet81 is not a torchvision classifier")
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "is not a regular file" in teacher_problems(f"teacher={tmp_path}/pipe.pth", "model=resnet18")[0]
 
 
 # Whole runs.
@@ -210,6 +236,60 @@ def test_other_classes_are_refused_and_another_order_is_mapped(
     with pytest.raises(UserError, match="zebras"):
         refuse_unfit_teachers(config, ["zebras", "stripes", "circles"])
     refuse_unfit_teachers(config, ["stripes", "noise", "circles"])
+
+
+def file_args(small: list[str], file: Path, run_dir: Path) -> list[str]:
+    """Both stages learn from weights."""
+    keys = (f"teacher={file}", f"model={SMALLEST}", "image_size=48")
+    return [
+        *small,
+        *(f"stages.{name}.distill.{key}" for name in ("head", "full") for key in keys),
+        f"run_dir={run_dir}",
+    ]
+
+
+def test_weights_teach_what_the_run_they_are_of_teaches(
+    teacher: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On one rank and two, from the cache and in each step, stopped and resumed."""
+    monkeypatch.setenv("DISTIL_TL_CACHE", str(tmp_path / "cache"))
+    small = [*small, "data.augment=none"]  # so that the first stage trains on features
+    run, one, again = (tmp_path / name for name in ("run", "one", "again"))
+    file = tmp_path / "teacher.pth"
+    torch.save({"state_dict": load_file(teacher / "checkpoints/best/weights.safetensors")}, file)
+    assert run_ranks(2, train, taught_args(small, teacher, run)) == [0, 0]
+    args = file_args(small, file, again)
+    assert run_ranks(2, stopped_train, args, 9, 1, signal.SIGTERM) == [3, 3]
+    assert run_ranks(2, train, args) == [0, 0]
+    same_result(again, run)
+    recorded = summary_of(again)["stages"]
+    assert recorded["head"]["cached"] is True
+    expected = {
+        "weights": str(file),
+        "model": SMALLEST,
+        "digest": summary_of(run)["stages"]["full"]["teacher"]["digest"],
+    }
+    assert recorded["full"]["teacher"] == expected
+
+    args = file_args(small, file, one)
+    assert run_ranks(1, stopped_train, args, 3, 0, signal.SIGTERM) == [3]
+    state = torch.load(file)
+    state["state_dict"]["fc.bias"] += 1
+    torch.save(state, file)
+    assert "is not the model that this stage began with (another file then, teacher.pth now)" in refused(args, capsys)
+
+
+def test_weights_of_other_classes_are_refused_before_the_training(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = build(ModelConfig(SMALLEST, "none"), 4, image_size=32, seed=0).module.state_dict()
+    torch.save(state, tmp_path / "four.pth")
+    args = file_args(small, tmp_path / "four.pth", tmp_path / "run")
+    message = refused(args, capsys)
+    assert message.count("four.pth has 4 outputs, and there are 3 classes") == 2
+    torch.save({"model": state, "classes": ["circles", "noise", "stripes", "zebras"]}, tmp_path / "four.pth")
+    assert "it knows zebras besides" in refused(args, capsys)
+    assert not (tmp_path / "run").exists()
 
 
 # The command.
