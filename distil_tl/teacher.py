@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup
 from distil_tl.utils.args import read_yaml, refuse
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import read_json
 from distil_tl.utils.log import logger, printable
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _unfit(stage: str, distill: DistillConfig, classes: Sequence[str]) -> str | 
 def _classes_of(distill: DistillConfig, key: str, classes: Sequence[str]) -> list[str]:
     if distill.weights is not None:
         return load_trained_file(distill.weights, distill.model, distill.image_size, classes, key).classes
-    known: list[str] = json.loads((Path(str(distill.teacher)) / "classes.json").read_text(encoding="utf-8"))
+    known: list[str] = read_json(Path(str(distill.teacher)) / "classes.json")
     return known
 
 

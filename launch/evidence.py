@@ -13,6 +13,7 @@ from typing import Any
 
 from distil_tl.rundir.lock import FILE as ATTEMPT_FILE
 from distil_tl.rundir.lock import can_be_checked, read_attempt
+from distil_tl.utils.files import open_regular
 from launch.records import find_open_submission, read_json, read_record
 from launch.squeue import Queue, QueuedJob, SlurmUnavailableError, read_queue
 
@@ -130,7 +131,7 @@ def read_lines(path: Path, tail: int | None = None) -> list[dict[str, Any]]:
     """The complete lines of a JSON-lines file, or those within its last `tail` bytes."""
     entries = []
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - tail) if tail is not None else 0)
             text = file.read().decode(errors="replace")

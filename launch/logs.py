@@ -15,6 +15,7 @@ from time import monotonic, sleep
 
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import open_regular
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.log import setup_console
 from launch.job_output import output_files
@@ -80,7 +81,7 @@ def copy(path: Path, run_dir: Path, *, follow: bool) -> None:
     """Copy a file to standard output, and what is appended until the run ends."""
     asked, ended = monotonic(), False
     decoder = getincrementaldecoder("utf-8")(errors="replace")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while True:
             text = file.read(65536)
             if text:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import pwd
 import socket
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distil_tl.utils import files
 from distil_tl.utils.files import write_json
 
 RECORD_FILE = "submitted.json"  # of a run directory
@@ -140,7 +140,7 @@ def read_sweep_record(folder: Path) -> dict[str, Any] | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; None if the file is missing, incomplete or holds something else."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = files.read_json(path)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

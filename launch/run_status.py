@@ -19,6 +19,7 @@ from distil_tl.training.remaining import planned_epochs, time_left
 from distil_tl.utils.args import read_yaml
 from distil_tl.utils.data_wait import wait_share
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import read_text
 from distil_tl.utils.intervals import of_counts
 from launch.evidence import METRICS_FILE, Evidence, Json, gather_evidence, read_lines
 from launch.local_job import is_job_alive
@@ -212,7 +213,7 @@ def metric_of(run_dir: Path) -> str:
     if isinstance(best, dict) and best.get("metric") in METRICS:
         return str(best["metric"])
     try:
-        found = re.search(r"^metric: (\w+)$", (run_dir / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+        found = re.search(r"^metric: (\w+)$", read_text(run_dir / "config.yaml"), re.MULTILINE)
     except (OSError, UnicodeDecodeError):
         found = None
     return found[1] if found and found[1] in METRICS else "top1"
@@ -222,9 +223,7 @@ def data_of(run_dir: Path) -> str | None:
     """The images that a run trains on, from its configuration; None before that is written. Not all of it is parsed."""
     for name in ("config.yaml", "slurm/config.yaml"):
         with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-            section = re.search(
-                r"^data:\n((?: .*\n)*)", (run_dir / name).read_text(encoding="utf-8") + "\n", re.MULTILINE
-            )
+            section = re.search(r"^data:\n((?: .*\n)*)", read_text(run_dir / name) + "\n", re.MULTILINE)
             lines = re.findall(r"^  (?:root|labels): .*", section[1], re.MULTILINE) if section is not None else []
             given = [yaml.safe_load(line.strip()) for line in lines]
             if given:

@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from distil_tl.data.config import ALL_EXTENSIONS
+from distil_tl.cli.derived_run import read_arguments, train_derived
 from distil_tl.report.load import mapping
 from distil_tl.utils.args import read_yaml
 from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.home import path_argument
-from distil_tl.utils.outputs import check_output, open_output
 from distil_tl.utils.run_folders import refuse_other_than_run
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="distil-tl distil",
-        description="Train a student: another model, which learns from the outputs of the best checkpoint of RUN_DIR "
-        "and from the labels, with the configuration, images and split of that run. Under torchrun: torchrun ... -m "
-        "distil_tl distil ...",
-        epilog="Further arguments change the configuration: stages.full.distill.alpha=0.9, stages.full.epochs=20, "
-        "run_dir=FOLDER.",
+    options = read_arguments(
+        args,
+        "distil-tl distil",
+        "Train a student: another model, which learns from the outputs of the best checkpoint of RUN_DIR and from the "
+        "labels, with the configuration, images and split of that run.",
+        "the configuration: stages.full.distill.alpha=0.9, stages.full.epochs=20, run_dir=FOLDER",
+        run_dir="the run directory of the teacher",
+        needed="model.name=NAME",
     )
-    parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="the run directory of the teacher")
-    parser.add_argument("overrides", nargs="+", metavar="key=value", help="model.name=NAME, and others")
-    parser.add_argument(
-        "--config", type=path_argument, metavar="FILE", help="only write the configuration, to submit it"
-    )
-    options = parser.parse_intermixed_args(args)
     return run_command("distil-tl distil", lambda: run(options.run_dir, options.overrides, options.config))
 
 
@@ -45,22 +33,7 @@ def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> No
     Raises:
         UserError: no such run, no model for the student, or what training refuses.
     """
-    content = yaml.safe_dump(student(run_dir, overrides), sort_keys=False, allow_unicode=True)
-    if config_file is not None:
-        check_output("--config", config_file, [run_dir / "config.yaml"], ALL_EXTENSIONS, earlier=())
-        with open_output(config_file) as file:
-            file.write(content)
-        sys.stdout.write(f"{config_file}: submit it with distil-tl submit {' '.join([str(config_file), *overrides])}\n")
-        return
-    from distil_tl import config as configuration
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(content, encoding="utf-8")
-        config = configuration.load([str(path), *overrides], saved=True)
-    from distil_tl.train import train
-
-    train(*config)
+    train_derived(student(run_dir, overrides), overrides, run_dir, config_file)
 
 
 def student(run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -79,8 +52,8 @@ def student(run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
     taught = [stage for stage in stages.values() if stage.get("epochs") != 0 and not _searches_heads(stage)]
     if not taught:
         raise UserError(f"every stage of {run_dir} searches heads; none can learn from a teacher")
-    for stage in taught:
-        stage["distill"] = {**mapping(stage, "distill"), "teacher": str(run_dir)}
+    for stage in taught:  # whose own teacher may have been weights
+        stage["distill"] = {**mapping(stage, "distill"), "teacher": str(run_dir), "model": None, "image_size": None}
     return {**tree, "model": {}, "run_dir": None, "resume": "auto"}
 
 

@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import shlex
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from distil_tl.data.config import ALL_EXTENSIONS
+from distil_tl.cli.derived_run import read_arguments, train_derived
 from distil_tl.report.load import integer, mapping
 from distil_tl.utils.args import overlay, parse_overrides, read_yaml, refuse
 from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import UserError, did_you_mean
-from distil_tl.utils.home import path_argument
-from distil_tl.utils.outputs import check_output, open_output
+from distil_tl.utils.files import read_json
 from distil_tl.utils.run_folders import refuse_other_than_run
 
 _MORE = re.compile(r"stages\.([\w-]+)\.epochs=\+(\d+)")
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="distil-tl extend",
-        description="Train a run further: a new stage with the settings of an earlier one, from the last checkpoint. "
-        "The learning rate warms up and decays again. The new stage is recorded in config.yaml like the others. Under "
-        "torchrun: torchrun ... -m distil_tl extend ...",
-        epilog="Further arguments change the new stage (stages.full.lr=1e-4), or settings that may change when a run "
-        "is resumed (data.workers=4).",
+    options = read_arguments(
+        args,
+        "distil-tl extend",
+        "Train a run further: a new stage with the settings of an earlier one, from the last checkpoint. The learning "
+        "rate warms up and decays again. The new stage is recorded in config.yaml like the others.",
+        "the new stage (stages.full.lr=1e-4), or settings that may change when a run is resumed (data.workers=4)",
+        run_dir="a run directory",
+        needed="stages.NAME.epochs=+N",
     )
-    parser.add_argument("run_dir", type=path_argument, metavar="RUN_DIR", help="a run directory")
-    parser.add_argument("overrides", nargs="+", metavar="key=value", help="stages.NAME.epochs=+N, and others")
-    parser.add_argument(
-        "--config", type=path_argument, metavar="FILE", help="only write the configuration, to submit it"
-    )
-    options = parser.parse_intermixed_args(args)
     return run_command("distil-tl extend", lambda: run(options.run_dir, options.overrides, options.config))
 
 
@@ -51,22 +38,7 @@ def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> No
         UserError: no such run or stage, arguments that can't be read, or what training refuses.
     """
     tree, pairs = extended(run_dir, overrides)
-    content = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-    if config_file is not None:
-        check_output("--config", config_file, [run_dir / "config.yaml"], ALL_EXTENSIONS, earlier=())
-        with open_output(config_file) as file:
-            file.write(content)
-        sys.stdout.write(f"{config_file}: submit it with distil-tl submit {shlex.join([str(config_file), *pairs])}\n")
-        return
-    from distil_tl import config as configuration
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(content, encoding="utf-8")
-        config = configuration.load([str(path), *pairs], saved=True)
-    from distil_tl.train import train
-
-    train(*config)
+    train_derived(tree, pairs, run_dir, config_file)
 
 
 def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -119,7 +91,7 @@ def _wanted(overrides: Sequence[str]) -> tuple[str, int]:
 def _stages_done(run_dir: Path) -> dict[str, Any]:
     """What the last checkpoint says of each stage; empty without one."""
     try:
-        state = json.loads((run_dir / "checkpoints" / "last" / "state.json").read_text(encoding="utf-8"))
+        state = read_json(run_dir / "checkpoints" / "last" / "state.json")
     except (OSError, ValueError):
         return {}
     return mapping(mapping(state, "run"), "stages") if isinstance(state, dict) else {}

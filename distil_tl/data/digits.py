@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import write_json
+from distil_tl.utils.files import read_json, write_json
 from distil_tl.utils.home import cache_dir
 
 _MANIFEST = "manifest.json"  # {"train/0": number of files, ...}
@@ -66,7 +65,7 @@ def _write(folder: Path) -> None:
 def _is_complete(folder: Path) -> bool:
     """Whether the number of files is right: a tool that cleans caches may have deleted some."""
     try:
-        expected = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        expected = read_json(folder / _MANIFEST)
         return all(len(list((folder / part).iterdir())) >= count for part, count in expected.items())
     except (OSError, ValueError):
         return False

@@ -7,7 +7,6 @@ that need the same features share the work.
 from __future__ import annotations
 
 import ctypes
-import json
 import mmap
 import os
 import secrets
@@ -27,7 +26,7 @@ from distil_tl.data.prefetch import batches_of_thread
 from distil_tl.data.read_ahead import PinnedLoader
 from distil_tl.data.sampler import SampleKey
 from distil_tl.distributed.launch_env import Launch
-from distil_tl.utils.files import sha256_file, write_json
+from distil_tl.utils.files import read_json, sha256_file, write_json
 
 # Before Python 3.13, its mmap keeps a file descriptor open for each mapping.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -62,7 +61,7 @@ class FeatureCache:
         """Whether a chunk exists and has the checksum that was recorded when it was written."""
         path = self.path(view, first)
         try:
-            meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            meta = read_json(path.with_suffix(".json"))
             return bool(
                 meta["sha256"] == sha256_file(path.with_suffix(".npy")) and meta["rows"] == len(self.rows(first))
             )
@@ -73,7 +72,7 @@ class FeatureCache:
         """Whether a chunk exists with its full length; unlike `is_valid`, without reading it."""
         path = self.path(view, first)
         try:
-            recorded = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["bytes"]
+            recorded = read_json(path.with_suffix(".json"))["bytes"]
             return bool(path.with_suffix(".npy").stat().st_size == recorded)
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -104,7 +103,7 @@ class FeatureCache:
         dtype = "float32"
         for view, first in self.chunks():
             path = self.path(view, first)
-            meta = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            meta = read_json(path.with_suffix(".json"))
             dtype = meta["dtype"]
             arrays.append(_mapped(path.with_suffix(".npy")))
             faults |= {(view, int(image)): reason for image, reason in meta["faults"].items()}

@@ -15,7 +15,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -30,7 +29,7 @@ from typing import Any
 
 from distil_tl.data.config import data_name
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.utils.files import write_json
+from distil_tl.utils.files import read_json, write_json
 from distil_tl.utils.home import expand_home
 from distil_tl.utils.log import Progress, logger, printable
 
@@ -205,7 +204,7 @@ def _try_lock(lock: int) -> bool:
 def _is_complete(folder: Path) -> bool:
     """Whether all files listed in complete.json exist, and those of the sample have the listed content."""
     try:
-        listed = json.loads((folder / "complete.json").read_text(encoding="utf-8"))
+        listed = read_json(folder / "complete.json")
         sample = {name: zlib.crc32((folder / "images" / name).read_bytes()) for name in listed["sample"]}
     except (OSError, ValueError, KeyError):
         return False

@@ -7,7 +7,6 @@ has as many images as the original, and `data.on_bad_image` applies to both alik
 from __future__ import annotations
 
 import collections
-import json
 import os
 import re
 import shlex
@@ -28,7 +27,7 @@ from distil_tl.data.resize import TEMPORARY, Outcome, ShrinkDataset
 from distil_tl.data.scan import scan
 from distil_tl.data.transforms import min_crop_side
 from distil_tl.utils.errors import PreemptedError, UserError, listed
-from distil_tl.utils.files import write_json
+from distil_tl.utils.files import read_json, write_json
 from distil_tl.utils.log import Progress, logger, printable
 from distil_tl.utils.version import __version__
 
@@ -114,7 +113,7 @@ def open_manifest(out: Path, settings: dict[str, Any], splits: dict[str, Index])
         check_space(out, splits["train"], settings["resize"], sum(int(index.sizes.sum()) for index in splits.values()))
         return manifest
     try:
-        saved = json.loads(manifest.path.read_text(encoding="utf-8"))
+        saved = read_json(manifest.path)
         manifest.bad = {split: dict(bad) for split, bad in saved["bad"].items()}
         changed = [key for key in ("version", "source", "resize", "quality") if saved[key] != settings[key]]
         split = [f"--{k}={v}" for k, v in saved.get("split", {}).items() if settings.get("split", {}).get(k) != v]
@@ -270,7 +269,7 @@ def finish(out: Path, splits: dict[str, Index], manifest: Manifest, extensions: 
 def is_complete(out: Path, splits: dict[str, Index], extensions: tuple[str, ...]) -> bool:
     """Whether an earlier call has finished the copy, and its files have not changed since."""
     try:
-        saved = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+        saved = read_json(out / MANIFEST)
         return bool(saved["complete"]) and all(
             scan(out / split, classes=index.classes, extensions=extensions).fingerprint == saved["copy"][split]
             for split, index in splits.items()

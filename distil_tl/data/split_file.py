@@ -17,7 +17,7 @@ from distil_tl.data.index import Array, Index
 from distil_tl.data.split import keyed_order, path_key
 from distil_tl.utils.csv_rows import CsvWriter
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import write_parts
+from distil_tl.utils.files import open_regular, write_parts
 
 COLUMNS = ["path", "label", "split", "bytes"]
 WEIGHT = "weight"  # a column more, where the images have weights
@@ -71,7 +71,7 @@ def read_split_file(path: Path, index: Index) -> Held:
     by_key, position = np.argsort(order), index.class_to_idx
     found = Held(np.zeros(len(index), np.uint8), np.zeros(len(index), bool), {})
     try:
-        with path.open("r", -1, *ENCODING, newline="") as file:
+        with io.TextIOWrapper(open_regular(path), *ENCODING, newline="") as file:
             for keys, codes, sizes, labels in _chunks(csv.reader(file)):
                 at = np.searchsorted(order, keys, sorter=by_key).clip(max=len(index) - 1)
                 rows = by_key[at]
@@ -107,7 +107,7 @@ def splits_of(path: Path, root: Path, files: Sequence[Path]) -> list[str | None]
     position = {place(str(file)): i for i, file in enumerate(files)}
     found: list[str | None] = [None] * len(files)
     try:
-        with path.open("r", -1, *ENCODING, newline="") as file:
+        with io.TextIOWrapper(open_regular(path), *ENCODING, newline="") as file:
             for row in csv.DictReader(file):
                 if (i := position.get(place(f"{root}/{row['path']}"))) is not None:
                     found[i] = row["split"]

@@ -29,7 +29,7 @@ from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.utils.args import read_yaml
 from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import write_atomic
+from distil_tl.utils.files import open_regular, write_atomic
 from distil_tl.utils.log import logger, printable
 
 
@@ -106,7 +106,7 @@ def _other_root(run_dir: Path, now: Path) -> str:
 def _load_index(path: Path) -> Index | None:
     """The index saved at `path`; None if the file is missing or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             return Index.from_arrays(dict(arrays))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -182,7 +182,7 @@ def load_run(run_dir: Path) -> Run:
         evaluation=_json(run_dir / "evaluation.json", dict, notes),
         test=_json(run_dir / "evaluation_test.json", dict, notes),
         train_counts=_train_counts(run_dir / "index" / "train.npz"),
-        samples={path.stem: path.read_bytes() for path in sorted(run_dir.glob("samples/*.jpg"))},
+        samples={path.stem: path.read_bytes() for path in sorted(run_dir.glob("samples/*.jpg")) if path.is_file()},
         classes=[str(name) for name in classes],
         config=config.read_text("utf-8", errors="replace") if config.is_file() else None,
         notes=notes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from omegaconf import DictConfig
 
 from distil_tl.utils.args import flatten, plain, read_yaml
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import read_json
 from distil_tl.utils.log import logger
 
 # Keys that change how a run proceeds but not what it computes. They may differ when a run is resumed.
@@ -184,7 +184,7 @@ def _way_to_train_longer(run_dir: Path, values: dict[str, Any], state: dict[str,
 
 def _is_completed(run_dir: Path) -> bool:
     try:
-        return bool(json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["status"] == "completed")
+        return bool(read_json(run_dir / "summary.json")["status"] == "completed")
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pickle
 import shutil
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distil_tl.utils.errors import CheckpointError, UserError
-from distil_tl.utils.files import fsync_directory, sha256_file, write_atomic, write_json
+from distil_tl.utils.files import fsync_directory, read_json, read_text, sha256_file, write_atomic, write_json
 from distil_tl.utils.job_outcome import SAVED, note
 from distil_tl.utils.log import logger
 
@@ -206,7 +205,7 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 def find_damage(path: Path) -> str | None:
     """What is damaged in a checkpoint, None if nothing is."""
     try:
-        lines = (path / CHECKSUMS).read_text(encoding="utf-8").splitlines()
+        lines = read_text(path / CHECKSUMS).splitlines()
         for line in lines:
             digest, name = line.split("  ", 1)
             if sha256_file(path / name) != digest:
@@ -250,7 +249,7 @@ def load_train_state(path: Path) -> dict[str, Any]:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
+    state: dict[str, Any] = read_json(path / STATE)
     return state
 
 

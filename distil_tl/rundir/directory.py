@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import platform
 import resource
 import socket
@@ -26,7 +25,7 @@ from distil_tl.rundir.lock import Attempt
 from distil_tl.rundir.state import RunState
 from distil_tl.utils.args import to_yaml
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import write_atomic, write_json, writing
+from distil_tl.utils.files import read_json, write_atomic, write_json, writing
 from distil_tl.utils.processes import run_text
 from distil_tl.utils.threads import available_cpus
 from distil_tl.utils.version import __version__
@@ -160,7 +159,7 @@ def git_state() -> dict[str, Any] | None:
     package = Path(__file__).parents[1]
     snapshot = package / "snapshot.json"
     if snapshot.exists():
-        recorded: dict[str, Any] | None = json.loads(snapshot.read_text(encoding="utf-8"))
+        recorded: dict[str, Any] | None = read_json(snapshot)
         return recorded
 
     def git(*args: str) -> str:

@@ -7,7 +7,6 @@ has resumed its run. Each process signs `attempt.json` when it opens the run dir
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import secrets
 import socket
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.utils.errors import NoProgressError, SupersededError, UserError
-from distil_tl.utils.files import write_json
+from distil_tl.utils.files import read_json, write_json
 
 FILE = "attempt.json"
 # Of the fields that every such file has.
@@ -117,7 +116,7 @@ class Attempt:
 def read_attempt(path: Path) -> dict[str, Any] | None:
     """The content of a lock file; None if there is none, or it can't be read."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(path)
     except (OSError, ValueError):
         return None
     valid = isinstance(found, dict) and all(isinstance(found.get(name, ...), kind) for name, kind in TYPES.items())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from distil_tl.utils.files import read_json
 from distil_tl.utils.log import logger, printable
 from distil_tl.utils.processes import run_text
 
@@ -33,7 +33,7 @@ def warn_of_queued_job(run_dir: Path, environ: Mapping[str, str] = os.environ) -
 
 def _recorded_job(run_dir: Path) -> str | None:
     try:
-        record = json.loads((run_dir / RECORD_FILE).read_text(encoding="utf-8"))
+        record = read_json(run_dir / RECORD_FILE)
         return str(record["job_id"]) if record["cluster"] == "slurm" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

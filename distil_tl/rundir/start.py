@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_state
 from distil_tl.rundir.lock import Attempt
 from distil_tl.rundir.state import RunState, planned
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.files import read_json
 from distil_tl.utils.log import logger
 
 
@@ -113,7 +113,7 @@ def _checkpoint_at(path: Path) -> Path:
 
 def _status(run_dir: Path) -> str | None:
     try:
-        status: str = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))["status"]
+        status: str = read_json(run_dir / "summary.json")["status"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return status

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 from distil_tl.tracking.config import TrackingConfig
 from distil_tl.tracking.wandb.client import WandbClient
 from distil_tl.tracking.wandb.task import wandb_task
-from distil_tl.utils.files import json_safe, write_atomic, writing
+from distil_tl.utils.files import json_safe, open_regular, write_atomic, writing
 
 STOP_SECONDS = 10.0  # for W&B when training stops early: the launcher waits for this process
 
@@ -95,7 +95,9 @@ class Tracker:
 def _lines_up_to(path: Path, step: int, within_epoch: bool) -> list[str]:
     """The lines of metrics.jsonl to keep when training resumes from `step`."""
     kept = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with open_regular(path) as file:
+        content = file.read().decode("utf-8", errors="replace")
+    for text in content.splitlines():
         try:
             line = json.loads(text)
             repeated = within_epoch and line["step"] == step and line["window"] == "epoch"

@@ -22,7 +22,7 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.training.memory import free_memory
 from distil_tl.training.precision import Compute
-from distil_tl.utils.files import write_json
+from distil_tl.utils.files import read_json, write_json
 from distil_tl.utils.home import cache_dir
 from distil_tl.utils.log import logger
 
@@ -130,7 +130,7 @@ def _processor() -> str:
 
 def _read(path: Path) -> str | None:
     try:
-        found: str = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+        found: str = read_json(path)["chosen"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found

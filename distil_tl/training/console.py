@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from distil_tl.training.notable import Prediction
 from distil_tl.training.remaining import time_left
 from distil_tl.training.stage import Stage, trainable_groups
 from distil_tl.utils.data_wait import is_notable, wait_share
+from distil_tl.utils.files import read_json
 from distil_tl.utils.intervals import of_evaluation, plus_minus
 from distil_tl.utils.log import logger, table
 
@@ -220,4 +220,4 @@ def print_completed(info: DistInfo, run_dir: Path) -> None:
     """The result of a run that was complete before this command."""
     if info.is_main:
         logger.info("%s holds this run, completed. For another run, change the seed or run_dir", run_dir)
-        print_result(run_dir, json.loads((run_dir / "summary.json").read_text(encoding="utf-8")))
+        print_result(run_dir, read_json(run_dir / "summary.json"))

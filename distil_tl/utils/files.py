@@ -1,17 +1,19 @@
-"""Atomic writes and checksums."""
+"""Atomic writes, reading, and checksums."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from distil_tl.utils.errors import WriteError
 
@@ -74,10 +76,37 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(f"can't write {path}: {error.strerror or error}; files saved before are unchanged") from error
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, to read. Anything else is refused: a pipe in its place would be waited for without end.
+
+    Raises:
+        OSError: it can't be opened, or is not a regular file.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a regular file in UTF-8. Raises OSError, or ValueError if it is not UTF-8."""
+    with io.TextIOWrapper(open_regular(path), encoding="utf-8") as file:
+        return file.read()
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds. Raises OSError as `open_regular`, or ValueError for any damage."""
+    try:
+        return json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply") from None
+
+
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file, 64 hex digits. Reads in blocks, so memory use is constant."""
+    """SHA-256 of a regular file, 64 hex digits. Reads in blocks, so memory use is constant."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

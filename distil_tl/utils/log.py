@@ -59,6 +59,8 @@ def add_rank_file(run_dir: Path, rank: int) -> Path:
     path = run_dir / "logs" / f"rank-{rank}.log"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise OSError("it is not a regular file")
         file = _RankFile(path, encoding="utf-8")
     file.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)

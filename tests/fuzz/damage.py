@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 HOW = [
     "flip", "flip", "flip", "truncate", "truncate", "missing", "missing", "empty", "zeros", "text", "folder",
     "dangling", "loop", "doubled", "line removed", "value", "value", "value", "key removed", "binary",
-    "other file",
+    "other file", "pipe",
 ]  # fmt: skip
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1e308, float("nan"), 10**30, "", "x", "\x1b[31m", [], [None], {}, {"a": 1}, "../..", 1.5,
@@ -53,7 +54,7 @@ def apply(run_dir: Path, damage: Damage) -> str:
     files = files_of(run_dir)
     path = files[damage.place % len(files)]
     name = str(path.relative_to(run_dir))
-    if damage.how == "missing" or path.is_symlink() or path.is_dir():
+    if damage.how == "missing" or path.is_symlink() or not path.is_file():
         _remove(path)
         if damage.how in ("text", "empty") and not path.exists():
             path.write_text("")
@@ -67,6 +68,8 @@ def apply(run_dir: Path, damage: Damage) -> str:
         path.unlink()
         if damage.how == "folder":
             path.mkdir()
+        elif damage.how == "pipe":
+            os.mkfifo(path)
         else:
             path.symlink_to("nowhere" if damage.how == "dangling" else path.name)
     return f"{name}: {damage.how} {damage.at % max(1, len(content))} {damage.value!r}"

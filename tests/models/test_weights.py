@@ -381,7 +381,7 @@ def test_the_best_weights_of_a_run_are_loaded(
     tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    caplog.set_level(logging.INFO, logger=logger.name)
     run = tmp_path / "runs.v2"
     for name, factor in (("best", 1), ("last", 2)):
         (run / "checkpoints" / name).mkdir(parents=True)
@@ -418,7 +418,7 @@ def test_what_depends_on_the_image_size_is_resized_as_timm_does(
 ):
     timm = pytest.importorskip("timm")
     monkeypatch.setattr(logger, "propagate", True)
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    caplog.set_level(logging.INFO, logger=logger.name)
     donor = timm.create_model(name.removeprefix("timm/"), num_classes=7, img_size=384)
     torch.save(donor.state_dict(), tmp_path / "384.pth")
     own = load(name, tmp_path / "384.pth").module.state_dict()

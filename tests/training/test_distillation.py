@@ -110,7 +110,7 @@ def test_a_teacher_maps_classes_resizes_images_and_stays_in_evaluation_mode() ->
         ("alpha=1.5", "stages.full.distill.alpha must be from 0"),
         ("teacher=nowhere", "stages.full.distill.teacher=nowhere is not a run directory"),
         ("teacher=nowhere.pth", "stages.full.distill.teacher: there is no file nowhere.pth"),
-        ("teacher=~nobody/x", "stages.full.distill.teacher=~nobody/x: there is no user nobody"),
+        ("teacher=~no_such/x", "stages.full.distill.teacher=~no_such/x: there is no user no_such"),
         ("model=timm/test_vit", "stages.full.distill.model is of a teacher: set stages.full.distill.teacher"),
         ("image_size=32", "stages.full.distill.image_size is of a teacher"),
     ],
@@ -321,6 +321,10 @@ def test_stages_that_search_heads_have_no_teacher(teacher: Path, tmp_path: Path)
     tree = student(teacher, ["model.name=resnet18"])
     assert [stage["distill"]["teacher"] for stage in tree["stages"].values()] == [str(teacher)] * 2
     assert (tree["model"], tree["run_dir"]) == ({}, None)
+    of_weights = {"unfreeze": "all", "distill": {"teacher": "x.pth", "model": SMALLEST, "image_size": 32, "alpha": 0.9}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"stages": {"full": of_weights}, "model": {"name": SMALLEST}}))
+    expected = {"teacher": str(tmp_path), "model": None, "image_size": None, "alpha": 0.9}
+    assert student(tmp_path, ["model.name=resnet18"])["stages"]["full"]["distill"] == expected
     saved = json.dumps({"stages": {"head": {"epochs": 2, "search": {"lr": [0.1]}}}, "model": {"name": SMALLEST}})
     (tmp_path / "config.yaml").write_text(saved)
     with pytest.raises(UserError, match="every stage of .* searches heads"):

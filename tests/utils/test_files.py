@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distil_tl.utils.files import json_safe, sha256_file, write_atomic, write_json
+from distil_tl.utils.files import json_safe, open_regular, read_json, read_text, sha256_file, write_atomic, write_json
 from distil_tl.utils.home import cache_dir
 
 
@@ -38,6 +38,27 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeyp
         write_atomic(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    for name in ("pipe", "."):
+        for read in (open_regular, read_text, read_json, sha256_file):
+            with pytest.raises(OSError, match="it is not a regular file"):
+                read(tmp_path / name)
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "missing")
+    (tmp_path / "text").write_bytes(b"a\r\nb")
+    assert read_text(tmp_path / "text") == "a\nb"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_damaged_json_is_a_value_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError):  # noqa: PT011
+        read_json(tmp_path / "x")
 
 
 def test_the_data_is_flushed_before_the_rename_and_the_directory_after(tmp_path: Path, monkeypatch):

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distil_tl.utils.files import open_regular
+
 KEPT_OF_EPOCH = ("loss", "top1", "macro_f1")  # in the curves of one stage
 
 
@@ -22,7 +24,7 @@ class Rows:
 
     def whole(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Step and row of those that are complete since the last call."""
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self._offset)
             for text in file:
                 if not text.endswith(b"\n"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ from distil_tl.rundir.lock import read_attempt
 from distil_tl.tracking.wandb.rows import Rows
 from distil_tl.tracking.wandb.state import Marks, mark_synced, segments, synced_by_hand
 from distil_tl.tracking.wandb.task import Task, wandb_id
+from distil_tl.utils.files import read_json
 
 Report = Callable[[str, str], None]  # a kind, "warn" or "url", and a text
 
@@ -148,7 +148,7 @@ def _token(run_dir: Path) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distil_tl.tracking.wandb.task import wandb_id
+from distil_tl.utils.files import read_json
 
 SENT_BY_US = "from metrics.jsonl"  # in the file by which `wandb sync` knows that a segment is sent
 
@@ -35,7 +36,7 @@ class Marks:
         """Read from a run directory; without a valid file for this W&B run, a new one."""
         path, run_id = run_dir / "wandb" / f"{mode}.json", wandb_id(run_dir)
         with suppress(OSError, ValueError, TypeError):
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = read_json(path)
             if saved["id"] == run_id:
                 return cls(path, **saved)
         return cls(path, run_id)

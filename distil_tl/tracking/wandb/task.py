@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.tracking.config import WandbConfig
-from distil_tl.utils.files import write_atomic
+from distil_tl.utils.files import read_text, write_atomic
 
 SENT, RETRY, GIVE_UP = 0, 1, 2  # exit status: all is sent, another attempt may succeed, none can succeed
 
@@ -48,6 +48,6 @@ def wandb_task(run_dir: Path, settings: WandbConfig, config: dict[str, Any]) -> 
 def wandb_id(run_dir: Path) -> str:
     """The id of the W&B run, the same however often the run is resumed; empty if it is not tracked."""
     try:
-        return (run_dir / "wandb-id").read_text(encoding="utf-8").strip()
-    except OSError:
+        return read_text(run_dir / "wandb-id").strip()
+    except (OSError, ValueError):
         return ""
