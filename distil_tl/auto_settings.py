@@ -15,6 +15,7 @@ from distil_tl.utils.log import logger
 
 if TYPE_CHECKING:
     from distil_tl.config import Config
+    from distil_tl.training.config import StageConfig
 
 
 def resolve_auto(config: Config, images: int, state: Mapping[str, Any]) -> tuple[Config, dict[str, int]]:
@@ -73,4 +74,16 @@ def settle_auto(
         raise UserError(problem)
     if found:
         logger.info("auto: %s", describe_auto(found, images))
+    for name, stage in config.stages.items():
+        if name not in state.get("stages", {}):
+            warn_if_nothing_is_mixed(name, stage)
     return config, found
+
+
+def warn_if_nothing_is_mixed(name: str, stage: StageConfig) -> None:
+    """Say so if a stage was to mix images, and has got no more epochs than the last ones, which are without that."""
+    if stage.mixes_in_no_epoch:
+        logger.warning(
+            "stages.%s mixes no images: it has %d epochs, and stages.%s.mix_off_epochs=%d; set a smaller one",
+            name, stage.epochs, name, stage.mix_off_epochs,
+        )  # fmt: skip

@@ -31,8 +31,9 @@ from distil_tl.utils.log import logger, printable, setup_console, table
 from distil_tl.utils.outputs import check_output, open_output
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    return run_command("distil_tl.evaluate", lambda: run(arguments.evaluation_parser().parse_intermixed_args(args)))
+def main(args: Sequence[str] | None = None, program: str = "distil_tl.evaluate") -> int:
+    """The command; `program` is how the user started it, with which messages begin."""
+    return run_command(program, lambda: run(arguments.evaluation_parser(program).parse_intermixed_args(args)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distil_tl.auto_settings import warn_if_nothing_is_mixed
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.run import Run
@@ -70,6 +71,7 @@ def limit_epochs(run: Run, stage: Stage, begin: Callable[[], StageTraining], tak
         duration(max(0.0, limit["seconds_left"])),
     )  # fmt: skip
     config = dataclasses.replace(stages[name], epochs=limit["epochs"])
+    warn_if_nothing_is_mixed(name, config)
     run.config = dataclasses.replace(run.config, stages={**stages, name: config})
     run.state.resolved[f"stages.{name}.epochs"] = limit["epochs"]
     run.state.stages[name].limit = limit

@@ -69,12 +69,13 @@ from distil_tl.utils.log import Progress, setup_console
 from distil_tl.utils.rng import seed_torch
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None, program: str = "distil_tl.train") -> int:
+    """The command; `program` is how the user started it, with which messages begin."""
     argv = sys.argv[1:] if args is None else list(args)
     if argv and argv[0] in ("-h", "--help"):
-        sys.stdout.write(arguments.usage("python -m distil_tl.train"))
+        sys.stdout.write(arguments.usage(arguments.called(program)))
         return 0
-    return run_command("distil_tl.train", lambda: train(*load(argv)))
+    return run_command(program, lambda: train(*load(argv)))
 
 
 def train(config: Config, unresolved: DictConfig) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distil_tl.utils.files import open_regular
+
 TAIL = 65536  # bytes of a file in which the last line is searched
 LONGEST = 400  # characters of a message
 NEAR = 30  # lines before the last one in which our own message is preferred
-_OWN = "distil_tl.train: "
+_OWN = re.compile(r"^(distil_tl\.train|distil-tl (train|distil|extend)): ")
 _START = "Starting with JobEnvironment"  # submitit's first line
 # Lines that only repeat that the job ends, and submitit's own.
 _NOISE = re.compile(
@@ -44,7 +46,7 @@ def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
 def last_message(path: Path) -> str | None:
     """The last message in a file, on one line: why a failed run failed. None if there is none."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
@@ -56,11 +58,11 @@ def last_message(path: Path) -> str | None:
     if last is None:
         return None
     # Libraries may print something after our own message.
-    own = [i for i in range(max(0, last - NEAR), last + 1) if lines[i].startswith(_OWN)]
+    own = [i for i in range(max(0, last - NEAR), last + 1) if _OWN.match(lines[i])]
     if own:
         last = next((i for i in range(own[-1], last) if not lines[i + 1][:1].isspace()), last)
     first = last
     while first > 0 and lines[first][:1].isspace():  # a message of several lines
         first -= 1
-    text = " ".join(line.strip() for line in lines[first : last + 1]).removeprefix(_OWN)
+    text = _OWN.sub("", " ".join(line.strip() for line in lines[first : last + 1]), count=1)
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

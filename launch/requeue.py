@@ -19,7 +19,7 @@ def requeue_if_running(environ: Mapping[str, str], patience: float = PATIENCE) -
 
     While Slurm does not answer, for example because its controller is restarted, it is asked again for `patience`
     seconds. In any other state the job is left as it is: Slurm requeues a preempted job itself, and `scontrol requeue`
-    would bring back a cancelled one.
+    would bring back a cancelled one. A job that runs again already was requeued by another process of this start.
     """
     job = environ.get("SLURM_JOB_ID")
     if job is None:
@@ -29,7 +29,8 @@ def requeue_if_running(environ: Mapping[str, str], patience: float = PATIENCE) -
     # Slurm may send a signal to all processes of a job, and squeue and scontrol would die of it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        message = _keep_trying(job, monotonic() + patience)
+        own_start = environ.get("SLURM_RESTART_COUNT", "")
+        message = _keep_trying(job, int(own_start) if own_start.isdigit() else 0, monotonic() + patience)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     sys.stderr.write(f"launch: {message}\n")
@@ -37,11 +38,11 @@ def requeue_if_running(environ: Mapping[str, str], patience: float = PATIENCE) -
     return message
 
 
-def _keep_trying(job: str, deadline: float) -> str:
+def _keep_trying(job: str, own_start: int, deadline: float) -> str:
     pause = 1.0
     while True:
         try:
-            return _requeue(job)
+            return _requeue(job, own_start)
         except SlurmUnavailableError as error:
             if not is_installed() or monotonic() + pause > deadline:
                 return f"job {job} can't be requeued ({error}); submit it again to resume"
@@ -50,8 +51,10 @@ def _keep_trying(job: str, deadline: float) -> str:
             pause = min(2 * pause, LONGEST)
 
 
-def _requeue(job: str) -> str:
-    state = job_state(job)
+def _requeue(job: str, own_start: int) -> str:
+    state, restarts = job_state(job)
+    if state == "RUNNING" and restarts != own_start:
+        return f"job {job} was requeued already and runs again, so it is not requeued"
     if state == "RUNNING":
         requeue_job(job)
         return f"job {job} is requeued"

@@ -112,19 +112,19 @@ def read_cluster() -> tuple[str | None, bool]:
     return values.get("ClusterName"), "jobs" in values.get("PrivateData", "").split(",")
 
 
-def job_state(job_id: str) -> str | None:
-    """The current state of one job; None if Slurm no longer knows it.
+def job_state(job_id: str) -> tuple[str | None, int]:
+    """The current state of one job, None if Slurm no longer knows it; and how often Slurm has restarted it.
 
     Raises:
         SlurmUnavailableError: squeue is not installed or does not answer.
     """
     try:
-        words = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T"]).split()
+        words = _run(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--Format=State,RestartCnt"]).split()
     except SlurmUnavailableError as error:
         if "Invalid job id" in str(error):
-            return None
+            return None, 0
         raise
-    return words[0] if words else None
+    return (words[0] if words else None), (int(words[1]) if len(words) > 1 and words[1].isdigit() else 0)
 
 
 def read_ended(job_ids: Iterable[str]) -> dict[str, str]:

@@ -11,11 +11,12 @@ import pytest
 
 from distil_tl import auto_settings
 from distil_tl import train as train_module
-from distil_tl.auto_settings import auto_problem, resolve_auto
+from distil_tl.auto_settings import auto_problem, resolve_auto, settle_auto
 from distil_tl.config import load, problems
 from distil_tl.data.config import DataConfig, auto_batch_size
 from distil_tl.train import main
 from distil_tl.training.config import StageConfig, auto_epochs
+from distil_tl.utils.log import setup_console
 from tests.helpers.images import make_folder
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import lines, run_ranks, train
@@ -66,6 +67,20 @@ def test_numbers_and_auto_are_valid_and_other_values_are_not(monkeypatch: pytest
         assert problem == f"stages.head.epochs is {value!r}; give a whole number, or auto"
         (problem,) = DataConfig(global_batch_size=value).problems()
         assert problem == f"data.global_batch_size is {value!r}; give a whole number, or auto"
+
+
+def test_epochs_that_leave_none_to_mix_in_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["stages.full.epochs=auto", "stages.full.mixup=0.2", "stages.full.mix_off_epochs=2"]
+    config, _ = load(["model.name=resnet18", "model.weights=none", *more])
+    setup_console(True)
+    settle_auto(config, 569, {}, 1)
+    assert "mixes no images" not in capsys.readouterr().out
+    now, _ = settle_auto(config, 100_000, {}, 1)
+    assert now.stages["full"].epochs == 2
+    said = "stages.full mixes no images: it has 2 epochs, and stages.full.mix_off_epochs=2; set a smaller one"
+    assert said in capsys.readouterr().out
+    settle_auto(config, 100_000, {"stages": {"full": {}}, "resolved": {"stages.full.epochs": 2}}, 1)
+    assert "mixes no images" not in capsys.readouterr().out, "it was said when the stage began"
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:

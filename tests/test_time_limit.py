@@ -87,10 +87,12 @@ def test_what_was_decided_is_kept_on_another_machine(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stopped in the second stage, and resumed where an epoch takes a hundred times as long."""
-    args = [*small, *LONG, "max_minutes=2", f"run_dir={tmp_path}/run"]
+    mixing = ["stages.full.mixup=0.2", "stages.full.mix_off_epochs=2"]
+    args = [*small, *LONG, *mixing, "max_minutes=2", f"run_dir={tmp_path}/run"]
     assert run_ranks(1, train_with_speeds, args, SPEEDS, 26, 0, signal.SIGTERM) == [3]
     state = json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["run"]
     assert (state["position"]["stage"], state["resolved"]["stages.full.epochs"]) == ("full", 2)
+    assert (tmp_path / "run/logs/rank-0.log").read_text().count("stages.full mixes no images: it has 2 epochs") == 1
     assert train_with_speeds(args, {"head": 6000.0, "full": 6000.0}) == 0
     assert "epochs fit into max_minutes" not in capsys.readouterr().out
     assert [line["epoch"] for line in lines(tmp_path / "run", split="val", stage="full")] == [1, 2]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from distil_tl.data.config import ALL_EXTENSIONS, SPLITS
+from distil_tl.distributed.launch_env import refuse_several_processes
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import path_argument
@@ -39,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UserError: an option out of range, no such run, checkpoint or split, or the runs have other classes.
     """
+    refuse_several_processes("distil-tl compare")
     if options.images < 0:
         raise UserError("--images must be at least 0")
     if options.json is not None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distil_tl.data.config import ALL_EXTENSIONS
+from distil_tl.distributed.launch_env import refuse_several_processes
 from distil_tl.export.names import ONNX, PROVENANCE, SCRIPT
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> None:
             missing.
         ExportError: the model can't be exported, or the exported one answers otherwise.
     """
+    refuse_several_processes("distil-tl export")
     output: Path = options.output
     if options.format == "onnx":
         if output.suffix != ONNX:

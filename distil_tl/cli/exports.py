@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import Batch
 from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import open_split
-from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.process_group import init_distributed
 from distil_tl.export import comparison, predict
 from distil_tl.export.library import check_folder, crop_note, library_config, loading_lines, write_library_files
@@ -28,7 +27,6 @@ from distil_tl.inference import RestoredModel, restore_model
 from distil_tl.rundir import checkpoint as ckpt
 from distil_tl.training.network import evaluation_network
 from distil_tl.training.precision import default_compute
-from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import sha256_file
 from distil_tl.utils.log import logger, printable, setup_console
 from distil_tl.utils.outputs import open_output, replaced_output
@@ -50,13 +48,10 @@ def export_onnx(run_dir: Path, checkpoint: str, overrides: Sequence[str], output
     """
     refuse_missing_libraries()
     setup_console(True)
-    launch = read_launch(os.environ)
-    if launch.world_size > 1:
-        raise UserError("distil-tl export runs as one process: start it without torchrun or srun")
     restored = restore_model(run_dir, checkpoint, [*overrides, "distributed.device=cpu", "distributed.backend=auto"])
     config, model, size = restored.config, restored.model, restored.image_size
     check_evaluation(config)
-    with init_distributed(launch, config.distributed) as info:
+    with init_distributed(Launch(), config.distributed) as info:
         index = open_split(info, config.data, SPLIT, restored.classes, run_dir)
         metadata = describe(
             model.preprocess, size, restored.classes, provenance(run_dir, restored),

@@ -68,7 +68,9 @@ def run(argv: Sequence[str]) -> int:
     if module.startswith("launch."):
         import_own_launch()
     check_arguments(name, rest)
-    status: int = importlib.import_module(module).main(rest)
+    command = importlib.import_module(module).main
+    # These are modules that are started as such, too. Messages begin with what the user typed.
+    status: int = command(rest, f"distil-tl {name}") if name in ("train", "evaluate") else command(rest)
     return status
 
 

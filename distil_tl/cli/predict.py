@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from distil_tl.data.config import ALL_EXTENSIONS, MAX_WORKERS, SPLIT_FILE, SPLITS
+from distil_tl.distributed.launch_env import refuse_several_processes
 from distil_tl.export.names import ONNX
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_FAULT, UserError
@@ -55,6 +56,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: an option out of range, no such run or path, no image among the paths, or none that can be read.
     """
+    refuse_several_processes("distil-tl predict")
     if options.batch_size < 1 or (options.workers or 0) < 0 or options.top < 1:
         raise UserError("--batch-size and --top must be at least 1, and --workers at least 0")
     if options.batch_size > MAX_BATCH or (options.workers or 0) > MAX_WORKERS:

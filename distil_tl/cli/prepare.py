@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distil_tl.data.config import MAX_WORKERS, DataConfig, SplitConfig, has_splits, is_divided, root_problems
+from distil_tl.distributed.launch_env import refuse_several_processes
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError, number_hint
 from distil_tl.utils.home import path_argument
@@ -64,6 +65,7 @@ def run(options: argparse.Namespace) -> None:
         UserError: an option out of range, images that can't be read or divided, or an error of `copy_resized`.
         PreemptedError: Ctrl-C; what is written stays.
     """
+    refuse_several_processes("distil-tl prepare")
     root, out = options.root.resolve(), options.out.resolve()
     config = DataConfig(
         root=str(root),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distil_tl.distributed.launch_env import refuse_several_processes
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import path_argument
@@ -37,6 +38,7 @@ def run(arguments: Sequence[str], output: Path) -> None:
     Raises:
         UserError: fewer than two checkpoints, checkpoints that can't be averaged, or an output that can't be written.
     """
+    refuse_several_processes("distil-tl soup")
     overrides = [argument for argument in arguments if "=" in argument and not Path(argument).exists()]
     try:
         paths = [path_argument(argument) for argument in arguments if argument not in overrides]

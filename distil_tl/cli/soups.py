@@ -25,7 +25,7 @@ from distil_tl.data.config import SPLIT_FILE
 from distil_tl.data.index import Index
 from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import open_split
-from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.inference import RestoredModel, restore_model
 from distil_tl.models.preprocess import Preprocess
@@ -41,8 +41,9 @@ from distil_tl.training.records import FIGURES
 from distil_tl.training.soup import Trial, Weights, greedy_soup
 from distil_tl.utils.args import to_yaml
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import fsync_directory, sha256_file, write_atomic, write_json
+from distil_tl.utils.files import fsync_directory, read_json, sha256_file, write_atomic, write_json
 from distil_tl.utils.log import logger, printable, setup_console, table
+from distil_tl.utils.signals import removed_on_signal
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,13 @@ class Soup:
 def make_soup(paths: Sequence[Path], overrides: Sequence[str], output: Path) -> None:
     """Find the checkpoints, average and evaluate them, and write `output`. Raises UserError as `soup.run`."""
     began = time.monotonic()
-    launch = read_launch(os.environ)
-    if launch.world_size > 1:
-        raise UserError("distil-tl soup runs as one process: start it without torchrun or srun")
     setup_console(True)
     check_folder(output, paths)
     candidates = find_candidates(paths, overrides)
     first = candidates[0]
     restored = restore_model(first.run_dir, first.path.name, list(overrides))
     check_evaluation(restored.config)
-    with init_distributed(launch, restored.config.distributed) as info:
+    with init_distributed(Launch(), restored.config.distributed) as info:
         names = ["val", *(["test"] if (first.run_dir / "index" / "test.npz").is_file() else [])]
         config, classes = restored.config.data, restored.classes
         indexes = {name: open_split(info, config, name, classes, first.run_dir) for name in names}
@@ -209,22 +207,25 @@ def check_folder(output: Path, inputs: Sequence[Path]) -> None:
 
 def _is_soup(folder: Path) -> bool:
     try:
-        return "soup" in json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return "soup" in read_json(folder / "summary.json")
     except (OSError, ValueError):
         return False
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` for the body to fill, which then replaces it. If the body raises, nothing is left.
+    """A new folder beside `output` for the body to fill, which then replaces it.
+
+    If the body raises, or a signal ends the process in it, nothing is left.
 
     Raises:
         UserError: it can't be written.
     """
     partial, earlier = (output.with_name(f".{secrets.token_hex(8)}.tmp") for _ in range(2))
     try:
-        partial.mkdir()
-        yield partial
+        with removed_on_signal(partial):
+            partial.mkdir()
+            yield partial
         if output.exists():
             output.rename(earlier)
         partial.rename(output)

@@ -58,6 +58,24 @@ def read_launch(env: Mapping[str, str]) -> Launch:
     return Launch()
 
 
+def refuse_several_processes(command: str, env: Mapping[str, str] | None = None) -> None:
+    """Raises UserError if a launcher started a command several times, each of which would do the whole work.
+
+    Args:
+        command: that the user typed, which divides no work.
+        env: os.environ, if None.
+    """
+    env = os.environ if env is None else env
+    if "RANK" in env and "WORLD_SIZE" in env:
+        launcher, count, way = "torchrun", env["WORLD_SIZE"], "without torchrun"
+    elif "SLURM_STEP_ID" in env:
+        launcher, count, way = "srun", env.get("SLURM_STEP_NUM_TASKS", ""), "without srun, or with srun --ntasks=1"
+    else:
+        return
+    if count.isdigit() and int(count) > 1:
+        raise UserError(f"{command} runs as one process, and {launcher} started {count}: start it {way}")
+
+
 def _torchrun_launch(env: Mapping[str, str]) -> Launch:
     optional = tuple(name for name in ("LOCAL_WORLD_SIZE", "GROUP_RANK") if name in env)
     values = _numbers(env, (*TORCHRUN[:3], *optional), TORCHRUN, "torchrun")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -21,9 +20,10 @@ from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.transfer import TransferModel
 from distil_tl.utils.errors import ExportError, UserError
-from distil_tl.utils.files import json_text
+from distil_tl.utils.files import json_text, read_json
 from distil_tl.utils.log import printable
 from distil_tl.utils.outputs import check_output, replaced_output
+from distil_tl.utils.signals import removed_on_signal
 
 ROUNDING = 1e-5  # of logits in float32, relative to the largest one
 _TIMM_KEYS = ("first_conv", "classifier", "pool_size")  # of a published configuration
@@ -49,7 +49,7 @@ def check_folder(folder: Path) -> None:
 
 def _is_own(path: Path) -> bool:
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        content = read_json(path) if path.is_file() else None
         return isinstance(content, dict) and "distil_tl" in content
     except (OSError, ValueError, RecursionError):
         return False
@@ -66,7 +66,7 @@ def write_library_files(folder: Path, config: ModelConfig, model: TransferModel,
     """
     state = {name: tensor.detach().contiguous().clone() for name, tensor in model.module.state_dict().items()}
     place = folder if folder.is_dir() else folder.parent  # not always the parent: the user may not write there
-    with tempfile.TemporaryDirectory(dir=place, prefix=".") as temporary:
+    with tempfile.TemporaryDirectory(dir=place, prefix=".") as temporary, removed_on_signal(Path(temporary)):
         partial = Path(temporary)
         (partial / WEIGHTS).write_bytes(safetensors.torch.save(state, metadata={"format": "pt"}))
         (partial / CONFIG).write_text(json_text(content), encoding="utf-8", errors="backslashreplace")

@@ -139,6 +139,11 @@ class StageConfig:
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
+    @property
+    def mixes_in_no_epoch(self) -> bool:
+        """Whether the last epochs, which are without mixing, are all that there are."""
+        return self.mixes and type(self.epochs) is int and 0 < self.epochs <= self.mix_off_epochs
+
     def problems(self, name: str, *, hflip: bool = True) -> list[str]:
         """Messages for all invalid values; `hflip` is `data.hflip`."""
         found = []
@@ -185,7 +190,7 @@ class StageConfig:
                 yield f"{key}.{name} must be a number of 0 (off) or more"
         if self.mix_off_epochs < 0:
             yield f"{key}.mix_off_epochs must be 0 or more"
-        elif self.mixes and type(self.epochs) is int and 0 < self.epochs <= self.mix_off_epochs:
+        elif self.mixes_in_no_epoch:
             yield f"{key}.mix_off_epochs={self.mix_off_epochs} leaves none of {self.epochs} epochs to mix images in"
         if self.mixes and (self.features == "on" or self.views is not None or self.search.wanted):
             which = "search" if self.search.wanted else "features" if self.features == "on" else "views"

@@ -19,6 +19,7 @@ from typing import TextIO
 
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import printable
+from distil_tl.utils.signals import removed_on_signal
 
 _OPEN = ("/dev/fd/", "/dev/stdout", "/dev/stderr", "/proc/")  # names of files that are open already
 # A name that is not UTF-8 holds lone surrogates, which UTF-8 can't encode.
@@ -120,7 +121,8 @@ def open_output(path: Path | None) -> Iterator[TextIO]:
 def replaced_output(path: Path) -> Iterator[Path]:
     """A new name beside `path`, for the body to write to. When the body ends, that file replaces `path`.
 
-    A link to a file keeps pointing to it. If the body raises, nothing is left, and `path` is unchanged.
+    A link to a file keeps pointing to it. If the body raises, or a signal ends the process in it, nothing is left, and
+    `path` is unchanged.
 
     Raises:
         UserError: the file can't be written.
@@ -128,12 +130,13 @@ def replaced_output(path: Path) -> Iterator[Path]:
     target = _target(path)
     partial = _partial(target)
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        if target.exists():
-            shutil.copymode(target, partial)
-        partial.replace(target)
+        with removed_on_signal(partial):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, partial)
+            partial.replace(target)
     except OSError as error:
         if error.filename not in (None, str(partial)):  # of the body
             raise

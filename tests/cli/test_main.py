@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from distil_tl.cli.main import COMMANDS, main
+from tests.helpers.arguments import small_args
 from tests.helpers.paths import ROOT
+from tests.helpers.ranks import train
+from tests.helpers.trained import make_run
 
 HEAVY = ("torch", "torchvision", "timm", "PIL", "numpy", "wandb")
 
@@ -73,6 +77,34 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == words
     for name, (_, summary) in COMMANDS.items():
         assert f"  {name:<10} {summary}\n" in words
+
+
+@pytest.mark.parametrize(
+    "line", ["predict RUN x.png", "prepare ROOT --out DIR", "compare A B", "export RUN -o x.onnx", "soup A -o B"]
+)
+def test_commands_that_divide_no_work_refuse_several_processes(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    command, *arguments = line.split()
+    assert main([command, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"distil-tl {command}: distil-tl {command} runs as one process, and srun started 8: ")
+
+
+def test_messages_begin_with_the_command_that_was_typed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those about what is found after the arguments are read."""
+    args = [*small_args(folder), "model.weights=nowhere.pth", f"run_dir={tmp_path}/run"]
+    assert main(["train", *args]) == 2
+    assert capsys.readouterr().err.startswith("distil-tl train: model.weights: there is no file nowhere.pth")
+    assert train(args) == 2
+    assert capsys.readouterr().err.startswith("distil_tl.train: model.weights: ")
+    run = make_run(tmp_path / "run", folder, 0)
+    assert main(["evaluate", str(run), "--checkpoint", "x"]) == 2
+    assert capsys.readouterr().err.startswith(f"distil-tl evaluate: {run} has no checkpoint 'x'")
 
 
 def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distil_tl.distributed.launch_env import Launch, first_host, read_launch
+from distil_tl.distributed.launch_env import Launch, first_host, read_launch, refuse_several_processes
 from distil_tl.utils.errors import UserError
 
 TORCHRUN = {
@@ -106,6 +106,15 @@ def test_a_single_process_in_a_job_of_several_tasks_says_so(capsys: pytest.Captu
     read_launch({"SLURM_NTASKS": "2"})
     read_launch({**SRUN, **job})
     assert capsys.readouterr().err == ""
+
+
+def test_a_command_that_divides_no_work_is_refused_in_several_processes() -> None:
+    for env in ({}, {**TORCHRUN, "WORLD_SIZE": "1"}, BATCH_SCRIPT, {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}):
+        refuse_several_processes("distil-tl x", env)
+    with pytest.raises(UserError, match="^distil-tl x runs as one process, and torchrun started 8: start it without"):
+        refuse_several_processes("distil-tl x", {**SRUN, **TORCHRUN})
+    with pytest.raises(UserError, match="srun started 8: start it without srun, or with srun --ntasks=1$"):
+        refuse_several_processes("distil-tl x", SRUN)
 
 
 def test_a_step_of_one_task_is_a_single_process():

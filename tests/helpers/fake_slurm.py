@@ -209,6 +209,9 @@ def squeue(content: dict[str, Any], arguments: list[str]) -> None:
     letters = {"%i": "id", "%A": "own", "%T": "state", "%N": "nodes", "%r": "reason", "%L": "left"}
     letters |= {"%k": "comment", "%o": "command"}
     for job in jobs:
+        if options.get("--Format") == "State,RestartCnt":
+            sys.stdout.write(f"{job['state']:<20}{job.get('restarts', 0):<20}\n")
+            continue
         line = options["--format"]
         for letter, name in letters.items():
             line = line.replace(letter, job.get(name, ""))

@@ -26,6 +26,15 @@ def test_a_job_in_any_other_state_is_not_requeued(slurm: FakeSlurm, state: str) 
     assert slurm.jobs["7"]["state"] == state
 
 
+def test_a_job_that_runs_again_is_not_requeued_by_a_process_of_its_earlier_start(slurm: FakeSlurm) -> None:
+    slurm.add("7", "RUNNING", nodes="n1", restarts="2")
+    again = "job 7 was requeued already and runs again, so it is not requeued"
+    assert requeue_if_running({"SLURM_JOB_ID": "7"}) == again
+    assert requeue_if_running({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}) == again
+    assert not slurm.calls("scontrol")
+    assert requeue_if_running({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == "job 7 is requeued"
+
+
 def test_a_job_that_slurm_no_longer_knows_is_not_requeued(slurm: FakeSlurm) -> None:
     assert requeue_if_running({"SLURM_JOB_ID": "7"}) == "job 7 is no longer known to Slurm, so it is not requeued"
     assert not slurm.calls("scontrol")

@@ -30,15 +30,15 @@ def test_the_queue_has_every_job_and_every_task(slurm: FakeSlurm) -> None:
 
 def test_the_state_of_one_job(slurm: FakeSlurm) -> None:
     slurm.add("7", "RUNNING")
-    slurm.add("8", "FAILED")
-    assert (job_state("7"), job_state("8"), job_state("9")) == ("RUNNING", "FAILED", None)
+    slurm.add("8", "FAILED", restarts="3")
+    assert (job_state("7"), job_state("8"), job_state("9")) == (("RUNNING", 0), ("FAILED", 3), (None, 0))
 
 
 def test_names_that_are_not_utf_8_hide_no_job(slurm: FakeSlurm) -> None:
     """As in the comment of a job that another program submitted."""
     (slurm.folder / "squeue").write_text("#!/bin/sh\nprintf '7|7|RUNNING|n1|None|1:00|caf\\351|x\\n'\n")
     assert read_queue()["7"].state == "RUNNING"
-    assert job_state("7") == "7|7|RUNNING|n1|None|1:00|caf\ufffd|x"
+    assert job_state("7") == ("7|7|RUNNING|n1|None|1:00|caf\ufffd|x", 0)
 
 
 def test_slurm_that_does_not_answer_in_time(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:

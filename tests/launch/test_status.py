@@ -367,6 +367,7 @@ def test_a_failed_run_shows_the_last_message_the_log_and_the_state_of_its_job(
         ("Traceback\n  File x\nValueError: wrong\n", "ValueError: wrong"),
         ("distil_tl.train: no\nlib.py:5: UserWarning: leaked\n  warnings.warn(\n", "no"),
         ("distil_tl.train: 2 problems:\n  - a\n  - b\n[rank0]: warning\n", "2 problems: - a - b"),
+        ("distil-tl distil: no\nlib.py:5: UserWarning: distil_tl.train: leaked\n", "no"),
         ("distil_tl.train: of the first start\nsubmitit INFO - Starting with JobEnvironment(x)\nKilled\n", "Killed"),
         ("slurmstepd: error: Detected 1 oom_kill event\nsrun: error: n1: task 0: Out Of Memory\n",
          "srun: error: n1: task 0: Out Of Memory"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.outputs import check_output, open_output
+from distil_tl.utils.signals import removed_on_signal
 from tests.helpers.paths import ROOT
 
 ENDINGS = (".jpg", ".png")
@@ -148,6 +150,48 @@ def test_only_earlier_outputs_are_replaced(tmp_path: Path, content: bytes, refus
     with pytest.raises(UserError, match="is no earlier output") if content else nullcontext():
         check_output("-o", path, earlier=())
     assert path.read_bytes() == content
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from distil_tl.utils.outputs import replaced_output
+from distil_tl.utils.signals import removed_on_signal
+folder = Path(sys.argv[1])
+(folder / ".part").mkdir()
+(folder / ".part/x").touch()
+with removed_on_signal(folder / ".part"), replaced_output(folder / "out.csv") as partial:
+    partial.write_text("half")
+    print(len(list(folder.iterdir())))
+    if os.fork() == 0:  # as a loader process, which must not remove what is not its own
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.wait()
+    print(len(list(folder.iterdir())), flush=True)
+    os.kill(os.getpid(), int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_file_behind(tmp_path: Path, number: signal.Signals) -> None:
+    (tmp_path / "out.csv").write_text("earlier")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), str(int(number))], cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == -number
+    assert done.stdout.split() == [b"3", b"3"]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_a_signal_that_a_run_handles_is_left_to_it(tmp_path: Path) -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with removed_on_signal(tmp_path / "x"):
+            (tmp_path / "x").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (seen, (tmp_path / "x").exists()) == ([signal.SIGTERM], True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_full_disk_behind_standard_output_is_named() -> None:
