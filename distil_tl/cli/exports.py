@@ -27,6 +27,7 @@ from distil_tl.inference import RestoredModel, restore_model
 from distil_tl.rundir import checkpoint as ckpt
 from distil_tl.training.network import evaluation_network
 from distil_tl.training.precision import default_compute
+from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import sha256_file
 from distil_tl.utils.log import logger, printable, setup_console
 from distil_tl.utils.outputs import open_output, replaced_output

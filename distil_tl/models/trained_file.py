@@ -11,7 +11,7 @@ from pathlib import Path
 from distil_tl.models import timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.library_folder import Description, description_of, weights_in, weights_problem
-from distil_tl.models.names import LIBRARY_CONFIG
+from distil_tl.models.names import LIBRARY_CONFIG, OWN_SEPARATOR
 from distil_tl.models.transfer import TransferModel, build, default_preprocess
 from distil_tl.models.weights import StateDict, load_backbone, read_classifier, strip_prefixes
 from distil_tl.utils.errors import UserError
@@ -58,14 +58,11 @@ def load_trained_file(
         state, names = read_classifier(file)
         names = names or found.classes
         config = _model_config(found, file)
-        preprocess = default_preprocess(config)
-        preprocess = dataclasses.replace(
-            preprocess, mean=found.mean or preprocess.mean, std=found.std or preprocess.std
-        )
-        size = image_size or found.image_size or preprocess.crop_size
+        size = image_size or found.image_size or default_preprocess(config).crop_size
         count = len(classes) if names is None else len(names)
         model = build(config, count, image_size=size, seed=0, pretrained=False)
-        model.preprocess = preprocess
+        mean, std = found.mean or model.preprocess.mean, found.std or model.preprocess.std
+        model.preprocess = dataclasses.replace(model.preprocess, mean=mean, std=std)
         _refuse_other_arguments(config, size, found, file)
         _load(config, model, state, file, count)
         model.try_size(size, "data.image_size")
@@ -93,7 +90,7 @@ def _description(path: Path, name: str | None) -> Description:
         raise UserError(f"model.weights={path}: {LIBRARY_CONFIG} beside it names no network: set model.name")
     if found is None or name is None:
         return found or Description(str(name))
-    if found.name != name.partition(".")[0]:
+    if OWN_SEPARATOR not in name and found.name != name.partition(".")[0]:
         raise UserError(f"model.name={name}, but {LIBRARY_CONFIG} beside {path} is of {found.name}: remove model.name")
     return dataclasses.replace(found, name=name)
 
@@ -109,6 +106,8 @@ def _model_config(found: Description, file: Path) -> ModelConfig:
 
 def _refuse_other_arguments(config: ModelConfig, size: int, found: Description, file: Path) -> None:
     """Raises UserError if config.json sets options of the network that it is not built with here."""
+    if config.is_own:
+        return
     if config.from_timm:
         own = timm_models.arguments(config.library_name, size)
     else:
@@ -129,7 +128,7 @@ def _load(config: ModelConfig, model: TransferModel, state: StateDict, file: Pat
     skip: tuple[str, ...] = ()
     if config.from_timm:
         state = timm_models.adapt_state_dict(state, module, skip, config.library_name)
-    else:
+    elif not config.is_own:
         state = torchvision_models.adapt_state_dict(state, module)
         skip = torchvision_models.auxiliary_classifiers(config.name)
     missing = [head for head in model.heads if f"{head}.weight" not in state]

@@ -148,3 +148,34 @@ def test_a_description_of_another_kind_does_not_count(tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         load(folder)
+
+
+OWN = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, 2)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, images):
+        return self.fc(self.stem(images).mean((2, 3)))
+
+def build(num_classes):
+    return Net(num_classes)
+
+build.preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "image_size": 40}
+"""
+
+
+def test_a_network_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_teacher.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    state = weights("own_teacher:build")
+    found = load(saved(tmp_path / "x.pth", state), "own_teacher:build", None)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in found.model.module.state_dict().items())
+    assert (found.image_size, found.model.preprocess.mean) == (40, (0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match="has 4 outputs, and there are 3 classes"):
+        load(saved(tmp_path / "y.pth", weights("own_teacher:build", 4)), "own_teacher:build", None)
