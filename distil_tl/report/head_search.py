@@ -32,6 +32,11 @@ def search_maps(run: Run) -> list[Markup]:
     return maps
 
 
+def head_map(heads: object, chosen: tuple[float, float], metric: str) -> Markup:
+    """A heat map of a metric, or a list of the best heads, for the heads of a search."""
+    return _heat_map(_cells(heads, metric), chosen)
+
+
 def _choice(search: dict[str, Any]) -> Markup | None:
     """How the head was chosen, if it need not be the best one."""
     error, near = number(search.get("standard_error")), number(search.get("near"))
@@ -46,13 +51,13 @@ def _choice(search: dict[str, Any]) -> Markup | None:
     )
 
 
-def _cells(heads: object) -> Cells:
+def _cells(heads: object, metric: str = "top1") -> Cells:
     cells: Cells = {}
     for head in heads if isinstance(heads, list) else []:
         if isinstance(head, dict):
             lr, decay = number(head.get("lr")), number(head.get("weight_decay"))
             if lr is not None and decay is not None:
-                cells.setdefault((lr, decay), number(head.get("top1")))
+                cells.setdefault((lr, decay), number(head.get(metric)))
     return cells
 
 

@@ -20,6 +20,11 @@ def _asset(name: str) -> str:
 
 def render(run: Run) -> Markup:
     """The whole document."""
+    return document(f"{run.name} \u00b7 distil_tl", _body(run))
+
+
+def document(title: str, body: Markup) -> Markup:
+    """A self-contained page around its `main` element."""
     style, script = _asset("style.css"), _asset("hover.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     # Defence in depth, besides the escaping: only this script may run, and nothing may be loaded.
@@ -27,14 +32,13 @@ def render(run: Run) -> Markup:
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    body = _body(run)
     head = h(
         "head",
         h("meta", charset="utf-8"),
         h("meta", http_equiv="Content-Security-Policy", content=policy),
         h("meta", name="viewport", content="width=device-width, initial-scale=1"),
         h("meta", name="color-scheme", content="light dark"),
-        h("title", f"{run.name} \u00b7 distil_tl"),
+        h("title", title),
         h("style", Markup(style)),
     )
     return join(
@@ -57,28 +61,28 @@ def _body(run: Run) -> Markup:
         overview.settings_line(run),
         overview.notes(run),
         h("section", h("h2", "Training"), charts, curves.lr_chart(run)),
-        _section("Training images", "As augmented, some of each stage.", images.sample_strips(run)),
+        section("Training images", "As augmented, some of each stage.", images.sample_strips(run)),
         h("section", h("h2", "Stages"), tables.stage_table(run)),
-        _section(
+        section(
             "Head search", "Val top-1 of each candidate head. The outlined one was chosen.", search_maps(run), wide=True
         ),
-        _section(
+        section(
             "Interpolated weights",
             "Between the first weights of a stage (alpha 0) and its best ones (alpha 1).",
             tables.interpolation_tables(run),
         ),
-        _section("Evaluation", "The best checkpoint on val.", overview.evaluation(run.evaluation, confusion)),
-        _section("Classes", "On val, sorted by F1, lowest first.", classes),
-        _section("Test", "The best checkpoint on test, class by class.", _test(run)),
-        _section(
+        section("Evaluation", "The best checkpoint on val.", overview.evaluation(run.evaluation, confusion)),
+        section("Classes", "On val, sorted by F1, lowest first.", classes),
+        section("Test", "The best checkpoint on test, class by class.", _test(run)),
+        section(
             "Confusion matrix",
             "Rows are true classes. Correct predictions are blue, wrong ones orange, by share of the row."
             + (f" Drawn are the {MAX_DRAWN} classes with the most mistakes." if is_large else ""),
             [heat_map(confusion), _most_confused(confusion)] if confusion else None,
             wide=True,
         ),
-        _section("Mistakes", "The most confident wrong predictions.", images.mistake_table(run)),
-        _section("Least certain", "The two most probable classes are close, right or wrong.", uncertain),
+        section("Mistakes", "The most confident wrong predictions.", images.mistake_table(run)),
+        section("Least certain", "The two most probable classes are close, right or wrong.", uncertain),
         h(
             "section",
             h("h2", "Throughput"),
@@ -95,7 +99,7 @@ def _body(run: Run) -> Markup:
             if not environment and not run.config
             else None,
         ),
-        _section("Next", "", overview.next_commands(run)),
+        section("Next", "", overview.next_commands(run)),
         _footer(run),
     )
 
@@ -111,7 +115,8 @@ def _most_confused(confusion: Confusion) -> Markup | None:
     return h("div", h("h3", "Most confused pairs"), pairs) if pairs else None
 
 
-def _section(title: str, hint: str, content: Child, *, wide: bool = False) -> Markup | None:
+def section(title: str, hint: str, content: Child, *, wide: bool = False) -> Markup | None:
+    """A section with its heading; None without content."""
     if not content:
         return None
     inner = h("div", content, class_="confusion") if wide else content

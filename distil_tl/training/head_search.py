@@ -50,7 +50,7 @@ BLOCK = 2048  # images whose features are read at once
 
 
 @dataclass(frozen=True)
-class _Search:
+class HeadSearch:
     """The stage, data and layers of a search."""
 
     stage: Stage
@@ -118,13 +118,7 @@ def search_head(
     """
     start = time.monotonic()
     info.phase = f"the search for stage {stage.name}"
-    dropout, head = _dropout_and_head(setup.network, stage.name)
-    assert setup.features is not None
-    sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs, whole=True)
-    images = source.index("train")
-    loss = training_loss(stage.optim, stage.balance, images.class_counts, info.device, images.weights)
-    search = _Search(stage, setup.features, dropout, head, sampler, loss, info.device)
-    result = search_heads(info, search, agreement)
+    result = search_heads(info, prepare_search(info, stage, setup, source), agreement)
     record.search = {**result, "seconds": time.monotonic() - start}
     logger.info(
         "\nsearch for stage %s: %d heads in %.1f s; %s",
@@ -133,8 +127,18 @@ def search_head(
     return stage.with_search_result(record.search)
 
 
+def prepare_search(info: DistInfo, stage: Stage, setup: StageSetup, source: ImageSource) -> HeadSearch:
+    """What a search needs. Raises UserError if the stage trains something other than a single linear layer."""
+    dropout, head = _dropout_and_head(setup.network, stage.name)
+    assert setup.features is not None
+    sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs, whole=True)
+    images = source.index("train")
+    loss = training_loss(stage.optim, stage.balance, images.class_counts, info.device, images.weights)
+    return HeadSearch(stage, setup.features, dropout, head, sampler, loss, info.device)
+
+
 @torch.no_grad()
-def search_heads(info: DistInfo, search: _Search, agreement: Agreement) -> dict[str, Any]:
+def search_heads(info: DistInfo, search: HeadSearch, agreement: Agreement) -> dict[str, Any]:
     """Train the heads of the grid and choose one, as `choose_head` does.
 
     Groups of heads are divided among the ranks. They are the same for any number of ranks, and so is the result, on
@@ -186,7 +190,7 @@ def _blocks(keys: Iterable[SampleKey], size: int) -> Iterator[list[SampleKey]]:
         yield block
 
 
-def _more_rounds(search: _Search, rounds: int, groups: list[slice]) -> int:
+def _more_rounds(search: HeadSearch, rounds: int, groups: list[slice]) -> int:
     """The number of rounds after memory ran out with `rounds`: twice as many, with half the heads in a group.
 
     Raises:
@@ -206,7 +210,7 @@ def _more_rounds(search: _Search, rounds: int, groups: list[slice]) -> int:
 
 
 def _train_and_score(
-    search: _Search, settings: list[list[HeadSettings]], rounds: int, agreement: Agreement, *, show: bool
+    search: HeadSearch, settings: list[list[HeadSettings]], rounds: int, agreement: Agreement, *, show: bool
 ) -> list[Scores] | None:
     """The scores of some groups of heads, trained in `rounds` rounds one after another; None if memory ran out.
 
@@ -226,7 +230,7 @@ def _train_and_score(
 class _Groups:
     """Groups of heads that train together; none from the moment when memory has run out."""
 
-    def __init__(self, search: _Search, settings: list[list[HeadSettings]]) -> None:
+    def __init__(self, search: HeadSearch, settings: list[list[HeadSettings]]) -> None:
         self.heads: list[BatchedHeads] = []
         self.out_of_memory = False
         with self.unless_out_of_memory():
@@ -245,7 +249,7 @@ class _Groups:
             self.heads = []
 
 
-def _train(search: _Search, groups: _Groups, agreement: Agreement, *, show: bool) -> None:
+def _train(search: HeadSearch, groups: _Groups, agreement: Agreement, *, show: bool) -> None:
     """All epochs."""
     epochs, sampler = search.stage.config.epochs, search.sampler
     steps = max(1, BLOCK // sampler.global_batch_size)  # of a block
@@ -265,7 +269,7 @@ def _train(search: _Search, groups: _Groups, agreement: Agreement, *, show: bool
             bar.advance()
 
 
-def _score_heads(search: _Search, groups: _Groups, agreement: Agreement) -> list[Scores]:
+def _score_heads(search: HeadSearch, groups: _Groups, agreement: Agreement) -> list[Scores]:
     """For each group and head, its figures on val, from counts; None where a number is not finite."""
     classes, val = search.head.out_features, search.features.val
     sums = [heads.weight.new_zeros(len(heads.weight), 4 + 3 * classes, dtype=torch.float64) for heads in groups.heads]

@@ -51,6 +51,7 @@ class StageSetup:
         image_size: pixels.
         blends: images come as float32, blended by mixup; torch.compile compiles for that.
         teaching: None where the stage learns from the labels alone.
+        prefix: the frozen part, where there is one.
     """
 
     network: Network
@@ -58,6 +59,7 @@ class StageSetup:
     image_size: int
     blends: bool = False
     teaching: Teaching | None = None
+    prefix: Prefix | None = None
 
     def dummy(self, count: int, device: torch.device) -> Tensor:
         """A batch of `count`, of the right size and type, on the device."""
@@ -138,7 +140,7 @@ def set_up_stage(
     use_benchmark(compute)
     if stage.compile != "none":
         compile_network(network, stage, cuda_graphs=True)
-    return StageSetup(network, features, stage.image_size, blends=stage.config.mixup > 0)
+    return StageSetup(network, features, stage.image_size, blends=stage.config.mixup > 0, prefix=prefix)
 
 
 def _open_features(

@@ -1,0 +1,82 @@
+"""`distil-tl select [CONFIG.yaml] data.root=FOLDER [candidates=...] [sizes=...] [crops=...]`: which backbone to use."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from distil_tl.config import Config, load
+from distil_tl.selection.config import HEAD_EPOCHS, HEAD_LR, HEAD_WEIGHT_DECAY, GridConfig, read_budget
+from distil_tl.utils.args import apply, explain, is_file, parse_overrides, read_yaml, refuse, to_object
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.home import path_argument
+
+# The heads where the configuration defines no stages; its `key=value` arguments still change them.
+HEADS = (
+    f"stages.head.epochs={HEAD_EPOCHS}",
+    "stages.head.augment=none",
+    f"stages.head.search.lr={list(HEAD_LR)}",
+    f"stages.head.search.weight_decay={list(HEAD_WEIGHT_DECAY)}",
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="distil-tl select",
+        usage="distil-tl select [CONFIG.yaml] [key=value ...] [--out DIR] [--budget TIME]",
+        description="Compare backbones, image sizes and crops by the accuracy of linear heads on their features. "
+        "Writes DIR/select.html and select.json, and DIR/best.yaml for distil_tl.train. The same command resumes.",
+        epilog="\n".join(["keys besides those of a run (distil-tl train --help):", *explain(GridConfig(), "")]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=path_argument, metavar="DIR", help="a folder (default: runs/select-DATA)")
+    parser.add_argument(
+        "--budget", metavar="TIME", help="as in 10m: begin no cell that would probably end later; the best first"
+    )
+    options, rest = parser.parse_known_args(args)
+    return run_command("distil-tl select", lambda: run(rest, options.out, options.budget))
+
+
+def run(args: Sequence[str], out: Path | None, budget: str | None) -> None:
+    """Read the arguments, then compare.
+
+    Raises:
+        UserError: wrong arguments, images that can't be used, no backbone that can be used, or no place for the files.
+        PreemptedError: stopped by a signal; the same command resumes.
+    """
+    grid, config, unresolved = read(args)
+    try:
+        seconds = None if budget is None else read_budget(budget)
+    except ValueError as error:
+        raise UserError(f"--budget: {error}") from None
+    if "huggingface_hub" not in sys.modules:  # weights are read from its cache, without asking a server
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from distil_tl.cli.selection import select  # imports torch
+
+    select(grid, config, unresolved, out, seconds)
+
+
+def read(args: Sequence[str]) -> tuple[GridConfig, Config, DictConfig]:
+    """The grid, and the configuration as `load` gives it. Raises UserError with all problems of the grid."""
+    schema, problems = OmegaConf.structured(GridConfig), list[str]()
+    own = [arg for arg in args if arg.partition("=")[0] in ("candidates", "sizes", "crops") and "=" in arg]
+    apply(schema, parse_overrides(schema, own, problems), "", problems)
+    refuse(problems)
+    grid: GridConfig = to_object(schema)
+    refuse(list(grid.problems()))
+    rest = [arg for arg in args if arg not in own]
+    files = [arg for arg in rest if is_file(arg)]
+    tree = read_yaml(Path(files[0])) if len(files) == 1 and not files[0].startswith("-") else {}
+    has_stages = "stages" in tree or "recipe" in tree or any(arg.startswith("recipe=") for arg in rest)
+    others = [arg for arg in rest if arg not in files]
+    return grid, *load([*files, *([] if has_stages else HEADS), *others])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""The work of `distil-tl select`: plan the cells, search one after another, and write the files."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from distil_tl.auto_settings import settle_auto
+from distil_tl.cli.selection_table import Live, headline, result_table
+from distil_tl.config import Config, check
+from distil_tl.data.config import data_name
+from distil_tl.data.splits import copy_to_local_disk, open_splits
+from distil_tl.distributed.launch_env import read_launch
+from distil_tl.distributed.preemption import Agreement, AllRanksStopError, Request, StopSignal
+from distil_tl.distributed.process_group import DistInfo, init_distributed
+from distil_tl.distributed.rank_zero import on_rank_zero
+from distil_tl.models.config import ModelConfig
+from distil_tl.report.selection import render_selection
+from distil_tl.selection.best_config import best_config, to_text
+from distil_tl.selection.candidates import Found, expand, locate
+from distil_tl.selection.cell_search import CellSearch, UnfitError
+from distil_tl.selection.cells import Cell, Estimate, Grid, Result
+from distil_tl.selection.common import Common
+from distil_tl.selection.config import GridConfig, head_stage
+from distil_tl.selection.estimate import NoEstimateError, estimate
+from distil_tl.selection.outcome import (
+    CELLS,
+    Outcome,
+    read_result,
+    save_cell,
+    save_estimate,
+    saved_cells,
+    saved_estimate,
+)
+from distil_tl.selection.plan import plan_cells
+from distil_tl.training.precision import set_rounding
+from distil_tl.utils.args import plain
+from distil_tl.utils.errors import PreemptedError, UserError, listed
+from distil_tl.utils.files import write_atomic, write_json, writing
+from distil_tl.utils.log import logger, printable, setup_console
+
+RESOLVED = ("package", "default")  # what `model.weights=auto` becomes for one model
+
+
+def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path | None, budget: float | None) -> None:
+    """Compare all cells of the grid, or as many as the budget permits. Raises as `cli.select.run`.
+
+    Args:
+        unresolved: the configuration with its interpolations unresolved.
+        budget: seconds.
+    """
+    began = time.monotonic()
+    launch = read_launch(os.environ)
+    setup_console(launch.rank == 0)
+    weights = "auto" if config.model.weights in RESOLVED else config.model.weights
+    names = expand(grid.candidates, pretrained=weights != "none")
+    head = head_stage(config.stages)
+    # Of the stages only the one that is compared is checked; the models are, one by one.
+    checked = replace(config, model=ModelConfig("resnet18", "none"), stages=dict([head]), run_dir=None)
+    check(checked, launch.world_size)
+    model = replace(config.model, weights=weights)
+    if model.path is not None and len(names) > 1:
+        raise UserError(f"model.weights={model.weights} is of one model: give that one as candidates=[NAME]")
+    set_rounding(tf32=config.tf32, deterministic=config.deterministic)
+    with StopSignal() as stop, init_distributed(launch, config.distributed) as info:
+        folder = out if out is not None else Path("runs") / f"select-{_data_name(config)}"
+        on_rank_zero(info, "checking the output", lambda: check_folder(folder))
+        found = Found(**_located(on_rank_zero(info, "looking for weights", lambda: asdict(locate(names, model)))))
+        refuse_none_usable(found)
+        splits = open_splits(info, config.data)
+        settled, _ = settle_auto(checked, len(splits.train), {}, info.world_size)
+        stage = settled.stages[head[0]]
+        common = Common(head[0], stage, model, settled.data, config.optim, config.metric, config.precision, config.seed)
+        planned = on_rank_zero(
+            info, "planning the cells",
+            lambda: _planned(*plan_cells(found.usable, grid, common, splits, info.device.type), folder),
+        )  # fmt: skip
+        cells = [Cell(**cell) for cell in planned["cells"]]
+        splits = copy_to_local_disk(info, config.data, splits)
+        work = Grid(cells, config.metric)
+        work.results += [
+            read_result(cell, planned["saved"][cell.digest]) for cell in cells if cell.digest in planned["saved"]
+        ]
+        outcome = Outcome(
+            work, splits, found.missing, found.unusable | planned["left_out"], info.device.type, info.world_size, budget
+        )
+        stop.defer()
+        agreement = Agreement(info, lambda: Request.STOP if stop else Request.CONTINUE)
+        search = CellSearch(info, common, splits, agreement)
+        selection = _Selection(info, folder, outcome, search, began)
+        try:
+            selection.run(budget)
+            selection.finish((config, unresolved), (head[0], stage))
+        except AllRanksStopError:
+            info.leave(orderly=True, seconds=None)
+            raise PreemptedError(
+                f"stopped by a signal; {len(work.results)} of {len(cells)} cells are saved in {folder}. Run the same "
+                f"command to resume"
+            ) from None
+
+
+@dataclass
+class _Selection:
+    """A selection in progress. Only rank 0 writes."""
+
+    info: DistInfo
+    folder: Path
+    outcome: Outcome
+    search: CellSearch
+    began: float
+    paces: list[float] = field(default_factory=list)  # seconds for a multiply-add, of the cells of this call
+
+    def run(self, budget: float | None) -> None:
+        """Search the cells that are left. Raises as `CellSearch.search`, but for networks that can't be used."""
+        grid = self.outcome.grid
+        with Live(grid, show=self.info.is_main) as live:
+            while (cell := grid.following()) is not None:
+                if budget is not None and not self.fits(cell, budget):
+                    logger.info("the budget is spent: %d cells are not tried", len(grid.left))
+                    return
+                live.begin(cell)
+                try:
+                    result = self.search.search(cell)
+                except UnfitError as error:
+                    grid.fail(cell, str(error))
+                    live.failed(cell, str(error))
+                    continue
+                grid.results.append(result)
+                self.paces.append(result.seconds / (cell.multiply_adds or 1.0))
+                self.save(result)
+                live.end(result)
+
+    def save(self, result: Result) -> None:
+        on_rank_zero(self.info, "saving a result", lambda: save_cell(self.folder, result))
+
+    def fits(self, cell: Cell, budget: float) -> bool:
+        """Whether a cell would probably end within the budget, by the slowest cell so far; equal on all ranks."""
+        expected = max(self.paces, default=0.0) * (cell.multiply_adds or 0.0)
+        spent = time.monotonic() - self.began
+        return bool(on_rank_zero(self.info, "checking the budget", lambda: spent + expected <= budget))
+
+    def finish(self, given: tuple[Config, DictConfig], head: tuple[str, Any]) -> None:
+        """Find out how good the best cell is, and write and print the result."""
+        outcome, grid = self.outcome, self.outcome.grid
+        if not grid.results:
+            reasons = [f"{cell.title}: {reason}" for cell, reason in grid.failed.items()]
+            raise UserError(f"no backbone can be used: {'; '.join(reasons or ['the budget is too short for one'])}")
+        best = grid.ranked()[0]
+        saved = on_rank_zero(self.info, "looking for an estimate", lambda: saved_estimate(self.folder, best.cell))
+        if saved is not None:
+            outcome.estimate = Estimate(**saved)
+        else:
+            logger.info("\nestimate for %s", best.cell.title)
+            try:
+                opened = self.search.open(best.cell)
+                outcome.estimate = found = estimate(self.info, opened, best, self.search.agreement)
+                on_rank_zero(self.info, "saving it", lambda: save_estimate(self.folder, best.cell, found))
+            except NoEstimateError as error:
+                outcome.no_estimate = str(error)
+        outcome.seconds = time.monotonic() - self.began
+        on_rank_zero(self.info, "writing the result", lambda: self.write(given, head))
+        if self.info.is_main:
+            logger.info("\n%s\n", result_table(grid))
+            for line in headline(outcome):
+                logger.info("%s", line)
+            print_missing(outcome)
+            quoted = shlex.quote(str(self.folder / "best.yaml"))
+            logger.info(
+                "\nresults are in %s: open select.html\ntrain: distil-tl train %s", printable(self.folder), quoted
+            )
+
+    def write(self, given: tuple[Config, DictConfig], head: tuple[str, Any]) -> None:
+        """Write select.json, select.html and best.yaml."""
+        config, unresolved = given
+        best = self.outcome.grid.ranked()[0]
+        defaults = plain(OmegaConf.structured(Config))
+        tree = best_config(plain(unresolved), defaults, config.stages, head, best)
+        quoted = shlex.quote(str(self.folder / "best.yaml"))
+        lines = ["Chosen by distil-tl select.", *headline(self.outcome), "", f"  python -m distil_tl.train {quoted}"]
+        content = self.outcome.to_json()
+        page = render_selection(content, self.folder.resolve().name, str(self.folder / "best.yaml"))
+        with writing(self.folder):
+            write_json(self.folder / "select.json", content)
+            write_atomic(self.folder / "select.html", str(page))
+            write_atomic(self.folder / "best.yaml", to_text(tree, "\n".join(lines)))
+
+
+def check_folder(folder: Path) -> None:
+    """Create the folder. Raises UserError if it can't be, or has other files than those of an earlier selection."""
+    shown = f"--out {printable(folder)}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{shown} is not a folder; name another one")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CELLS).is_dir():
+        raise UserError(f"{shown} has other files than those of an earlier selection; name another folder")
+    try:
+        (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{shown} can't be created: {error.strerror or error}; name another folder") from None
+
+
+def refuse_none_usable(found: Found) -> None:
+    """Raises UserError if there is no backbone to try, with the command that downloads weights."""
+    if found.usable:
+        return
+    reasons = [f"{name}: {reason}" for name, reason in found.unusable.items()]
+    if found.missing:
+        reasons.append(
+            f"the weights of {listed(list(found.missing), 8)} are not on this machine; run on one with network that "
+            f"shares its caches:\n{prefetch_command(list(found.missing))}"
+        )
+    raise UserError(
+        f"no backbone can be used: {'; '.join(reasons) or 'candidates has no model of an installed library'}"
+    )
+
+
+def print_missing(outcome: Outcome) -> None:
+    """The backbones that were not tried, with reasons and the command that downloads weights."""
+    failed = {f"{cell.name} {cell.image_size} px": reason for cell, reason in outcome.grid.failed.items()}
+    for name, reason in (outcome.left_out | failed).items():
+        logger.info("left out: %s: %s", name, reason)
+    if outcome.missing:
+        names = list(outcome.missing)
+        logger.info(
+            "\nnot tried, as the weights are not on this machine: %s. To download them, where there is a network:\n%s",
+            listed(names, 8), prefetch_command(names),
+        )  # fmt: skip
+
+
+def prefetch_command(names: list[str]) -> str:
+    """The shell command that downloads the weights of some models."""
+    if len(names) == 1:
+        return f"  distil-tl prefetch model.name={shlex.quote(names[0])}"
+    return f"  for name in {shlex.join(names)}; do distil-tl prefetch model.name=$name; done"
+
+
+def _data_name(config: Config) -> str:
+    return "digits" if config.data.root is None else data_name(Path(config.data.root))
+
+
+def _located(tree: dict[str, Any]) -> dict[str, Any]:
+    """`Found` after JSON."""
+    return {**tree, "usable": [ModelConfig(**model) for model in tree["usable"]]}
+
+
+def _planned(cells: list[Cell], left_out: dict[str, str], folder: Path) -> dict[str, Any]:
+    """What rank 0 plans, for JSON."""
+    return {"cells": [asdict(cell) for cell in cells], "left_out": left_out, "saved": saved_cells(folder, cells)}

@@ -1,0 +1,115 @@
+"""What `distil-tl select` prints: a table that is redrawn on a terminal, or a line for each cell in a log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import TracebackType
+
+from distil_tl.selection.cells import Cell, Grid, Result, near_best
+from distil_tl.selection.outcome import Outcome
+from distil_tl.utils.log import duration, logger, table
+
+LIVE_ROWS = 15
+NAMES = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
+
+
+class Live:
+    """The progress of a selection. On a terminal other messages than warnings are left out, as the table moves."""
+
+    def __init__(self, grid: Grid, *, show: bool) -> None:
+        self.grid = grid
+        self.shows = show
+        self.redraws = show and sys.stdout.isatty()
+        self._lines = 0
+        self._level = logger.level
+
+    def __enter__(self) -> Live:
+        if self.redraws:
+            self._level = logger.level
+            logger.setLevel(logging.WARNING)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.redraws:
+            self._draw("")
+            logger.setLevel(self._level)
+
+    @property
+    def _count(self) -> str:
+        return f"{len(self.grid.cells) - len(self.grid.left)}/{len(self.grid.cells)}"
+
+    def begin(self, cell: Cell) -> None:
+        if self.redraws:
+            self._draw(f"{result_table(self.grid, LIVE_ROWS)}\n\n{self._count} done, now {cell.title}\n")
+        elif self.shows:
+            logger.info("\n%s done, now %s", self._count, cell.title)
+
+    def end(self, result: Result) -> None:
+        if not self.redraws and self.shows:
+            best = self.grid.ranked()[0]
+            logger.info(
+                "%s: %s; best so far %s: %s", result.cell.title, _figure(self.grid, result), best.cell.title,
+                _figure(self.grid, best),
+            )  # fmt: skip
+
+    def failed(self, cell: Cell, reason: str) -> None:
+        if not self.redraws and self.shows:
+            logger.info("left out: %s: %s", cell.title, reason)
+
+    def _draw(self, text: str) -> None:
+        """Replace what was drawn before."""
+        up = f"\x1b[{self._lines}A\x1b[J" if self._lines else ""
+        sys.stdout.write(up + text)
+        sys.stdout.flush()
+        self._lines = text.count("\n")
+
+
+def _figure(grid: Grid, result: Result) -> str:
+    return f"{NAMES.get(grid.metric, grid.metric)} {result.value(grid.metric):.4f}"
+
+
+def result_table(grid: Grid, rows: int | None = None) -> str:
+    """The results so far, the best first; of more than `rows` only the first ones."""
+    metric, ranked = grid.metric, grid.ranked()
+    near = near_best(ranked, metric) if ranked else []
+    lines = []
+    for result in ranked[:rows]:
+        cell, interval = result.cell, result.interval(metric)
+        lines.append(
+            [
+                cell.name, str(cell.image_size), cell.crop_mode, f"{result.value(metric):.4f}",
+                "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
+                "*" if result in near else "", f"{cell.parameters / 1e6:.1f}",
+                "-" if cell.multiply_adds is None else f"{cell.multiply_adds / 1e9:.2f}",
+                f"{result.images_per_second:.0f}", f"{result.head['lr']:g}", f"{result.head['weight_decay']:g}",
+                f"{result.seconds:.1f}",
+            ]
+        )  # fmt: skip
+    shown = f"{NAMES.get(metric, metric)} on val"
+    header = ["backbone", "px", "crop", shown, "95 %", "", "M params", "GMACs", "images/s", "lr", "decay", "seconds"]
+    return table(lines, header)
+
+
+def headline(outcome: Outcome) -> list[str]:
+    """The result in sentences."""
+    grid = outcome.grid
+    ranked = grid.ranked()
+    best, metric = ranked[0], NAMES.get(grid.metric, grid.metric)
+    lines = [
+        f"best: {best.cell.title}, {metric} {best.value(grid.metric):.4f} on {best.n} images of val; of "
+        f"{len(ranked)} cells {len(near_best(ranked, grid.metric))} are within its 95 % interval (*)"
+    ]
+    estimate = outcome.estimate
+    if estimate is not None:
+        between = (
+            "" if estimate.interval is None else f", 95 % {estimate.interval[0]:.3f} to {estimate.interval[1]:.3f}"
+        )
+        lines.append(f"to expect: {metric} {estimate.value:.4f}{between}, by {estimate.n} {estimate.method}")
+    else:
+        lines.append(
+            f"the best of {len(ranked)} is lucky too, so this is too high; no other figure: {outcome.no_estimate}"
+        )
+    if grid.left:
+        lines.append(f"{len(grid.left)} of {len(grid.cells)} cells were not tried, for lack of time")
+    return [*lines, f"{duration(outcome.seconds)} on {outcome.ranks} {'rank' if outcome.ranks == 1 else 'ranks'}"]

@@ -1,0 +1,192 @@
+"""select.html: the page of `distil-tl select`, from the content of select.json alone."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from distil_tl.report import text
+from distil_tl.report.figures import between
+from distil_tl.report.head_search import head_map
+from distil_tl.report.load import mapping
+from distil_tl.report.markup import Child, Markup, h
+from distil_tl.report.page import document, section
+from distil_tl.report.scatter import Dot, Plane, scatter
+from distil_tl.report.svg import Scale, fit_scale
+from distil_tl.report.tables import table
+from distil_tl.report.text import number
+
+NAMES = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
+Content = dict[str, Any]
+
+
+def render_selection(content: Content, name: str, best_yaml: str) -> Markup:
+    """The whole document.
+
+    Args:
+        content: of select.json.
+        name: of the selection.
+        best_yaml: its path.
+    """
+    return document(f"{name} \u00b7 distil_tl select", _body(content, name, best_yaml))
+
+
+def _body(content: Content, name: str, best_yaml: str) -> Markup:
+    metric = str(content["metric"])
+    images = ", ".join(f"{split} {count:,}" for split, count in content["images"].items())
+    facts = [f"{len(content['classes'])} classes", images, f"chosen by {_named(metric)} on val", content["device"]]
+    return h(
+        "main",
+        h("header", h("div", h("h1", name), class_="name"), h("p", " \u00b7 ".join(facts), class_="facts")),
+        _cards(content),
+        section("Accuracy and cost", _COST, cost_plane(content)),
+        section("All results", "The best first. A star: within the 95 % interval of the best.", _rows(content)),
+        section("What sizes and crops add", _EFFECTS, _effects(content)),
+        section(
+            "Heads of the best", f"{_named(metric)} on val. The outlined one was chosen.", _heads(content), wide=True
+        ),
+        section("Not compared", "", _others(content)),
+        section("Next", "", h("pre", f"distil-tl train {shlex.quote(best_yaml)}", class_="next")),
+        h("footer", "Written by distil-tl select. All numbers are in select.json."),
+    )
+
+
+_COST = (
+    "Against billions of multiply-adds for an image. The line joins the cells that no cheaper one reaches; the shaded "
+    "band is the 95 % interval of the best, which is outlined."
+)
+_EFFECTS = (
+    "Differences in points to the first size or crop, everything else equal; the mean, the lowest and the highest. "
+    "They are of val, and of single heads: differences of a few points are noise on a few hundred images."
+)
+
+
+def _named(metric: str) -> str:
+    return NAMES.get(metric, metric)
+
+
+def _shown(metric: str, value: object) -> str:
+    return text.decimal(number(value)) if metric == "loss" else text.percent(number(value))
+
+
+def _titled(cell: dict[str, Any]) -> str:
+    return f"{cell['model']}, {cell['image_size']} px, {cell['crop_mode']}"
+
+
+def _between(row: dict[str, Any] | None) -> str:
+    found = (row or {}).get("interval")
+    return between((found[0], found[1])) if found else ""
+
+
+def _cards(content: Content) -> Markup:
+    best, estimate, metric = content["best"], content["estimate"], content["metric"]
+    expected = (
+        (
+            "to expect",
+            _shown(metric, estimate["value"]),
+            f"{_between(estimate)}, {estimate['n']:,} {estimate['method']}",
+        )
+        if estimate
+        else ("to expect", text.MISSING, content["no_estimate"] or "")
+    )
+    near, rows = content["near_best"], len(content["rows"])
+    gmacs, speed = number(best["gmacs"]), number(best["images_per_second"])
+    cards = [
+        ("best", f"{best['image_size']} px, {best['crop_mode']}", best["model"]),
+        expected,
+        (
+            f"{_named(metric)} on val",
+            _shown(metric, best[metric]),
+            f"{_between(best)}; the best of {rows} is lucky, too",
+        ),
+        ("within its interval", f"{near} of {rows}", "val can't tell these apart"),
+        (
+            "cost",
+            f"{text.decimal(gmacs, 2)} GMACs",
+            f"{text.compact(best['parameters'])} parameters, {text.rate(speed)} images/s",
+        ),
+    ]
+    return h("dl", [h("div", h("dt", a), h("dd", b), h("dd", c, class_="sub")) for a, b, c in cards], class_="cards")
+
+
+def cost_plane(content: Content) -> Child:
+    """Accuracy against multiply-adds."""
+    metric = content["metric"]
+    rows = [row for row in content["rows"] if number(row["gmacs"])]
+    if not rows:
+        return None
+    dots = [
+        Dot(
+            row["gmacs"], row[metric],
+            f"{_titled(row)}: {_shown(metric, row[metric])}, {row['gmacs']:.2f} GMACs",
+            "c-val" if row["pareto"] else "c-plain",
+            ring=row is content["rows"][0],
+        )
+        for row in reversed(rows)
+    ]  # fmt: skip
+    front = sorted((row["gmacs"], row[metric]) for row in rows if row["pareto"])
+    interval = content["rows"][0]["interval"]
+    costs = [row["gmacs"] for row in rows]
+    return scatter(
+        Plane(
+            title=f"{_named(metric)} on val",
+            describe=f"{len(rows)} cells; the best is {_titled(content['best'])}.",
+            dots=dots,
+            x=Scale(min(costs) / 1.3, max(costs) * 1.3, log=True),
+            y=fit_scale([row[metric] for row in rows], log_from=float("inf")),
+            x_name="GMACs for an image",
+            label=lambda value: _shown(metric, value),
+            line=front,
+            band=None if interval is None else (interval[0], interval[1]),
+            legend=[("c-val", "no cheaper one is as good"), ("c-plain", "others")],
+        )
+    )
+
+
+def _rows(content: Content) -> Markup:
+    metric = content["metric"]
+    head = [
+        "Backbone", "Size", "Crop", f"{_named(metric)} on val", "95 %", "Parameters", "GMACs", "Images/s", "lr",
+        "Decay", "Time",
+    ]  # fmt: skip
+    star = h("span", "*", class_="tag", title="within the interval of the best")
+    lines: list[Sequence[Child]] = [
+        [
+            [row["model"], star if row["near_best"] else None],
+            f"{row['image_size']}{text.SPACE}px", row["crop_mode"], _shown(metric, row[metric]), _between(row),
+            text.compact(number(row["parameters"])), text.decimal(number(row["gmacs"]), 2),
+            text.rate(number(row["images_per_second"])), text.tick(row["lr"]), text.tick(row["weight_decay"]),
+            text.duration(number(row["seconds"])),
+        ]
+        for row in content["rows"]
+    ]  # fmt: skip
+    return table(head, lines, label="All results")
+
+
+def _effects(content: Content) -> Child:
+    rows: list[Sequence[Child]] = [
+        [
+            f"{effect['value']}{' px' if effect['key'] == 'image_size' else ''}", f"{effect['compared_with']}",
+            text.count(effect["pairs"]),
+            *(text.percentage_points(effect[name]) for name in ("mean", "lowest", "highest")),
+        ]
+        for effect in content["effects"]
+    ]  # fmt: skip
+    head = ["Size or crop", "Compared with", "Pairs", "Mean", "Lowest", "Highest"]
+    return table(head, rows, texts=2, label="What sizes and crops add") if rows else None
+
+
+def _heads(content: Content) -> Child:
+    best = content["rows"][0]
+    if len(best["heads"]) < 2:
+        return None
+    return h("div", head_map(best["heads"], (best["lr"], best["weight_decay"]), content["metric"]))
+
+
+def _others(content: Content) -> Child:
+    missing, left_out, left = mapping(content, "missing_weights"), mapping(content, "left_out"), content["not_tried"]
+    rows: list[Sequence[Child]] = [[name, f"weights not on this machine: {source}"] for name, source in missing.items()]
+    rows += [[name, reason] for name, reason in left_out.items()]
+    rows += [[_titled(cell), "not tried, for lack of time"] for cell in left]
+    return table(["Backbone", "Why"], rows, texts=2, label="Not compared") if rows else None

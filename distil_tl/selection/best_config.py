@@ -1,0 +1,77 @@
+"""best.yaml: the configuration of a run that begins with the chosen backbone and head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import yaml
+
+from distil_tl.selection.cells import Result
+from distil_tl.selection.config import trains_head
+from distil_tl.training.config import StageConfig
+from distil_tl.utils.args import flatten
+
+_RESOLVED_WEIGHTS = ("package", "default")  # what `auto` became on this machine
+_OWN = ("run_dir", "resume", "recipe", "model.name", "model.weights", "data.image_size", "data.crop_mode")
+
+
+def best_config(
+    given: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    stages: Mapping[str, StageConfig],
+    head: tuple[str, StageConfig],
+    result: Result,
+) -> dict[str, Any]:
+    """The settings that differ from the defaults, and the model, size, crop and head of `result`: its first stage.
+
+    Args:
+        given, defaults: configurations as nested dicts, with interpolations unresolved.
+        stages: of the configuration.
+        head: name and settings of the stage whose heads were compared.
+    """
+    before = flatten({key: value for key, value in defaults.items() if key != "stages"})
+    now = flatten({key: value for key, value in given.items() if key != "stages"})
+    kept = {key: value for key, value in now.items() if key not in _OWN and value != before.get(key)}
+    kept["data.root"] = now["data.root"]
+    kept |= {"data.image_size": result.cell.image_size, "data.crop_mode": result.cell.crop_mode}
+    kept["model.name"] = result.cell.name
+    if now["model.weights"] not in _RESOLVED_WEIGHTS:
+        kept["model.weights"] = now["model.weights"]
+    tree = _nested(kept)
+    name, stage = head
+    first = _differing(stage) | {
+        "lr": result.head["lr"],
+        "search": {"weight_decay": [result.head["weight_decay"]]},  # of this stage alone
+    }
+    others = dict(stages)
+    if trains_head(next(iter(stages.values()))):
+        del others[next(iter(stages))]
+    tree["stages"] = {name: first, **{key: _differing(other) for key, other in others.items()}}
+    return tree
+
+
+def to_text(tree: Mapping[str, Any], header: str) -> str:
+    """As YAML, below a comment."""
+    comment = "".join(f"# {line}\n" if line else "#\n" for line in header.splitlines())
+    return f"{comment}\n{yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)}"
+
+
+def _differing(stage: StageConfig) -> dict[str, Any]:
+    """What a stage trains, and its settings that differ from the defaults of a stage."""
+    before = flatten(asdict(StageConfig()))
+    kept = {key: value for key, value in flatten(asdict(stage)).items() if value != before.get(key)}
+    return {"unfreeze": stage.unfreeze, **_nested(kept)}
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts of values by dotted key."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *above, last = key.split(".")
+        node = tree
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree

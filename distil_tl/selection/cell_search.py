@@ -1,0 +1,107 @@
+"""The work of a cell: features of all images, and the grid of heads on them, divided among the ranks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from distil_tl.data.bad_images import BadImages
+from distil_tl.data.loader import plan_batches
+from distil_tl.data.source import ImageSource
+from distil_tl.data.splits import Splits
+from distil_tl.distributed.preemption import Agreement
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.models.transfer import TransferModel, build
+from distil_tl.rundir.state import StageRecord
+from distil_tl.selection.cells import Cell, Result
+from distil_tl.selection.common import Common
+from distil_tl.selection.costs import images_per_second
+from distil_tl.training.head_search import search_head
+from distil_tl.training.stage import Stage
+from distil_tl.training.stage_setup import StageSetup, set_up_stage
+from distil_tl.utils.errors import NonFiniteError, UserError
+
+
+@dataclass(frozen=True)
+class OpenCell:
+    """A cell with its model and its features."""
+
+    stage: Stage
+    model: TransferModel
+    source: ImageSource
+    record: StageRecord
+    setup: StageSetup
+
+
+class UnfitError(Exception):
+    """A network can't be used, on all ranks alike. The text is the reason."""
+
+
+class CellSearch:
+    """Searches one cell after another. All methods are collectives."""
+
+    def __init__(self, info: DistInfo, common: Common, splits: Splits, agreement: Agreement) -> None:
+        self.info = info
+        self.common = common
+        self.splits = splits
+        self.agreement = agreement
+        self.bad_images = BadImages(common.data.on_bad_image)
+        self._model: TransferModel | None = None  # the last one, as cells with other crops follow
+
+    def search(self, cell: Cell) -> Result:
+        """The result of a cell.
+
+        Raises:
+            UnfitError: the weights don't fit the network, it has no frozen part, its head is no linear
+                layer, or no head has a finite loss.
+            UserError: an image can't be used.
+            AllRanksStopError: on all ranks alike. Features that are complete are kept.
+        """
+        began = time.monotonic()
+        try:
+            found = self.open(cell)
+            search_head(self.info, found.stage, found.setup, found.source, found.record, self.agreement)
+        except UserError as error:
+            if error.one_rank:  # of an image, or of memory, and not of the network
+                raise
+            raise UnfitError(str(error)) from error
+        except NonFiniteError as error:
+            raise UnfitError(str(error)) from error
+        chosen, features, prefix = found.record.search, found.setup.features, found.setup.prefix
+        assert chosen is not None
+        assert features is not None
+        assert prefix is not None
+        self.bad_images.refuse_none_usable(len(features.val) - len(features.val.bad()), "val", self.splits.val)
+        seconds = time.monotonic() - began
+        speed = images_per_second(self.info, prefix, cell.image_size)
+        return Result(
+            cell=cell,
+            source=found.model.weights.source,
+            n=len(features.val) - len(features.val.bad()),
+            head={key: value for key, value in chosen.items() if key not in ("heads", "seconds", "best")},
+            heads=chosen["heads"],
+            precision=str(found.record.prefix_precision),
+            features=features.train.example(1)[0].numel(),
+            images_per_second=speed,
+            seconds=seconds,
+        )
+
+    def open(self, cell: Cell) -> OpenCell:
+        """The model of a cell, and the features of train and val. Raises UserError as `set_up_stage` does."""
+        info, common, data = self.info, self.common, self.common.data
+        stage, model, record = common.stage_of(cell), self._built(cell), StageRecord()
+        model.preprocess = model.preprocess.with_crop(cell.crop_mode, data.crop_pct)
+        source = ImageSource(info, data, self.splits.as_dict(), model.preprocess, self.bad_images)
+        micro = plan_batches(data.global_batch_size, info.world_size, data.max_local_batch_size).micro
+        setup = set_up_stage(info, stage, model, source, record, micro, self.agreement)
+        return OpenCell(stage, model, source, record, setup)
+
+    def _built(self, cell: Cell) -> TransferModel:
+        model, classes = self._model, len(self.splits.classes)
+        if model is None or (model.name, model.image_size) != (cell.name, cell.image_size):
+            self._model = None  # frees its memory first
+            config = self.common.model_of(cell)
+            model = build(config, classes, image_size=cell.image_size, seed=self.common.seed)
+            model.module.to(self.info.device)
+            self._model = model
+        return replace(model)

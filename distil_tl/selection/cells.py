@@ -1,0 +1,164 @@
+"""A cell of the grid, its result, and the order in which cells are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from distil_tl.training.config import rank_by
+from distil_tl.utils.intervals import Interval, wilson
+
+SHARES = ("top1", "top5")  # metrics that are shares of the images, for which Wilson's interval is exact in meaning
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A backbone, an image size and a crop.
+
+    Attributes:
+        name, weights: as `model.name` and `model.weights`.
+        image_size: pixels.
+        crop_mode: as `data.crop_mode`.
+        parameters: of the model with its head.
+        multiply_adds: for one image; None if unknown.
+        digest: of everything that its result depends on.
+    """
+
+    name: str
+    weights: str
+    image_size: int
+    crop_mode: str
+    parameters: int
+    multiply_adds: int | None
+    digest: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} {self.image_size} px {self.crop_mode}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell gave, on val.
+
+    Attributes:
+        source: of the weights.
+        n: usable images of val.
+        head: the chosen head: its settings and figures.
+        heads: those of all heads.
+        precision: of the frozen part.
+        features: numbers for each image.
+        images_per_second: of all ranks, in forward passes of the frozen part.
+        seconds: for features and heads.
+    """
+
+    cell: Cell
+    source: str
+    n: int
+    head: dict[str, Any]
+    heads: list[dict[str, Any]]
+    precision: str
+    features: int
+    images_per_second: float
+    seconds: float
+
+    def value(self, metric: str) -> float:
+        return float(self.head[metric])
+
+    def interval(self, metric: str) -> Interval | None:
+        """The 95 % interval of a metric that is a share of images; None for others."""
+        return share_interval(metric, self.value(metric), self.n)
+
+
+def share_interval(metric: str, value: float, n: int) -> Interval | None:
+    return wilson(round(value * n), n) if metric in SHARES else None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure of the chosen backbone and head.
+
+    Attributes:
+        split: whose images it is of.
+        method: how they were kept apart, in words.
+        n: images.
+        metric: its name.
+        interval: 95 %, for shares of images.
+    """
+
+    split: str
+    method: str
+    n: int
+    metric: str
+    value: float
+    interval: Interval | None
+
+    @classmethod
+    def of(cls, split: str, method: str, n: int, metric: str, value: float) -> Estimate:
+        return cls(split, method, n, metric, value, share_interval(metric, value, n))
+
+
+@dataclass
+class Grid:
+    """The cells that are left, and the results so far."""
+
+    cells: Sequence[Cell]
+    metric: str
+    results: list[Result] = field(default_factory=list)
+    failed: dict[Cell, str] = field(default_factory=dict)
+
+    @property
+    def left(self) -> list[Cell]:
+        done = {result.cell for result in self.results} | set(self.failed)
+        return [cell for cell in self.cells if cell not in done]
+
+    def following(self) -> Cell | None:
+        """The most promising cell: of each backbone one first, the cheapest first; then those of the best backbones."""
+        left = self.left
+        if not left:
+            return None
+        tried = {cell.name for cell in self.failed}
+        best: dict[str, tuple[float, float]] = {}
+        for result in self.results:
+            rank = rank_by(self.metric, result.head)
+            best[result.cell.name] = min(rank, best.get(result.cell.name, rank))
+        new = [cell for cell in left if cell.name not in best and cell.name not in tried]
+        if new:
+            return min(new, key=lambda cell: cell.multiply_adds or 0.0)
+        worst = (float("inf"), float("inf"))
+        return min(left, key=lambda cell: best.get(cell.name, worst))
+
+    def fail(self, cell: Cell, reason: str) -> None:
+        """A network that can't be used at a size: it is left out with every crop."""
+        alike = (cell.name, cell.image_size)
+        self.failed |= {each: reason for each in self.left if (each.name, each.image_size) == alike}
+
+    def ranked(self) -> list[Result]:
+        """The results, the best first; of equal ones the cheaper first."""
+        position = {cell: i for i, cell in enumerate(self.cells)}
+
+        def key(result: Result) -> tuple[float, float, float, int]:
+            return (
+                *rank_by(self.metric, result.head), result.cell.multiply_adds or 0.0, position[result.cell],
+            )  # fmt: skip
+
+        return sorted(self.results, key=key)
+
+
+def pareto(results: Sequence[Result]) -> Iterator[Result]:
+    """Of results with the best first: those that no cheaper one reaches, by multiply-adds."""
+    lowest = float("inf")
+    for result in results:
+        cost = result.cell.multiply_adds
+        if cost is not None and cost < lowest:
+            lowest = cost
+            yield result
+
+
+def near_best(results: Sequence[Result], metric: str) -> list[Result]:
+    """Of results with the best first: those within the 95 % interval of the best; the best alone where it has none."""
+    interval = results[0].interval(metric)
+    if interval is None:
+        return list(results[:1])
+    return [result for result in results if result.value(metric) >= interval[0]]

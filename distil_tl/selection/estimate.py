@@ -1,0 +1,125 @@
+"""The accuracy to expect of the chosen cell, from images that played no part in the choice.
+
+It was chosen by val, so its figure there is too high: of many candidates the best is lucky, too. Images of test give a
+figure without this; where there are none, those of train do, in a nested cross-validation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from distil_tl.data.feature_cache import FeatureSubset
+from distil_tl.data.sampler import TrainSampler, epoch_order
+from distil_tl.distributed.preemption import Agreement
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.rundir.state import StageRecord
+from distil_tl.selection.cell_search import OpenCell
+from distil_tl.selection.cells import Estimate, Result
+from distil_tl.training.config import SearchConfig
+from distil_tl.training.feature_extraction import FeatureExtractor
+from distil_tl.training.features import Features
+from distil_tl.training.head_search import HeadSearch, prepare_search, search_heads
+from distil_tl.utils.errors import NonFiniteError, UserError
+
+FOLDS = 5
+
+
+class NoEstimateError(Exception):
+    """There is no figure, on all ranks alike. The text is the reason."""
+
+
+def estimate(info: DistInfo, found: OpenCell, result: Result, agreement: Agreement) -> Estimate:
+    """The figure from test if there are such images, else from cross-validation. A collective.
+
+    Raises:
+        NoEstimateError: train has too few images, or the heads of a fold diverge.
+        UserError: an image of test can't be used.
+        AllRanksStopError: on all ranks alike.
+    """
+    if "test" in found.source.splits:
+        return on_test(info, found, result, agreement)
+    try:
+        return by_cross_validation(info, found, agreement)
+    except NonFiniteError as error:
+        raise NoEstimateError(f"the heads of a fold diverge: {error}") from error
+
+
+def on_test(info: DistInfo, found: OpenCell, result: Result, agreement: Agreement) -> Estimate:
+    """The figure on test, of the head trained on train with the chosen settings."""
+    assert found.setup.features is not None
+    test = _extractor(info, found, agreement).open("test", "none", 1)
+    n = len(test) - len(test.bad())
+    if n == 0:
+        raise UserError("no image of test can be used; repair them, or remove the split")
+    search = prepare_search(info, found.stage, found.setup, found.source)
+    single = with_settings(search, result.head["lr"], result.head["weight_decay"])
+    features = Features(found.setup.features.train, test)
+    scored = search_heads(info, replace(single, features=features), agreement)
+    return Estimate.of("test", "images of test", n, found.stage.metric, scored[found.stage.metric])
+
+
+def by_cross_validation(info: DistInfo, found: OpenCell, agreement: Agreement, folds: int = FOLDS) -> Estimate:
+    """The figure on train by nested cross-validation, for the whole way from a backbone to a head.
+
+    Each fold is judged once, by a head trained on all other folds. Its settings were chosen by another fold, with heads
+    trained on the rest.
+    """
+    stage, features = found.stage, found.setup.features
+    assert features is not None
+    plain = (
+        features.train if stage.config.views is None else _extractor(info, found, agreement).open("train", "none", 1)
+    )
+    targets = found.source.index("train").targets
+    fold = divide(targets, folds, stage.seed)
+    smallest = min(int((~np.isin(fold, (k, (k + 1) % folds))).sum()) for k in range(folds))
+    if smallest < found.source.config.global_batch_size:
+        raise NoEstimateError(
+            f"a cross-validation would train on {smallest} images, fewer than one global batch of "
+            f"{found.source.config.global_batch_size}"
+        )
+    whole = prepare_search(info, stage, found.setup, found.source)
+
+    def part(search: HeadSearch, trained: np.ndarray, judged: np.ndarray) -> HeadSearch:
+        rows = np.flatnonzero(trained)
+        before = search.sampler
+        sampler = TrainSampler(
+            len(rows), global_batch_size=before.global_batch_size, world_size=1, rank=0, seed=stage.seed,
+            stage=stage.name, epochs=before.epochs, targets=targets[rows] if before.is_balanced else None,
+        )  # fmt: skip
+        parts = Features(FeatureSubset(features.train, rows), FeatureSubset(plain, np.flatnonzero(judged)))
+        return replace(search, sampler=sampler, features=parts)
+
+    total, counted = 0.0, 0
+    for k in range(folds):
+        inner = fold == (k + 1) % folds
+        chosen = search_heads(info, part(whole, ~inner & (fold != k), inner), agreement)
+        outer = part(with_settings(whole, chosen["lr"], chosen["weight_decay"]), fold != k, fold == k)
+        n = len(outer.features.val) - len(outer.features.val.bad())
+        total += search_heads(info, outer, agreement)[stage.metric] * n
+        counted += n
+    method = f"images of train, by nested cross-validation in {folds} folds"
+    return Estimate.of("train", method, counted, stage.metric, total / max(1, counted))
+
+
+def divide(targets: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of each image, int64 [N]: of equal size, and with an equal share of each class, up to one image."""
+    order = epoch_order(len(targets), seed, "folds", 0)
+    by_class = order[np.argsort(targets[order], kind="stable")]
+    fold = np.empty(len(targets), dtype=np.int64)
+    fold[by_class] = np.arange(len(targets)) % folds
+    return fold
+
+
+def with_settings(search: HeadSearch, lr: float, weight_decay: float) -> HeadSearch:
+    """The same search, of a single head."""
+    config = replace(search.stage.config, search=SearchConfig([lr], [weight_decay]))
+    return replace(search, stage=replace(search.stage, config=config))
+
+
+def _extractor(info: DistInfo, found: OpenCell, agreement: Agreement) -> FeatureExtractor:
+    assert found.setup.prefix is not None
+    return FeatureExtractor(
+        info, found.model, found.setup.prefix, found.source, found.stage, StageRecord(), agreement, limit_memory=False
+    )

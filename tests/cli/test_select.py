@@ -1,0 +1,233 @@
+"""`distil-tl select`: the same result on any number of ranks, kept when it is interrupted, and trained by best.yaml."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from distil_tl import train as train_module
+from distil_tl.cli import select as command
+from distil_tl.cli.selection import _Selection
+from distil_tl.selection import costs
+from distil_tl.selection.cell_search import CellSearch
+from distil_tl.selection.cells import Cell, Result
+from distil_tl.selection.outcome import TIMES
+from tests.helpers.arguments import SMALLEST
+from tests.helpers.images import make_folder
+from tests.helpers.ranks import run_ranks
+from tests.helpers.runs import summary_of
+
+TWO = f"candidates=[{SMALLEST},timm/test_efficientnet]"
+
+
+@pytest.fixture(autouse=True)
+def _no_long_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(costs, "SECONDS", 0.0)
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    """A small grid with random weights."""
+    return [
+        f"data.root={folder}", "data.global_batch_size=8", "data.workers=0", "model.weights=none", "precision=fp32",
+        "distributed.device=cpu", "distributed.timeout_seconds=60", "stages.head.epochs=2", "optim.name=adamw",
+        "stages.head.search.lr=[0.1,0.003]", "stages.head.search.weight_decay=[0.01]", *more, "--out", str(out),
+    ]  # fmt: skip
+
+
+def select(args: list[str], cache: str | None = None) -> int:
+    """`distil-tl select` in this process."""
+    if cache is not None:
+        os.environ["DISTIL_TL_CACHE"] = cache
+    return command.main(args)
+
+
+def content(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "select.json").read_text())
+    return found
+
+
+def without_times(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: without_times(value) for key, value in tree.items() if key not in TIMES}
+    return [without_times(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def test_all_cells_are_ranked_and_the_second_call_repeats_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = arguments(folder, tmp_path / "out", TWO, "sizes=40", "crops=[weights,squash]")
+    assert select(args) == 0
+    found, printed = content(tmp_path / "out"), capsys.readouterr().out
+    rows = found["rows"]
+    assert len({(row["model"], row["image_size"], row["crop_mode"]) for row in rows}) == len(rows) == 4
+    assert [row["top1"] for row in rows] == sorted((row["top1"] for row in rows), reverse=True)
+    assert found["images"] == {"train": 52, "val": 31}
+    assert found["not_tried"] == []
+    for row in rows:
+        low, high = row["interval"]
+        assert 0 <= low <= row["top1"] <= high <= 1
+        assert row["top1"] == max(head["top1"] for head in row["heads"])
+        assert len(row["heads"]) == 2
+        assert row["gmacs"] > 0
+        assert row["parameters"] > 1000
+        assert row["near_best"] == (row["top1"] >= rows[0]["interval"][0])
+    assert [effect["pairs"] for effect in found["effects"]] == [2]
+    assert "within its interval" in (tmp_path / "out" / "select.html").read_text()
+    assert found["near_best"] == sum(row["near_best"] for row in rows)
+    assert rows[0]["pareto"]
+    assert "images of train, by nested cross-validation" in printed
+    assert found["estimate"]["n"] == 52
+    assert printed.count("timm/test_efficientnet 40 px squash") >= 2, "it was announced, and then it had a figure"
+
+    monkeypatch.setattr(CellSearch, "search", None)
+    monkeypatch.setattr(CellSearch, "open", None)
+    assert select(args) == 0
+    assert without_times(content(tmp_path / "out")) == without_times(found)
+
+
+def test_best_yaml_trains_the_head_that_was_chosen(folder: Path, tmp_path: Path) -> None:
+    crops = ("sizes=40", "crops=squash")
+    assert select(arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", *crops)) == 0
+    best = content(tmp_path / "out")["best"]
+    tree = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
+    assert list(tree["stages"]) == ["head", "full"]
+    assert tree["data"] == {
+        "root": str(folder), "global_batch_size": 8, "workers": 0, "image_size": 40, "crop_mode": "squash",
+    }  # fmt: skip
+    run = tmp_path / "run"
+    assert train_module.main([str(tmp_path / "out" / "best.yaml"), f"run_dir={run}", "stages.full.epochs=0"]) == 0
+    summary = summary_of(run)
+    assert summary["final"]["top1"] == best["top1"]
+    assert summary["final"]["loss"] == pytest.approx(best["loss"], rel=1e-5)
+    assert summary["stages"]["head"]["search"]["lr"] == best["lr"]
+
+
+def test_it_is_the_same_on_any_number_of_ranks(folder: Path, tmp_path: Path) -> None:
+    found = []
+    for world in (1, 2, 4):
+        out, cache = tmp_path / f"out{world}", str(tmp_path / f"cache{world}")
+        assert run_ranks(world, select, arguments(folder, out, TWO, "sizes=[32]", "crops=squash"), cache) == [0] * world
+        assert content(out)["ranks"] == world
+        found.append(without_times(content(out)))
+    assert found[0] == found[1] == found[2]
+    assert found[0]["estimate"]["split"] == "train"
+
+
+def test_an_interrupted_selection_resumes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args, searched = arguments(folder, tmp_path / "out", TWO, "sizes=32"), list[str]()
+    original = CellSearch.search
+
+    def search(self: CellSearch, cell: Cell) -> Result:
+        if searched:
+            os.kill(os.getpid(), signal.SIGTERM)
+        searched.append(cell.name)
+        return original(self, cell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CellSearch, "search", search)
+        assert select(args) == 3
+    assert "1 of 2 cells are saved" in capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 1
+    assert not (tmp_path / "out" / "select.json").exists()
+    assert len(searched) == 2
+    again: list[str] = []
+
+    def record(self: CellSearch, cell: Cell) -> Result:
+        again.append(cell.name)
+        return original(self, cell)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CellSearch, "search", record)
+        assert select(args) == 0
+    assert again == searched[1:]
+    assert select(arguments(folder, tmp_path / "whole", TWO, "sizes=32")) == 0
+    assert without_times(content(tmp_path / "out")) == without_times(content(tmp_path / "whole"))
+
+
+def test_images_of_test_give_the_estimate(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", {"train": 40, "val": 15, "test": 12})
+    assert select(arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", "sizes=32")) == 0
+    estimate = content(tmp_path / "out")["estimate"]
+    assert (estimate["split"], estimate["n"]) == ("test", 12)
+    assert (estimate["value"] * 12) % 1 == pytest.approx(0)
+    best, run = tmp_path / "out" / "best.yaml", tmp_path / "run"
+    assert train_module.main([str(best), f"run_dir={run}", "stages.full.epochs=0", "checkpoint.keep=2"]) == 0
+    figures, summary = summary_of(run)["test"], summary_of(run)
+    if summary["best"]["epoch"] == summary["final"]["epoch"]:  # the estimate is of the last epoch
+        assert figures["top1"] == pytest.approx(estimate["value"])
+
+
+def test_too_few_images_for_a_cross_validation_are_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = (f"candidates={SMALLEST}", "sizes=32", "data.global_batch_size=48")
+    assert select(arguments(folder, tmp_path / "out", *more)) == 0
+    assert content(tmp_path / "out")["estimate"] is None
+    assert "30 images, fewer than one global batch of 48" in capsys.readouterr().out
+
+
+def test_a_budget_ends_it_with_the_best_so_far(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def fits(self: Any, cell: Cell, budget: float) -> bool:
+        asked.append(cell.name)
+        return len(asked) < 2
+
+    monkeypatch.setattr(_Selection, "fits", fits)
+    assert select([*arguments(folder, tmp_path / "out", TWO, "sizes=32"), "--budget", "1m"]) == 0
+    found = content(tmp_path / "out")
+    assert [row["model"] for row in found["rows"]] == asked[:1]
+    assert [cell["model"] for cell in found["not_tried"]] == asked[1:]
+    assert found["budget_seconds"] == 60
+
+
+def test_what_cannot_be_used_is_named_and_the_rest_is_tried(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The head of SqueezeNet is a convolution; test_vit takes multiples of 16 pixels.
+    names = f"candidates=[squeezenet1_1,timm/test_vit,{SMALLEST}]"
+    assert select(arguments(folder, tmp_path / "out", names, "sizes=[40]")) == 0
+    found = content(tmp_path / "out")
+    assert [row["model"] for row in found["rows"]] == [SMALLEST]
+    assert "single linear layer" in found["left_out"]["squeezenet1_1 40 px"]
+    assert "multiple of 16" in found["left_out"]["timm/test_vit 40 px"]
+    assert "left out: timm/test_vit" in capsys.readouterr().out
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    missing = [*arguments(folder, tmp_path / "none", "candidates=[resnet18,resnet34]"), "model.weights=auto"]
+    assert select(missing) == 2
+    assert "for name in resnet18 resnet34; do distil-tl prefetch model.name=$name; done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["candidates=[renset18]"], "resnet18"),
+        (["crops=[squish]", "sizes=[1]"], "2 problems"),
+        (["--budget", "10"], "10m"),
+        (["stages.head.mixup=0.2"], "mixes images"),
+        (["nosuch=1"], "nosuch"),
+        (["--nosuch"], "--nosuch"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], named: str
+) -> None:
+    assert select(arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", *more)) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_folder_with_other_files_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder, tmp_path / "mine")
+    assert select(arguments(folder, tmp_path / "mine", f"candidates={SMALLEST}")) == 2
+    assert "other files" in capsys.readouterr().err

@@ -1,0 +1,160 @@
+"""The grid of a selection: names, sizes, costs, the order of cells, and which results are near the best."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from distil_tl.models.config import ModelConfig
+from distil_tl.selection.candidates import expand, locate, matching
+from distil_tl.selection.cells import Cell, Grid, Result, near_best, pareto
+from distil_tl.selection.config import LISTS, GridConfig, head_stage, read_budget
+from distil_tl.selection.estimate import divide
+from distil_tl.training.config import SearchConfig, StageConfig
+from distil_tl.utils.errors import UserError
+
+
+def cell(name: str, size: int = 32, crop: str = "weights", gmacs: float = 1.0) -> Cell:
+    return Cell(name, "none", size, crop, 10, int(gmacs * 1e9), digest=f"{name}{size}{crop}")
+
+
+def result(cell: Cell, top1: float, loss: float = 1.0, n: int = 100) -> Result:
+    head = {"lr": 0.1, "weight_decay": 0.0, "top1": top1, "loss": loss}
+    return Result(cell, "none", n, head, [head], "fp32", 8, 100.0, 1.0)
+
+
+# What is given.
+
+
+def test_a_list_a_single_value_and_commas_are_the_same() -> None:
+    for given in (["a", "b"], "a,b", "a, b", ["a", "b", "a"]):
+        assert GridConfig(candidates=given).candidates == ["a", "b"]
+    assert GridConfig(sizes=64).sizes == [64]
+    assert GridConfig().sizes == []
+    assert not list(GridConfig(sizes=[64], crops="squash").problems())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"sizes": [4]}, "sizes has 4"),
+        ({"sizes": ["big"]}, "sizes has 'big'"),
+        ({"crops": ["squish"]}, "squash"),
+        ({"candidates": []}, "candidates is empty"),
+        ({"candidates": [3]}, "candidates has 3"),
+    ],
+)
+def test_wrong_values_are_named(wrong: dict[str, object], named: str) -> None:
+    (problem,) = GridConfig(**wrong).problems()
+    assert named in problem
+
+
+def test_a_budget_has_a_unit() -> None:
+    assert [read_budget(text) for text in ("90s", "10m", "1.5h")] == [90, 600, 5400]
+    for wrong in ("10", "0m", "-1m", "ten", "1d"):
+        with pytest.raises(ValueError, match="10m"):
+            read_budget(wrong)
+
+
+def test_the_heads_are_those_of_the_first_stage_if_it_trains_the_head_alone() -> None:
+    own = StageConfig(unfreeze="head", epochs=4, augment="light", image_size=64, search=SearchConfig(lr=[0.5]))
+    name, stage = head_stage({"probe": own, "full": StageConfig()})
+    assert (name, stage.epochs, stage.search.lr, stage.image_size) == ("probe", 4, [0.5], None)
+    assert (stage.features, stage.augment) == ("on", "none")
+    assert head_stage({"probe": replace(own, views=2)})[1].augment == "light"
+    for stages in ({"full": StageConfig()}, {"head": replace(own, epochs=0)}):
+        name, stage = head_stage(stages)
+        assert name not in stages
+        assert (stage.epochs, len(stage.search.lr) * len(stage.search.weight_decay)) == (20, 50)
+
+
+# Names.
+
+
+def test_the_models_of_the_built_in_lists_exist() -> None:
+    for names in LISTS.values():
+        assert [name for name in names if ModelConfig(name, "none").name_problems()] == []
+        assert expand([name for name in LISTS if LISTS[name] == names]) == list(names)
+
+
+def test_patterns_stand_for_models_with_weights() -> None:
+    assert matching("resnet1*", pretrained=True) == ["resnet101", "resnet152", "resnet18"]
+    assert "timm/tf_efficientnet_lite3" in matching("timm/tf_*lite*", pretrained=True)
+    with_weights, all_ = (set(matching("timm/efficientnet_*", pretrained=yes)) for yes in (True, False))
+    assert "timm/efficientnet_b8" in all_ - with_weights
+    assert with_weights < all_
+
+
+def test_unknown_names_are_refused_together() -> None:
+    with pytest.raises(UserError, match=r"(?s)renset18.*resnet18.*nosuch\*"):
+        expand(["renset18", "timm/nosuch*", "resnet18"])
+
+
+def test_weights_that_are_missing_and_models_without_any_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    names = ["resnet18", "timm/efficientnet_b8"]
+    found = locate(names, ModelConfig(weights="auto"))
+    assert found.missing == {"resnet18": "torchvision IMAGENET1K_V1"}
+    assert "no weights" in found.unusable["timm/efficientnet_b8"]
+    assert [model.name for model in locate(names, ModelConfig(weights="none")).usable] == names
+
+
+# The order.
+
+
+def test_each_backbone_is_tried_once_before_the_best_ones_get_more() -> None:
+    cells = [cell(name, size, gmacs=gmacs) for name, gmacs in (("a", 3), ("b", 1), ("c", 2)) for size in (32, 64)]
+    grid = Grid(cells, "top1")
+    figures = {"a": 0.5, "b": 0.3, "c": 0.9}
+    order = []
+    while (following := grid.following()) is not None:
+        order.append((following.name, following.image_size))
+        grid.results.append(result(following, figures[following.name]))
+    assert order == [("b", 32), ("c", 32), ("a", 32), ("c", 64), ("a", 64), ("b", 64)]
+
+
+def test_a_network_that_fails_is_left_out_with_every_crop_of_its_size() -> None:
+    cells = [cell("a", size, crop) for size in (32, 64) for crop in ("weights", "squash")]
+    grid = Grid(cells, "top1")
+    grid.fail(cells[0], "no")
+    assert grid.left == cells[2:]
+    assert grid.following() == cells[2]
+
+
+def test_the_best_is_ahead_by_its_figure_then_its_loss_then_its_cost() -> None:
+    rows = [
+        result(cell("dear", gmacs=3), 0.8, 0.5), result(cell("cheap", gmacs=1), 0.8, 0.5),
+        result(cell("sure", gmacs=9), 0.8, 0.4), result(cell("bad", gmacs=0.5), 0.2),
+    ]  # fmt: skip
+    grid = Grid([each.cell for each in rows], "top1", rows)
+    ranked = grid.ranked()
+    assert [each.cell.name for each in ranked] == ["sure", "cheap", "dear", "bad"]
+    assert [each.cell.name for each in pareto(ranked)] == ["sure", "cheap", "bad"]
+
+
+def test_near_the_best_is_within_its_interval() -> None:
+    rows = [result(cell("a"), 0.8), result(cell("b"), 0.72), result(cell("c"), 0.70)]
+    low, high = rows[0].interval("top1") or (0, 0)
+    assert low == pytest.approx(0.7112, abs=1e-3)
+    assert high == pytest.approx(0.8666, abs=1e-3)
+    assert [each.cell.name for each in near_best(rows, "top1")] == ["a", "b"]
+    assert rows[0].interval("loss") is None
+    assert near_best(rows, "loss") == rows[:1]
+
+
+def test_folds_are_equal_in_size_and_in_classes() -> None:
+    targets = np.repeat([0, 1, 2], [50, 23, 4])
+    fold = divide(targets, 5, 0)
+    assert sorted(np.bincount(fold)) == [15, 15, 15, 16, 16]
+    for target, size in enumerate((50, 23, 4)):
+        counts = np.bincount(fold[targets == target], minlength=5)
+        assert counts.max() - counts.min() <= 1
+        assert counts.sum() == size
+    assert (divide(targets, 5, 0) == fold).all()
+    assert (divide(targets, 5, 1) != fold).any()
