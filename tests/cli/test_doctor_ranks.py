@@ -27,7 +27,7 @@ def examine_in(where: str, args: list[str], fault: str, seconds: str) -> tuple[i
         return 0, {}
     module: Any = facts
     if fault == "no answer" and rank() == 1:
-        module.probe_folder = lambda path, write: time.sleep(30)
+        module.probe_folder = lambda path, write: time.sleep(9)  # longer than the timeout
     if fault == "hangs" and rank() == 1:
         group.try_collectives = lambda *_: time.sleep(4) or {}  # type: ignore[func-returns-value]
     if fault == "pixels" and rank() == 1:

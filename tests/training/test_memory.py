@@ -31,7 +31,7 @@ from tests.helpers.torchrun import ENVIRONMENT, TORCHRUN
 
 train_module: Any = importlib.import_module("distil_tl.train")
 
-EXACT = ("model.name=shufflenet_v2_x0_5", "data.augment=none")  # no dropout
+EXACT = ("model.name=shufflenet_v2_x0_5", "data.augment=none", "stages.full.epochs=1")  # no dropout
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_run_completes_with_smaller_parts(
 
 
 def ranks_on_small_devices(args: list[str], place: str) -> tuple[list[int], int]:
-    return train_on_small_device(args, chance=0.12, seed=3, place=place)
+    return train_on_small_device(args, chance=0.3, seed=3, place=place)
 
 
 @pytest.mark.parametrize("place", ["forward", "loss", "backward"])
@@ -187,15 +187,16 @@ SABOTAGE = """
 import os, sys
 if any("distil_tl.train" in word for word in sys.orig_argv) and "RANK" in os.environ:
     from tests.helpers.memory import SmallDevice
-    applied = SmallDevice(0.12, 3, "backward").applied()
+    applied = SmallDevice(1.0, 3, "backward").applied()
     applied.__enter__()
 """
 
 
 def test_processes_of_torchrun_start_again(folder: Path, tmp_path: Path, reference: Path) -> None:
+    """Once: from then on they take fewer images."""
     (tmp_path / "sitecustomize.py").write_text(SABOTAGE)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
-    args = [*small_args(folder), *EXACT, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2", "resume=never"]
+    args = [*small_args(folder), *EXACT, "stages.full.epochs=0", f"run_dir={tmp_path}/run", "resume=never"]
     ended = subprocess.run(
         [*TORCHRUN, "-m", "distil_tl.train", *args], env={**ENVIRONMENT, "PYTHONPATH": path},
         capture_output=True, text=True, timeout=240, check=False,
@@ -203,7 +204,7 @@ def test_processes_of_torchrun_start_again(folder: Path, tmp_path: Path, referen
     assert ended.returncode == 0, ended.stderr
     assert "the run starts again from its last checkpoint" in ended.stderr
     assert "Traceback" not in ended.stderr
-    same_losses(tmp_path / "run", reference)
+    assert losses(tmp_path / "run", "head") == pytest.approx(losses(reference, "head"), rel=1e-3)
 
 
 def test_a_smaller_size_is_kept_on_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
