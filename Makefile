@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Processes that run tests side by side; 0 for none. One of three mostly waits for Slurm. On a large machine use more.
-WORKERS ?= 3
+# Processes that run tests side by side; 0 for none. Most tests with several ranks wait half of the time. On a large
+# machine use more.
+WORKERS ?= 4
 # Processes side by side are fastest with one thread each, and compile Python files only once.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --durations=20 --dist=loadgroup --no-loadscope-reorder
 
