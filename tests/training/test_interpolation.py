@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from distil_tl.training.averaging import trained_tensors
 from distil_tl.training.config import StageConfig
 from distil_tl.training.interpolation import ALPHAS, Interpolation, best_alpha
 from distil_tl.training.stage import apply_stage
+from tests.helpers.chaos import attempt
 from tests.helpers.networks import tiny
 from tests.helpers.ranks import lines, run_ranks, train
 from tests.helpers.runs import evaluated, same_result, summary_of
@@ -92,17 +94,21 @@ def test_a_run_ends_with_the_alpha_that_is_best_on_val(finished: Path, tmp_path:
         assert all(torch.equal(weights[name], loaded[name]) for name in weights)
 
 
-def stopped_at_an_alpha(args: list[str]) -> int:
-    """Train, with a signal in the fourth of the evaluations of interpolated weights."""
+def signal_at_an_alpha(number: int) -> None:
+    """This process gets a signal in the fourth of the evaluations of interpolated weights."""
     original, calls = finish_module.evaluate, []
 
     def evaluate(*args: Any, **more: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(*args, **more)
 
     finish_module.evaluate = evaluate
+
+
+def stopped_at_an_alpha(args: list[str]) -> int:
+    signal_at_an_alpha(signal.SIGTERM)
     importlib.import_module("distil_tl.distributed.preemption").EXCHANGE_SECONDS = 0.0  # type: ignore[attr-defined]
     return train(args)
 
@@ -116,8 +122,29 @@ def test_a_stop_between_two_alphas(finished: Path, small: list[str], tmp_path: P
     held = torch.load(tmp_path / "run/checkpoints/last/train_state.pt")
     assert held["interpolation"]["start"].keys() == held["interpolation"]["best"].keys() == held["raw"].keys()
     assert train(args) == 0
-    same_result(tmp_path / "run", finished)
-    for name in ("best", "final"):
-        assert summary_of(tmp_path / "run")[name] == summary_of(finished)[name]
-    found = [summary_of(path)["stages"]["full"]["wise_ft"]["figures"] for path in (tmp_path / "run", finished)]
-    assert found[0] == found[1]
+    same_run(tmp_path / "run", finished)
+
+
+def same_run(run_dir: Path, reference: Path) -> None:
+    """Byte-equal weights, and the same figures, also of each alpha."""
+    same_result(run_dir, reference)
+    one, two = (summary_of(path) for path in (run_dir, reference))
+    assert [one[name] for name in ("best", "final")] == [two[name] for name in ("best", "final")]
+    assert one["stages"]["full"]["wise_ft"]["figures"] == two["stages"]["full"]["wise_ft"]["figures"]
+
+
+def test_a_kill_between_two_alphas_after_an_early_stop(small: list[str], tmp_path: Path) -> None:
+    """The checkpoint that the run resumes from is that of the early end, with the best weights of the stage."""
+    general = [*small, *WISE, "stages.full.ema=0.5", "stages.full.epochs=6", "stages.full.patience=1"]
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    assert train([*general, f"run_dir={whole}"]) == 0
+    stage = summary_of(whole)["stages"]["full"]
+    assert (stage["stopped_early"], 1 < stage["epochs"] < 6) == (True, True), stage["epochs"]
+    assert stage["wise_ft"]["figures"][0]["loss"] == stage["best"]["loss"]
+    args = [*general, f"run_dir={run_dir}"]
+    killed = partial(signal_at_an_alpha, signal.SIGKILL)
+    assert attempt(tmp_path / "scratch", args, 1, prepare=killed).statuses == [-signal.SIGKILL]
+    state = json.loads((run_dir / "checkpoints/last/state.json").read_text())["run"]["stages"]["full"]
+    assert (state["stopped_early"], state["wise_ft"]) == (True, None)
+    assert train(args) == 0
+    same_run(run_dir, whole)

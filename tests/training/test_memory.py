@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distil_tl.data import loader
 from distil_tl.data.loader import Batch
@@ -148,6 +149,16 @@ def reference(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+EMA = ("stages.head.ema=0.8", "stages.full.ema=0.9", "stages.full.lr=0.05")
+
+
+@pytest.fixture(scope="module")
+def averaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("memory") / "averaged"
+    assert train([*small_args(folder), *EXACT, *EMA, f"run_dir={run_dir}"]) == 0
+    return run_dir
+
+
 @pytest.mark.parametrize("more", [(), ("data.max_local_batch_size=4",), ("stages.full.batch_norm=train",)])
 def test_a_run_completes_with_smaller_parts(
     folder: Path, tmp_path: Path, reference: Path, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
@@ -181,6 +192,28 @@ def test_ranks_agree_and_complete(folder: Path, tmp_path: Path, reference: Path,
     assert sum(failures for _, failures in ended)
     same_losses(tmp_path / "run", reference)
     assert any(stage["part_sizes"] for stage in summary_of(tmp_path / "run")["stages"].values())
+
+
+@pytest.mark.parametrize(("world", "place"), [(1, "any"), (2, "backward")])
+def test_the_average_of_weights_is_that_of_a_run_with_enough_memory(
+    folder: Path, tmp_path: Path, averaged: Path, world: int, place: str
+) -> None:
+    """A step that is repeated counts once, and ranks that start again restore the average and the raw weights."""
+    args = [*small_args(folder), *EXACT, *EMA, f"run_dir={tmp_path}/run", "checkpoint.every_steps=2"]
+    ended = run_ranks(world, ranks_on_small_devices, args, place)
+    assert {statuses[-1] for statuses, _ in ended} == {0}
+    assert sum(failures for _, failures in ended)
+    assert (len(ended[0][0]) > 1) == (place == "backward")
+    same_losses(tmp_path / "run", averaged)
+    for name, path in (("average", "weights.safetensors"), ("raw", "train_state.pt")):
+        one, two = (run_dir / "checkpoints" / "last" / path for run_dir in (tmp_path / "run", averaged))
+        if name == "average":
+            found, expected = load_file(one), load_file(two)
+        else:
+            found, expected = torch.load(one)["raw"], torch.load(two)["raw"]
+        assert found.keys() == expected.keys()
+        for key in found:
+            assert torch.allclose(found[key].double(), expected[key].double(), rtol=1e-3, atol=1e-4), (name, key)
 
 
 SABOTAGE = """
