@@ -25,7 +25,8 @@ def load(run_dir: str | Path, checkpoint: str = "best") -> TrainedModel:
     """A trained model, ready to use: `model, transform, classes = distil_tl.load(RUN_DIR)`.
 
     The model is on the CPU in evaluation mode and gives logits [N, C] for `transform(image)[None]`, where `image`
-    is a path, a PIL image, a uint8 tensor [3, H, W] or a uint8 array [H, W, 3].
+    is a path, a PIL image, a uint8 tensor [3, H, W] or a uint8 array [H, W, 3]. What is returned also has a
+    `temperature` (1 if none was fitted): `(logits / temperature).softmax(1)` are calibrated probabilities.
 
     Args:
         run_dir: what `distil_tl.train` wrote.

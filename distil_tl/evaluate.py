@@ -23,7 +23,7 @@ from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.inference import restore_model
-from distil_tl.training.console import evaluation_json
+from distil_tl.training.console import evaluation_json, print_calibration
 from distil_tl.training.evaluation import evaluate
 from distil_tl.utils.files import json_text
 from distil_tl.utils.intervals import plus_minus
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         batches = source.batches(source.eval_loader(split, restored.image_size, sampler), split)
         result = evaluate(
             info, network, sampler.turns, batches, len(restored.classes),
-            mistakes=options.mistakes, show=True,
+            mistakes=options.mistakes, temperature=restored.temperature, show=True,
         )  # fmt: skip
         bad_images.refuse_none_usable(result.metrics.count, split, index)
         if not info.is_main:
@@ -100,6 +100,7 @@ def print_metrics(title: str, content: dict[str, Any]) -> None:
         "%s: top-1 %s, top-5 %s, macro-F1 %s, loss %.4f, n %d (\u00b1: half the width of the 95 %% interval)",
         title, top1, top5, macro_f1, content["loss"], content["n"],
     )  # fmt: skip
+    print_calibration(content["calibration"])
 
 
 if __name__ == "__main__":

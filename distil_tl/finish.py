@@ -11,7 +11,7 @@ from typing import Any
 
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.run import Run
-from distil_tl.rundir.checkpoint import load_weights
+from distil_tl.rundir.checkpoint import CALIBRATION, load_weights
 from distil_tl.training import console
 from distil_tl.training.evaluation import MISTAKES, Evaluation, evaluate
 from distil_tl.training.interpolation import ALPHAS, Interpolation, best_alpha
@@ -68,19 +68,25 @@ def finish(run: Run) -> None:
     shown = state.best or state.final
     assert shown is not None
     results = {} if run.best_evaluation is None else {"val": run.best_evaluation}
-    missing = [split for split in ("test", "val") if split in run.source.splits and split not in results]
-    if missing:
-        results |= evaluate_best(run, shown["stage"], missing)
-    intervals = dict[str, Any]()
+    if missing := [split for split in ("val", "test") if split in run.source.splits and split not in results]:
+        evaluate_best(run, shown["stage"], missing, results)
+    else:
+        fit_temperature(run, results["val"])
+    intervals, calibration = dict[str, Any](), dict[str, Any]()
     for split, result in results.items() if info.is_main else ():
         name = "evaluation.json" if split == "val" else f"evaluation_{split}.json"
         content = console.evaluation_json(split, run.source.index(split), result)
         run.directory.write(name, content)
         intervals[split] = content["intervals"]
+        assert result.calibration is not None
+        calibration[split] = result.calibration.figures(bins=False)
+    path = run.checkpoints.path(shown["step"])
+    if info.is_main and path.is_dir():
+        run.directory.write(f"{path.parent.name}/{path.name}/{CALIBRATION}", calibration["val"])
     run.source.bad_images.combine_ranks(info)
     state.bad_images = run.source.bad_images.by_split
     state.best = shown
-    more = {"intervals": intervals.get("val")}
+    more = {"intervals": intervals.get("val"), "calibration": calibration}
     if "test" in results:
         more["test"] = {**results["test"].metrics.compute(), "intervals": intervals.get("test")}
     # The others wait without a collective: W&B may take longer to finish than a collective may last.
@@ -89,8 +95,19 @@ def finish(run: Run) -> None:
         console.print_result(run.directory.path, summary)
 
 
-def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluation]:
-    """Evaluate the best checkpoint, which is of `stage`, on each of `splits`."""
+def fit_temperature(run: Run, on_val: Evaluation) -> float | None:
+    """Add the temperature that val suggests to its evaluation, and return it. A collective."""
+    assert on_val.calibration is not None
+    run.info.phase = "fitting the temperature"
+    on_val.calibration.fit(run.info, "val")
+    return on_val.calibration.temperature
+
+
+def evaluate_best(run: Run, stage: str, splits: list[str], results: dict[str, Evaluation]) -> None:
+    """Evaluate the best checkpoint, which is of `stage`, on each of `splits`, and add that to `results`.
+
+    After val, which comes first, a temperature is fitted to it.
+    """
     info, best = run.info, run.state.best
     if best is not None:  # else the best one is in the directory that this run resumed from: the last one is used
         load_weights(run.checkpoints.path(best["step"]), run.model.module)
@@ -99,13 +116,13 @@ def evaluate_best(run: Run, stage: str, splits: list[str]) -> dict[str, Evaluati
     loaders = {split: run.source.eval_loader(split, image_size, samplers[split]) for split in splits}
     batches = {split: run.source.batches(loaders[split], split) for split in splits}  # loaded from now on
     network = final_network(run.model, run.config.stages[stage], run.compute(stage), record, info.device, image_size)
-    results: dict[str, Evaluation] = {}
+    temperature = fit_temperature(run, results["val"]) if "val" in results else None
     for split in splits:
         info.phase = f"the final evaluation on {split}"
         part_size = PartSize("evaluation", f"the evaluation on {split}", record.part_sizes)
         results[split] = evaluate(
             info, network, samplers[split].turns, batches[split], run.num_classes,
-            part_size=part_size, agreement=run.agreement, mistakes=MISTAKES,
+            part_size=part_size, agreement=run.agreement, mistakes=MISTAKES, temperature=temperature,
         )  # fmt: skip
         run.source.bad_images.refuse_none_usable(results[split].metrics.count, split, run.source.index(split))
-    return results
+        temperature = fit_temperature(run, results[split]) if split == "val" else temperature

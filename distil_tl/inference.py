@@ -97,11 +97,15 @@ class TrainedModel:
     """A trained classifier: `model(transform(image)[None])` gives logits [1, C] in the order of `classes`.
 
     Unpacks as `model, transform, classes`.
+
+    Attributes:
+        temperature: `(logits / temperature).softmax(1)` are calibrated probabilities; 1 if none was fitted.
     """
 
     model: nn.Module
     transform: Transform
     classes: list[str]
+    temperature: float = 1.0
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter((self.model, self.transform, self.classes))
@@ -120,6 +124,7 @@ class RestoredModel:
         precision: as configured; for `auto`, the precision chosen in training.
         stage: of the checkpoint.
         prefix_precision: of its frozen part, if it had one and the precision was chosen in training.
+        temperature: divides the logits for calibrated probabilities; None if none was fitted.
     """
 
     config: Config
@@ -130,6 +135,7 @@ class RestoredModel:
     precision: str
     stage: StageConfig = field(default_factory=StageConfig)
     prefix_precision: str | None = None
+    temperature: float | None = None
 
     def network(self, device: torch.device) -> Network:
         """The whole model in evaluation mode, on uint8 images, computed as while its stage trained."""
@@ -155,7 +161,7 @@ def load_trained(run_dir: str | Path, checkpoint: str = "best") -> TrainedModel:
     """
     restored = restore_model(run_dir, checkpoint)
     transform = restored.transform()
-    return TrainedModel(restored.model.module.eval(), transform, restored.classes)
+    return TrainedModel(restored.model.module.eval(), transform, restored.classes, restored.temperature or 1.0)
 
 
 def restore_model(run_dir: str | Path, checkpoint: str = "best", overrides: list[str] | None = None) -> RestoredModel:
@@ -196,7 +202,8 @@ def restore_model(run_dir: str | Path, checkpoint: str = "best", overrides: list
     chosen = record.get("precision")  # such as "bf16 channels_last"
     precision = chosen.partition(" ")[0] if config.precision == "auto" and chosen else config.precision
     prefix = (record.get("prefix_precision") or "").partition(" ")[0] if config.precision == "auto" else None
-    return RestoredModel(config, model, classes, image_size, path, precision, stage, prefix or None)
+    temperature = ckpt.load_temperature(path)
+    return RestoredModel(config, model, classes, image_size, path, precision, stage, prefix or None, temperature)
 
 
 def _find_checkpoint(run_dir: Path, checkpoint: str) -> Path:

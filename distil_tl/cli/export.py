@@ -35,6 +35,8 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="safetensors: model.safetensors and "
                         "config.json, which timm or torchvision load")  # fmt: skip
     parser.add_argument("--checkpoint", default="best", help="best, last, or a folder in RUN_DIR/checkpoints")
+    parser.add_argument("--uncalibrated", action="store_true", help="probabilities without the temperature that was "
+                        "fitted on val")  # fmt: skip
     options = parser.parse_intermixed_args(args)
     return run_command("distil-tl export", lambda: run(options))
 
@@ -49,6 +51,8 @@ def run(options: argparse.Namespace) -> None:
     """
     refuse_several_processes("distil-tl export")
     output: Path = options.output
+    if options.format != "onnx" and options.uncalibrated:
+        raise UserError("--uncalibrated is for probabilities; the models of --format safetensors give logits")
     if options.format == "onnx":
         if output.suffix != ONNX:
             raise UserError(f"-o {printable(output)}: name a file that ends in {ONNX}")
@@ -58,7 +62,9 @@ def run(options: argparse.Namespace) -> None:
     from distil_tl.cli import exports  # imports torch, which takes seconds; --help does not need it
 
     if options.format == "onnx":
-        exports.export_onnx(options.run_dir, options.checkpoint, options.overrides, output)
+        exports.export_onnx(
+            options.run_dir, options.checkpoint, options.overrides, output, calibrated=not options.uncalibrated
+        )
     else:
         exports.export_library(options.run_dir, options.checkpoint, options.overrides, output)
 

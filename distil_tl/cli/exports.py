@@ -37,11 +37,14 @@ SPLIT = "val"
 PREPARED = 200  # images on which predict.py is compared with the package
 
 
-def export_onnx(run_dir: Path, checkpoint: str, overrides: Sequence[str], output: Path) -> None:
+def export_onnx(run_dir: Path, checkpoint: str, overrides: Sequence[str], output: Path, *, calibrated: bool) -> None:
     """Write the model to `output`, and predict.py beside it.
 
     The file gets its name only after onnxruntime has answered every image of val. PyTorch evaluates in float32 on the
     CPU, as the exported model does.
+
+    Args:
+        calibrated: divide the logits by the temperature of the checkpoint, if it has one.
 
     Raises:
         UserError: no such run, images or library, or the output can't be written.
@@ -51,14 +54,15 @@ def export_onnx(run_dir: Path, checkpoint: str, overrides: Sequence[str], output
     setup_console(True)
     restored = restore_model(run_dir, checkpoint, [*overrides, "distributed.device=cpu", "distributed.backend=auto"])
     config, model, size = restored.config, restored.model, restored.image_size
+    temperature = restored.temperature if calibrated else None
     check_evaluation(config)
     with init_distributed(Launch(), config.distributed) as info:
         index = open_split(info, config.data, SPLIT, restored.classes, run_dir)
         metadata = describe(
-            model.preprocess, size, restored.classes, provenance(run_dir, restored),
+            model.preprocess, size, restored.classes, provenance(run_dir, restored, temperature),
             intensity=config.data.intensity, extensions=config.data.image_extensions,
         )  # fmt: skip
-        content = to_onnx(model, size, metadata)
+        content = to_onnx(model, size, metadata, temperature)
         with replaced_output(output) as partial:
             partial.write_bytes(content)
             exported = OnnxModel(partial)
@@ -68,7 +72,9 @@ def export_onnx(run_dir: Path, checkpoint: str, overrides: Sequence[str], output
             batches = source.batches(source.eval_loader(SPLIT, size, source.eval_batches(SPLIT)), SPLIT)
             views: dict[int, Tensor] = {}
             chosen = set(np.linspace(0, len(index) - 1, min(PREPARED, len(index))).astype(int).tolist())
-            answers = comparison.compare(network.eval(), exported, keep_views(batches, chosen, views), len(index))
+            answers = comparison.compare(
+                network.eval(), exported, keep_views(batches, chosen, views), len(index), temperature
+            )
             bad_images.refuse_none_usable(len(answers.answers), SPLIT, index)
             comparison.judge(answers, index, SPLIT, restored.classes)
             comparison.check_script(index.local_path, views, json.loads(metadata[PREPROCESS]))
@@ -106,7 +112,9 @@ def export_library(run_dir: Path, checkpoint: str, overrides: Sequence[str], fol
             f"--format safetensors is for models of timm and torchvision, and {config.name} is none of them: use its "
             f"weights in {printable(restored.checkpoint / ckpt.WEIGHTS)} with your code, or --format onnx"
         )
-    content = library_config(config, model, restored.image_size, restored.classes, provenance(run_dir, restored))
+    content = library_config(
+        config, model, restored.image_size, restored.classes, provenance(run_dir, restored, restored.temperature)
+    )
     write_library_files(folder, config, model, content)
     logger.info(
         "%s: %s and %s; its library loads them with the same answers:\n\n%s\n", printable(folder), WEIGHTS, CONFIG,
@@ -116,7 +124,7 @@ def export_library(run_dir: Path, checkpoint: str, overrides: Sequence[str], fol
         logger.warning("%s", note)
 
 
-def provenance(run_dir: Path, restored: RestoredModel) -> dict[str, Any]:
+def provenance(run_dir: Path, restored: RestoredModel, temperature: float | None) -> dict[str, Any]:
     """Where exported weights come from. Without paths and times: the same checkpoint gives the same file."""
     state = ckpt.load_state(restored.checkpoint)
     run: dict[str, Any] = state["run"]
@@ -133,4 +141,5 @@ def provenance(run_dir: Path, restored: RestoredModel) -> dict[str, Any]:
         SPLIT: {key: final[key] for key in ("top1", "top5", "macro_f1", "loss") if key in final} if evaluated else None,
         "data": state.get("data"),
         "weights_sha256": sha256_file(restored.checkpoint / ckpt.WEIGHTS),
+        **({} if temperature is None else {"temperature": temperature}),
     }

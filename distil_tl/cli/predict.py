@@ -42,6 +42,9 @@ def main(args: Sequence[str] | None = None) -> int:
         "--split", choices=SPLITS, help="only images that the run, which divided them, has in this split"
     )
     parser.add_argument("--all", action="store_true", help="add the probability of each class")
+    parser.add_argument(
+        "--uncalibrated", action="store_true", help="probabilities without the temperature that was fitted on val"
+    )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images (default: 32)")
     parser.add_argument("--workers", type=int, metavar="N", help="loader processes (default: by the number of CPUs)")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 if any file can't be read")
@@ -66,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
         check_output("--output", options.output, inputs, ALL_EXTENSIONS, earlier=written)
     if options.model.suffix == ONNX and options.checkpoint != "best":
         raise UserError(f"--checkpoint is for a run directory; {printable(options.model)} has one model")
+    if options.model.suffix == ONNX and options.uncalibrated:
+        raise UserError("--uncalibrated is for a run directory; for an ONNX file, give it to distil-tl export")
     if options.model.suffix != ONNX:
         refuse_other_than_run(options.model, options.paths)
     for problem in filter(None, map(no_images, options.paths)):
@@ -85,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
         options.model,
         options.paths,
         checkpoint=options.checkpoint,
+        calibrated=not options.uncalibrated,
         output=options.output,
         split=options.split,
         rows=RowFormat(options.format or by_name, options.top, options.all, options.excel),

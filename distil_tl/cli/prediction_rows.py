@@ -36,7 +36,7 @@ def write_rows(
     """Write a row for each file; return how many could not be read.
 
     Args:
-        predictions: for each file its probabilities, float32 [C], or the reason why it can't be read.
+        predictions: for each file its probabilities, float [C], or the reason why it can't be read.
     """
     write = _csv_writer(file, classes, shape) if shape.name == "csv" else _json_writer(file, classes, shape)
     unreadable = 0

@@ -25,6 +25,7 @@ from distil_tl.data.walk import describe, walk
 from distil_tl.export.names import ONNX
 from distil_tl.export.onnx_model import OnnxModel
 from distil_tl.inference import Transform, restore_model
+from distil_tl.training.calibration import with_temperature
 from distil_tl.training.network import Network
 from distil_tl.utils.errors import UserError, listed
 from distil_tl.utils.log import Progress, printable
@@ -32,12 +33,13 @@ from distil_tl.utils.outputs import check_output, open_output
 from distil_tl.utils.threads import available_cpus
 
 
-# Nine parameters: those of the command.
+# Ten parameters: those of the command.
 def predict(
     model: Path,
     paths: Sequence[Path],
     *,
     checkpoint: str,
+    calibrated: bool,
     output: Path | None,
     split: str | None,
     rows: RowFormat,
@@ -49,6 +51,7 @@ def predict(
 
     Args:
         model: a run directory, or an ONNX file that `distil-tl export` wrote.
+        calibrated: divide logits by the temperature of the run, if it has one.
         split: only images in this split of the run; None: all.
         rows: what a row has.
         workers: loader processes; None: one fewer than the CPUs.
@@ -58,7 +61,10 @@ def predict(
         UserError: no such run, checkpoint, path or device, no image among the paths, none that can be read, or an
             output that can't be written.
     """
-    predictor = onnx_predictor(model, device) if model.suffix == ONNX else trained_predictor(model, checkpoint, device)
+    if model.suffix == ONNX:
+        predictor = onnx_predictor(model, device)
+    else:
+        predictor = trained_predictor(model, checkpoint, device, calibrated=calibrated)
     ignored: Counter[str] = Counter()
     files = find_images(paths, predictor.extensions, ignored)
     if predictor.root is not None and (model / SPLIT_FILE).is_file():
@@ -97,7 +103,7 @@ class Predictor:
         classes: names, in the order of the probabilities.
         transform: from an image to the input of the model.
         extensions: how the names of images end.
-        probabilities: of images uint8 [N, 3, S, S] on the CPU, float32 [N, C] on the CPU.
+        probabilities: of images uint8 [N, 3, S, S] on the CPU, float [N, C] on the CPU.
         pin_memory: whether batches should be in pinned memory.
         root: the images that the run was trained on are below this folder; None if it is not known.
     """
@@ -110,14 +116,15 @@ class Predictor:
     root: Path | None = None
 
 
-def trained_predictor(run_dir: Path, checkpoint: str, device: str) -> Predictor:
+def trained_predictor(run_dir: Path, checkpoint: str, device: str, *, calibrated: bool) -> Predictor:
     """The model of a run directory, in the precision that it was trained in."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no CUDA device")
     restored = restore_model(run_dir, checkpoint)
     where = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     network = restored.network(where)
-    probabilities = functools.partial(predict_batch, network, where)
+    temperature = restored.temperature if calibrated else None
+    probabilities = functools.partial(predict_batch, network, where, temperature=temperature)
     extensions = restored.config.data.image_extensions
     root = None if restored.config.data.root is None else Path(restored.config.data.root)
     return Predictor(restored.classes, restored.transform(), extensions, probabilities, where.type == "cuda", root)
@@ -219,10 +226,10 @@ def file_loader(
 def predict_all(
     probabilities: Callable[[Tensor], Tensor], loader: Iterable[Batch], bar: Progress
 ) -> Iterator[Tensor | str]:
-    """For each file the probabilities of its image, float32 [C] on the CPU, or the reason why it can't be read.
+    """For each file the probabilities of its image, float [C] on the CPU, or the reason why it can't be read.
 
     Args:
-        probabilities: float32 [N, C] on the CPU, of images uint8 [N, 3, S, S] on the CPU.
+        probabilities: float [N, C] on the CPU, of images uint8 [N, 3, S, S] on the CPU.
     """
     for batch in loader:
         readable = batch.images[batch.valid] if batch.faults else batch.images
@@ -233,6 +240,9 @@ def predict_all(
 
 
 @torch.inference_mode()
-def predict_batch(network: Network, device: torch.device, images: Tensor) -> Tensor:
-    """Probabilities, float32 [N, C] on the CPU, of images uint8 [N, 3, S, S]."""
-    return network(images.to(device, non_blocking=True)).softmax(dim=1).cpu()  # type: ignore[no-any-return]
+def predict_batch(
+    network: Network, device: torch.device, images: Tensor, *, temperature: float | None = None
+) -> Tensor:
+    """Probabilities [N, C] on the CPU, of images uint8 [N, 3, S, S]: float32, or float64 with a temperature."""
+    probabilities: Tensor = network(images.to(device, non_blocking=True)).softmax(dim=1).cpu()
+    return probabilities if temperature is None else with_temperature(probabilities, temperature)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distil_tl.cli.soup_candidates import Candidate, find_candidates
+from distil_tl.cli.soup_folder import check_folder, new_folder
 from distil_tl.config import check_evaluation, load
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.config import SPLIT_FILE
@@ -30,7 +28,7 @@ from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.inference import RestoredModel, restore_model
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.report import write_report
-from distil_tl.rundir.checkpoint import WEIGHTS, Checkpoints
+from distil_tl.rundir.checkpoint import CALIBRATION, WEIGHTS, Checkpoints
 from distil_tl.rundir.directory import environment
 from distil_tl.rundir.state import StageRecord
 from distil_tl.training.console import evaluation_json
@@ -41,9 +39,8 @@ from distil_tl.training.records import FIGURES
 from distil_tl.training.soup import Trial, Weights, greedy_soup
 from distil_tl.utils.args import to_yaml
 from distil_tl.utils.errors import UserError
-from distil_tl.utils.files import fsync_directory, read_json, sha256_file, write_atomic, write_json
+from distil_tl.utils.files import sha256_file, write_atomic, write_json
 from distil_tl.utils.log import logger, printable, setup_console, table
-from distil_tl.utils.signals import removed_on_signal
 
 
 @dataclass(frozen=True)
@@ -125,14 +122,16 @@ def _evaluate(
     compute = default_compute(restored.precision, module, info.device)
     network = evaluation_network(restored.model, compute, info.device, size).eval()
 
-    def evaluations(split: str, count: int) -> Iterator[Evaluation]:
+    def evaluations(split: str, count: int, temperature: float | None = None) -> Iterator[Evaluation]:
         sampler = source.eval_batches(split)
         sampler.passes = count
         batches = source.batches(source.eval_loader(split, size, sampler), split)
         for number in range(count):
             logger.info("evaluate on %s, %d of %d", split, number + 1, count)
             part = itertools.islice(batches, sampler.per_pass)
-            found = evaluate(info, network, sampler.turns, part, len(restored.classes), mistakes=MISTAKES)
+            found = evaluate(
+                info, network, sampler.turns, part, len(restored.classes), mistakes=MISTAKES, temperature=temperature
+            )
             bad_images.refuse_none_usable(found.metrics.count, split, source.index(split))
             yield found
 
@@ -145,9 +144,11 @@ def _evaluate(
 
     weights, trials = greedy_soup((read(candidate, module) for candidate in candidates), figures, config.metric)
     shown = {"val": results[max(i for i, trial in enumerate(trials) if trial.added)]}
+    assert shown["val"].calibration is not None
+    shown["val"].calibration.fit(info, "val")
     if "test" in indexes:
         put(weights, module)
-        shown["test"] = next(evaluations("test", 1))
+        shown["test"] = next(evaluations("test", 1, shown["val"].calibration.temperature))
     return weights, trials, shown
 
 
@@ -191,52 +192,6 @@ def print_soup(soup: Soup) -> None:
 # The output.
 
 
-def check_folder(output: Path, inputs: Sequence[Path]) -> None:
-    """Raises UserError if `output` can't be made, or is something else than an earlier output of this command."""
-    shown = f"-o {printable(output)}"
-    if not output.parent.is_dir():
-        raise UserError(f"{shown}: there is no folder {printable(output.parent)}")
-    if not os.access(output.parent, os.W_OK):
-        raise UserError(f"{shown}: no permission to write in {printable(output.parent)}")
-    resolved = output.resolve()
-    if any(resolved == path.resolve() or resolved in path.resolve().parents for path in inputs):
-        raise UserError(f"{shown} is one of the inputs: name a new folder")
-    if os.path.lexists(output) and not (output.is_dir() and (_is_soup(output) or not any(output.iterdir()))):
-        raise UserError(f"{shown} exists, and is no earlier output of this command: name a new folder, or remove it")
-
-
-def _is_soup(folder: Path) -> bool:
-    try:
-        return "soup" in read_json(folder / "summary.json")
-    except (OSError, ValueError):
-        return False
-
-
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """A new folder beside `output` for the body to fill, which then replaces it.
-
-    If the body raises, or a signal ends the process in it, nothing is left.
-
-    Raises:
-        UserError: it can't be written.
-    """
-    partial, earlier = (output.with_name(f".{secrets.token_hex(8)}.tmp") for _ in range(2))
-    try:
-        with removed_on_signal(partial):
-            partial.mkdir()
-            yield partial
-        if output.exists():
-            output.rename(earlier)
-        partial.rename(output)
-        fsync_directory(output.parent)
-    except OSError as error:
-        raise UserError(f"can't write {printable(output)}: {error.strerror or error}") from error
-    finally:
-        for folder in (partial, earlier):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def write_run(info: DistInfo, folder: Path, output: Path, soup: Soup, overrides: Sequence[str]) -> None:
     """Write the files of a completed run to `folder`, which will be named `output`.
 
@@ -265,18 +220,21 @@ def write_run(info: DistInfo, folder: Path, output: Path, soup: Soup, overrides:
     write_json(folder / "classes.json", first.state["classes"])
     for name in ("index", SPLIT_FILE, "metrics.jsonl"):
         _copy(first, name, folder)
-    provenance, intervals = soup.provenance(), dict[str, Any]()
+    provenance, intervals, calibration = soup.provenance(), dict[str, Any](), dict[str, Any]()
     for split, result in soup.evaluations.items():
         name = "evaluation.json" if split == "val" else f"evaluation_{split}.json"
         content = evaluation_json(split, soup.indexes[split], result)
         write_json(folder / name, {**content, "soup": provenance})
         intervals[split] = content["intervals"]
+        assert result.calibration is not None
+        calibration[split] = result.calibration.figures(bins=False)
+    write_json(checkpoints.path(figures["step"]) / CALIBRATION, calibration["val"])
     test = {}
     if "test" in soup.evaluations:
         test = {"test": {**soup.evaluations["test"].metrics.compute(), "intervals": intervals["test"]}}
     summary = {
         "status": "completed", "world_size": 1, "best": figures, "final": figures,
-        "intervals": intervals["val"], **test,
+        "intervals": intervals["val"], "calibration": calibration, **test,
         "stages": {name: StageRecord(**record).summary() for name, record in run["stages"].items()},
         "bad_images": {}, "total_seconds": soup.seconds, "soup": provenance,
     }  # fmt: skip

@@ -80,19 +80,21 @@ def compare(
     found: Callable[[npt.NDArray[np.uint8]], Answers],
     batches: Iterable[Batch],
     length: int,
+    temperature: float | None = None,
 ) -> Comparison:
     """The answers for `length` images in batches.
 
     Args:
         expected: PyTorch's network, from uint8 images on the CPU to logits.
         found: from the same images to probabilities.
+        temperature: divides the logits.
     """
     comparison = Comparison()
     with torch.inference_mode(), Progress("check", length, show=True) as bar:
         for batch in batches:
             images = batch.images[batch.valid]
             if len(images):
-                probabilities = expected(images).softmax(dim=1).numpy()
+                probabilities = (expected(images) / (temperature or 1.0)).softmax(dim=1).numpy()
                 comparison.add(batch.indices[batch.valid].tolist(), probabilities, found(images.numpy()))
             bar.advance(len(batch.images))
     return comparison

@@ -26,14 +26,15 @@ MAX_BYTES = 2_000_000_000  # of one file: protobuf allows 2 GiB
 class _Exported(nn.Module):
     """uint8 images [N, 3, S, S] to probabilities, float32 [N, C]."""
 
-    def __init__(self, model: TransferModel) -> None:
+    def __init__(self, model: TransferModel, temperature: float | None) -> None:
         super().__init__()
+        self.temperature = temperature
         self.normalize = Normalize(model.preprocess)
         self.module = model.module
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.module(self.normalize(images))
-        return logits.softmax(dim=1)
+        return (logits if self.temperature is None else logits / self.temperature).softmax(dim=1)
 
 
 def refuse_missing_libraries() -> None:
@@ -45,8 +46,13 @@ def refuse_missing_libraries() -> None:
         raise UserError(f"to write ONNX, {error.name} is needed, which cannot be imported: {INSTALL}") from error
 
 
-def to_onnx(model: TransferModel, image_size: int, metadata: Mapping[str, str]) -> bytes:
+def to_onnx(
+    model: TransferModel, image_size: int, metadata: Mapping[str, str], temperature: float | None = None
+) -> bytes:
     """The content of an ONNX file with the weights in float32, for images of `image_size` and any number of them.
+
+    Args:
+        temperature: divides the logits.
 
     Raises:
         UserError: the weights are too large for one file.
@@ -57,7 +63,7 @@ def to_onnx(model: TransferModel, image_size: int, metadata: Mapping[str, str]) 
         raise UserError(f"{model.name} has {size:,} bytes of weights, and an ONNX file at most {MAX_BYTES:,}: "
                         f"use --format safetensors")  # fmt: skip
     images = torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8)
-    network = _Exported(model).eval()
+    network = _Exported(model, temperature).eval()
     disabled = logging.root.manager.disable
     try:
         logging.disable(logging.WARNING)  # of torch.onnx, onnxscript and onnx_ir

@@ -7,7 +7,7 @@ import hashlib
 from datetime import datetime, timezone
 from pathlib import Path
 
-from distil_tl.report import curves, images, overview, tables
+from distil_tl.report import curves, images, overview, reliability, tables
 from distil_tl.report.confusion import MAX_DRAWN, Confusion, heat_map, pair_table, read_confusion
 from distil_tl.report.head_search import search_maps
 from distil_tl.report.load import Run, mapping
@@ -74,6 +74,11 @@ def _body(run: Run) -> Markup:
         section("Evaluation", "The best checkpoint on val.", overview.evaluation(run.evaluation, confusion)),
         section("Classes", "On val, sorted by F1, lowest first.", classes),
         section("Test", "The best checkpoint on test, class by class.", _test(run)),
+        section(
+            "Calibration",
+            "How often predictions are right, compared with their probability, the confidence.",
+            reliability.calibration(run),
+        ),
         section(
             "Confusion matrix",
             "Rows are true classes. Correct predictions are blue, wrong ones orange, by share of the row."

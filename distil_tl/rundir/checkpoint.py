@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pickle
 import shutil
@@ -23,6 +24,7 @@ from distil_tl.utils.job_outcome import SAVED, note
 from distil_tl.utils.log import logger
 
 WEIGHTS, TRAIN_STATE, STATE, CHECKSUMS = "weights.safetensors", "train_state.pt", "state.json", "checksums"
+CALIBRATION = "calibration.json"  # added to the best checkpoint by the last evaluation of the run
 
 
 class Checkpoints:
@@ -251,6 +253,24 @@ def load_train_state(path: Path) -> dict[str, Any]:
 def load_state(path: Path) -> dict[str, Any]:
     state: dict[str, Any] = read_json(path / STATE)
     return state
+
+
+def load_temperature(path: Path) -> float | None:
+    """The temperature by which the logits of a checkpoint are divided for probabilities; None without one.
+
+    Raises:
+        UserError: the file that has it is damaged.
+    """
+    file = path / CALIBRATION
+    if not file.is_file():
+        return None
+    try:
+        found = read_json(file)["temperature"]
+        if found is None or (type(found) is float and math.isfinite(found) and found > 0):
+            return found
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        pass
+    raise UserError(f"{file} is damaged: restore it, or remove it for probabilities that are not calibrated")
 
 
 def weights_hash(module: nn.Module, without: tuple[str, ...] = ()) -> str:

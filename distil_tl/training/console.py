@@ -152,6 +152,7 @@ def evaluation_json(split: str, index: Index, result: Evaluation) -> dict[str, A
         "split": split,
         **figures,
         "intervals": of_evaluation({**figures, "classes": classes, "confusion_matrix": matrix}),
+        "calibration": None if result.calibration is None else result.calibration.figures(),
         "classes": list(classes),
         "per_class": result.metrics.per_class(classes),
         "confusion_matrix": matrix,
@@ -202,6 +203,7 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     )  # fmt: skip
     if test:
         logger.info("test: %s", _with_intervals(test, test.get("intervals")))
+    print_calibration((summary.get("calibration") or {}).get("test" if test else "val"))
     quoted = shlex.quote(str(run_dir))
     logger.info("\nresults are in %s: open report.html", run_dir)
     logger.info("predict:  distil-tl predict %s FOLDER -o predictions.csv", quoted)
@@ -214,6 +216,21 @@ def _with_intervals(figures: dict[str, Any], intervals: dict[str, Any] | None) -
     """Top-1 and macro-F1 with half the width of their 95 % intervals; summaries of earlier code have none."""
     top1, macro_f1 = (plus_minus(figures[name], (intervals or {}).get(name)) for name in ("top1", "macro_f1"))
     return f"top-1 {top1}, macro-F1 {macro_f1}"
+
+
+def print_calibration(figures: dict[str, Any] | None) -> None:
+    """How well probabilities are calibrated, raw and with the temperature; nothing for a run of earlier code."""
+    if not figures or figures["raw"]["ece"] is None:
+        return
+
+    def shown(of: dict[str, Any]) -> str:
+        return f"ECE {of['ece']:.4f}, NLL {of['nll']:.4f}, Brier score {of['brier']:.4f}"
+
+    logger.info("calibration of the probabilities: %s", shown(figures["raw"]))
+    if figures["calibrated"] is not None:
+        logger.info("  with the temperature %.4g: %s", figures["temperature"], shown(figures["calibrated"]))
+    elif figures.get("reason"):
+        logger.info("  no temperature is fitted: %s", figures["reason"])
 
 
 def print_completed(info: DistInfo, run_dir: Path) -> None:

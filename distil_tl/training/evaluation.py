@@ -14,6 +14,7 @@ from distil_tl.data.loader import Batch
 from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
+from distil_tl.training.calibration import Calibration
 from distil_tl.training.memory import PartSize
 from distil_tl.training.metrics import ClassificationMetrics
 from distil_tl.training.network import Network
@@ -31,16 +32,18 @@ class Evaluation:
         metrics: counts.
         mistakes: the most confident wrong predictions.
         uncertain: the images whose two most probable classes are closest, right or wrong.
+        calibration: with logits to fit a temperature; None where metrics alone were wanted.
         waited: seconds for which the rank waited for batches that waited longest.
     """
 
     metrics: ClassificationMetrics
     mistakes: list[Prediction]
     uncertain: list[Prediction]
+    calibration: Calibration | None
     waited: float
 
 
-# Nine parameters: training, the last evaluation and the command each need another part of them.
+# Ten parameters: training, the last evaluation and the command each need another part of them.
 @torch.no_grad()
 def evaluate(
     info: DistInfo,
@@ -52,6 +55,7 @@ def evaluate(
     part_size: PartSize | None = None,
     agreement: Agreement | None = None,
     mistakes: int | None = None,
+    temperature: float | None = None,
     show: bool = False,
 ) -> Evaluation:
     """Evaluate every sample once. Each rank runs its own share; only counts are combined.
@@ -61,8 +65,9 @@ def evaluate(
         batches: of this rank, on the device.
         part_size: how many images of a batch go through the network at once; all, if memory suffices.
         agreement: lets the ranks agree to stop before the end.
-        mistakes: most confident mistakes to keep, beside uncertain images and a confusion matrix; None for metrics
-            alone.
+        mistakes: most confident mistakes to keep, beside uncertain images, a confusion matrix and calibration; None for
+            metrics alone.
+        temperature: with which calibration is counted, too.
         show: show progress on rank 0.
 
     Raises:
@@ -73,6 +78,7 @@ def evaluate(
     network.eval()
     metrics = ClassificationMetrics(num_classes, info.device, confusion=mistakes is not None)
     notable = Notable(mistakes, num_classes, info.device) if mistakes else None
+    calibration = None if mistakes is None else Calibration.empty(num_classes, info.device, temperature)
     waited, size = 0.0, 0
     with Progress("evaluate", turns, show=show and info.is_main) as bar:
         for _ in range(turns):
@@ -86,14 +92,18 @@ def evaluate(
             count = len(batch.images)
             size = max(size, count) if network.is_compiled else count
             logits = part_size.apply(network, _padded(batch.images, size))[:count]
-            metrics.update(logits, batch.targets, F.cross_entropy(logits, batch.targets, reduction="none"), batch.valid)
+            losses = F.cross_entropy(logits, batch.targets, reduction="none")
+            predicted = metrics.update(logits, batch.targets, losses, batch.valid)
+            if calibration is not None:
+                calibration.add(logits, predicted, batch)
             if notable is not None:
                 notable.add(logits, batch)
             bar.advance()
     network.train(was_training)
     part_size.agree(info)
     wrong, uncertain = notable.gather(info) if notable is not None else ([], [])
-    return Evaluation(metrics.reduce(info), wrong, uncertain, max_over_ranks(info, waited))
+    calibration = None if calibration is None else calibration.reduce(info)
+    return Evaluation(metrics.reduce(info), wrong, uncertain, calibration, max_over_ranks(info, waited))
 
 
 def _padded(images: Tensor, count: int) -> Tensor:

@@ -33,8 +33,12 @@ class ClassificationMetrics:
             self._confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def update(self, logits: Tensor, targets: Tensor, losses: Tensor, valid: Tensor) -> None:
-        """Add the valid samples of a batch: logits [N, C], targets int64 [N], losses [N], valid bool [N]."""
+    def update(self, logits: Tensor, targets: Tensor, losses: Tensor, valid: Tensor) -> Tensor:
+        """Add the valid samples of a batch: logits [N, C], targets int64 [N], losses [N], valid bool [N].
+
+        Returns:
+            The predicted classes, int64 [N].
+        """
         c = self.num_classes
         top = logits.topk(min(5, c), dim=1).indices
         predicted = top[:, 0]
@@ -50,6 +54,7 @@ class ClassificationMetrics:
         self._sums[4 + 2 * c :].index_add_(0, targets, counted)
         if self._confusion is not None:
             self._confusion.index_add_(0, targets * c + predicted, valid.long())
+        return predicted
 
     @classmethod
     def of(cls, sums: Tensor, num_classes: int) -> ClassificationMetrics:

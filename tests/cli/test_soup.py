@@ -80,6 +80,12 @@ def test_two_runs_on_two_sides_of_a_better_one(
         mine, theirs = (json.loads((folder / name).read_text()) for folder in (out, tmp_path))
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert mine["soup"] == summary["soup"]
+        assert mine["intervals"] == theirs["intervals"]
+        assert summary["calibration"][split]["raw"]["nll"] == pytest.approx(
+            theirs["calibration"]["raw"]["nll"], rel=1e-4
+        )
+    assert summary["intervals"]["top1"][0] < summary["best"]["top1"] < summary["intervals"]["top1"][1]
+    assert json.loads((out / "checkpoints/best/calibration.json").read_text())["reason"].startswith("val has 31 images")
     assert summary["test"]["loss"] == mine["loss"]
     assert "<h1" in (out / "report.html").read_text()
 

@@ -29,6 +29,8 @@ from tests.export.conftest import SIZE
 from tests.helpers.arguments import SMALLEST
 from tests.helpers.images import CLASSES
 
+TEMPERATURE = 2.5
+
 # Runs the script with no other packages than the three that it needs.
 ALONE = (
     "import runpy, sys; sys.modules.update(dict.fromkeys(['torch', 'torchvision', 'timm', 'distil_tl', 'onnx']));"
@@ -42,7 +44,10 @@ def export(*args: object) -> int:
 
 @pytest.fixture(scope="module")
 def run_dir(make_run: Callable[[str], Path]) -> Path:
-    return make_run(SMALLEST)
+    """A run with a temperature for its best checkpoint."""
+    run = make_run(SMALLEST)
+    (run / "checkpoints" / "best" / "calibration.json").write_text(f'{{"temperature": {TEMPERATURE}}}')
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def test_it_answers_as_pytorch_for_any_number_of_images(exported: Path, run_dir:
     for count in (1, 2, 5, 31):
         views = torch.stack([transform.view(file) for file in files[:count]])
         with torch.inference_mode():
-            expected = model(torch.stack([transform(file) for file in files[:count]])).softmax(1)
+            expected = (model(torch.stack([transform(file) for file in files[:count]])) / TEMPERATURE).softmax(1)
         assert found(views.numpy()) == pytest.approx(expected.numpy(), abs=1e-5)
     assert (found.classes, found.image_size) == (classes, SIZE)
 
@@ -79,6 +84,7 @@ def test_the_file_says_what_it_expects_and_where_it_comes_from(exported: Path, r
     origin = metadata["distil_tl.provenance"]
     assert (origin["model"], origin["run"], origin["checkpoint"]) == (SMALLEST, run_dir.name, "step-00000001")
     assert origin["val"] == {"top1": 0.5}
+    assert origin["temperature"] == TEMPERATURE
     content = exported.read_bytes()
     assert b"site-packages" not in content
     assert str(Path(distil_tl.__file__).parent).encode() not in content
@@ -139,6 +145,23 @@ def test_another_model_is_noticed_and_not_left(
     path.write_text("mine")
     assert export(run_dir, "-o", path, "--checkpoint", "last") == 2
     assert "is no earlier output of this command" in capsys.readouterr().err
+
+
+def test_it_can_be_had_without_the_temperature(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[Any] = []
+
+    def noted(model: Any, size: int, metadata: dict[str, str], temperature: float | None) -> bytes:
+        given.append((temperature, json.loads(metadata["distil_tl.provenance"]).get("temperature")))
+        raise UserError("enough")
+
+    monkeypatch.setattr(exports, "to_onnx", noted)
+    for more in ([], ["--uncalibrated"]):
+        assert export(run_dir, "-o", tmp_path / "model.onnx", *more) == 2
+    assert given == [(TEMPERATURE, TEMPERATURE), (None, None)]
+    assert export(run_dir, "-o", tmp_path / "model", "--format", "safetensors", "--uncalibrated") == 2
+    assert "the models of --format safetensors give logits" in capsys.readouterr().err
 
 
 def test_a_script_that_prepares_other_bytes_is_not_left(
@@ -210,6 +233,7 @@ def test_refusals_of_predict(exported: Path, tmp_path: Path, capsys: pytest.Capt
         ([tmp_path / "none.onnx"], "there is no file"),
         ([tmp_path / "pipe.onnx"], "pipe.onnx is not a regular file"),
         ([exported, "--checkpoint", "last"], "--checkpoint is for a run directory"),
+        ([exported, "--uncalibrated"], "--uncalibrated is for a run directory; for an ONNX file, give it to"),
         ([exported, "-o", exported], "is one of the inputs"),
     ):
         assert predict([*map(str, args), str(tmp_path)]) == 2

@@ -153,7 +153,7 @@ def test_the_layout_fits_the_viewport(page, report, width, scheme):
     assert page.requests() == [report.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     boxes = page.evaluate(
-        "[...document.querySelectorAll('.plot')].map(p => {const r = p.getBoundingClientRect();"
+        "[...document.querySelectorAll('.plot[data-chart]')].map(p => {const r = p.getBoundingClientRect();"
         "const c = [...p.querySelectorAll('.curve')].map(e => e.getBoundingClientRect());"
         "return [r.left, r.right, r.width, r.height,"
         "Math.min(...c.map(b => b.left)), Math.max(...c.map(b => b.right)),"
@@ -168,8 +168,19 @@ def test_the_layout_fits_the_viewport(page, report, width, scheme):
         assert right - 20 < last <= right + 4
         assert min(above, below) > -4
     tops = page.evaluate("[...document.querySelectorAll('.pair > figure')].map(f => f.getBoundingClientRect().top)")
-    assert len(tops) == 2
+    assert len(tops) == 3, "loss and accuracy; the reliability diagram of val"
     assert (tops[0] == tops[1]) == (width > 820), "side by side, at one height"
+    plot, curves, bars = page.evaluate(
+        "(p => [[p], p.querySelectorAll('.dots'), p.querySelectorAll('.band')].map(s => [...s].map(e => {"
+        "const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]})))"
+        "(document.querySelector('.diagrams .plot'))"
+    )
+    ((left, top, right, bottom),) = plot
+    assert (len(curves), len(bars)) == (2, 10)
+    assert right <= width
+    for x0, y0, x1, y1 in [*curves, *bars]:
+        assert left - 4 <= x0 < x1 <= right + 4
+        assert top - 4 <= y0 < y1 <= bottom + 4
     tables = "[...document.querySelectorAll('.stack, .scroll:has(.heat)')]"
     cut_off = page.evaluate(f"{tables}.filter(e => e.scrollWidth > e.clientWidth).length")
     assert cut_off == 0 or width == 768, "on a tablet wide tables scroll"

@@ -137,6 +137,8 @@ def test_evaluation_is_exact_on_any_number_of_ranks(small: list[str], tmp_path: 
         for key in ("n", "top1", "top5", "macro_f1", "confusion_matrix", "per_class"):
             assert other[key] == found[0][key], key
         assert other["loss"] == pytest.approx(found[0]["loss"], rel=1e-5)
+        for key in ("nll", "brier"):
+            assert other["calibration"]["raw"][key] == pytest.approx(found[0]["calibration"]["raw"][key], rel=1e-5)
         assert [m["path"] for m in other["mistakes"]] == [m["path"] for m in found[0]["mistakes"]]
     best = json.loads((run_dir / "summary.json").read_text())["best"]
     assert found[0]["top1"] == best["top1"]

@@ -40,6 +40,10 @@ def same_as_the_command(run: Path, tmp_path: Path) -> bool:
     assert found["loss"] == pytest.approx(wanted.pop("loss"), rel=1e-6)
     best = json.loads((run / "summary.json").read_text())["best"]
     assert (best["top1"], best["loss"]) == (found["top1"], pytest.approx(found.pop("loss"), rel=1e-4))
+    of_run, of_command = (each.pop("calibration")["raw"] for each in (found, wanted))
+    assert [of_run[key] for key in ("n", "nll", "brier")] == [
+        pytest.approx(of_command[key], rel=1e-5) for key in ("n", "nll", "brier")
+    ]
     for mistake in (*found["mistakes"], *wanted["mistakes"]):
         mistake["probability"] = round(mistake["probability"], 4)
     assert len(found["mistakes"]) > 0
