@@ -114,14 +114,14 @@ class _Selection:
     outcome: Outcome
     search: CellSearch
     began: float
-    paces: list[float] = field(default_factory=list)  # seconds for a multiply-add, of the cells of this call
+    timed: list[Result] = field(default_factory=list)  # of this call
 
     def run(self, budget: float | None) -> None:
         """Search the cells that are left. Raises as `CellSearch.search`, but for networks that can't be used."""
         grid = self.outcome.grid
         with Live(grid, show=self.info.is_main) as live:
             while (cell := grid.following()) is not None:
-                if budget is not None and not self.fits(cell, budget):
+                if budget is not None and self.timed and not self.fits(cell, budget):
                     logger.info("the budget is spent: %d cells are not tried", len(grid.left))
                     return
                 live.begin(cell)
@@ -132,7 +132,7 @@ class _Selection:
                     live.failed(cell, str(error))
                     continue
                 grid.results.append(result)
-                self.paces.append(result.seconds / (cell.multiply_adds or 1.0))
+                self.timed.append(result)
                 self.save(result)
                 live.end(result)
 
@@ -140,8 +140,9 @@ class _Selection:
         on_rank_zero(self.info, "saving a result", lambda: save_cell(self.folder, result))
 
     def fits(self, cell: Cell, budget: float) -> bool:
-        """Whether a cell would probably end within the budget, by the slowest cell so far; equal on all ranks."""
-        expected = max(self.paces, default=0.0) * (cell.multiply_adds or 0.0)
+        """Whether a cell would probably end within the budget, by the costliest one so far; equal on all ranks."""
+        known = max(self.timed, key=lambda result: result.cell.multiply_adds or 0)
+        expected = known.seconds * max(1.0, (cell.multiply_adds or 0) / (known.cell.multiply_adds or 1))
         spent = time.monotonic() - self.began
         return bool(on_rank_zero(self.info, "checking the budget", lambda: spent + expected <= budget))
 

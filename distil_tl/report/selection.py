@@ -147,16 +147,16 @@ def cost_plane(content: Content) -> Child:
 def _rows(content: Content) -> Markup:
     metric = content["metric"]
     head = [
-        "Backbone", "Size", "Crop", f"{_named(metric)} on val", "95 %", "Parameters", "GMACs", "Images/s", "lr",
-        "Decay", "Time",
+        "Backbone", "Size, crop", f"{_named(metric)} on val", "95 %", "Parameters", "GMACs", "Images/s", "lr, decay",
+        "Time",
     ]  # fmt: skip
     star = h("span", "*", class_="tag", title="within the interval of the best")
     lines: list[Sequence[Child]] = [
         [
             [row["model"], star if row["near_best"] else None],
-            f"{row['image_size']}{text.SPACE}px", row["crop_mode"], _shown(metric, row[metric]), _between(row),
+            f"{row['image_size']}{text.SPACE}px, {row['crop_mode']}", _shown(metric, row[metric]), _between(row),
             text.compact(number(row["parameters"])), text.decimal(number(row["gmacs"]), 2),
-            text.rate(number(row["images_per_second"])), text.tick(row["lr"]), text.tick(row["weight_decay"]),
+            text.rate(number(row["images_per_second"])), f"{text.tick(row['lr'])}, {text.tick(row['weight_decay'])}",
             text.duration(number(row["seconds"])),
         ]
         for row in content["rows"]
