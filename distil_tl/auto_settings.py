@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distil_tl.data.config import auto_batch_size
 from distil_tl.rundir.state import planned
-from distil_tl.training.config import auto_epochs
+from distil_tl.training.auto_rules import auto_epochs
 from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from distil_tl.data.loader import BatchPlan, plan_batches
@@ -18,12 +18,14 @@ from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_weights
 from distil_tl.rundir.directory import RunDirectory, check_shared
 from distil_tl.rundir.state import Position, RunState
 from distil_tl.tracking.tracker import Tracker
+from distil_tl.training.auto_rules import auto_lr
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.precision import Compute, default_compute
 from distil_tl.training.records import Records
 from distil_tl.training.samples import write_samples
 from distil_tl.training.stage import Stage
 from distil_tl.training.step import StageTraining
+from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import PreemptedError, SupersededError
 from distil_tl.utils.log import logger
 
@@ -89,9 +91,11 @@ class Run:
         return record.has_finished(config.epochs) and not (config.wise_ft and record.wise_ft is None)
 
     def stage(self, name: str) -> Stage:
-        """A stage with its settings resolved, including those that a head search chose."""
+        """A stage with its settings resolved, including `lr: auto` and those that a head search chose."""
         config, own = self.config, self.config.stages[name]
         record = self.state.stages.get(name)
+        if own.lr == AUTO:
+            own = replace(own, lr=self._auto_lr(name))
         return Stage(
             name=name,
             config=own,
@@ -105,6 +109,16 @@ class Run:
             metric=config.metric,
             balance=config.data.balance,
         ).with_search_result(None if record is None else record.search)
+
+    def _auto_lr(self, name: str) -> float:
+        """The learning rate of a stage with `lr: auto`: recorded, or by the accuracy of the stage before."""
+        record = self.state.stages.get(name)
+        if record is not None and record.lr is not None:
+            return record.lr
+        before = list(self.config.stages)[: list(self.config.stages).index(name)]
+        reached = [self.state.stages[other].best for other in before if other in self.state.stages]
+        last = reached[-1] if reached else None
+        return auto_lr(None if last is None else last["top1"], self.num_classes)
 
     def has_entered(self, name: str) -> bool:
         """Whether the state of the run is one within this stage."""

@@ -6,16 +6,19 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distil_tl import auto_settings
+from distil_tl import run as run_module
 from distil_tl import train as train_module
 from distil_tl.auto_settings import auto_problem, resolve_auto, settle_auto
 from distil_tl.config import load, problems
 from distil_tl.data.config import DataConfig, auto_batch_size
 from distil_tl.train import main
-from distil_tl.training.config import StageConfig, auto_epochs
+from distil_tl.training.auto_rules import auto_epochs, auto_lr
+from distil_tl.training.config import StageConfig
 from distil_tl.utils.log import setup_console
 from tests.helpers.images import make_folder
 from tests.helpers.paths import ROOT
@@ -124,3 +127,42 @@ def test_fewer_images_than_a_batch(tmp_path: Path, small: list[str], capsys: pyt
     results = run_ranks(3, refusal, [*args, "data.global_batch_size=auto"])
     assert {status for status, _ in results} == {2}
     assert "data.global_batch_size=auto is 4 for 6 training images" in results[0][1]
+
+
+def test_the_learning_rate_follows_from_the_accuracy_before() -> None:
+    assert auto_lr(None, 10) == auto_lr(0.99, 10) == auto_lr(0.73, 10) == 3e-4, "nothing is known, or much was learned"
+    assert auto_lr(0.1, 10) == auto_lr(0.55, 10) == auto_lr(0.0, 10) == 1e-3
+    middle = auto_lr(0.64, 10)
+    assert middle == pytest.approx((3e-4 * 1e-3) ** 0.5, rel=0.01), "halfway, geometrically"
+    assert auto_lr(0.8, 2) == middle, "of two classes a random choice gets half"
+    assert auto_lr(1.0, 1) == 3e-4
+    for value in ("fast", True, None, [4], 0, -1, float("nan"), float("inf")):
+        (problem,) = StageConfig(lr=value).problems("head")
+        assert re.fullmatch(r"stages.head.lr is .*; give a positive number, or auto", problem)
+    assert [StageConfig(lr=value).lr for value in (1, "1e-3", "auto")] == [1.0, 1e-3, "auto"]
+
+
+def test_a_resumed_stage_keeps_its_learning_rate(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = [*small, "stages.full.lr=auto", "optim.schedule=constant", "optim.warmup=0", f"run_dir={tmp_path}/run"]
+    evaluate_epoch, calls = train_module.evaluate_epoch, iter(range(1, 9))
+
+    def fails_in_the_last_epoch(*given: Any) -> Any:
+        if next(calls) == 3:
+            raise RuntimeError("killed")
+        return evaluate_epoch(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "auto_lr", lambda top1, classes: 0.001 * top1 + 0.01 * classes)
+        patch.setattr(train_module, "evaluate_epoch", fails_in_the_last_epoch)
+        assert main(args) == 1
+    (head,) = lines(tmp_path / "run", split="val", stage="head")
+    expected = 0.001 * head["top1"] + 0.03
+    assert f", lr {expected:g} (auto), " in capsys.readouterr().out
+    monkeypatch.setattr(run_module, "auto_lr", lambda top1, classes: 0.5)  # a newer version with another rule
+    assert main(args) == 0
+    rates = {line["lr"] for line in lines(tmp_path / "run", split="train", stage="full")}
+    assert rates == {expected}
+    stages = summary_of(tmp_path / "run")["stages"]
+    assert (stages["head"]["lr"], stages["full"]["lr"]) == (None, expected)

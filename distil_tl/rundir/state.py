@@ -31,6 +31,7 @@ class StageRecord:
     """What a stage has done so far. `seconds` includes set-up and evaluations, `train_seconds` does not."""
 
     epochs: int = 0
+    lr: float | None = None  # what `lr: auto` is; None: a number is configured
     seconds: float = 0.0
     train_seconds: float = 0.0
     epoch_seconds: float = 0.0  # of training in the current epoch

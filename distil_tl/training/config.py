@@ -15,7 +15,7 @@ from typing import Any
 from distil_tl.data.augmentation import Augment, augment_problem
 from distil_tl.models.library_folder import is_weights, weights_in, weights_problem
 from distil_tl.models.names import LIBRARY_CONFIG
-from distil_tl.utils.auto import AUTO, whole_number
+from distil_tl.utils.auto import AUTO, real_number, whole_number
 from distil_tl.utils.home import expand_home
 from distil_tl.utils.import_path import is_installed
 
@@ -29,7 +29,6 @@ PREFERENCES = ("best", "regularized")
 LOSSES = ("cross_entropy", "focal")
 METRICS = ("top1", "top5", "macro_f1", "balanced_accuracy", "loss")
 MAX_VIEWS = 10_000  # each is as large as the features of all images
-AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 600, 2, 50  # of a stage with `epochs: auto`
 COMPILE = ("none", "prefix", "all")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
 
@@ -117,7 +116,7 @@ class StageConfig:
     unfreeze: Any = "all"  # head | all | the N last groups | [group names]
     epochs: Any = 1  # 0 skips the stage; auto: by the number of training images
     patience: int | None = None  # epochs without a better `metric` on val that end the stage early; null: none do
-    lr: float = 1e-3  # peak learning rate of the head
+    lr: Any = 1e-3  # peak learning rate of the head; auto: by the accuracy of the stage before
     layer_decay: float = 1.0  # learning rate of each group, relative to the group above it
     batch_norm: str = "frozen"  # frozen: running statistics are kept | train: they are updated in unfrozen groups
     augment: Any = None  # as data.augment; null: data.augment
@@ -134,6 +133,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         self.epochs = whole_number(self.epochs)
+        self.lr = real_number(self.lr)
 
     @property
     def mixes(self) -> bool:
@@ -161,8 +161,8 @@ class StageConfig:
             found.append(f"{key}.epochs must be 0 (skip the stage) or more")
         if self.patience is not None and self.patience < 1:
             found.append(f"{key}.patience must be at least 1 epoch, or null")
-        if not 0 < self.lr < float("inf"):
-            found.append(f"{key}.lr must be a positive number")
+        if self.lr != AUTO and not (isinstance(self.lr, float) and 0 < self.lr < math.inf):
+            found.append(f"{key}.lr is {self.lr!r}; give a positive number, or auto")
         if not 0 < self.layer_decay <= 1:
             found.append(f"{key}.layer_decay must be above 0 and at most 1")
         if self.batch_norm not in BATCH_NORM:
@@ -211,13 +211,8 @@ def default_stages() -> dict[str, StageConfig]:
     """A new head on the frozen backbone, then the whole network."""
     return {
         "head": StageConfig(unfreeze="head", epochs=3, lr=1e-2),
-        "full": StageConfig(unfreeze="all", epochs=5, lr=3e-4, layer_decay=0.9),
+        "full": StageConfig(unfreeze="all", epochs=5, lr=AUTO, layer_decay=0.9),
     }
-
-
-def auto_epochs(steps_per_epoch: int) -> int:
-    """What `epochs: auto` is for a number of optimizer steps in an epoch. docs/length.md has the table."""
-    return max(MIN_AUTO_EPOCHS, min(MAX_AUTO_EPOCHS, round(AUTO_STEPS / steps_per_epoch)))
 
 
 def wants_features(stage: StageConfig, augment: Augment) -> bool:

@@ -49,10 +49,11 @@ def print_stage(info: DistInfo, model: TransferModel, training: StageTraining, r
         f"{record.trainable_parameters:,}", f"{total:,}",
     )  # fmt: skip
     ranks, batch = info.world_size, training.sampler.global_batch_size
+    lr = f"{config.lr:g}{'' if record.lr is None else ' (auto)'}"
     logger.info(
-        "  %d x %d steps, global batch %d (%d %s of %d), lr %g, layer decay %g, %d px, augment %s, BatchNorm %s, %s",
+        "  %d x %d steps, global batch %d (%d %s of %d), lr %s, layer decay %g, %d px, augment %s, BatchNorm %s, %s",
         config.epochs, training.sampler.steps_per_epoch, batch, ranks, "rank" if ranks == 1 else "ranks",
-        batch // ranks, config.lr, config.layer_decay, stage.image_size, _augmentation(stage), config.batch_norm,
+        batch // ranks, lr, config.layer_decay, stage.image_size, _augmentation(stage), config.batch_norm,
         record.precision,
     )  # fmt: skip
     if not training.sampler.is_balanced and (note := left_out(training.sampler.length, batch, ranks)):
