@@ -90,7 +90,8 @@ def upright(pixels: npt.NDArray[Value], source: Image.Image) -> npt.NDArray[Valu
     if orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 0, 2)
     mirrored = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}.get(orientation, ())
-    turned: npt.NDArray[Value] = np.ascontiguousarray(np.flip(pixels, mirrored))
+    # A copy also of one row or column, which counts as contiguous: torch takes no negative strides.
+    turned: npt.NDArray[Value] = np.flip(pixels, mirrored).copy()
     return turned
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from distil_tl.data import pillow
@@ -270,6 +270,17 @@ def test_exif_orientation(kind, orientation):
     image = decode_bytes(saved(stored, kind, exif=exif, **options))
     assert (image // 10)[1].tolist() == UPRIGHT
     assert image.shape == (3, 2, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1)])
+def test_exif_orientation_of_a_single_row_or_column(shape: tuple[int, int], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.arange(10, 10 + shape[0] * shape[1], dtype=np.uint8).reshape(shape)
+    content = saved(Image.fromarray(pixels).convert("RGB"), exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    assert np.array_equal(decode_bytes(content).permute(1, 2, 0).numpy(), expected)
 
 
 def test_exif_orientation_of_jpeg_and_other_modes():
