@@ -77,31 +77,45 @@ def references(folder: Path, tmp_path_factory: pytest.TempPathFactory):
     return reference
 
 
-# Each kind of fault at another moment; each takes seconds.
+# Each kind of fault at another moment: the numbers of ranks of the attempts, the faults that end all but the last of
+# them, and where in its region each one strikes, from 0 to 1. A later attempt has only the lines of the work left.
 SHORT = {
-    "all killed while features are computed": ((2, 2), [Fault("kill all", "start-up", 0, 0)], 0.999),
-    "signal to one rank in start-up": ((2, 2), [Fault("term", "start-up", 1, 0)], 0.01),
-    "kill one rank in a step": ((2, 2), [Fault("kill one", "step", 1, 0)], 0.7),
-    "signal in an evaluation, then a full disk": (
+    "all killed while features are computed, then a signal to one rank in start-up": (
         (2, 2, 2),
-        [Fault("usr2", "evaluation", 1, 0), Fault("disk full", "step", 0, 0, 0.2)],
-        0.1,
+        [Fault("kill all", "start-up", 0, 0), Fault("term", "start-up", 1, 0)],
+        (0.999, 0.01),
     ),
-    "all killed in a checkpoint": ((2, 2), [Fault("kill all", "checkpoint", 0, 0)], 0.8),
-    "damage, then one rank": ((2, 1), [Fault("flipped", "step", 0, 0)], 0.8),
-    "two signals, then four ranks": ((2, 4), [Fault("twice", "step", 1, 0)], 0.4),
+    "one rank killed in a step, then all in a checkpoint": (
+        (2, 2, 2),
+        [Fault("kill one", "step", 1, 0), Fault("kill all", "checkpoint", 0, 0)],
+        (0.3, 0.4),
+    ),
+    "a signal in an evaluation, then a full disk, then two signals": (
+        (2, 2, 2, 2),
+        [
+            Fault("usr2", "evaluation", 1, 0),
+            Fault("disk full", "step", 0, 0, 0.2),
+            Fault("twice", "step", 1, 0),
+        ],
+        (0.1, 0.2, 0.2),
+    ),
+    "damage, then a signal to a single rank, then four ranks": (
+        (2, 1, 4),
+        [Fault("flipped", "step", 0, 0), Fault("int", "step", 0, 0)],
+        (0.6, 0.2),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SHORT)
 def test_a_run_ends_as_if_nothing_had_happened(references, tmp_path: Path, name: str) -> None:
-    worlds, wanted, share = SHORT[name]
-    variant = "features" if "features" in name else "dropout" if name.startswith("all killed") else "sgd"
+    worlds, wanted, shares = SHORT[name]
+    variant = "features" if "features" in name else "dropout" if "checkpoint" in name else "sgd"
     args, reference = references(variant)
-    faults = []
-    for number, fault in enumerate(wanted):
-        lines = int(reference.counted[fault.by][fault.region] * (share if number == 0 else 0.2))
-        faults.append(Fault(fault.kind, fault.region, fault.by, lines, fault.chance))
+    faults = [
+        Fault(fault.kind, fault.region, fault.by, int(reference.counted[fault.by][fault.region] * share), fault.chance)
+        for fault, share in zip(wanted, shares, strict=True)
+    ]
     outcome = carry_out(Plan(name, tuple(args), variant, worlds, tuple(faults), 0), tmp_path, reference)
     assert not outcome.problems, "\n".join([*outcome.notes, *outcome.problems])
     assert sum(" at " in note for note in outcome.notes) == len(faults), outcome.notes

@@ -157,6 +157,7 @@ def taught_args(small: list[str], teacher: Path, run_dir: Path) -> list[str]:
 
 
 def test_a_student_on_one_and_two_ranks_and_stopped(teacher: Path, small: list[str], tmp_path: Path) -> None:
+    small = [*small, "stages.full.epochs=1"]
     one, two, again = (tmp_path / name for name in ("one", "two", "again"))
     assert run_ranks(1, train, taught_args(small, teacher, one)) == [0]
     assert run_ranks(2, train, taught_args(small, teacher, two)) == [0, 0]
