@@ -107,6 +107,11 @@ def export_library(run_dir: Path, checkpoint: str, overrides: Sequence[str], fol
     setup_console(True)
     restored = restore_model(run_dir, checkpoint, list(overrides))
     config, model = restored.config.model, restored.model
+    if config.readout != "pooled":
+        raise UserError(
+            f"--format safetensors: no library builds {config.name} with model.readout={config.readout}; use --format "
+            f"onnx, or the weights in {printable(restored.checkpoint / ckpt.WEIGHTS)} with distil_tl.load"
+        )
     if config.is_own:
         raise UserError(
             f"--format safetensors is for models of timm and torchvision, and {config.name} is none of them: use its "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from distil_tl.models.names import INSTALL_TIMM, OWN_SEPARATOR, TIMM_PREFIX, WEIGHTS_SUFFIXES
+from distil_tl.models.names import INSTALL_TIMM, OWN_SEPARATOR, READOUTS, TIMM_PREFIX, WEIGHTS_SUFFIXES
 from distil_tl.models.weight_packages import PACKAGES
 from distil_tl.utils.errors import did_you_mean
 from distil_tl.utils.home import expand_home
@@ -27,6 +27,7 @@ class ModelConfig:
     weights: str = "auto"  # auto | default (the library's) | package | none (random) | IMAGENET1K_V2 or the like | PATH
     drop_path: float | None = None  # stochastic depth: share of residual branches left out; null: the library's default
     dropout: float | None = None  # share of features left out before the head; null: the library's default
+    readout: str = "pooled"  # pooled (the library's) | avg_max | token | mean | token_mean
 
     @property
     def library_name(self) -> str:
@@ -61,6 +62,8 @@ class ModelConfig:
             # The valid names of weights depend on the model.
             weights_problem = None if name_problem else self._weights_problem()
         found = [problem for problem in (name_problem, weights_problem) if problem]
+        if self.readout not in READOUTS:
+            found.append(f"model.readout={self.readout}: use one of {', '.join(READOUTS)}")
         return found + self._drop_problems(check_model=name_problem is None)
 
     def name_problems(self) -> list[str]:

@@ -31,8 +31,11 @@ def find_head(module: nn.Module) -> str:
     return paths[-1]
 
 
-def replace_head(module: nn.Module, path: str, num_classes: int) -> None:
+def replace_head(module: nn.Module, path: str, num_classes: int, wider: int = 1) -> None:
     """Replace the layer at `path` by one of the same kind with `num_classes` outputs, with a bias if it had one.
+
+    Args:
+        wider: how many times as many inputs it gets.
 
     Raises:
         TypeError: it is neither a Linear nor a Conv2d with a 1x1 kernel.
@@ -40,9 +43,9 @@ def replace_head(module: nn.Module, path: str, num_classes: int) -> None:
     old = module.get_submodule(path)
     new: nn.Module
     if isinstance(old, nn.Linear):
-        new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+        new = nn.Linear(wider * old.in_features, num_classes, bias=old.bias is not None)
     elif isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1):
-        new = nn.Conv2d(old.in_channels, num_classes, kernel_size=1, bias=old.bias is not None)
+        new = nn.Conv2d(wider * old.in_channels, num_classes, kernel_size=1, bias=old.bias is not None)
     else:
         raise TypeError(f"{path} is a {type(old).__name__}, not a classifier layer")
     module.set_submodule(path, new)

@@ -7,3 +7,4 @@ OWN_SEPARATOR = ":"  # MODULE:FUNCTION is a network of the user
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 INSTALL_TIMM = "pip install 'distil_tl[timm]'"
 LIBRARY_WEIGHTS, LIBRARY_CONFIG = "model.safetensors", "config.json"  # of distil-tl export and of timm
+READOUTS = ("pooled", "avg_max", "token", "mean", "token_mean")  # of `model.readout`

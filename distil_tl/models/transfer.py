@@ -15,6 +15,7 @@ from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.head import init_head, seeded
 from distil_tl.models.layer_groups import LayerGroup, groups_of_modules, groups_of_parameters
 from distil_tl.models.preprocess import Preprocess
+from distil_tl.models.readout import CannotReadOutError, set_readout
 from distil_tl.models.size_trial import failure_at, first_line, size_error
 from distil_tl.models.torchvision_groups import torchvision_groups
 from distil_tl.models.weight_packages import PACKAGES
@@ -137,7 +138,16 @@ def build(
         raise
     except Exception as error:  # the code of some models fails while they are built for a size
         raise _size_error("data.image_size", config.name, size, first_line(error), preprocess) from error
+    removed: tuple[str, ...] = ()
+    if config.readout != "pooled":
+        try:
+            removed = set_readout(module, head, config.readout, num_classes, size)
+        except CannotReadOutError as error:
+            raise UserError(
+                f"model.readout={config.readout}: not possible with {config.name}, as {error}; use pooled"
+            ) from error
     skip, groups, check_size = _parts(config, module, head)
+    skip = (*skip, *removed)
     if config.is_own:
         preprocess = own_models.preprocess(config.name, module)
 

@@ -57,6 +57,7 @@ NEW_KEYS: dict[str, Any] = {
     "distributed.heartbeat_seconds": None,  # frozen ranks were not looked for
     "model.drop_path": None,
     "model.dropout": None,
+    "model.readout": "pooled",
     "recipe": None,
     "metric": "top1",
     "stages.*.patience": None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def images(count: int = 4, size: int = 10) -> Tensor:
 
 
 def random_model(
-    name: str, unfreeze: object = "head", size: int = 64, batch_norm: str = "frozen", **drops: float
+    name: str, unfreeze: object = "head", size: int = 64, batch_norm: str = "frozen", **drops: Any
 ) -> TransferModel:
     """A real architecture for 3 classes with random weights and statistics of BatchNorm, frozen as a stage does."""
     model = build(ModelConfig(name, weights="none", **drops), 3, image_size=size, seed=0)

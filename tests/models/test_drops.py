@@ -51,7 +51,8 @@ def test_null_is_what_the_library_does() -> None:
     ],
 )  # fmt: skip
 def test_a_model_without_it_is_refused(name: str, key: str, value: float, message: str) -> None:
-    (problem,) = ModelConfig(name, "none", **{key: value}).problems()
+    given: dict[str, Any] = {key: value}
+    (problem,) = ModelConfig(name, "none", **given).problems()
     assert message in problem
     assert ModelConfig("efficientnet_b0", "none", drop_path=0.3, dropout=0.1).problems() == []
 

@@ -1,0 +1,119 @@
+"""Read-outs: what the head gets is what their names say, for each family, and the layers stay those of the network."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distil_tl
+from distil_tl.cli.export import main as export
+from distil_tl.models.config import ModelConfig
+from distil_tl.models.graph.frozen_prefix import cut_frozen_prefix
+from distil_tl.models.transfer import TransferModel, build
+from distil_tl.training.config import StageConfig
+from distil_tl.training.stage import apply_stage
+from distil_tl.utils.errors import UserError
+from tests.helpers.arguments import SMALLEST, small_args
+from tests.helpers.ranks import train
+from tests.helpers.runs import summary_of
+
+
+def model_with(name: str, readout: str, size: int = 64) -> TransferModel:
+    return build(ModelConfig(name, "none", readout=readout), 3, image_size=size, seed=0)
+
+
+def head_inputs(model: TransferModel, images: Tensor) -> Tensor:
+    """What the head gets."""
+    seen: list[Tensor] = []
+    handle = model.module.get_submodule(model.heads[0]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model.module.eval()(images)
+    handle.remove()
+    return seen[0]
+
+
+def images(size: int = 64) -> Tensor:
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/test_resnet", "timm/test_convnext", "timm/mobilenetv3_small_050", "convnext_tiny"]
+)
+def test_average_and_max_are_one_after_the_other(name: str) -> None:
+    pooled, both = model_with(name, "pooled"), model_with(name, "avg_max")
+    assert list(both.module.state_dict()) == list(pooled.module.state_dict())
+    average, found = head_inputs(pooled, images()).flatten(1), head_inputs(both, images()).flatten(1)
+    assert found.shape[1] == 2 * average.shape[1]
+    torch.testing.assert_close(found[:, : average.shape[1]], average)
+    assert not torch.allclose(found[:, average.shape[1] :], average)
+
+
+@pytest.mark.parametrize(("name", "size"), [("timm/test_vit", 160), ("vit_b_32", 64)])
+def test_tokens_are_read_out(name: str, size: int) -> None:
+    pooled, token, mean, both = (
+        head_inputs(model_with(name, readout, size), images(size))
+        for readout in ("pooled", "token", "mean", "token_mean")
+    )
+    torch.testing.assert_close(token, pooled)
+    assert not torch.allclose(mean, token)
+    torch.testing.assert_close(both, torch.cat([token, mean], 1))
+
+
+@pytest.mark.parametrize(("name", "readout"), [("timm/test_convnext", "avg_max"), ("timm/test_vit", "token_mean")])
+def test_a_network_with_a_readout_is_cut_copied_and_trained(name: str, readout: str) -> None:
+    model = model_with(name, readout, 160)
+    apply_stage(model, StageConfig(unfreeze="head"))
+    cut = cut_frozen_prefix(model.module, images(160))
+    features = cut.prefix(images(160))
+    torch.testing.assert_close(features.flatten(1), head_inputs(model, images(160)).flatten(1), rtol=1e-3, atol=1e-4)
+    other = copy.deepcopy(model.module).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(other(images(160)), model.module.eval()(images(160)))
+    cut.suffix(features).sum().backward()
+    assert isinstance(head := model.module.get_submodule(model.heads[0]), nn.Linear)
+    assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "readout", "reason"),
+    [
+        ("timm/test_vit", "avg_max", "no layer of it averages feature maps"),
+        ("resnet18", "mean", "its code has no tokens"),
+        ("mobilenet_v2", "avg_max", "no layer of it averages feature maps"),
+        ("squeezenet1_1", "avg_max", "its layers do not take it"),
+        ("timm/vit_base_patch32_siglip_256", "token", "it has no class token"),
+    ],
+)
+def test_a_readout_that_a_network_has_not_is_refused(name: str, readout: str, reason: str) -> None:
+    message = f"model.readout={readout}: not possible with {name}, as {reason}"
+    with pytest.raises(UserError, match=message), torch.device("meta"):
+        model_with(name, readout)
+
+
+def test_an_unknown_readout_is_refused() -> None:
+    (problem,) = ModelConfig("resnet18", "none", readout="max").problems()
+    assert problem == "model.readout=max: use one of pooled, avg_max, token, mean, token_mean"
+
+
+def test_a_run_with_a_readout_is_loaded_and_exported(
+    tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    args = [*small_args(folder), f"run_dir={tmp_path / 'run'}", "model.readout=avg_max", "stages.head.augment=none"]
+    assert train([*args, "stages.full.epochs=0"]) == 0
+    assert train([*args, "stages.full.epochs=1"]) == 0, "resumed with another stage"
+    assert summary_of(tmp_path / "run")["stages"]["head"]["cached"]
+    model = distil_tl.load(tmp_path / "run").model
+    assert isinstance(head := model.get_submodule("fc"), nn.Linear)
+    pooled = build(ModelConfig(SMALLEST, "none"), 3, image_size=32, seed=0).module.get_submodule("fc")
+    assert head.in_features == 2 * pooled.in_features  # type: ignore[operator]
+    assert export([str(tmp_path / "run"), "-o", str(tmp_path / "model.onnx")]) == 0, "it was compared on val"
+    capsys.readouterr()
+    assert export([str(tmp_path / "run"), "--format", "safetensors", "-o", str(tmp_path / "library")]) == 2
+    assert "no library builds timm/test_resnet with model.readout=avg_max" in capsys.readouterr().err
+    assert train([*args, "stages.full.epochs=1", "model.readout=pooled"]) == 2
+    assert "model.readout: was 'avg_max', now 'pooled'" in capsys.readouterr().err
