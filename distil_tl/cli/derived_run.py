@@ -14,6 +14,7 @@ import yaml
 
 from distil_tl.data.config import ALL_EXTENSIONS
 from distil_tl.utils.home import path_argument
+from distil_tl.utils.log import printable
 from distil_tl.utils.outputs import check_output, open_output
 
 
@@ -54,8 +55,8 @@ def train_derived(tree: Mapping[str, Any], overrides: Sequence[str], run_dir: Pa
         check_output("--config", config_file, [run_dir / "config.yaml"], ALL_EXTENSIONS, earlier=())
         with open_output(config_file) as file:
             file.write(content)
-        command = shlex.join([str(config_file), *overrides])
-        sys.stdout.write(f"{config_file}: submit it with distil-tl submit {command}\n")
+        command = printable(shlex.join([str(config_file), *overrides]))
+        sys.stdout.write(f"{printable(config_file)}: submit it with distil-tl submit {command}\n")
         return
     from distil_tl import config as configuration
 

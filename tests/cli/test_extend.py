@@ -48,6 +48,10 @@ def test_the_configuration_can_be_written_alone(tmp_path: Path, capsys: pytest.C
     written = yaml.safe_load(out.read_text())
     assert written["stages"]["full_2"] == {"unfreeze": "all", "epochs": 3, "search": {}}
     assert (written["seed"], written["run_dir"]) == (3, str(tmp_path))
+    odd = tmp_path / "caf\udce9\n.yaml"  # a name that is not UTF-8
+    assert main([str(tmp_path), "stages.full.epochs=+3", "--config", str(odd)]) == 0
+    assert "caf\\udce9\\n.yaml: submit it with" in capsys.readouterr().out
+    assert odd.exists()
 
 
 def test_the_same_command_resumes_an_extension_that_was_interrupted(
