@@ -76,9 +76,14 @@ class Inputs:
         """Arguments of a run of 24 steps, with a checkpoint every 5 steps, followed by W&B."""
         return [*self.small, "stages.full.epochs=3", "checkpoint.every_steps=5", "tracking.wandb.mode=online"]
 
+    @property
+    def untracked_args(self) -> list[str]:
+        """The same, not followed by W&B, whose processes need CPU time."""
+        return [arg for arg in self.job_args if not arg.startswith("tracking.wandb.mode=")]
+
     def reference(self, ranks: int = 2, args: list[str] | None = None) -> Path:
         """The run directory of an undisturbed run on this machine: by default that of `job_args` on two ranks."""
-        args = args or self.job_args
+        args = args or self.untracked_args
         with self._lock:
             run_dir = self.folder / f"{abs(hash(tuple(args)))}-{ranks}"
             if not run_dir.exists():

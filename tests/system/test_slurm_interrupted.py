@@ -1,6 +1,7 @@
 """Jobs on a real Slurm that are preempted, requeued, cancelled, out of time, or lose their node.
 
-Where only Slurm matters they have one task. Where the ranks must also agree on when to stop, they have two.
+Where only Slurm matters they have one task. Where the ranks must also agree on when to stop, they have two. W&B follows
+those that are preempted, killed, or lose their node.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def test_a_run_that_is_preempted_with_grace_requeues_itself(
 ) -> None:
     node = partition.nodes[1]
     extra = f"{{nodelist: {node}}}"
-    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 1.5, partition="grace", extra=extra)
+    run = Run(partition, inputs, tmp_path / "run", inputs.untracked_args, 1.5, partition="grace", extra=extra)
     run.wait_for_step(7)
     preempt(partition, node)
     run.wait_until_same_as(inputs.reference(1))
@@ -55,8 +56,8 @@ def test_a_run_that_is_preempted_with_grace_requeues_itself(
 def test_a_run_that_is_requeued_by_hand_resumes_and_a_cancelled_one_does_not(
     partition: Partition, inputs: Inputs, tmp_path: Path
 ) -> None:
-    by_hand = Run(partition, inputs, tmp_path / "by hand", inputs.job_args, 1.5)
-    cancelled = Run(partition, inputs, tmp_path / "cancelled", inputs.job_args, 1.5)
+    by_hand = Run(partition, inputs, tmp_path / "by hand", inputs.untracked_args, 1.5)
+    cancelled = Run(partition, inputs, tmp_path / "cancelled", inputs.untracked_args, 1.5)
     by_hand.wait_for_step(7)
     partition.run("scontrol", "requeue", by_hand.job)
     cancelled.wait_for_step(7)
@@ -69,14 +70,14 @@ def test_a_run_that_is_requeued_by_hand_resumes_and_a_cancelled_one_does_not(
         "by hand": "completed",
         "cancelled": "stopped",
     }
-    again = [*inputs.job_args, f"run_dir={by_hand.run_dir}", "slurm.cpus_per_task=1"]
+    again = [*inputs.untracked_args, f"run_dir={by_hand.run_dir}", "slurm.cpus_per_task=1"]
     assert "#SBATCH" in launched(partition, "submit", *again, "--dry-run"), "a completed job is not in the way"
 
 
 @concurrent(first=True)
 def test_a_run_whose_time_is_up_requeues_itself(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     """Slurm sends the signal 15 to 45 s after its time limit was lowered, as it compares times only every 30 s."""
-    run = Run(partition, inputs, tmp_path / "run", inputs.job_args, 3, signal_delay_s=45)
+    run = Run(partition, inputs, tmp_path / "run", inputs.untracked_args, 3, signal_delay_s=45)
     run.wait_for_step(3)
     end = datetime.datetime.now() + datetime.timedelta(seconds=90)
     partition.run("scontrol", "update", f"jobid={run.job}", f"endtime={end:%Y-%m-%dT%H:%M:%S}")
@@ -130,7 +131,7 @@ def test_a_run_of_which_a_rank_is_killed_is_requeued(partition: Partition, input
 
 @concurrent()
 def test_a_run_that_makes_no_progress_is_ended(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
-    run = Run(partition, inputs, tmp_path / "run", [*inputs.job_args, "checkpoint.every_steps=1000"], 100)
+    run = Run(partition, inputs, tmp_path / "run", [*inputs.untracked_args, "checkpoint.every_steps=1000"], 100)
     path = run.run_dir / "attempt.json"
     wait_until(path.exists, run.output)
     # As if Slurm had restarted it so often already.

@@ -13,16 +13,12 @@ from tests.helpers.slurm_jobs import Inputs, Run
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600), pytest.mark.xdist_group("slurm")]
 
 
-def untracked(inputs: Inputs) -> list[str]:
-    return [*inputs.job_args, "tracking.wandb.mode=disabled"]
-
-
 @concurrent()
 def test_each_node_copies_once_and_the_requeued_job_uses_the_copy(
     partition: Partition, inputs: Inputs, tmp_path: Path
 ) -> None:
     disks = tmp_path / "disks"
-    args = [*untracked(inputs), f"data.stage_to={disks}/$SLURMD_NODENAME/scratch"]
+    args = [*inputs.untracked_args, f"data.stage_to={disks}/$SLURMD_NODENAME/scratch"]
     run = Run(partition, inputs, tmp_path / "run", args, 1.5, nodes=2, gpus_per_node=1)
     run.wait_for_step(7)
     copies = {path: path.stat().st_ino for path in disks.glob("*/scratch/*/ready/images/*/*/*.png")}
@@ -40,7 +36,7 @@ def test_a_node_with_an_unusable_disk_reads_the_folder(partition: Partition, inp
     disks, node = tmp_path / "disks", partition.nodes[1]
     disks.mkdir()
     (disks / node).write_text("a file where the disk should be")
-    args = [*untracked(inputs), f"data.stage_to={disks}/$SLURMD_NODENAME"]
+    args = [*inputs.untracked_args, f"data.stage_to={disks}/$SLURMD_NODENAME"]
     run = Run(partition, inputs, tmp_path / "run", args, nodes=2, gpus_per_node=1)
     run.wait_until_same_as(inputs.reference())
     assert "data.stage_to on node 1 (" in run.output()
