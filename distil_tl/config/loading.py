@@ -19,7 +19,7 @@ from distil_tl.data.config import (
     data_name,
 )
 from distil_tl.models.config import resolve_weights
-from distil_tl.rundir.changes import is_free_on_resume, new_keys
+from distil_tl.rundir.changes import EARLIER_DEFAULTS, is_free_on_resume, new_keys
 from distil_tl.training.config import (
     StageConfig,
 )
@@ -90,9 +90,12 @@ def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None =
     config = _to_config(schema)
     older = Path(files[0]) if saved else _saved_configuration(config)
     if older is not None and new_keys(config.stages):
-        known = flatten(read_yaml(older)).keys()
+        known = flatten(read_yaml(older))
         for key, before in new_keys(config.stages).items():
             if key not in known and key not in given:
+                OmegaConf.update(schema, key, before)
+        for key, before in EARLIER_DEFAULTS.items():
+            if known.get(key) == before and key not in given and key.split(".")[1] in config.stages:
                 OmegaConf.update(schema, key, before)
         config = _to_config(schema)
     _resolve_defaults(config, schema)

@@ -81,6 +81,10 @@ NEW_KEYS: dict[str, Any] = {
     "deterministic": False,
 }
 
+# Keys whose default has changed, with the earlier one. A run that began with it keeps it, if the command does not give
+# the key.
+EARLIER_DEFAULTS: dict[str, Any] = {"stages.full.lr": 3e-4}
+
 
 def new_keys(stages: Iterable[str]) -> dict[str, Any]:
     """`NEW_KEYS` with the names of the stages filled in."""

@@ -353,3 +353,17 @@ def test_a_stage_that_has_not_begun_may_change_freely(run_dir: Path, small: list
     assert main([*changed, f"run_dir={run_dir}"]) == 0
     assert main([*changed, f"run_dir={tmp_path}/whole"]) == 0
     same_result(run_dir, tmp_path / "whole")
+
+
+def test_a_run_keeps_a_default_of_earlier_versions(tmp_path: Path) -> None:
+    """Unless the command gives the key, or the run had another value."""
+    command = ["model.name=resnet18", "model.weights=none", f"run_dir={tmp_path}"]
+    for saved, given, expected in (
+        ("3e-4", [], 3e-4), ("3e-4", ["stages.full.lr=auto"], "auto"), ("5e-4", [], "auto"), ("auto", [], "auto"),
+    ):  # fmt: skip
+        (tmp_path / "config.yaml").write_text(f"stages: {{full: {{lr: {saved}}}}}")
+        config, unresolved = load([*command, *given])
+        assert config.stages["full"].lr == unresolved.stages.full.lr == expected
+    (tmp_path / "config.yaml").write_text("stages: {full: {lr: 3e-4}}")
+    (tmp_path / "own.yaml").write_text("data: {root: null}\nstages: {head: {unfreeze: head}}")
+    assert list(load([str(tmp_path / "own.yaml"), *command])[0].stages) == ["head"]
