@@ -81,7 +81,7 @@ def settle_auto(
 
 
 def warn_if_nothing_is_mixed(name: str, stage: StageConfig) -> None:
-    """Say so if a stage was to mix images, and has got no more epochs than the last ones, which are without that."""
+    """Warn if a stage is set to mix images, and all of its epochs are among the last ones, in which none are mixed."""
     if stage.mixes_in_no_epoch:
         logger.warning(
             "stages.%s mixes no images: it has %d epochs, and stages.%s.mix_off_epochs=%d; set a smaller one",

@@ -95,7 +95,7 @@ class Run:
         config, own = self.config, self.config.stages[name]
         record = self.state.stages.get(name)
         if own.lr == AUTO:
-            own = replace(own, lr=self._auto_lr(name))
+            own = replace(own, lr=self.auto_lr(name))
         return Stage(
             name=name,
             config=own,
@@ -110,7 +110,7 @@ class Run:
             balance=config.data.balance,
         ).with_search_result(None if record is None else record.search)
 
-    def _auto_lr(self, name: str) -> float:
+    def auto_lr(self, name: str) -> float:
         """The learning rate of a stage with `lr: auto`: recorded, or by the accuracy of the stage before."""
         record = self.state.stages.get(name)
         if record is not None and record.lr is not None:

@@ -134,8 +134,8 @@ def run_stage(run: Run, stage: Stage) -> None:
     """Train a stage from where it is to its end: epochs, each followed by an evaluation and a checkpoint."""
     info, model = run.info, run.model
     record = run.state.stages.setdefault(stage.name, StageRecord())
-    if run.config.stages[stage.name].lr == AUTO:
-        record.lr = stage.config.lr
+    if run.config.stages[stage.name].lr == AUTO and record.lr is None:
+        record.lr = run.auto_lr(stage.name)  # that of `stage` may be of its head search
     info.phase = f"the set-up of stage {stage.name}"
     began = time.monotonic()
     setup = set_up_stage(info, stage, model, run.source, record, run.plan.micro, run.agreement)

@@ -142,6 +142,13 @@ def test_the_learning_rate_follows_from_the_accuracy_before() -> None:
     assert [StageConfig(lr=value).lr for value in (1, "1e-3", "auto")] == [1.0, 1e-3, "auto"]
 
 
+def test_a_learning_rate_of_too_many_digits_is_refused(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for sign, shown in (("", "inf"), ("-", "-inf")):
+        assert main([*small, f"stages.full.lr={sign}1{'0' * 400}"]) == 2
+        (message,) = capsys.readouterr().err.strip().splitlines()
+        assert message.endswith(f"stages.full.lr is {shown}; give a positive number, or auto")
+
+
 def test_a_resumed_stage_keeps_its_learning_rate(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from distil_tl.cli.derived_run import read_arguments, train_derived
 from distil_tl.report.load import integer, mapping
 from distil_tl.utils.args import overlay, parse_overrides, read_yaml, refuse
+from distil_tl.utils.auto import AUTO
 from distil_tl.utils.command import exit_process, run_command
 from distil_tl.utils.errors import UserError, did_you_mean
 from distil_tl.utils.files import read_json
@@ -62,7 +63,8 @@ def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
     prefix = f"stages.{name}."
     own = [argument.removeprefix(prefix) for argument in overrides if argument.startswith(prefix)]
     changes = _values([argument for argument in own if not argument.startswith("epochs=")])
-    found = _search_result(mapping(done, name), mapping(tree, "optim"))
+    record = mapping(done, name)
+    found = {**_auto_result(stages[name], record), **_search_result(record, mapping(tree, "optim"))}
     added = {**stages[name], "search": {}, **found, **changes, "epochs": epochs}
     last = list(stages)[-1]
     is_same = last.startswith(f"{name}_") and stages[last] == overlay(stages[last], added)
@@ -95,6 +97,12 @@ def _stages_done(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return mapping(mapping(state, "run"), "stages") if isinstance(state, dict) else {}
+
+
+def _auto_result(stage: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The learning rate that `lr: auto` was. The new stage has another one before it, so `auto` could differ."""
+    lr = record.get("lr")
+    return {"lr": lr} if stage.get("lr") == AUTO and isinstance(lr, float) else {}
 
 
 def _search_result(record: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:

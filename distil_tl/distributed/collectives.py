@@ -161,6 +161,22 @@ def gather_rows(info: DistInfo, rows: Tensor, at_most: int) -> Tensor:
     return everything[~everything.isnan().all(dim=1)]
 
 
+def gather_uneven_rows(info: DistInfo, rows: Tensor) -> Tensor:
+    """The rows of all ranks, concatenated. `rows` is a CPU tensor [n, k]; n may be large, and differ by rank.
+
+    One rank sends at a time, so memory is needed for the rows alone, and not for as many of each rank.
+    """
+    if info.store is None:
+        return rows
+    parts = []
+    for rank, count in enumerate(gather_objects(info, len(rows))):
+        if count:
+            part = rows.contiguous() if rank == info.rank else rows.new_empty(count, rows.shape[1])
+            dist.broadcast(part, src=rank)
+            parts.append(part)
+    return torch.cat(parts) if parts else rows
+
+
 def average_over_ranks(info: DistInfo, buffers: Sequence[Tensor]) -> None:
     """Average float tensors of one dtype over the ranks, in place, all in one reduction."""
     if info.store is None or not buffers:

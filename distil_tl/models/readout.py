@@ -150,7 +150,7 @@ def _reading_out(kind: Any, readout: str) -> Any:
     read = TokenReadout(readout, 1)
 
     def forward(self: nn.Module, tokens: Tensor) -> Tensor:
-        tokens = read.forward(kind.forward(self, tokens))  # not as a layer, which it is none of
+        tokens = read.forward(kind.forward(self, tokens))  # called as a function: it must not become a submodule
         return tokens[:, None]
 
     return type(

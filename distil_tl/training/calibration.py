@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distil_tl.data.loader import Batch
-from distil_tl.distributed.collectives import gather_rows, max_over_ranks, sum_over_ranks
+from distil_tl.distributed.collectives import gather_uneven_rows, max_over_ranks, sum_over_ranks
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
 
@@ -113,6 +113,7 @@ class KeptLogits:
         self.every = 1
         self._most = max(1, limit // num_classes)  # images
         self._numbers = [torch.empty(0, dtype=torch.int64)]  # of each batch, on the CPU
+        self._count = 0  # of them
         self._rows = [torch.empty(0, 3 + num_classes)]  # on the device: valid, target, predicted class, logits
 
     def add(self, logits: Tensor, predicted: Tensor, batch: Batch) -> None:
@@ -120,17 +121,18 @@ class KeptLogits:
         labels = torch.stack([batch.valid, batch.targets, predicted], dim=1)
         chosen = (batch.indices % self.every == 0).nonzero()[:, 0]
         self._numbers.append(batch.indices[chosen])
+        self._count += len(chosen)
         chosen = chosen.to(logits.device, non_blocking=True)
         # Class numbers are exact in float32 below 2^24.
         self._rows.append(torch.cat([labels[chosen].float(), logits[chosen].float()], dim=1))
-        while sum(map(len, self._numbers)) > self._most:
+        while self._count > self._most:
             self._thin(2 * self.every)
 
     def _thin(self, every: int) -> None:
         kept = [(numbers % every == 0).nonzero()[:, 0] for numbers in self._numbers]
         self._rows = [rows[chosen.to(rows.device)] for rows, chosen in zip(self._rows, kept, strict=True)]
         self._numbers = [numbers[chosen] for numbers, chosen in zip(self._numbers, kept, strict=True)]
-        self.every = every
+        self._count, self.every = sum(map(len, kept)), every
 
     def leave_device(self) -> None:
         self._rows = [rows.cpu() for rows in self._rows]
@@ -138,14 +140,14 @@ class KeptLogits:
     def gather(self, info: DistInfo) -> Logits:
         """Those of all ranks, on all ranks alike. A collective."""
         self._thin(int(max_over_ranks(info, self.every)))
+        while int(sum_over_ranks(info, torch.tensor([self._count]))) > self._most:
+            self._thin(2 * self.every)
         self.leave_device()
         numbers, rows = torch.cat(self._numbers), torch.cat(self._rows)
-        most = max(1, int(max_over_ranks(info, len(numbers))))
-        found = gather_rows(info, torch.cat([numbers[:, None].double(), rows.double()], dim=1), most)
-        found, every = found[found[:, 0].argsort()], self.every
-        while (found[:, 0] % every == 0).sum() > self._most:
-            every *= 2
-        found = found[(found[:, 0] % every == 0) & (found[:, 1] == 1)]
+        # Often few ranks have all of them: of n ranks, each evaluates every n-th image.
+        found = gather_uneven_rows(info, torch.cat([numbers[:, None].double(), rows.double()], dim=1))
+        found = found[found[:, 0].argsort()]
+        found = found[found[:, 1] == 1]
         return Logits(found[:, 4:], *found[:, 2:4].long().T)
 
 

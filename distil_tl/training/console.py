@@ -49,7 +49,7 @@ def print_stage(info: DistInfo, model: TransferModel, training: StageTraining, r
         f"{record.trainable_parameters:,}", f"{total:,}",
     )  # fmt: skip
     ranks, batch = info.world_size, training.sampler.global_batch_size
-    lr = f"{config.lr:g}{'' if record.lr is None else ' (auto)'}"
+    lr = f"{config.lr:g}{' (auto)' if record.lr == config.lr else ''}"
     logger.info(
         "  %d x %d steps, global batch %d (%d %s of %d), lr %s, layer decay %g, %d px, augment %s, BatchNorm %s, %s",
         config.epochs, training.sampler.steps_per_epoch, batch, ranks, "rank" if ranks == 1 else "ranks",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -21,3 +22,5 @@ def real_number(value: Any) -> Any:
         return float(value)
     except (TypeError, ValueError):
         return value
+    except OverflowError:  # a whole number of hundreds of digits; as a text it is infinite, too
+        return math.inf if value > 0 else -math.inf

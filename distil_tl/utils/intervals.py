@@ -27,7 +27,7 @@ def wilson(correct: float, n: float) -> Interval | None:
 def bootstrap(rows: Sequence[Sequence[float]]) -> dict[str, Interval]:
     """Percentile intervals of macro_f1 and balanced_accuracy: the images of a confusion matrix are drawn repeatedly.
 
-    None without images, or with too many classes.
+    Empty without images, or with too many classes.
     """
     import numpy as np  # not needed for a report without an evaluation
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from distil_tl.tracking.config import WandbConfig
 from distil_tl.tracking.wandb.media import MAX_CHART_CLASSES, final_charts
-from distil_tl.tracking.wandb.rows import Rows, row_of
+from distil_tl.tracking.wandb.rows import Rows, row_of, summary_of
 from distil_tl.tracking.wandb.state import Marks
 from distil_tl.tracking.wandb.task import wandb_task
 from tests.helpers.metrics_lines import line
@@ -25,6 +25,20 @@ def test_a_row_has_curves_of_the_run_and_of_the_stage():
         "val/loss": 0.5, "val/top1": 0.9, "val/lr": 0.1, "epoch": 1, "stage": "head",
         "stage_head/val_loss": 0.5, "stage_head/val_top1": 0.9, "stage_head/epoch": 1,
     }  # fmt: skip
+
+
+def test_the_summary_has_numbers_alone():
+    result = {
+        "split": "test",
+        "n": 9,
+        "top1": 0.5,
+        "top5": None,
+        "step": 3,
+        "metric": "top1",
+        "intervals": {"top1": [0, 1]},
+    }
+    summary = {"status": "completed", "best": None, "test": result, "total_seconds": 4.0}
+    assert summary_of(summary) == {"test/top1": 0.5, "test/step": 3, "total_seconds": 4.0}
 
 
 def test_a_row_is_complete_when_a_later_step_follows(tmp_path: Path):

@@ -239,8 +239,9 @@ def test_a_search_that_was_stopped_or_killed_is_done_again(folder: Path, tmp_pat
 def test_a_resumed_run_keeps_its_choice(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(head_args(folder, tmp_path / "whole", *GRID)) == 0
-    args = head_args(folder, tmp_path / "run", *GRID)
+    settings = ("stages.head.lr=auto", *GRID)
+    assert main(head_args(folder, tmp_path / "whole", *settings)) == 0
+    args = head_args(folder, tmp_path / "run", *settings)
     original = torch.optim.AdamW.step
     steps: list[int] = []
 
@@ -259,6 +260,7 @@ def test_a_resumed_run_keeps_its_choice(
     assert main(args) == 0
     assert timeless(lines(tmp_path / "run")) == timeless(lines(tmp_path / "whole"))
     assert found(tmp_path / "run") == found(tmp_path / "whole")
+    assert summary_of(tmp_path / "run")["stages"]["head"]["lr"] == 3e-4, "what auto is, not what is searched"
 
 
 def test_regularized_is_the_most_regularized_within_one_standard_error() -> None:

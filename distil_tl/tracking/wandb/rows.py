@@ -11,6 +11,7 @@ from typing import Any
 from distil_tl.utils.files import open_regular
 
 KEPT_OF_EPOCH = ("loss", "top1", "macro_f1")  # in the curves of one stage
+RESULTS = ("best", "final", "test")  # in summary.json
 
 
 @dataclass
@@ -50,11 +51,7 @@ def row_of(line: dict[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl with W&B's names: curves over the whole run, and of each stage over its epochs."""
     split, whole_epoch = line["split"], line.get("window") == "epoch"
     series = "train_epoch" if split == "train" and whole_epoch else split
-    numbers = {
-        key: value
-        for key, value in line.items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("step", "epoch", "n", "time")
-    }
+    numbers = _numbers(line, "step", "epoch", "n", "time")
     row = {f"{series}/{key}": value for key, value in numbers.items()}
     row |= {"epoch": line["epoch"], "stage": line["stage"]}
     if whole_epoch:
@@ -64,3 +61,19 @@ def row_of(line: dict[str, Any]) -> dict[str, Any]:
     if "time" in line:
         row["_timestamp"] = line["time"]
     return row
+
+
+def summary_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of summary.json that describe a run at W&B, with W&B's names."""
+    figures = {
+        f"{name}/{key}": value for name in RESULTS for key, value in _numbers(content.get(name) or {}, "n").items()
+    }
+    return {**figures, "total_seconds": content.get("total_seconds")}
+
+
+def _numbers(figures: dict[str, Any], *left_out: str) -> dict[str, Any]:
+    return {
+        key: value
+        for key, value in figures.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in left_out
+    }

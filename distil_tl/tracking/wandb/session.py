@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from distil_tl.rundir.lock import FILE as ATTEMPT
 from distil_tl.rundir.lock import read_attempt
-from distil_tl.tracking.wandb.rows import Rows
+from distil_tl.tracking.wandb.rows import Rows, summary_of
 from distil_tl.tracking.wandb.state import Marks, mark_synced, segments, synced_by_hand
 from distil_tl.tracking.wandb.task import Task, wandb_id
 from distil_tl.utils.files import read_json
@@ -74,10 +74,8 @@ class Session:
         elif status == "preempted":
             self._run.mark_preempting()
         if summary.get("status") == status:
-            for split in ("best", "final", "test"):
-                for key, value in (summary.get(split) or {}).items():
-                    self._run.summary[f"{split}/{key}"] = value
-            self._run.summary["total_seconds"] = summary.get("total_seconds")
+            for key, value in summary_of(summary).items():
+                self._run.summary[key] = value
         if status == "completed" and self._task.artifact:
             from distil_tl.tracking.wandb.media import add_artifact
 
