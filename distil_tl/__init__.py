@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load"]
 
 
-def load(run_dir: str | Path, checkpoint: str = "best") -> TrainedModel:
+def load(run_dir: str | Path, checkpoint: str = "best", *, allow_own: bool = False) -> TrainedModel:
     """A trained model, ready to use: `model, transform, classes = distil_tl.load(RUN_DIR)`.
 
     The model is on the CPU in evaluation mode and gives logits [N, C] for `transform(image)[None]`, where `image`
@@ -31,10 +31,11 @@ def load(run_dir: str | Path, checkpoint: str = "best") -> TrainedModel:
     Args:
         run_dir: what `distil_tl.train` wrote.
         checkpoint: `best`, `last`, or the name of a folder in RUN_DIR/checkpoints.
+        allow_own: import the code of a run with `model.name=MODULE:FUNCTION`. Only for a run whose author you trust.
 
     Raises:
-        distil_tl.utils.errors.UserError: there is no such run or checkpoint, or it is damaged.
+        distil_tl.utils.errors.UserError: there is no such run or checkpoint, it is damaged, or it names code.
     """
     from distil_tl.inference import load_trained  # torch takes seconds to import, and the version needs none of it
 
-    return load_trained(run_dir, checkpoint)
+    return load_trained(run_dir, checkpoint, allow_own=allow_own)

@@ -149,36 +149,41 @@ class RestoredModel:
         return Transform(self.model.preprocess, self.image_size, self.config.data.intensity)
 
 
-def load_trained(run_dir: str | Path, checkpoint: str = "best") -> TrainedModel:
+def load_trained(run_dir: str | Path, checkpoint: str = "best", *, allow_own: bool = False) -> TrainedModel:
     """The model of a run directory in evaluation mode on the CPU, its transform, and its class names.
 
     Args:
         run_dir: a run directory of `distil_tl.train`.
         checkpoint: `best`, `last`, or the name of a folder in RUN_DIR/checkpoints.
+        allow_own: as in `restore_model`.
 
     Raises:
         UserError: the run or the checkpoint does not exist, or the checkpoint is damaged.
     """
-    restored = restore_model(run_dir, checkpoint)
+    restored = restore_model(run_dir, checkpoint, allow_own=allow_own)
     transform = restored.transform()
     return TrainedModel(restored.model.module.eval(), transform, restored.classes, restored.temperature or 1.0)
 
 
-def restore_model(run_dir: str | Path, checkpoint: str = "best", overrides: list[str] | None = None) -> RestoredModel:
+def restore_model(
+    run_dir: str | Path, checkpoint: str = "best", overrides: list[str] | None = None, *, allow_own: bool = False
+) -> RestoredModel:
     """Rebuild the model of a checkpoint.
 
     Args:
         run_dir: a run directory of `distil_tl.train`.
         checkpoint: `best`, `last`, or the name of a folder in RUN_DIR/checkpoints.
         overrides: `key=value` arguments that change the run's configuration.
+        allow_own: whether the run may name a network of its author, whose code is imported and run.
 
     Raises:
-        UserError: the run or the checkpoint does not exist, the checkpoint is damaged, or an override is invalid.
+        UserError: the run or the checkpoint does not exist, the checkpoint is damaged, an override is invalid, or the
+            run names code that the caller has not allowed.
     """
     run_dir = Path(run_dir)
     saved = run_dir / "config.yaml"
     refuse_other_than_run(run_dir)
-    config = load_saved(run_dir, overrides or [])
+    config = load_saved(run_dir, overrides or [], allow_own=allow_own)
     path = _find_checkpoint(run_dir, checkpoint)
     damage = find_damage(path)
     if damage is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distil_tl.config import Config, load_saved
 from distil_tl.data.config import SPLIT_FILE
 from distil_tl.models.trained_file import TrainedFile, load_trained_file
 from distil_tl.rundir.directory import check_shared
@@ -22,7 +23,6 @@ from distil_tl.utils.files import read_json
 from distil_tl.utils.log import logger, printable
 
 if TYPE_CHECKING:
-    from distil_tl.config import Config
     from distil_tl.inference import RestoredModel
     from distil_tl.run import Run
 
@@ -72,9 +72,19 @@ def _unfit(stage: str, distill: DistillConfig, classes: Sequence[str]) -> str | 
         return f"{shown}: classes.json can't be read: {error}"
     missing, more = ([name for name in a if name not in set(b)] for a, b in ((classes, known), (known, classes)))
     if not missing and not more:
-        return None
+        return _code_problem(distill, shown)
     parts = [f"it does not know {_some(missing)}"] * bool(missing) + [f"it knows {_some(more)} besides"] * bool(more)
     return f"{shown} has other classes than the images: {', and '.join(parts)}; choose a teacher with the same classes"
+
+
+def _code_problem(distill: DistillConfig, shown: str) -> str | None:
+    """Why the configuration of a teacher that is a run can't be used; one that names code is only found out there."""
+    try:
+        if distill.weights is None:
+            load_saved(Path(str(distill.teacher)))
+    except UserError as error:
+        return f"{shown}: {error}"
+    return None
 
 
 def _classes_of(distill: DistillConfig, key: str, classes: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.models.config import ModelConfig
 from distil_tl.report.selection import render_selection
-from distil_tl.selection.best_config import best_config, to_text
+from distil_tl.selection.best_config import RESOLVED_WEIGHTS, best_config, to_text
 from distil_tl.selection.candidates import Found, expand, locate
 from distil_tl.selection.cell_search import CellSearch, UnfitError
 from distil_tl.selection.cells import Cell, Estimate, Grid, Result
@@ -45,8 +45,6 @@ from distil_tl.utils.errors import PreemptedError, UserError, listed
 from distil_tl.utils.files import write_atomic, write_json, writing
 from distil_tl.utils.log import logger, printable, setup_console
 
-RESOLVED = ("package", "default")  # what `model.weights=auto` becomes for one model
-
 
 def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path | None, budget: float | None) -> None:
     """Compare all cells of the grid, or as many as the budget permits. Raises as `cli.select.run`.
@@ -58,7 +56,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path |
     began = time.monotonic()
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
-    weights = "auto" if config.model.weights in RESOLVED else config.model.weights
+    weights = "auto" if config.model.weights in RESOLVED_WEIGHTS else config.model.weights
     names = expand(grid.candidates, pretrained=weights != "none")
     head = head_stage(config.stages)
     # Of the stages only the one that is compared is checked; the models are, one by one.
@@ -76,7 +74,10 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path |
         splits = open_splits(info, config.data)
         settled, _ = settle_auto(checked, len(splits.train), {}, info.world_size)
         stage = settled.stages[head[0]]
-        common = Common(head[0], stage, model, settled.data, config.optim, config.metric, config.precision, config.seed)
+        common = Common(
+            head[0], stage, model, settled.data, config.optim, config.metric, config.precision, config.seed,
+            tf32=config.tf32, deterministic=config.deterministic,
+        )  # fmt: skip
         planned = on_rank_zero(
             info, "planning the cells",
             lambda: _planned(*plan_cells(found.usable, grid, common, splits, info.device.type), folder),
@@ -141,8 +142,11 @@ class _Selection:
 
     def fits(self, cell: Cell, budget: float) -> bool:
         """Whether a cell would probably end within the budget, by the costliest one so far; equal on all ranks."""
-        known = max(self.timed, key=lambda result: result.cell.multiply_adds or 0)
-        expected = known.seconds * max(1.0, (cell.multiply_adds or 0) / (known.cell.multiply_adds or 1))
+        counted = [result for result in self.timed if result.cell.multiply_adds is not None] or self.timed
+        known = max(counted, key=lambda result: (result.cell.cost, result.seconds))
+        expected = known.seconds
+        if cell.multiply_adds is not None and known.cell.multiply_adds:
+            expected *= max(1.0, cell.multiply_adds / known.cell.multiply_adds)
         spent = time.monotonic() - self.began
         return bool(on_rank_zero(self.info, "checking the budget", lambda: spent + expected <= budget))
 

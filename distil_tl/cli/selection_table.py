@@ -6,12 +6,12 @@ import logging
 import sys
 from types import TracebackType
 
+from distil_tl.report.text import METRIC_NAMES, chosen_by_it
 from distil_tl.selection.cells import Cell, Grid, Result, near_best
 from distil_tl.selection.outcome import Outcome
 from distil_tl.utils.log import duration, logger, table
 
 LIVE_ROWS = 15
-NAMES = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
 
 
 class Live:
@@ -66,7 +66,7 @@ class Live:
 
 
 def _figure(grid: Grid, result: Result) -> str:
-    return f"{NAMES.get(grid.metric, grid.metric)} {result.value(grid.metric):.4f}"
+    return f"{METRIC_NAMES.get(grid.metric, grid.metric)} {result.value(grid.metric):.4f}"
 
 
 def result_table(grid: Grid, rows: int | None = None) -> str:
@@ -82,11 +82,12 @@ def result_table(grid: Grid, rows: int | None = None) -> str:
                 "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
                 "*" if result in near else "", f"{cell.parameters / 1e6:.1f}",
                 "-" if cell.multiply_adds is None else f"{cell.multiply_adds / 1e9:.2f}",
-                f"{result.images_per_second:.0f}", f"{result.head['lr']:g}", f"{result.head['weight_decay']:g}",
+                "-" if result.images_per_second is None else f"{result.images_per_second:.0f}",
+                f"{result.head['lr']:g}", f"{result.head['weight_decay']:g}",
                 f"{result.seconds:.1f}",
             ]
         )  # fmt: skip
-    shown = f"{NAMES.get(metric, metric)} on val"
+    shown = f"{METRIC_NAMES.get(metric, metric)} on val"
     header = ["backbone", "px", "crop", shown, "95 %", "", "M params", "GMACs", "images/s", "lr", "decay", "seconds"]
     return table(lines, header)
 
@@ -95,7 +96,7 @@ def headline(outcome: Outcome) -> list[str]:
     """The result in sentences."""
     grid = outcome.grid
     ranked = grid.ranked()
-    best, metric = ranked[0], NAMES.get(grid.metric, grid.metric)
+    best, metric = ranked[0], METRIC_NAMES.get(grid.metric, grid.metric)
     lines = [
         f"best: {best.cell.title}, {metric} {best.value(grid.metric):.4f} on {best.n} images of val; of "
         f"{len(ranked)} cells {len(near_best(ranked, grid.metric))} are within its 95 % interval (*)"
@@ -107,9 +108,7 @@ def headline(outcome: Outcome) -> list[str]:
         )
         lines.append(f"to expect: {metric} {estimate.value:.4f}{between}, by {estimate.n} {estimate.method}")
     else:
-        lines.append(
-            f"the best of {len(ranked)} is lucky too, so this is too high; no other figure: {outcome.no_estimate}"
-        )
+        lines.append(f"{chosen_by_it(len(ranked))}; no other figure: {outcome.no_estimate}")
     if grid.left:
         lines.append(f"{len(grid.left)} of {len(grid.cells)} cells were not tried, for lack of time")
     return [*lines, f"{duration(outcome.seconds)} on {outcome.ranks} {'rank' if outcome.ranks == 1 else 'ranks'}"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from distil_tl.data.config import (
     data_name,
 )
 from distil_tl.models.config import resolve_weights
+from distil_tl.models.names import OWN_SEPARATOR, OWN_VARIABLE
 from distil_tl.rundir.changes import EARLIER_DEFAULTS, is_free_on_resume, new_keys
 from distil_tl.training.config import (
     StageConfig,
@@ -43,13 +45,16 @@ PATHS = ("data.root", "data.labels", "data.stage_to", "run_dir", "resume", "mode
 DEMO: dict[str, Any] = {"data": {"image_size": 64, "augment": "none", "hflip": False}}
 
 
-def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None = None) -> tuple[Config, DictConfig]:
+def load(
+    args: Sequence[str], *, saved: bool = False, allow_own: bool = False, unread: list[str] | None = None
+) -> tuple[Config, DictConfig]:
     """The configuration of the arguments `[CONFIG.yaml] [key=value ...]`.
 
     Dataclass defaults, then the file of `recipe`, then the YAML file (over its `base:`), then `key=value`.
 
     Args:
         saved: the YAML file is the config.yaml of a run. Keys newer than that run get the value for the old behaviour.
+        allow_own: whether a saved configuration may name a network of its author, whose code would be run.
         unread: gets the problems of keys and values that can't be read, which are left out; None: they are an error.
 
     Returns:
@@ -88,23 +93,49 @@ def load(args: Sequence[str], *, saved: bool = False, unread: list[str] | None =
             problems += values_out_of_range(_to_config(schema), without_model=True)  # which would import torch
         refuse(problems)
     config = _to_config(schema)
+    if saved and not allow_own:
+        _refuse_saved_code(config, flatten(overrides))
     older = Path(files[0]) if saved else _saved_configuration(config)
     if older is not None and new_keys(config.stages):
-        known = flatten(read_yaml(older))
-        for key, before in new_keys(config.stages).items():
-            if key not in known and key not in given:
-                OmegaConf.update(schema, key, before)
-        for key, before in EARLIER_DEFAULTS.items():
-            if known.get(key) == before and key not in given and key.split(".")[1] in config.stages:
-                OmegaConf.update(schema, key, before)
+        _keep_older_values(config, schema, older, given)
         config = _to_config(schema)
     _resolve_defaults(config, schema)
     return config, schema
 
 
-def load_saved(run_dir: Path, overrides: Sequence[str] = ()) -> Config:
+def load_saved(run_dir: Path, overrides: Sequence[str] = (), *, allow_own: bool = False) -> Config:
     """The configuration of a run directory, with `key=value` overrides. Raises as `load` does."""
-    return load([str(run_dir / "config.yaml"), *overrides], saved=True)[0]
+    return load([str(run_dir / "config.yaml"), *overrides], saved=True, allow_own=allow_own)[0]
+
+
+def _refuse_saved_code(config: Config, given: Collection[str]) -> None:
+    """Raises UserError if a saved configuration names code to import that the caller has not named.
+
+    Someone else may have written it, and the code beside it.
+
+    Args:
+        given: the keys of the arguments.
+    """
+    names = {"model.name": config.model.name}
+    names |= {f"stages.{stage}.distill.model": each.distill.model or "" for stage, each in config.stages.items()}
+    for key, name in names.items():
+        if OWN_SEPARATOR in name and key not in given and os.environ.get(OWN_VARIABLE) != "1":
+            raise UserError(
+                f"{key}={name} of the saved configuration names code that would be imported and run. If you trust its "
+                f"author, set {OWN_VARIABLE}=1, repeat {key}={name} where the command takes key=value, or call "
+                f"distil_tl.load(..., allow_own=True)"
+            )
+
+
+def _keep_older_values(config: Config, schema: DictConfig, older: Path, given: Collection[str]) -> None:
+    """Set keys that are newer than a saved configuration, or whose default has changed since, as that run had them."""
+    known = flatten(read_yaml(older))
+    for key, before in new_keys(config.stages).items():
+        if key not in known and key not in given:
+            OmegaConf.update(schema, key, before)
+    for key, before in EARLIER_DEFAULTS.items():
+        if known.get(key) == before and key not in given and key.split(".")[1] in config.stages:
+            OmegaConf.update(schema, key, before)
 
 
 def _read_recipe(name: Any) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def callable_of(name: str) -> Callable[..., Any]:
             f"model.name={name}: there is no module {error.name} in the current folder ({here}), in PYTHONPATH, or "
             f"among the installed packages; correct the name, or start the command where it can be imported"
         ) from error
-    except Exception as error:  # any code may run
+    except (Exception, SystemExit) as error:  # any code may run
         raise UserError(f"model.name={name}: importing {path} failed ({_described(error, path)})") from error
     try:
         found: Any = functools.reduce(getattr, attribute.split("."), module)
@@ -79,7 +79,7 @@ def callable_of(name: str) -> Callable[..., Any]:
     return function
 
 
-def _described(error: Exception, path: str) -> str:
+def _described(error: BaseException, path: str) -> str:
     """An error of the user's code, with its last line there."""
     root = path.partition(".")[0]
     frames = traceback.extract_tb(error.__traceback__)
@@ -131,7 +131,7 @@ def build(
             module = function(**arguments)
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # any code may run
+    except (Exception, SystemExit) as error:  # any code may run
         path = name.partition(":")[0]
         raise UserError(f"model.name={name} failed ({_described(error, path)})") from error
     if not isinstance(module, nn.Module):

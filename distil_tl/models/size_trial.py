@@ -34,7 +34,7 @@ def failure_at(module: nn.Module, size: int) -> str | None:
     return None
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The type of an error and the beginning of its message."""
     line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {line[:FIRST_LINE]}" if line else type(error).__name__

@@ -88,6 +88,11 @@ def _description(path: Path, name: str | None) -> Description:
     found = description_of(path)
     if found is None and name is None:
         raise UserError(f"model.weights={path}: {LIBRARY_CONFIG} beside it names no network: set model.name")
+    if found is not None and name is None and OWN_SEPARATOR in found.name:  # code that someone else may have written
+        raise UserError(
+            f"model.name: {LIBRARY_CONFIG} beside {path} names {found.name}, code that would be imported and run; if "
+            f"you trust its author, set model.name={found.name}"
+        )
     if found is None or name is None:
         return found or Description(str(name))
     if OWN_SEPARATOR not in name and found.name != name.partition(".")[0]:

@@ -15,9 +15,8 @@ from distil_tl.report.page import document, section
 from distil_tl.report.scatter import Dot, Plane, scatter
 from distil_tl.report.svg import Scale, fit_scale
 from distil_tl.report.tables import table
-from distil_tl.report.text import number
+from distil_tl.report.text import chosen_by_it, number
 
-NAMES = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
 Content = dict[str, Any]
 
 
@@ -63,7 +62,7 @@ _EFFECTS = (
 
 
 def _named(metric: str) -> str:
-    return NAMES.get(metric, metric)
+    return text.METRIC_NAMES.get(metric, metric)
 
 
 def _shown(metric: str, value: object) -> str:
@@ -98,7 +97,7 @@ def _cards(content: Content) -> Markup:
         (
             f"{_named(metric)} on val",
             _shown(metric, best[metric]),
-            f"{_between(best)}; the best of {rows} is lucky, too",
+            f"{_between(best)}; {chosen_by_it(rows)}",
         ),
         ("within its interval", f"{near} of {rows}", "val can't tell these apart"),
         (

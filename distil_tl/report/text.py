@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 
 MISSING = "\u2014"
 Format = Callable[[float], str]
+METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy"}
 SPACE = "\u202f"  # narrow no-break space, between a number and its unit
 
 
@@ -44,6 +45,12 @@ def percentage_points(value: float | None) -> str:
 def decimal(value: float | None, digits: int = 3) -> str:
     """A fixed number of decimal places."""
     return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def chosen_by_it(candidates: int) -> str:
+    """What is to be said of the figure of the best one of several candidates."""
+    one = f"the best of {candidates} candidates" if candidates > 1 else "the head"
+    return f"{one} is chosen by this figure, so it is too high"
 
 
 def count(value: float | None) -> str:

@@ -13,7 +13,7 @@ from distil_tl.selection.config import trains_head
 from distil_tl.training.config import StageConfig
 from distil_tl.utils.args import flatten
 
-_RESOLVED_WEIGHTS = ("package", "default")  # what `auto` became on this machine
+RESOLVED_WEIGHTS = ("package", "default")  # what `auto` became on this machine
 _OWN = ("run_dir", "resume", "recipe", "model.name", "model.weights", "data.image_size", "data.crop_mode")
 
 
@@ -37,7 +37,7 @@ def best_config(
     kept["data.root"] = now["data.root"]
     kept |= {"data.image_size": result.cell.image_size, "data.crop_mode": result.cell.crop_mode}
     kept["model.name"] = result.cell.name
-    if now["model.weights"] not in _RESOLVED_WEIGHTS:
+    if now["model.weights"] not in RESOLVED_WEIGHTS:
         kept["model.weights"] = now["model.weights"]
     tree = _nested(kept)
     name, stage = head

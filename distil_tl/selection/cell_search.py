@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import plan_batches
 from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import Splits
+from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.transfer import TransferModel, build
@@ -19,7 +21,7 @@ from distil_tl.selection.costs import images_per_second
 from distil_tl.training.head_search import search_head
 from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup, set_up_stage
-from distil_tl.utils.errors import NonFiniteError, UserError
+from distil_tl.utils.errors import NonFiniteError, UserError, listed
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class OpenCell:
 
 class UnfitError(Exception):
     """A network can't be used, on all ranks alike. The text is the reason."""
+
+
+class RanksDifferError(UserError):
+    """A network can be built on some ranks alone, so it is not the network that is unfit."""
 
 
 class CellSearch:
@@ -54,7 +60,7 @@ class CellSearch:
         Raises:
             UnfitError: the weights don't fit the network, it has no frozen part, its head is no linear
                 layer, or no head has a finite loss.
-            UserError: an image can't be used.
+            UserError: an image can't be used, or some ranks can't build the network.
             AllRanksStopError: on all ranks alike. Features that are complete are kept.
         """
         began = time.monotonic()
@@ -62,7 +68,8 @@ class CellSearch:
             found = self.open(cell)
             search_head(self.info, found.stage, found.setup, found.source, found.record, self.agreement)
         except UserError as error:
-            if error.one_rank:  # of an image, or of memory, and not of the network
+            # Of an image, of memory or of a node, and not of the network.
+            if error.one_rank or isinstance(error, RanksDifferError):
                 raise
             raise UnfitError(str(error)) from error
         except NonFiniteError as error:
@@ -101,7 +108,29 @@ class CellSearch:
         if model is None or (model.name, model.image_size) != (cell.name, cell.image_size):
             self._model = None  # frees its memory first
             config = self.common.model_of(cell)
-            model = build(config, classes, image_size=cell.image_size, seed=self.common.seed)
+            failed: UserError | None = None
+            try:
+                model = build(config, classes, image_size=cell.image_size, seed=self.common.seed)
+            except UserError as error:
+                failed = error
+            self._refuse_alike(cell, failed)
+            assert model is not None
             model.module.to(self.info.device)
             self._model = model
         return replace(model)
+
+    def _refuse_alike(self, cell: Cell, failed: UserError | None) -> None:
+        """Raise what `build` raised if it was the same on all ranks; RanksDifferError if it was not. A collective."""
+        own = [socket.gethostname(), None if failed is None else str(failed)]
+        answers = gather_objects(self.info, own)
+        errors = {text for _, text in answers}
+        if errors == {None}:
+            return
+        if len(errors) == 1:
+            raise UserError(answers[0][1])
+        where = [f"rank {rank} on {host}" for rank, (host, text) in enumerate(answers) if text is not None]
+        reason = next(text for _, text in answers if text is not None)
+        raise RanksDifferError(
+            f"{cell.name} can be used on some ranks, but not on {listed(where, 8)}: {reason}. All nodes need the same "
+            f"packages and weights: share the caches (TORCH_HOME, HF_HOME), or run `distil-tl prefetch` on each node"
+        )

@@ -34,6 +34,11 @@ class Cell:
     digest: str = ""
 
     @property
+    def cost(self) -> float:
+        """The multiply-adds, to compare cells by; infinite if unknown."""
+        return float("inf") if self.multiply_adds is None else float(self.multiply_adds)
+
+    @property
     def title(self) -> str:
         return f"{self.name} {self.image_size} px {self.crop_mode}"
 
@@ -49,7 +54,7 @@ class Result:
         heads: those of all heads.
         precision: of the frozen part.
         features: numbers for each image.
-        images_per_second: of all ranks, in forward passes of the frozen part.
+        images_per_second: of all ranks, in forward passes of the frozen part; None if memory does not suffice for them.
         seconds: for features and heads.
     """
 
@@ -60,7 +65,7 @@ class Result:
     heads: list[dict[str, Any]]
     precision: str
     features: int
-    images_per_second: float
+    images_per_second: float | None
     seconds: float
 
     def value(self, metric: str) -> float:
@@ -125,7 +130,7 @@ class Grid:
             best[result.cell.name] = min(rank, best.get(result.cell.name, rank))
         new = [cell for cell in left if cell.name not in best and cell.name not in tried]
         if new:
-            return min(new, key=lambda cell: cell.multiply_adds or 0.0)
+            return min(new, key=lambda cell: cell.cost)
         worst = (float("inf"), float("inf"))
         return min(left, key=lambda cell: best.get(cell.name, worst))
 
@@ -140,7 +145,7 @@ class Grid:
 
         def key(result: Result) -> tuple[float, float, float, int]:
             return (
-                *rank_by(self.metric, result.head), result.cell.multiply_adds or 0.0, position[result.cell],
+                *rank_by(self.metric, result.head), result.cell.cost, position[result.cell],
             )  # fmt: skip
 
         return sorted(self.results, key=key)

@@ -19,7 +19,7 @@ class Common:
         stage: its name.
         config: of the stage whose heads are compared.
         model: as configured, with any name.
-        data, optim, metric, precision, seed: of the configuration.
+        data, optim, metric, precision, seed, tf32, deterministic: of the configuration.
     """
 
     stage: str
@@ -30,6 +30,8 @@ class Common:
     metric: str
     precision: str
     seed: int
+    tf32: bool
+    deterministic: bool
 
     def model_of(self, cell: Cell) -> ModelConfig:
         return replace(self.model, name=cell.name, weights=cell.weights)

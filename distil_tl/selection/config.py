@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distil_tl.data.config import CROP_MODES
+from distil_tl.training.auto_rules import auto_lr
 from distil_tl.training.config import SearchConfig, StageConfig
+from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import did_you_mean
 
 # Backbones by cost: up to 1, 8 and 50 billion multiply-adds for an image of their own size, with few exceptions.
@@ -102,4 +104,5 @@ def head_stage(stages: dict[str, StageConfig]) -> tuple[str, StageConfig]:
         first = StageConfig(unfreeze="head", epochs=HEAD_EPOCHS)
     search = first.search if first.search.wanted else SearchConfig(list(HEAD_LR), list(HEAD_WEIGHT_DECAY))
     augment = "none" if first.views is None else first.augment
-    return name, replace(first, features="on", augment=augment, image_size=None, search=search)
+    lr = auto_lr(None, 0) if first.lr == AUTO else first.lr  # as for a first stage that is trained
+    return name, replace(first, features="on", augment=augment, image_size=None, lr=lr, search=search)

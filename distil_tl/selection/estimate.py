@@ -1,7 +1,7 @@
 """The accuracy to expect of the chosen cell, from images that played no part in the choice.
 
-It was chosen by val, so its figure there is too high: of many candidates the best is lucky, too. Images of test give a
-figure without this; where there are none, those of train do, in a nested cross-validation.
+It was chosen by its figure on val, so that figure is too high. Images of test give a figure without this; where there
+are none, those of train do, in a nested cross-validation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distil_tl.selection.cell_search import OpenCell
 from distil_tl.selection.cells import Estimate, Result
 from distil_tl.training.config import SearchConfig
 from distil_tl.training.feature_extraction import FeatureExtractor
-from distil_tl.training.features import Features
+from distil_tl.training.features import Features, FeaturesUnavailableError
 from distil_tl.training.head_search import HeadSearch, prepare_search, search_heads
 from distil_tl.utils.errors import NonFiniteError, UserError
 
@@ -34,12 +34,14 @@ def estimate(info: DistInfo, found: OpenCell, result: Result, agreement: Agreeme
     """The figure from test if there are such images, else from cross-validation. A collective.
 
     Raises:
-        NoEstimateError: train has too few images, or the heads of a fold diverge.
-        UserError: an image of test can't be used.
+        NoEstimateError: an image of test can't be used, train has too few images, or the heads diverge.
         AllRanksStopError: on all ranks alike.
     """
     if "test" in found.source.splits:
-        return on_test(info, found, result, agreement)
+        try:
+            return on_test(info, found, result, agreement)
+        except (UserError, NonFiniteError, FeaturesUnavailableError) as error:
+            raise NoEstimateError(f"test gives none: {error}") from error
     try:
         return by_cross_validation(info, found, agreement)
     except NonFiniteError as error:
@@ -47,7 +49,7 @@ def estimate(info: DistInfo, found: OpenCell, result: Result, agreement: Agreeme
 
 
 def on_test(info: DistInfo, found: OpenCell, result: Result, agreement: Agreement) -> Estimate:
-    """The figure on test, of the head trained on train with the chosen settings."""
+    """The figure on test, of the head trained on train with the chosen settings. Raises on all ranks alike."""
     assert found.setup.features is not None
     test = _extractor(info, found, agreement).open("test", "none", 1)
     n = len(test) - len(test.bad())
@@ -120,6 +122,8 @@ def with_settings(search: HeadSearch, lr: float, weight_decay: float) -> HeadSea
 
 def _extractor(info: DistInfo, found: OpenCell, agreement: Agreement) -> FeatureExtractor:
     assert found.setup.prefix is not None
-    return FeatureExtractor(
+    extractor = FeatureExtractor(
         info, found.model, found.setup.prefix, found.source, found.stage, StageRecord(), agreement, limit_memory=False
     )
+    extractor.fails_alike = True
+    return extractor

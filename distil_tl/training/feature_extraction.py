@@ -17,7 +17,7 @@ from distil_tl.data.loader import Batch, ImageDataset
 from distil_tl.data.pixels import unusual_pixels
 from distil_tl.data.sampler import SampleKey
 from distil_tl.data.source import ImageSource
-from distil_tl.distributed.collectives import max_over_ranks
+from distil_tl.distributed.collectives import gather_objects, max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.distributed.rank_zero import on_rank_zero
@@ -26,6 +26,7 @@ from distil_tl.training.features import Features, FeaturesUnavailableError, View
 from distil_tl.training.memory import PartSize
 from distil_tl.training.network import Prefix
 from distil_tl.training.stage import Stage
+from distil_tl.utils.errors import UserError
 from distil_tl.utils.home import cache_dir
 from distil_tl.utils.log import Progress, logger
 from distil_tl.utils.memory import available_memory
@@ -71,6 +72,8 @@ class FeatureExtractor:
         self.agreement = agreement
         self.limit_memory = limit_memory
         self.depends_on = depends_on or {}
+        # Whether this rank goes on when an image can't be used, so that all ranks raise the same error at the end.
+        self.fails_alike = False
         self.part_size = PartSize("features", f"the frozen part of stage {stage.name}", record.part_sizes)
 
     def open_all(self) -> Features:
@@ -151,12 +154,22 @@ class FeatureExtractor:
         batches = self.source.batches(self.source.loader(dataset, sampler, batch_size), split) if mine else iter(())
         turns = math.ceil(len(missing) / info.world_size)
         failed: OSError | None = None
+        refused: UserError | None = None
         with Progress(f"features of {split} for stage {self.stage.name}", len(sampler), show=info.is_main) as bar:
             for turn in range(turns):
                 self.agreement.raise_if_stopping()
-                if turn < len(mine) and failed is None:
+                if turn < len(mine) and failed is None and refused is None:
                     own = itertools.islice(batches, sampler.batches_of(mine[turn]))
-                    failed = _compute_chunk(info, self.prefix, cache, mine[turn], own, self.part_size, bar)
+                    try:
+                        failed = _compute_chunk(info, self.prefix, cache, mine[turn], own, self.part_size, bar)
+                    except UserError as error:
+                        if not self.fails_alike:
+                            raise
+                        refused = error
+        if self.fails_alike:
+            reasons = gather_objects(info, None if refused is None else str(refused))
+            if any(reasons):
+                raise UserError(next(filter(None, reasons)))
         self.part_size.agree(info)
         any_failed = max_over_ranks(info, float(failed is not None))
         if any_failed:

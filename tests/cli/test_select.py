@@ -167,6 +167,12 @@ def test_images_of_test_give_the_estimate(tmp_path: Path) -> None:
     if summary["best"]["epoch"] == summary["final"]["epoch"]:  # the estimate is of the last epoch
         assert figures["top1"] == pytest.approx(estimate["value"])
 
+    # Of two ranks only one reads the broken image, and both go on. The results are written all the same.
+    next((folder / "test").rglob("*.png")).write_bytes(b"")
+    again = arguments(folder, tmp_path / "again", f"candidates={SMALLEST}", "sizes=32")
+    assert run_ranks(2, select, again, str(tmp_path / "cache")) == [0, 0]
+    assert "can't use the image" in content(tmp_path / "again")["no_estimate"]
+
 
 def test_too_few_images_for_a_cross_validation_are_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -79,6 +79,9 @@ def nothing(num_classes):
 def fails(num_classes):
     raise ValueError("no such width")
 
+def exits(num_classes):
+    raise SystemExit(0)
+
 def needs(num_classes, width):
     return Net(num_classes)
 
@@ -99,6 +102,7 @@ def folder_of_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     (tmp_path / "own_pkg" / "nets.py").write_text(CODE)
     (tmp_path / "own_pkg" / "broken.py").write_text("import no_such_library\n")
     (tmp_path / "own_pkg" / "raising.py").write_text("\n1 / 0\n")
+    (tmp_path / "own_pkg" / "exiting.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
     yield tmp_path
@@ -165,6 +169,7 @@ def test_random_weights_are_a_function_of_the_seed() -> None:
         ("gone.nets:build", ["there is no module gone ", "PYTHONPATH"]),
         ("own_pkg.broken:build", ["imports no_such_library, which is not installed"]),
         ("own_pkg.raising:build", ["ZeroDivisionError", "raising.py:2"]),
+        ("own_pkg.exiting:build", ["importing own_pkg.exiting failed (SystemExit", "exiting.py:1"]),
         ("own_pkg.nets:needs", ["arguments without a default: width"]),
         ("own_pkg.nets:preprocessed", ["mean and std are three numbers"]),
     ],
@@ -183,6 +188,7 @@ def test_a_wrong_name_is_found_before_anything_is_built(name: str, parts: list[s
         ("other_head", "its last layer fc has 6 outputs; name the classifier in layer_groups"),
         ("nothing", "returned a NoneType, not a torch.nn.Module"),
         ("fails", "ValueError: no such width, "),
+        ("exits", "failed (SystemExit"),
         ("no_layer", "no linear layer or convolution is its classifier"),
         ("named_wrong", "layer_groups: parameter body.0.weight belongs to the groups []"),
     ],
@@ -212,7 +218,7 @@ def test_features_depend_on_the_source_of_its_layers(folder_of_code: Path) -> No
 
 
 def test_a_run_is_resumed_loaded_and_exported(
-    folder_of_code: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+    folder_of_code: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
     run_dir, file = folder_of_code / "run", sorted((folder / "val").rglob("*.png"))[0]
@@ -226,11 +232,15 @@ def test_a_run_is_resumed_loaded_and_exported(
     stages = summary_of(run_dir)["stages"]
     assert stages["head"]["cached"]
     assert stages["full"]["trainable_parameters"] == 6 * 4 * 9 + 6 + 3 * 6 + 3
-    model, transform, classes = distil_tl.load(run_dir)
+    with pytest.raises(UserError, match=r"DISTIL_TL_OWN_MODELS=1.*allow_own=True"):
+        distil_tl.load(run_dir)
+    model, transform, classes = distil_tl.load(run_dir, allow_own=True)
     assert model(transform(file)[None]).shape == (1, len(classes))
     capsys.readouterr()
+    name = "model.name=own_pkg.nets:build"
+    assert export([str(run_dir), name, "-o", str(folder_of_code / "model.onnx")]) == 0
+    monkeypatch.setenv("DISTIL_TL_OWN_MODELS", "1")
     assert predict([str(run_dir), str(file)]) == 0
     assert file.name in capsys.readouterr().out
-    assert export([str(run_dir), "-o", str(folder_of_code / "model.onnx")]) == 0
     assert export([str(run_dir), "--format", "safetensors", "-o", str(folder_of_code / "library")]) == 2
     assert "own_pkg.nets:build is none of them" in capsys.readouterr().err

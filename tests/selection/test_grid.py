@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from distil_tl.cli.selection import _Selection
+from distil_tl.distributed.launch_env import Launch
+from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.config import ModelConfig
+from distil_tl.selection import cell_search, costs
 from distil_tl.selection.candidates import expand, locate, matching
+from distil_tl.selection.cell_search import CellSearch, RanksDifferError
 from distil_tl.selection.cells import Cell, Grid, Result, near_best, pareto
 from distil_tl.selection.config import LISTS, GridConfig, head_stage, read_budget
 from distil_tl.selection.estimate import divide
@@ -66,6 +74,7 @@ def test_the_heads_are_those_of_the_first_stage_if_it_trains_the_head_alone() ->
     assert (name, stage.epochs, stage.search.lr, stage.image_size) == ("probe", 4, [0.5], None)
     assert (stage.features, stage.augment) == ("on", "none")
     assert head_stage({"probe": replace(own, views=2)})[1].augment == "light"
+    assert head_stage({"probe": replace(own, lr="auto")})[1].lr == 3e-4, "a number, for a grid of weight decays"
     for stages in ({"full": StageConfig()}, {"head": replace(own, epochs=0)}):
         name, stage = head_stage(stages)
         assert name not in stages
@@ -136,6 +145,65 @@ def test_the_best_is_ahead_by_its_figure_then_its_loss_then_its_cost() -> None:
     ranked = grid.ranked()
     assert [each.cell.name for each in ranked] == ["sure", "cheap", "dear", "bad"]
     assert [each.cell.name for each in pareto(ranked)] == ["sure", "cheap", "bad"]
+
+
+def unknown(name: str) -> Cell:
+    return replace(cell(name), multiply_adds=None)
+
+
+def test_unknown_multiply_adds_are_last_and_spend_no_budget() -> None:
+    grid = Grid([unknown("a"), cell("b", gmacs=2), cell("c", gmacs=1)], "top1")
+    assert grid.following() == grid.cells[2]
+    info = DistInfo(Launch(), torch.device("cpu"), 60)
+
+    def fits(timed: Cell, following: Cell) -> bool:
+        known: Any = SimpleNamespace(timed=[result(timed, 0.5)], began=time.monotonic(), info=info)
+        return _Selection.fits(known, following, 100.0)
+
+    for pair in ((unknown("a"), cell("b")), (cell("b"), unknown("a")), (cell("b"), cell("c", gmacs=9))):
+        assert fits(*pair)
+    assert not fits(cell("b"), cell("c", gmacs=999))
+
+
+# Ranks and memory.
+
+
+@pytest.mark.parametrize(
+    ("other", "error"), [("no weights", UserError), (None, RanksDifferError), ("no disk", RanksDifferError)]
+)
+def test_a_network_is_unfit_only_if_all_ranks_say_so(
+    monkeypatch: pytest.MonkeyPatch, other: str | None, error: type[UserError]
+) -> None:
+    def build(*args: object, **kwargs: object) -> None:
+        raise UserError("no weights")
+
+    monkeypatch.setattr(cell_search, "build", build)
+    monkeypatch.setattr(cell_search, "gather_objects", lambda info, own: [own, ["node2", other]])
+    common: Any = SimpleNamespace(data=SimpleNamespace(on_bad_image="error"), model_of=lambda cell: None, seed=0)
+    nothing: Any = SimpleNamespace(classes=[])
+    search = CellSearch(nothing, common, nothing, nothing)
+    with pytest.raises(UserError, match="no weights") as caught:
+        search._built(cell("a"))
+    assert type(caught.value) is error
+    assert ("rank 1 on node2" in str(caught.value)) == (other == "no disk")
+
+
+def test_the_speed_is_measured_with_fewer_images_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    limit = 0
+
+    def prefix(images: torch.Tensor) -> None:
+        sizes.append(len(images))
+        if len(images) > limit:
+            raise torch.OutOfMemoryError("none left")
+
+    info = DistInfo(Launch(), torch.device("cpu"), 60)
+    monkeypatch.setattr(costs, "SECONDS", 0.0)
+    for limit, passed in ((2, [8, 4, 2, 2, 2]), (0, [8, 4, 2, 1])):
+        sizes.clear()
+        speed = costs.images_per_second(info, prefix, 8)  # type: ignore[arg-type]
+        assert sizes == passed
+        assert (speed is None) == (limit == 0)
 
 
 def test_near_the_best_is_within_its_interval() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+import distil_tl
+from distil_tl.cli.compare import main as compare
+from distil_tl.cli.export import main as export
+from distil_tl.cli.extend import main as extend
+from distil_tl.cli.predict import main as predict
+from distil_tl.cli.soup import main as soup
 from distil_tl.rundir.checkpoint import find_damage
 from distil_tl.train import main
+from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import sha256_file
 from distil_tl.utils.log import add_rank_file, logger, setup_console
 from tests.helpers.arguments import small_args
@@ -119,6 +128,56 @@ def test_a_pickle_in_the_list_of_images(
     evil = np.array([Trap(trap)], dtype=object)
     np.savez(run_dir / "index" / "train.npz", root=evil, classes=evil, names=evil, fingerprint=evil)
     assert main([*small_args(root), *HEAD_ALONE, f"run_dir={run_dir}"]) != 0
+    assert not trap.exists()
+
+
+# Code beside a run or beside weights.
+
+
+def test_a_run_directory_that_names_code(
+    finished: Path,
+    folder: Path,
+    small: list[str],
+    tmp_path: Path,
+    trap: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_dir = tmp_path / "shared"
+    shutil.copytree(finished, run_dir, symlinks=True)
+    tree = yaml.safe_load((run_dir / "config.yaml").read_text())
+    tree["model"]["name"] = "nets_of_another:build"
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(tree))
+    (run_dir / "nets_of_another.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    monkeypatch.chdir(run_dir)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    there, out = str(run_dir), str(tmp_path / "out")
+    learns = [*small, *HEAD_ALONE, f"run_dir={tmp_path}/run", f"stages.head.distill.teacher={there}"]
+    for command, args in (
+        (predict, [there, str(folder / "val")]), (evaluated, [there]), (soup, [there, "-o", out]),
+        (export, [there, "--format", "safetensors", "-o", out]), (compare, [there, there]),
+        (extend, [there, "stages.head.epochs=+1"]), (train, learns),
+    ):  # fmt: skip
+        assert command(args) == 2, command
+        assert "nets_of_another:build of the saved configuration names code" in capsys.readouterr().err, command
+    with pytest.raises(UserError, match="allow_own=True"):
+        distil_tl.load(run_dir)
+    assert not trap.exists()
+    with pytest.raises(UserError, match="has no build"):
+        distil_tl.load(run_dir, allow_own=True)
+    assert trap.exists(), "the trap works"
+
+
+def test_weights_whose_description_names_code(
+    small: list[str], tmp_path: Path, trap: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nets_beside.py").write_text(f"import os\nos.mkdir({str(trap)!r})\n")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "nets_beside:build", "preprocess": {}}))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    message = refused([*small, *HEAD_ALONE, "run_dir=run", "stages.head.distill.teacher=model.safetensors"], capsys)
+    assert "names nets_beside:build, code that would be imported" in message
     assert not trap.exists()
 
 
