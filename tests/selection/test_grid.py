@@ -13,16 +13,20 @@ import pytest
 import torch
 
 from distil_tl.cli.selection import _Selection
+from distil_tl.data.config import DataConfig
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.config import ModelConfig
+from distil_tl.models.transfer import build
 from distil_tl.selection import cell_search, costs
 from distil_tl.selection.candidates import expand, locate, matching
 from distil_tl.selection.cell_search import CellSearch, RanksDifferError
 from distil_tl.selection.cells import Cell, Grid, Result, near_best, pareto
+from distil_tl.selection.common import Common
 from distil_tl.selection.config import LISTS, GridConfig, head_stage, read_budget
 from distil_tl.selection.estimate import divide
-from distil_tl.training.config import SearchConfig, StageConfig
+from distil_tl.selection.plan import _digest
+from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig
 from distil_tl.utils.errors import UserError
 
 
@@ -204,6 +208,18 @@ def test_the_speed_is_measured_with_fewer_images_where_memory_runs_out(monkeypat
         speed = costs.images_per_second(info, prefix, 8)  # type: ignore[arg-type]
         assert sizes == passed
         assert (speed is None) == (limit == 0)
+
+
+def test_results_depend_on_the_rounding_of_the_device() -> None:
+    model = ModelConfig("resnet18", "none")
+    with torch.device("meta"):
+        network = build(model, 2, image_size=32, seed=0, pretrained=False)
+    common = Common(
+        "head", StageConfig(), model, DataConfig(), OptimConfig(), "top1", "fp32", 0, tf32=True, deterministic=False
+    )
+    settings = (common, replace(common, tf32=False), replace(common, deterministic=True))
+    splits: Any = SimpleNamespace(as_dict=dict)
+    assert len({_digest(cell("resnet18"), each, splits, network, "cpu") for each in settings}) == 3
 
 
 def test_near_the_best_is_within_its_interval() -> None:
