@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.rundir.changes import NEW_KEYS, new_keys, unsafe_changes
+from distil_tl.rundir.changes import EARLIER_DEFAULTS, NEW_KEYS, new_keys, unsafe_changes
 from distil_tl.utils.args import flatten, is_file, overlay, plain, read_yaml, to_yaml
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json
@@ -142,12 +142,13 @@ def _saved_common(folder: Path) -> dict[str, Any] | None:
 
 
 def _older_values(config: Path | None, folder: Path) -> list[str]:
-    """`key=value` for keys that are newer than the sweep in `folder`: new trials train like those that it has."""
+    """`key=value` for keys and defaults newer than the sweep in `folder`: new trials train like those that it has."""
     saved = _saved_common(folder)
     if saved is None:
         return []
-    known = flatten(saved).keys() | (flatten(read_yaml(config)).keys() if config is not None else set())
-    older = {key: value for key, value in new_keys(saved.get("stages") or {}).items() if key not in known}
+    then, given = flatten(saved), flatten(read_yaml(config)).keys() if config is not None else set()
+    older = {key: value for key, value in new_keys(saved.get("stages") or {}).items() if key not in then.keys() | given}
+    older |= {key: value for key, value in EARLIER_DEFAULTS.items() if then.get(key) == value and key not in given}
     return as_arguments({**older, "metric": saved.get("metric", NEW_KEYS["metric"])})
 
 

@@ -94,7 +94,7 @@ def odd_places(root: Path) -> list[str]:
         "text/x",
     ]
     inside += ["no/such/x", "x" * 300, "folder/", "link to photo", "hard link to input", "loop", "\udce9\n\x1b[31m"]
-    fixed = ["", ".", "/", "/dev/null", "/dev/full", "/nowhere", "~nosuchuser/x", "-", "*", "/proc/self/mem"]
+    fixed = ["", ".", "/", "/dev/null", "/dev/full", "/nowhere/at/all", "~nosuchuser/x", "-", "*", "/proc/self/mem"]
     return [
         *(str(other / name) for name in inside), *fixed,
         str(data), str(data / "train"), str(data / "train/cat"), str(data / "train/cat/0.png"), str(data / "new"),

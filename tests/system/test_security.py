@@ -326,7 +326,7 @@ def test_names_from_data_stay_names(tmp_path: Path, capfd: pytest.CaptureFixture
         "attempt.json",
         "config.yaml", "env.json", "classes.json", "metrics.jsonl", "summary.json", "evaluation.json", "report.html",
         "checkpoints", "step-00000002", "best", "last", "weights.safetensors", "train_state.pt", "state.json",
-        "checksums", "logs", "rank-0.log", "index", "train.npz", "val.npz", "samples", "head.jpg",
+        "checksums", "calibration.json", "logs", "rank-0.log", "index", "train.npz", "val.npz", "samples", "head.jpg",
     }  # fmt: skip
 
     assert json.loads((run_dir / "classes.json").read_text()) == sorted(NASTY)

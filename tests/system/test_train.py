@@ -66,6 +66,7 @@ def test_the_files_of_a_run_directory(finished: Path) -> None:
         "train_state.pt",
         "state.json",
         "checksums",
+        "calibration.json",  # it is the best one, too
     }
 
 
