@@ -163,7 +163,7 @@ class _Selection:
         else:
             logger.info("\nestimate for %s", best.cell.title)
             try:
-                opened = self.search.open(best.cell)
+                opened = self.search.open_cell(best.cell)
                 outcome.estimate = found = estimate(self.info, opened, best, self.search.agreement)
                 on_rank_zero(self.info, "saving it", lambda: save_estimate(self.folder, best.cell, found))
             except NoEstimateError as error:

@@ -65,7 +65,7 @@ class CellSearch:
         """
         began = time.monotonic()
         try:
-            found = self.open(cell)
+            found = self.open_cell(cell)
             search_head(self.info, found.stage, found.setup, found.source, found.record, self.agreement)
         except UserError as error:
             # Of an image, of memory or of a node, and not of the network.
@@ -93,7 +93,7 @@ class CellSearch:
             seconds=seconds,
         )
 
-    def open(self, cell: Cell) -> OpenCell:
+    def open_cell(self, cell: Cell) -> OpenCell:
         """The model of a cell, and the features of train and val. Raises UserError as `set_up_stage` does."""
         info, common, data = self.info, self.common, self.common.data
         stage, model, record = common.stage_of(cell), self._built(cell), StageRecord()

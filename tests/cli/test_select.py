@@ -89,7 +89,7 @@ def test_all_cells_are_ranked_and_the_second_call_repeats_nothing(
     assert printed.count("timm/test_efficientnet 40 px squash") >= 2, "it was announced, and then it had a figure"
 
     monkeypatch.setattr(CellSearch, "search", None)
-    monkeypatch.setattr(CellSearch, "open", None)
+    monkeypatch.setattr(CellSearch, "open_cell", None)
     assert select(args) == 0
     assert without_times(content(tmp_path / "out")) == without_times(found)
 

@@ -33,7 +33,7 @@ NUMBERS = [
 TEXTS = [
     "", " ", "  x  ", "''", '""', "'", '"', "~", "~root", "~nosuchuser/x", "~/x", "$UNSET", "$HOME", "%h", "%", "/",
     "//", ".", "..", "../..", "/dev/null", "/dev/zero", "/proc/self/mem", "/proc/self/environ", "/etc/passwd",
-    "/nowhere/at/all", "x" * 300, "x/" * 3000, "a\nb", "a\tb", "\x00", "a\x00b", "\x1b[31mred", "\r", "\x7f", "\u2028", "猫",
+    "/nowhere/x", "x" * 300, "x/" * 3000, "a\nb", "a\tb", "\x00", "a\x00b", "\x1b[31mred", "\r", "\x7f", "\u2028", "猫",
     "e\u0301", "\u202eevil", "\udce9", "caf\udce9.yaml", "\ufeff", "💩" * 50, "-", "--", "-1x", "--help", "-h",
     "null ", "None", "NULL", "Yes", "y", "NO", "True", "tRue", "<<", "?", "? a", ": ", "- a", "a: b", "a:b", "#",
     "x #y", "!!python/object/apply:os.system [ls]", "!!binary x", "!!set {a}", "!a b", "&a", "*a", "&a [*a]", "|",

@@ -22,7 +22,7 @@ count: 2
 metric: loss
 slurm:
   {partition: PARTITION, gpus_per_node: 1, cpus_per_task: 1, time: 10,
-   setup: ['export PYTHONPATH=SLOW_STEPS', export SECONDS_A_STEP=0.5]}
+   setup: ['export PYTHONPATH=SLOW_STEPS', export SECONDS_A_STEP=1]}
 """
 SEARCH = """
 import sys
