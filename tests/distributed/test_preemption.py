@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,15 @@ from distil_tl.train import main
 from distil_tl.utils.errors import PreemptedError, RestartError
 from distil_tl.utils.signals import STOP_SIGNALS
 from tests.helpers.ranks import rank, run_ranks
+
+
+@pytest.fixture(autouse=True)
+def _same_handlers_afterwards() -> Iterator[None]:
+    """A stopped run keeps its handlers until the process ends."""
+    former = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 def raise_signal(*_args: object, **_options: object) -> NoReturn:
@@ -68,15 +78,11 @@ def test_a_lost_connection_is_like_term_unless_it_is_ignored(ignored: bool) -> N
 
 def test_a_signal_that_was_blocked_before_ends_nothing_afterwards() -> None:
     """A batch job blocks it from the start; another one may come while the job is requeued."""
-    former = signal.getsignal(signal.SIGUSR2)
-    try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)  # other threads of the tests do not block it
-        with pytest.raises(PreemptedError, match="stopped by SIGUSR2 before training"), StopSignal():
-            pass
-        os.kill(os.getpid(), signal.SIGUSR2)
-    finally:
-        signal.signal(signal.SIGUSR2, former)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)  # other threads of the tests do not block it
+    with pytest.raises(PreemptedError, match="stopped by SIGUSR2 before training"), StopSignal():
+        pass
+    os.kill(os.getpid(), signal.SIGUSR2)
 
 
 def test_a_signal_in_a_destructor_stops_the_run_later_and_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,8 +131,6 @@ def test_a_signal_before_the_process_starts_again_is_kept(monkeypatch: pytest.Mo
         assert stop.name == "SIGTERM"
         assert signal.SIGUSR2 not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     assert "DISTIL_TL_SIGNAL" not in os.environ
-    for number in STOP_SIGNALS:  # as before the test
-        signal.signal(number, former if number == signal.SIGTERM else signal.SIG_DFL)
 
 
 class Steps:
