@@ -137,7 +137,7 @@ def test_a_kill_between_two_alphas_after_an_early_stop(small: list[str], tmp_pat
     """The checkpoint that the run resumes from is that of the early end, with the best weights of the stage."""
     general = [*small, *WISE, "stages.full.ema=0.5", "stages.full.epochs=6", "stages.full.patience=1"]
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
-    assert train([*general, f"run_dir={whole}"]) == 0
+    assert attempt(tmp_path / "first", [*general, f"run_dir={whole}"], 1).statuses == [0]
     stage = summary_of(whole)["stages"]["full"]
     assert (stage["stopped_early"], 1 < stage["epochs"] < 6) == (True, True), stage["epochs"]
     assert stage["wise_ft"]["figures"][0]["loss"] == stage["best"]["loss"]
