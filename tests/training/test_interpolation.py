@@ -146,5 +146,5 @@ def test_a_kill_between_two_alphas_after_an_early_stop(small: list[str], tmp_pat
     assert attempt(tmp_path / "scratch", args, 1, prepare=killed).statuses == [-signal.SIGKILL]
     state = json.loads((run_dir / "checkpoints/last/state.json").read_text())["run"]["stages"]["full"]
     assert (state["stopped_early"], state["wise_ft"]) == (True, None)
-    assert train(args) == 0
+    assert attempt(tmp_path / "again", args, 1).statuses == [0]
     same_run(run_dir, whole)
