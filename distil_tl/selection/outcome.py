@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from distil_tl.data.splits import Splits
 from distil_tl.selection.cells import Cell, Estimate, Grid, Result, near_best, pareto
-from distil_tl.utils.files import write_json, writing
+from distil_tl.utils.files import read_json, write_json, writing
 
 CELLS = "cells"  # folder of the results of cells, also of earlier grids
 TIMES = ("seconds", "images_per_second", "ranks", "budget_seconds")  # fields that differ from call to call
@@ -130,7 +129,7 @@ def save_estimate(folder: Path, cell: Cell, found: Estimate) -> None:
 def saved_estimate(folder: Path, cell: Cell) -> dict[str, Any] | None:
     """The saved estimate for a cell; None if there is none that can be read."""
     try:
-        tree: dict[str, Any] = json.loads((folder / CELLS / f"{cell.digest}.estimate.json").read_text(encoding="utf-8"))
+        tree: dict[str, Any] = read_json(folder / CELLS / f"{cell.digest}.estimate.json")
         Estimate(**tree)
     except (OSError, ValueError, TypeError):
         return None
@@ -142,7 +141,7 @@ def saved_cells(folder: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]
     found: dict[str, dict[str, Any]] = {}
     for cell in cells:
         try:
-            tree = json.loads((folder / CELLS / f"{cell.digest}.json").read_text(encoding="utf-8"))
+            tree = read_json(folder / CELLS / f"{cell.digest}.json")
             read_result(cell, tree).interval("top1")
         except (OSError, ValueError, TypeError, KeyError):
             continue

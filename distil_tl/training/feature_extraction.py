@@ -72,7 +72,7 @@ class FeatureExtractor:
         self.agreement = agreement
         self.limit_memory = limit_memory
         self.depends_on = depends_on or {}
-        # Whether this rank goes on when an image can't be used, so that all ranks raise the same error at the end.
+        # If an image of one rank can't be used, all ranks raise the same error at the end; else that rank does at once.
         self.fails_alike = False
         self.part_size = PartSize("features", f"the frozen part of stage {stage.name}", record.part_sizes)
 
