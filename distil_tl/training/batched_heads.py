@@ -94,20 +94,7 @@ class BatchedHeads:
 
     def score(self, features: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
         """The sums of a batch for each head, float64 [H, 4 + 3 C], as in `ClassificationMetrics.of`."""
-        logits = self.logits(features)
-        predicted, own = logits.argmax(dim=2), targets[:, None].expand(logits.shape[:2])
-        losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
-        right = (predicted == own) * valid[:, None]
-        above = (logits > logits.gather(2, own[..., None])).sum(dim=2)
-        counted = valid[:, None].expand(right.shape).double()
-        columns = ((losses * valid[:, None]).double(), counted, right.double(), (above < 5) * counted)
-        sums = torch.stack([column.sum(dim=0) for column in columns], dim=1)
-        by_class = sums.new_zeros(3, len(sums), logits.shape[2])
-        for total, index, values in zip(
-            by_class, (own, predicted, own), (right.double(), counted, counted), strict=True
-        ):
-            total.scatter_add_(1, index.T, values.T)
-        return torch.cat([sums, *by_class], dim=1)
+        return count_predictions(self.logits(features), targets, valid)
 
     def _adamw(self, gradient: Tensor, lr: Tensor) -> None:
         self._decayed.mul_(1 - lr * self.weight_decay)
@@ -125,3 +112,24 @@ class BatchedHeads:
             self._first.mul_(momentum).add_(gradient)
             gradient.add_(self._first, alpha=momentum)
         self.weight.addcmul_(gradient, -lr)
+
+
+def count_predictions(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+    """The sums of a batch for each head, float64 [H, 4 + 3 C], as in `ClassificationMetrics.of`.
+
+    Args:
+        logits: [B, H, C].
+        targets: int64 [B].
+        valid: bool [B].
+    """
+    predicted, own = logits.argmax(dim=2), targets[:, None].expand(logits.shape[:2])
+    losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
+    right = (predicted == own) * valid[:, None]
+    above = (logits > logits.gather(2, own[..., None])).sum(dim=2)
+    counted = valid[:, None].expand(right.shape).double()
+    columns = ((losses * valid[:, None]).double(), counted, right.double(), (above < 5) * counted)
+    sums = torch.stack([column.sum(dim=0) for column in columns], dim=1)
+    by_class = sums.new_zeros(3, len(sums), logits.shape[2])
+    for total, index, values in zip(by_class, (own, predicted, own), (right.double(), counted, counted), strict=True):
+        total.scatter_add_(1, index.T, values.T)
+    return torch.cat([sums, *by_class], dim=1)

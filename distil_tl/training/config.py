@@ -21,6 +21,7 @@ from distil_tl.utils.import_path import is_installed
 
 BATCH_NORM = ("frozen", "train")
 FEATURES = ("auto", "on", "off")
+FITTED_HEADS = ("logistic", "ridge", "lda", "prototypes")  # linear layers that are fitted, without epochs of steps
 OPTIMIZERS = ("adamw", "sgd")
 COMPRESSIONS = ("none", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")

@@ -1,0 +1,104 @@
+"""Linear heads in closed form: ridge regression, linear discriminant analysis and class prototypes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distil_tl.training.heads.fitted import Fitted, Settings, stacked
+from distil_tl.training.heads.problem import Problem
+from distil_tl.utils.errors import NonFiniteError
+
+# Penalties of the squared weights, relative to the mean squared error.
+RIDGE_PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01)
+SHRINKAGES = (0.9, 0.5, 0.2, 0.1, 0.03, 0.01, 0.001)
+RIDGE_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+LDA_SCALES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
+PROTOTYPE_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # for distances divided by the number of features
+NEVER = -1e4  # logit of a class without images
+
+
+def fit_ridge(problem: Problem, penalties: Sequence[float] = RIDGE_PENALTIES) -> Fitted:
+    """Ridge regression of each class against the rest, with targets 0 and 1."""
+    moments = problem.moments
+    # Sums of (x - mean) (y - its mean)^T: as those of y alone, with the mean taken from the features.
+    cross = (moments.class_sum - moments.class_weight[:, None] * moments.mean) / moments.weight
+    solved = _solve_path(problem, None, [(1.0, penalty) for penalty in penalties], cross)
+    layers = [(weight, moments.class_weight / moments.weight - weight @ moments.mean) for weight in solved]
+    return Fitted.of_linear([{"penalty": penalty} for penalty in penalties], RIDGE_SCALES, *stacked(layers))
+
+
+def fit_lda(problem: Problem, shrinkages: Sequence[float] = SHRINKAGES) -> Fitted:
+    """Linear discriminant analysis: one covariance within the classes, shrunk towards a multiple of the identity."""
+    moments, width = problem.moments, problem.width
+    means = moments.class_mean
+    trace = _trace_within(problem) / width
+    trace = trace if trace > 0 else torch.ones_like(trace)
+    pairs = [(1 - shrinkage, shrinkage * float(trace)) for shrinkage in shrinkages]
+    layers = []
+    for weight in _solve_path(problem, means, pairs, means):
+        layers.append((weight, moments.shares.log() - (weight * means).sum(dim=1) / 2))
+    return Fitted.of_linear([{"shrinkage": shrinkage} for shrinkage in shrinkages], LDA_SCALES, *stacked(layers))
+
+
+def fit_prototypes(problem: Problem) -> Fitted:
+    """The nearest class mean, by the squared distance divided by the number of features."""
+    moments, width = problem.moments, problem.width
+    means = moments.class_mean
+    bias = torch.where(moments.class_weight > 0, -means.square().sum(dim=1) / 2 / width, NEVER)
+    settings: list[Settings] = [{}]
+    return Fitted.of_linear(settings, PROTOTYPE_SCALES, *stacked([(means / width, bias)]))
+
+
+def _trace_within(problem: Problem) -> Tensor:
+    """The trace of the covariance within the classes."""
+    moments = problem.moments
+    squares = problem.rows.total((1,), lambda part: (part.features.double().square().sum(1) * part.weights).sum()[None])
+    between = (moments.class_weight * moments.class_mean.square().sum(dim=1)).sum()
+    return ((squares[0] - between) / moments.weight).clamp(min=0)
+
+
+def _solve_path(
+    problem: Problem, centres: Tensor | None, pairs: Sequence[tuple[float, float]], right: Tensor
+) -> list[Tensor]:
+    """`right (a S + b I)^-1` for each (a, b), [C, D] each, with the covariance S of the rows.
+
+    A factorisation for each pair costs less than one eigendecomposition, as long as there are about ten. With fewer
+    images than features the matrix of inner products of the images is factorised instead (Woodbury).
+
+    Args:
+        centres: means of the classes, [C, D], around which the covariance is taken; None: around the mean of all.
+        right: [C, D].
+    """
+    if problem.count >= problem.width:
+        covariance = problem.second_moment - _of_centres(problem, centres)
+        identity = torch.eye(problem.width, dtype=torch.float64, device=right.device)
+        return [problem.group.share(_solve(a * covariance + b * identity, right.T).T) for a, b in pairs]
+    rows = problem.everything
+    centred = rows.features.double() - (problem.moments.mean if centres is None else centres[rows.targets])
+    centred *= (rows.weights / problem.moments.weight).sqrt()[:, None]
+    inner, projected = centred @ centred.T, centred @ right.T
+    identity = torch.eye(len(inner), dtype=torch.float64, device=right.device)
+    found = []
+    for a, b in pairs:
+        inside = _solve(a * inner + b * identity, projected)
+        found.append(problem.group.share((right - a * inside.T @ centred) / b))
+    return found
+
+
+def _of_centres(problem: Problem, centres: Tensor | None) -> Tensor:
+    """The part of the second moment that is of the centres, [D, D]."""
+    moments = problem.moments
+    if centres is None:
+        return torch.outer(moments.mean, moments.mean)
+    return (centres * (moments.class_weight / moments.weight)[:, None]).T @ centres
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """The solution with a symmetric, positive definite matrix. Raises NonFiniteError if it is not finite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if int(failed):
+        raise NonFiniteError("the covariance of the features is not finite: their numbers are too large for a fit")
+    return torch.cholesky_solve(right, factor)

@@ -1,0 +1,110 @@
+"""Heads to compare with, which are no linear layer: cosine classifier, nearest neighbours and a small network."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distil_tl.data.sampler import epoch_order
+from distil_tl.models.head import seeded
+from distil_tl.training.heads.fitted import Fitted, Settings
+from distil_tl.training.heads.problem import Problem
+from distil_tl.training.losses import Loss
+from distil_tl.training.optim import lr_factor
+
+COSINE_SCALES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+# The published evaluation of DINO (Caron et al., 2021): this temperature, and k of 10 to 200.
+NEIGHBOURS, TEMPERATURE = (200, 100, 50, 20, 10, 5, 1), 0.07
+UNIFORM = 0.01  # share of equal votes for all classes, so that no probability is 0
+DECAYS = (1.0, 0.1)
+HIDDEN, EPOCHS, BATCH, LR, WARMUP = 256, 12, 64, 1e-3, 0.1
+
+
+def fit_cosine(problem: Problem) -> Fitted:
+    """The cosine of the angle to the mean of the normalised features of each class."""
+    rows, classes = problem.rows, problem.classes
+
+    def of(part: Tensor) -> Tensor:
+        return F.normalize(part.double(), dim=1)
+
+    shape = (classes, problem.width)
+    sums = rows.total(
+        shape, lambda part: (part.one_hot(classes) * part.weights[:, None]).T @ of(part.features)
+    )  # fmt: skip
+    directions = F.normalize(sums, dim=1).float().T.contiguous()
+    settings: list[Settings] = [{}]
+    return Fitted(settings, COSINE_SCALES, lambda features: (F.normalize(features, dim=1) @ directions)[:, None])
+
+
+def fit_knn(problem: Problem, neighbours: tuple[int, ...] = NEIGHBOURS) -> Fitted:
+    """Votes of the nearest training images by cosine, for several numbers of them."""
+    rows, classes = problem.everything, problem.classes
+    fitting = [k for k in neighbours if k <= len(rows.targets)] or [len(rows.targets)]
+    columns = F.normalize(rows.features, dim=1).T.contiguous()
+
+    def logits(features: Tensor) -> Tensor:
+        nearest = (F.normalize(features, dim=1) @ columns).topk(max(fitting), dim=1)
+        votes = ((nearest.values - nearest.values[:, :1]) / TEMPERATURE).double().exp() * rows.weights[nearest.indices]
+        of_class = F.one_hot(rows.targets[nearest.indices], classes) * votes[..., None]
+        found = torch.stack([of_class[:, :k].sum(dim=1) for k in fitting], dim=1)
+        shares = found / found.sum(dim=2, keepdim=True)
+        return torch.log((1 - UNIFORM) * shares + UNIFORM / classes).float()
+
+    return Fitted([{"k": float(k)} for k in fitting], (1.0,), logits)
+
+
+def fit_mlp(problem: Problem, decays: tuple[float, ...] = DECAYS) -> Fitted:
+    """A network with one hidden layer for each weight decay, trained by AdamW. Each is trained by one rank."""
+    info, rows = problem.group.info, problem.everything
+    networks = [_network(problem) for _ in decays]
+    steps = EPOCHS * max(1, -(-len(rows.targets) // BATCH))
+    for first in range(0, len(decays), info.world_size):
+        own = first + info.rank
+        training = _Training(problem, networks[own], decays[own], steps) if own < len(decays) else None
+        for step in range(steps):
+            problem.group.agreement.raise_if_stopping()
+            if training is not None:
+                training.step(step)
+    for number, network in enumerate(networks):
+        for parameter in network.parameters() if info.store is not None else ():
+            dist.broadcast(parameter.detach(), src=number % info.world_size)
+
+    @torch.no_grad()
+    def logits(features: Tensor) -> Tensor:
+        return torch.stack([network(features) for network in networks], dim=1)
+
+    return Fitted([{"weight_decay": decay} for decay in decays], (1.0,), logits)
+
+
+def _network(problem: Problem) -> nn.Sequential:
+    with seeded(problem.seed, "mlp"):
+        layers = nn.Sequential(nn.Linear(problem.width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, problem.classes))
+    return layers.to(problem.counts.device)
+
+
+class _Training:
+    """The training of a small network on all rows."""
+
+    def __init__(self, problem: Problem, network: nn.Sequential, decay: float, steps: int) -> None:
+        self.rows, self.network, self.steps, self.seed = problem.everything, network, steps, problem.seed
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=decay)
+        offsets = None if problem.offsets is None else problem.offsets.float()
+        self.loss = Loss(problem.smoothing, offsets=offsets)
+        self.weights = self.rows.weights.float()
+
+    @torch.enable_grad()
+    def step(self, step: int) -> None:
+        count = len(self.rows.targets)
+        each = self.steps // EPOCHS
+        if step % each == 0:
+            order = epoch_order(count, self.seed, "mlp", step // each)
+            self.order = torch.from_numpy(order).to(self.weights.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = LR * lr_factor(step, self.steps, WARMUP, "cosine")
+        chosen = self.order[step % each * BATCH :][:BATCH]
+        losses = self.loss(self.network(self.rows.features[chosen]), self.rows.targets[chosen])
+        self.optimizer.zero_grad(set_to_none=True)
+        (losses * self.weights[chosen]).mean().backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()

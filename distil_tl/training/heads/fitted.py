@@ -1,0 +1,52 @@
+"""Fitted heads: the candidates of a path of settings, as functions from standardised features to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distil_tl.training.heads.rows import Standard
+
+Settings = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The candidates of a path.
+
+    Attributes:
+        settings: of each candidate, the most regularised first.
+        scales: factors of the logits, of which val decides one for each candidate.
+        logits: standardised float32 [N, D] to [N, K, C] for K candidates.
+        linear: weight and bias of each candidate for standardised features, float64 [K, C, D] and [K, C]; None where
+            it is not a linear layer.
+    """
+
+    settings: list[Settings]
+    scales: tuple[float, ...]
+    logits: Callable[[Tensor], Tensor]
+    linear: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of_linear(cls, settings: list[Settings], scales: tuple[float, ...], weight: Tensor, bias: Tensor) -> Fitted:
+        columns, rest = weight.float().flatten(0, 1).T.contiguous(), bias.float()
+
+        def logits(features: Tensor) -> Tensor:
+            return (features @ columns).view(len(features), *rest.shape) + rest
+
+        return cls(settings, scales, logits, (weight, bias))
+
+    def layer(self, number: int, scale: float, standard: Standard) -> tuple[Tensor, Tensor]:
+        """Weight [C, D] and bias [C] of a candidate for features as they are, float64."""
+        assert self.linear is not None
+        weight, bias = (column[number] * scale for column in self.linear)
+        raw = weight / standard.deviation
+        return raw, bias - raw @ standard.mean
+
+
+def stacked(layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    weights, biases = zip(*layers, strict=True)
+    return torch.stack(weights), torch.stack(biases)

@@ -1,0 +1,174 @@
+"""The features of a split as rows of a matrix, in blocks that are divided among the ranks.
+
+Each block is computed as a whole by one rank, and the sums of the blocks are added in their order, in float64. So a sum
+over all rows is the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from distil_tl.data.feature_cache import FeatureDataset
+from distil_tl.data.sampler import SampleKey
+from distil_tl.distributed.collectives import max_over_ranks
+from distil_tl.distributed.preemption import Agreement
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.training.memory import is_out_of_memory
+
+SMALLEST_BLOCK, MAX_BLOCKS = 256, 16  # rows of a block, except the last one; and blocks of a split
+PART = 2048  # rows that are computed at once
+
+Weigh = Callable[[Tensor, Tensor], Tensor]  # targets and positions of images, int64 [N]: their weights, float64 [N]
+
+
+class Part(NamedTuple):
+    """Some usable images.
+
+    Attributes:
+        features: float32 [N, D].
+        targets: int64 [N].
+        weights: float64 [N].
+    """
+
+    features: Tensor
+    targets: Tensor
+    weights: Tensor
+
+    def one_hot(self, classes: int) -> Tensor:
+        """float64 [N, C]."""
+        return F.one_hot(self.targets, classes).double()
+
+
+class Standard(NamedTuple):
+    """Mean and standard deviation of each feature, float64 [D]. A feature that is constant has deviation 1."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def apply(self, features: Tensor) -> Tensor:
+        """Standardised float32 [N, D]."""
+        return ((features - self.mean.float()) / self.deviation.float()).contiguous()
+
+
+class Group(NamedTuple):
+    """The ranks that fit a head together, and how they agree to stop."""
+
+    info: DistInfo
+    agreement: Agreement
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor on all ranks, so that ranks with other processors take the same decisions. A collective."""
+        if self.info.store is not None:
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+
+class Rows:
+    """The usable images of a dataset. Blocks of this rank are kept on the device, others are read when needed.
+
+    Args:
+        weigh: the weights of images; all 1 if it is None.
+        standard: with which the features are standardised; as they are if it is None.
+    """
+
+    def __init__(
+        self, group: Group, dataset: FeatureDataset, weigh: Weigh | None = None, standard: Standard | None = None
+    ) -> None:
+        self.group, self.dataset = group, dataset
+        self._weigh, self._standard = weigh, standard
+        count = len(dataset)
+        size = max(SMALLEST_BLOCK, -(-count // MAX_BLOCKS))
+        self.blocks = [range(first, min(first + size, count)) for first in range(0, count, size)]
+        self._kept: dict[int, Part] = {}
+
+    @property
+    def width(self) -> int:
+        return int(self.dataset.example(1).shape[1])
+
+    def standardized(self, standard: Standard) -> Rows:
+        return Rows(self.group, self.dataset, self._weigh, standard)
+
+    def load_own(self) -> bool:
+        """Read the blocks of this rank. Returns whether the memory of all ranks suffices. A collective."""
+        info = self.group.info
+
+        def load() -> None:
+            self._kept = {number: self.block(number) for number in range(info.rank, len(self.blocks), info.world_size)}
+
+        if self._unless_out_of_memory(load):
+            return True
+        self._kept = {}
+        return False
+
+    def everything(self) -> Part | None:
+        """All usable images, on every rank; None if the memory of a rank does not suffice. A collective."""
+        found: list[Part] = []
+
+        def load() -> None:
+            parts = [self.block(number) for number in range(len(self.blocks))]
+            found.append(Part(*(torch.cat(columns) for columns in zip(*parts, strict=True))))
+
+        return found[0] if self._unless_out_of_memory(load) else None
+
+    def _unless_out_of_memory(self, load: Callable[[], None]) -> bool:
+        """Whether no rank runs out of memory in `load`."""
+        failed = False
+        try:
+            load()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = True
+        return not max_over_ranks(self.group.info, float(failed))
+
+    def block(self, number: int) -> Part:
+        """A block, standardised, of usable images only."""
+        if number in self._kept:
+            return self._kept[number]
+        device = self.group.info.device
+        batch = self.dataset.__getitems__([SampleKey(i, 0, i) for i in self.blocks[number]])
+        valid = batch.valid
+        features = batch.images.float()[valid].to(device)
+        targets = batch.targets[valid].to(device)
+        if self._standard is not None:
+            features = self._standard.apply(features)
+        if self._weigh is None:
+            weights = torch.ones(len(targets), dtype=torch.float64, device=device)
+        else:
+            weights = self._weigh(targets, batch.indices[valid]).double()
+        return Part(features, targets, weights)
+
+    def parts(self, number: int) -> Iterator[Part]:
+        """The parts of a block that are computed one after another."""
+        whole = self.block(number)
+        for first in range(0, len(whole.targets), PART):
+            yield Part(*(column[first : first + PART] for column in whole))
+
+    def total(self, shape: tuple[int, ...], of: Callable[[Part], Tensor]) -> Tensor:
+        """The sum of `of` over all parts, float64 [shape], on all ranks alike. A collective.
+
+        Raises:
+            AllRanksStopError: on all ranks alike.
+        """
+        info = self.group.info
+        self.group.agreement.raise_if_stopping()
+        sums = torch.zeros(shape, dtype=torch.float64, device=info.device)
+        for first in range(0, len(self.blocks), info.world_size):
+            own = torch.zeros_like(sums)
+            if first + info.rank < len(self.blocks):
+                for part in self.parts(first + info.rank):
+                    own += of(part)
+            each = [own]
+            if info.store is not None:
+                each = [torch.empty_like(own) for _ in range(info.world_size)]
+                dist.all_gather(each, own)
+            for found in each[: len(self.blocks) - first]:
+                sums += found
+        return sums

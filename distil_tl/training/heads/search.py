@@ -1,0 +1,118 @@
+"""Fitting a kind of head over its path of settings, and choosing one by its figures on val."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distil_tl.training.batched_heads import count_predictions
+from distil_tl.training.config import FITTED_HEADS, rank_by
+from distil_tl.training.heads.closed_form import fit_lda, fit_prototypes, fit_ridge
+from distil_tl.training.heads.comparison import fit_cosine, fit_knn, fit_mlp
+from distil_tl.training.heads.fitted import Fitted, Settings
+from distil_tl.training.heads.logistic import fit_logistic
+from distil_tl.training.heads.problem import NothingToFitError, Problem
+from distil_tl.training.heads.rows import Part, Rows
+from distil_tl.training.metrics import ClassificationMetrics
+from distil_tl.utils.errors import NonFiniteError
+
+COMPARED_HEADS = ("cosine", "knn", "mlp")  # no linear layer
+
+
+def fit(kind: str, problem: Problem, settings: Settings | None = None) -> Fitted:
+    """The candidates of a kind of head. A collective.
+
+    Args:
+        settings: of the single candidate that is wanted; None: all of the path.
+    """
+    wanted = settings or {}
+    if kind == "ridge":
+        return fit_ridge(problem, [wanted["penalty"]]) if wanted else fit_ridge(problem)
+    if kind == "lda":
+        return fit_lda(problem, [wanted["shrinkage"]]) if wanted else fit_lda(problem)
+    if kind == "logistic":
+        return fit_logistic(problem, [wanted["penalty"]]) if wanted else fit_logistic(problem)
+    if kind == "knn":
+        return fit_knn(problem, (int(wanted["k"]),)) if wanted else fit_knn(problem)
+    if kind == "mlp":
+        return fit_mlp(problem, (wanted["weight_decay"],)) if wanted else fit_mlp(problem)
+    return fit_prototypes(problem) if kind == "prototypes" else fit_cosine(problem)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fitted candidates of a kind of head, with the chosen one.
+
+    Attributes:
+        heads: settings, scale and figures on val of each candidate; figures are None where they are not finite.
+        number: of the chosen one.
+    """
+
+    fitted: Fitted
+    heads: list[dict[str, Any]]
+    number: int
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        return self.heads[self.number]
+
+    def to_json(self) -> dict[str, Any]:
+        """As the result of a head search: the chosen one, and all of them in `heads`."""
+        return {**self.chosen, "heads": self.heads}
+
+
+@torch.no_grad()
+def choose(kind: str, problem: Problem, val: Rows, metric: str, settings: Settings | None = None) -> Choice:
+    """Fit a kind of head, and choose by the metric on val; of equal ones the most regularised. A collective.
+
+    Args:
+        val: with the features standardised as those of `problem`.
+        settings: with `scale`, of the single candidate that is wanted; None: all of the path.
+
+    Raises:
+        NonFiniteError: no candidate has a finite loss.
+        AllRanksStopError: on all ranks alike.
+    """
+    wanted = None if settings is None else {key: value for key, value in settings.items() if key != "scale"}
+    fitted = fit(kind, problem, wanted)
+    scales = fitted.scales if settings is None else (settings["scale"],)
+    heads = _figures(fitted, scales, val, problem.classes, metric)
+    finite = [i for i, head in enumerate(heads) if head["loss"] is not None]
+    if not finite:
+        raise NonFiniteError(f"no {kind} head has a finite loss: the features of this network may not be finite")
+    return Choice(fitted, heads, min(finite, key=lambda i: rank_by(metric, heads[i])))
+
+
+def _figures(fitted: Fitted, scales: tuple[float, ...], val: Rows, classes: int, metric: str) -> list[dict[str, Any]]:
+    """Settings, the scale with the lowest loss, and the figures of each candidate on val."""
+    candidates, counts = len(fitted.settings), 4 + 3 * classes
+
+    def of(part: Part) -> Tensor:
+        logits = fitted.logits(part.features)
+        counted = count_predictions(logits, part.targets, part.weights > 0)
+        own = part.targets[:, None].expand(logits.shape[:2])
+        losses = [
+            F.cross_entropy(scale * logits.transpose(1, 2), own, reduction="none").double().sum(dim=0)
+            for scale in scales
+        ]
+        return torch.cat([counted, torch.stack(losses, dim=1)], dim=1)
+
+    sums = val.total((candidates, counts + len(scales)), of).cpu()
+    found = []
+    for settings, row in zip(fitted.settings, sums, strict=True):
+        losses = row[counts:].nan_to_num(math.inf, posinf=math.inf)
+        best = int(losses.argmin())
+        row[0] = losses[best]
+        figures = ClassificationMetrics.of(row[:counts], classes).compute()
+        valid = math.isfinite(figures["loss"])
+        kept = {name: figures[name] if valid else None for name in dict.fromkeys(("top1", "loss", metric))}
+        found.append({**settings, "scale": scales[best], **kept})
+    return found
+
+
+__all__ = ["COMPARED_HEADS", "FITTED_HEADS", "Choice", "NothingToFitError", "choose", "fit"]

@@ -1,0 +1,231 @@
+"""Fitted heads: the same as scikit-learn's or as their formulas, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distil_tl.data.feature_cache import FeatureCache, FeatureDataset
+from distil_tl.distributed.collectives import gather_objects
+from distil_tl.distributed.config import DistributedConfig
+from distil_tl.distributed.launch_env import Launch, read_launch
+from distil_tl.distributed.preemption import Agreement, Request
+from distil_tl.distributed.process_group import DistInfo, init_distributed
+from distil_tl.training.heads.closed_form import fit_lda, fit_prototypes, fit_ridge
+from distil_tl.training.heads.comparison import TEMPERATURE, UNIFORM, fit_cosine, fit_knn, fit_mlp
+from distil_tl.training.heads.logistic import fit_logistic
+from distil_tl.training.heads.problem import NothingToFitError, Problem, open_problem
+from distil_tl.training.heads.rows import Group, Rows
+from distil_tl.training.heads.search import COMPARED_HEADS, FITTED_HEADS, choose
+from tests.helpers.ranks import run_ranks
+
+CLASSES = 3
+
+
+def group(info: DistInfo | None = None) -> Group:
+    info = info or DistInfo(Launch(), torch.device("cpu"), 60)
+    return Group(info, Agreement(info, lambda: Request.CONTINUE))
+
+
+def images(count: int, width: int, seed: int = 1) -> tuple[Tensor, np.ndarray]:
+    """Features of overlapping classes of unequal size, with means and deviations far from 0 and 1."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = np.arange(count) % 6 // 2 * (np.arange(count) % 5 > 0)
+    centres = torch.randn(CLASSES, width, generator=torch.Generator().manual_seed(9))
+    features = torch.randn(count, width, generator=generator) + 0.5 * centres[targets]
+    return 3 + features * torch.linspace(0.1, 4, width), targets
+
+
+def dataset(folder: Path, features: Tensor, targets: np.ndarray, bad: int | None = None) -> FeatureDataset:
+    cache = FeatureCache(folder, len(features), 1)
+    for view, first in cache.chunks():
+        rows = cache.rows(first)
+        faults = {bad: "broken"} if bad is not None and bad in rows else {}
+        cache.write(view, first, features[list(rows)], faults)
+    return cache.open(targets)
+
+
+def problem(folder: Path, count: int = 40, width: int = 12, **options: Any) -> tuple[Problem, np.ndarray, np.ndarray]:
+    """A problem, with its standardised features and targets as arrays."""
+    features, targets = images(count, width)
+    weigh = options.pop("weigh", None)
+    found = open_problem(Rows(group(), dataset(folder, features, targets), weigh), CLASSES, **options)
+    scaled = (features.double() - features.double().mean(0)) / features.double().std(0, correction=0)
+    return found, scaled.numpy(), targets
+
+
+def weights_of_classes(targets: Tensor, positions: Tensor) -> Tensor:
+    return torch.tensor([0.5, 2.0, 3.0], dtype=torch.float64)[targets]
+
+
+@pytest.mark.parametrize("width", [12, 60])  # fewer and more features than images
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ridge_is_that_of_scikit_learn(tmp_path: Path, width: int, weighted: bool) -> None:
+    from sklearn.linear_model import Ridge
+
+    weigh = weights_of_classes if weighted else None
+    found, features, targets = problem(tmp_path, width=width, weigh=weigh)
+    weight, bias = fit_ridge(found, [3.0, 0.1]).linear or pytest.fail("it is linear")
+    of_images = np.array([0.5, 2.0, 3.0])[targets] if weighted else np.ones(len(targets))
+    for number, penalty in enumerate([3.0, 0.1]):
+        model = Ridge(alpha=penalty * of_images.sum()).fit(features, np.eye(CLASSES)[targets], of_images)
+        np.testing.assert_allclose(weight[number], model.coef_, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(bias[number], model.intercept_, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [12, 60])
+def test_lda_is_that_of_scikit_learn(tmp_path: Path, width: int) -> None:
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+    found, features, targets = problem(tmp_path, width=width)
+    weight, bias = fit_lda(found, [0.5, 0.1]).linear or pytest.fail("it is linear")
+    for number, shrinkage in enumerate([0.5, 0.1]):
+        model = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(features, targets)
+        np.testing.assert_allclose(weight[number], model.coef_, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(bias[number], model.intercept_, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_logistic_regression_is_that_of_scikit_learn(tmp_path: Path, weighted: bool) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    found, features, targets = problem(tmp_path, weigh=weights_of_classes if weighted else None)
+    fitted = fit_logistic(found, [1.0, 0.1])
+    weight, bias = fitted.linear or pytest.fail("it is linear")
+    of_images = np.array([0.5, 2.0, 3.0])[targets] if weighted else np.ones(len(targets))
+    for number, penalty in enumerate([1.0, 0.1]):
+        model = LogisticRegression(C=1 / (penalty * of_images.sum()), tol=1e-8, max_iter=1000)
+        model.fit(features, targets, of_images)
+        np.testing.assert_allclose(weight[number], model.coef_, atol=2e-3)
+        np.testing.assert_allclose(bias[number] - bias[number].mean(), model.intercept_, atol=2e-3)
+
+
+def test_smoothing_and_offsets_are_in_the_loss(tmp_path: Path) -> None:
+    offsets = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
+    found, features, targets = problem(tmp_path, smoothing=0.2, offsets=offsets)
+    weight, bias = fit_logistic(found, [0.3]).linear or pytest.fail("it is linear")
+    point = torch.cat([weight[0], bias[0][:, None]], dim=1).requires_grad_()
+    logits = torch.from_numpy(features) @ point[:, :-1].T + point[:, -1] + offsets
+    loss = F.cross_entropy(logits, torch.from_numpy(targets), label_smoothing=0.2)
+    (loss + 0.15 * point[:, :-1].square().sum()).backward()  # type: ignore[no-untyped-call]
+    assert point.grad is not None
+    assert float(point.grad.abs().max()) < 2e-4
+
+
+def test_prototypes_and_cosine_are_their_formulas(tmp_path: Path) -> None:
+    found, features, targets = problem(tmp_path)
+    means = np.stack([features[targets == c].mean(0) for c in range(CLASSES)])
+    distances = ((features[:, None] - means) ** 2).sum(2)
+    inputs = torch.from_numpy(features).float()
+    logits = fit_prototypes(found).logits(inputs)[:, 0]
+    expected = torch.from_numpy(-distances / 2 / 12).softmax(1)
+    torch.testing.assert_close(logits.softmax(1).double(), expected, rtol=1e-4, atol=1e-5)
+
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    centres = np.stack([unit[targets == c].mean(0) for c in range(CLASSES)])
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    np.testing.assert_allclose(fit_cosine(found).logits(inputs)[:, 0], unit @ centres.T, atol=1e-5)
+
+
+def test_neighbours_vote_by_their_similarity(tmp_path: Path) -> None:
+    found, features, targets = problem(tmp_path)
+    fitted = fit_knn(found, (5, 1, 100))
+    assert fitted.settings == [{"k": 5.0}, {"k": 1.0}], "there are 40 images"
+    others = images(7, 12, seed=4)[0].numpy()
+    unit, query = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (features, others))
+    shares = fitted.logits(torch.from_numpy(others).float()).exp().numpy()
+    for number, k in enumerate([5, 1]):
+        for row, similar in zip(shares[:, number], query @ unit.T, strict=True):
+            nearest = np.argsort(-similar)[:k]
+            votes = np.bincount(targets[nearest], np.exp(similar[nearest] / TEMPERATURE), minlength=CLASSES)
+            np.testing.assert_allclose(row, (1 - UNIFORM) * votes / votes.sum() + UNIFORM / CLASSES, atol=1e-4)
+
+
+def test_a_small_network_learns_what_no_linear_layer_can(tmp_path: Path) -> None:
+    features = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    targets = ((features[:, 0] > 0) ^ (features[:, 1] > 0)).long().numpy()
+    found = open_problem(Rows(group(), dataset(tmp_path, features, targets)), 2)
+    fitted = fit_mlp(found)
+    right = [float((fitted.logits(features)[:, i].argmax(1).numpy() == targets).mean()) for i in range(2)]
+    assert max(right) > 0.8
+    linear = fit_ridge(found, [0.1]).logits(features)[:, 0].argmax(1).numpy()
+    assert (linear == targets).mean() < 0.65
+
+
+@pytest.mark.parametrize("kind", FITTED_HEADS)
+def test_standardisation_is_folded_into_the_layer(tmp_path: Path, kind: str) -> None:
+    features, targets = images(60, 9)
+    features[:, 4] = 7.0  # a constant feature
+    data = dataset(tmp_path, features, targets, bad=59)
+    found = open_problem(Rows(group(), data), CLASSES)
+    choice = choose(kind, found, Rows(group(), data).standardized(found.standard), "top1")
+    head = choice.chosen
+    weight, bias = choice.fitted.layer(choice.number, head["scale"], found.standard)
+    logits = features[:59].double() @ weight.T + bias
+    assert float((logits.argmax(1).numpy() == targets[:59]).mean()) == pytest.approx(head["top1"])
+    loss = F.cross_entropy(logits, torch.from_numpy(targets[:59]))
+    assert float(loss) == pytest.approx(head["loss"], rel=1e-4)
+    assert head["top1"] == max(each["top1"] for each in choice.heads)
+    assert choice.to_json()["heads"] == choice.heads
+
+
+def test_the_choice_is_by_the_metric_and_one_candidate_can_be_fitted_again(tmp_path: Path) -> None:
+    found, *_ = problem(tmp_path, count=50, width=30)
+    val = Rows(group(), dataset(tmp_path / "val", *images(40, 30, seed=3))).standardized(found.standard)
+    for kind in (*FITTED_HEADS, *COMPARED_HEADS):
+        chosen = choose(kind, found, val, "loss").chosen
+        assert chosen["loss"] == min(head["loss"] for head in choose(kind, found, val, "loss").heads)
+        settings = {key: value for key, value in chosen.items() if key not in ("top1", "loss")}
+        again = choose(kind, found, val, "loss", settings)
+        assert len(again.heads) == 1
+        # A path of logistic regression starts from the solution before, a single one from 0.
+        assert again.chosen["loss"] == pytest.approx(chosen["loss"], rel=1e-2 if kind == "logistic" else 1e-6)
+
+
+def test_a_class_without_images_is_not_predicted(tmp_path: Path) -> None:
+    features, targets = images(40, 12)
+    found = open_problem(Rows(group(), dataset(tmp_path, features, targets)), CLASSES + 1)
+    inputs = found.standard.apply(features)
+    for fitted in (fit_ridge(found), fit_lda(found), fit_logistic(found), fit_prototypes(found), fit_knn(found)):
+        logits = fitted.logits(inputs)
+        assert logits.isfinite().all()
+        assert not (logits.argmax(2) == CLASSES).any()
+
+
+def test_nothing_to_fit_is_said(tmp_path: Path) -> None:
+    features, targets = images(20, 5)
+    broken = dataset(tmp_path / "a", features[:1], targets[:1], bad=0)
+    with pytest.raises(NothingToFitError, match="no image"):
+        open_problem(Rows(group(), broken), CLASSES)
+    features[3, 2] = torch.inf
+    with pytest.raises(NothingToFitError, match="not finite"):
+        open_problem(Rows(group(), dataset(tmp_path / "b", features, targets)), CLASSES)
+
+
+def fitted_on_ranks(folder: str) -> list[Any]:
+    """The choices of all kinds of heads, and that they are equal on all ranks."""
+    with init_distributed(read_launch(os.environ), DistributedConfig(device="cpu", timeout_seconds=60)) as info:
+        features, targets = images(700, 20)
+        data = dataset(Path(folder) / str(info.rank), features, targets, bad=300)
+        found = open_problem(Rows(group(info), data, weights_of_classes), CLASSES)
+        val = Rows(group(info), data).standardized(found.standard)
+        choices = [choose(kind, found, val, "top1") for kind in (*FITTED_HEADS, *COMPARED_HEADS)]
+        layers = [
+            [column.tolist() for column in choice.fitted.layer(choice.number, 1.0, found.standard)]
+            for choice in choices[: len(FITTED_HEADS)]
+        ]
+        mine = [[choice.to_json() for choice in choices], layers]
+        assert all(each == mine for each in gather_objects(info, mine))
+        return mine
+
+
+def test_the_same_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
+    one, two, four = (run_ranks(world, fitted_on_ranks, str(tmp_path / str(world)))[0] for world in (1, 2, 4))
+    assert one == two == four
