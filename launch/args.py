@@ -40,6 +40,16 @@ def argument_parser(program: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+def add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the commands that submit one job."""
+    parser.add_argument(
+        "--cluster", choices=CLUSTERS, default="slurm", help="local: processes of this machine; debug: this process"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script, and submit nothing")
+    parser.add_argument("--assume-ended", action="store_true", help=ASSUME_ENDED)
+    add_submission_options(parser)
+
+
 def add_submission_options(parser: argparse.ArgumentParser, *, parsable: bool = True) -> None:
     """Options of the commands that submit jobs."""
     if parsable:
@@ -64,11 +74,10 @@ def read_run(args: Sequence[str], unread: list[str] | None = None) -> tuple[Conf
         UserError: lists unknown keys and values of the wrong type.
     """
     pairs, rest = split_slurm(args)
-    files = [Path(arg) for arg in rest if is_file(arg) and not arg.startswith("-")]
     errors = []
     slurm = SlurmConfig()
     try:
-        slurm = parse_slurm(load_slurm_section(files[0]) if files else None, pairs)
+        slurm = read_slurm(rest, pairs)
     except UserError as error:
         errors.append(str(error))
     # To find the default weights, `load` imports torch, which is not needed to report an error.
@@ -83,6 +92,12 @@ def read_run(args: Sequence[str], unread: list[str] | None = None) -> tuple[Conf
     if errors:
         raise UserError("\n".join(dict.fromkeys(errors)))
     return config, source, slurm
+
+
+def read_slurm(args: Sequence[str], pairs: Sequence[str]) -> SlurmConfig:
+    """The section of the file among the arguments, if there is one, overridden by `pairs`. Raises as `parse_slurm`."""
+    files = [Path(arg) for arg in args if is_file(arg) and not arg.startswith("-")]
+    return parse_slurm(load_slurm_section(files[0]) if files else None, pairs)
 
 
 def split_slurm(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ from distil_tl.utils.files import open_regular
 TAIL = 65536  # bytes of a file in which the last line is searched
 LONGEST = 400  # characters of a message
 NEAR = 30  # lines before the last one in which our own message is preferred
-_OWN = re.compile(r"^(distil_tl\.train|distil-tl (train|distil|extend)): ")
+_OWN = re.compile(r"^(distil_tl\.train|distil-tl (train|distil|extend|select)): ")
 _START = "Starting with JobEnvironment"  # submitit's first line
 # Lines that only repeat that the job ends, and submitit's own.
 _NOISE = re.compile(

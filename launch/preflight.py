@@ -84,10 +84,13 @@ def _weights_problems(config: Config, slurm: SlurmConfig, cluster: str) -> Itera
         )
 
 
-def refuse_active_run(run_dir: Path, *, assume_ended: bool = False, dry_run: bool = False) -> None:
+def refuse_active_run(
+    run_dir: Path, elsewhere: str = "choose another run_dir", *, assume_ended: bool = False, dry_run: bool = False
+) -> None:
     """Check that no job or process uses the run directory, or may use it.
 
     Args:
+        elsewhere: how to use another folder, for messages.
         assume_ended: what can't be checked has ended, as the user knows.
         dry_run: only print a note about what can't be checked.
 
@@ -98,7 +101,6 @@ def refuse_active_run(run_dir: Path, *, assume_ended: bool = False, dry_run: boo
     seen = gather_evidence(run_dir, queue)
     state, detail = decide_state(seen)
     job, record, attempt = seen.job, seen.record, seen.attempt or {}
-    elsewhere = "choose another run_dir"
     if record is not None and is_job_alive(record):
         raise UserError(f"local job {record['job_id']} is using {run_dir}; wait until it ends, or {elsewhere}")
     if job is not None and job.is_active:

@@ -26,6 +26,7 @@ from launch.local_job import is_job_alive
 from launch.records import has_started, read_json
 from launch.squeue import QueuedJob
 
+CONFIGS = ("config.yaml", "slurm/config.yaml")  # the second one of a run that waits, and of a selection
 PRUNED_FILE = "pruned.json"  # written by the adaptive search when it ends a trial early
 QUIET_S = 900  # a run that can't be checked counts as running if it wrote a line within this time
 STATES = ("completed", "running", "pending", "requeued", "stopped", "failed", "pruned", "unknown", "missing")
@@ -212,16 +213,16 @@ def metric_of(run_dir: Path) -> str:
     best = (_saved_state(run_dir) or {}).get("best")
     if isinstance(best, dict) and best.get("metric") in METRICS:
         return str(best["metric"])
-    try:
-        found = re.search(r"^metric: (\w+)$", read_text(run_dir / "config.yaml"), re.MULTILINE)
-    except (OSError, UnicodeDecodeError):
-        found = None
-    return found[1] if found and found[1] in METRICS else "top1"
+    for name in CONFIGS:
+        with suppress(OSError, UnicodeDecodeError):
+            found = re.search(r"^metric: (\w+)$", read_text(run_dir / name), re.MULTILINE)
+            return found[1] if found and found[1] in METRICS else "top1"
+    return "top1"
 
 
 def data_of(run_dir: Path) -> str | None:
     """The images that a run trains on, from its configuration; None before that is written. Not all of it is parsed."""
-    for name in ("config.yaml", "slurm/config.yaml"):
+    for name in CONFIGS:
         with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
             section = re.search(r"^data:\n((?: .*\n)*)", read_text(run_dir / name) + "\n", re.MULTILINE)
             lines = re.findall(r"^  (?:root|labels): .*", section[1], re.MULTILINE) if section is not None else []

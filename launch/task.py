@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from distil_tl.arguments import check_arguments
 from distil_tl.utils.command import ended_because_of_others, exit_process
@@ -18,13 +18,18 @@ from launch.requeue import requeue_if_running
 
 
 def train_and_requeue(args: Sequence[str]) -> int:
-    """Train; if the run was preempted and has saved, rank 0 requeues the Slurm job. Returns the exit status.
-
-    How the run ends is noted for the batch script, which requeues a job that was killed.
-    """
+    """Train; if the run was preempted and has saved, rank 0 requeues the Slurm job. Returns the exit status."""
     from distil_tl.train import main as train
 
-    status = train(args)
+    return requeue_if_preempted(lambda: train(args))
+
+
+def requeue_if_preempted(command: Callable[[], int]) -> int:
+    """Run a command; if it was preempted and has saved, rank 0 requeues the Slurm job. Returns its exit status.
+
+    How it ends is noted for the batch script, which requeues a job that was killed.
+    """
+    status = command()
     if status == EXIT_PREEMPTED and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         _requeue()
     elif status == EXIT_USER_ERROR:

@@ -66,6 +66,8 @@ def run(argv: Sequence[str]) -> int:
         print(f"distil-tl: unknown command `{name}`{hint}", file=sys.stderr)
         return EXIT_USER_ERROR
     module, _ = COMMANDS[name]
+    if name == "select" and "--submit" in rest:
+        module = "launch.select"
     if module.startswith("launch."):
         import_own_launch()
     check_arguments(name, rest)

@@ -6,11 +6,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.config import Config, load
+from distil_tl.data.config import data_name
 from distil_tl.selection.config import HEAD_EPOCHS, HEAD_LR, HEAD_WEIGHT_DECAY, GridConfig, read_budget
 from distil_tl.utils.args import apply, explain, is_file, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.command import run_command
@@ -24,6 +26,7 @@ HEADS = (
     f"stages.head.search.lr={list(HEAD_LR)}",
     f"stages.head.search.weight_decay={list(HEAD_WEIGHT_DECAY)}",
 )
+_KEYS = [key.name for key in fields(GridConfig)]
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -35,12 +38,25 @@ def main(args: Sequence[str] | None = None) -> int:
         epilog="\n".join(["keys besides those of a run (distil-tl train --help):", *explain(GridConfig(), "")]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_options(parser)
+    options, rest = parser.parse_known_args(args)
+    return run_command("distil-tl select", lambda: run(rest, options.out, options.budget))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of a selection, submitted or not."""
     parser.add_argument("--out", type=path_argument, metavar="DIR", help="a folder (default: runs/select-DATA)")
     parser.add_argument(
         "--budget", metavar="TIME", help="as in 10m: begin no cell that would probably end later; the best first"
     )
-    options, rest = parser.parse_known_args(args)
-    return run_command("distil-tl select", lambda: run(rest, options.out, options.budget))
+    parser.add_argument(
+        "--submit", action="store_true", help="as a job of Slurm, with slurm.key=value (--submit --help)"
+    )
+
+
+def options_of(out: Path, budget: str | None) -> list[str]:
+    """The same as arguments."""
+    return ["--out", str(out), *([] if budget is None else ["--budget", budget])]
 
 
 def run(args: Sequence[str], out: Path | None, budget: str | None) -> None:
@@ -51,21 +67,32 @@ def run(args: Sequence[str], out: Path | None, budget: str | None) -> None:
         PreemptedError: stopped by a signal; the same command resumes.
     """
     grid, config, unresolved = read(args)
-    try:
-        seconds = None if budget is None else read_budget(budget)
-    except ValueError as error:
-        raise UserError(f"--budget: {error}") from None
+    seconds = seconds_of(budget)
     if "huggingface_hub" not in sys.modules:  # weights are read from its cache, without asking a server
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from distil_tl.cli.selection import select  # imports torch
 
-    select(grid, config, unresolved, out, seconds)
+    select(grid, config, unresolved, out or default_folder(config), seconds)
+
+
+def seconds_of(budget: str | None) -> float | None:
+    """What --budget means. Raises UserError for another text."""
+    try:
+        return None if budget is None else read_budget(budget)
+    except ValueError as error:
+        raise UserError(f"--budget: {error}") from None
+
+
+def default_folder(config: Config) -> Path:
+    """The folder of the results, where none is given."""
+    name = "digits" if config.data.root is None else data_name(Path(config.data.root))
+    return Path("runs") / f"select-{name}"
 
 
 def read(args: Sequence[str]) -> tuple[GridConfig, Config, DictConfig]:
     """The grid, and the configuration as `load` gives it. Raises UserError with all problems of the grid."""
     schema, problems = OmegaConf.structured(GridConfig), list[str]()
-    own = [arg for arg in args if arg.partition("=")[0] in ("candidates", "sizes", "crops") and "=" in arg]
+    own = [arg for arg in args if arg.partition("=")[0] in _KEYS and "=" in arg]
     apply(schema, parse_overrides(schema, own, problems), "", problems)
     refuse(problems)
     grid: GridConfig = to_object(schema)

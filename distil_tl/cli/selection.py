@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from distil_tl.auto_settings import settle_auto
 from distil_tl.cli.selection_table import Live, headline, result_table
 from distil_tl.config import Config, check
-from distil_tl.data.config import data_name
 from distil_tl.data.splits import copy_to_local_disk, open_splits
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.preemption import Agreement, AllRanksStopError, Request, StopSignal
@@ -43,32 +43,27 @@ from distil_tl.training.precision import set_rounding
 from distil_tl.utils.args import plain
 from distil_tl.utils.errors import PreemptedError, UserError, listed
 from distil_tl.utils.files import write_atomic, write_json, writing
+from distil_tl.utils.job_outcome import SAVED, note
 from distil_tl.utils.log import logger, printable, setup_console
 
 
-def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path | None, budget: float | None) -> None:
+def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, budget: float | None) -> None:
     """Compare all cells of the grid, or as many as the budget permits. Raises as `cli.select.run`.
 
     Args:
         unresolved: the configuration with its interpolations unresolved.
+        out: the folder of the results.
         budget: seconds.
     """
     began = time.monotonic()
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
-    weights = "auto" if config.model.weights in RESOLVED_WEIGHTS else config.model.weights
-    names = expand(grid.candidates, pretrained=weights != "none")
-    head = head_stage(config.stages)
-    # Of the stages only the one that is compared is checked; the models are, one by one.
-    checked = replace(config, model=ModelConfig("resnet18", "none"), stages=dict([head]), run_dir=None)
+    names, model = named_models(grid, config)
+    head, checked = head_stage(config.stages), without_models(config)
     check(checked, launch.world_size)
-    model = replace(config.model, weights=weights)
-    if model.path is not None and len(names) > 1:
-        raise UserError(f"model.weights={model.weights} is of one model: give that one as candidates=[NAME]")
     set_rounding(tf32=config.tf32, deterministic=config.deterministic)
     with StopSignal() as stop, init_distributed(launch, config.distributed) as info:
-        folder = out if out is not None else Path("runs") / f"select-{_data_name(config)}"
-        on_rank_zero(info, "checking the output", lambda: check_folder(folder))
+        on_rank_zero(info, "checking the output", lambda: check_folder(out))
         found = Found(**_located(on_rank_zero(info, "looking for weights", lambda: asdict(locate(names, model)))))
         refuse_none_usable(found)
         splits = open_splits(info, config.data)
@@ -80,7 +75,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path |
         )  # fmt: skip
         planned = on_rank_zero(
             info, "planning the cells",
-            lambda: _planned(*plan_cells(found.usable, grid, common, splits, info.device.type), folder),
+            lambda: _planned(*plan_cells(found.usable, grid, common, splits, info.device.type), out),
         )  # fmt: skip
         cells = [Cell(**cell) for cell in planned["cells"]]
         splits = copy_to_local_disk(info, config.data, splits)
@@ -94,14 +89,14 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path |
         stop.defer()
         agreement = Agreement(info, lambda: Request.STOP if stop else Request.CONTINUE)
         search = CellSearch(info, common, splits, agreement)
-        selection = _Selection(info, folder, outcome, search, began)
+        selection = _Selection(info, out, outcome, search, began)
         try:
             selection.run(budget)
             selection.finish((config, unresolved), (head[0], stage))
         except AllRanksStopError:
             info.leave(orderly=True, seconds=None)
             raise PreemptedError(
-                f"stopped by a signal; {len(work.results)} of {len(cells)} cells are saved in {folder}. Run the same "
+                f"stopped by a signal; {len(work.results)} of {len(cells)} cells are saved in {out}. Run the same "
                 f"command to resume"
             ) from None
 
@@ -139,6 +134,8 @@ class _Selection:
 
     def save(self, result: Result) -> None:
         on_rank_zero(self.info, "saving a result", lambda: save_cell(self.folder, result))
+        if self.info.is_main:
+            note(SAVED)  # the job has made progress
 
     def fits(self, cell: Cell, budget: float) -> bool:
         """Whether a cell would probably end within the budget, by the costliest one so far; equal on all ranks."""
@@ -196,6 +193,26 @@ class _Selection:
             write_atomic(self.folder / "best.yaml", to_text(tree, "\n".join(lines)))
 
 
+def named_models(grid: GridConfig, config: Config) -> tuple[list[str], ModelConfig]:
+    """The names of the candidates, and the settings that they share. Raises UserError for unknown names."""
+    weights = "auto" if config.model.weights in RESOLVED_WEIGHTS else config.model.weights
+    names, model = expand(grid.candidates, pretrained=weights != "none"), replace(config.model, weights=weights)
+    if model.path is not None and len(names) > 1:
+        raise UserError(f"model.weights={model.weights} is of one model: give that one as candidates=[NAME]")
+    return names, model
+
+
+def without_models(config: Config) -> Config:
+    """What is checked once: the models are checked one by one, and of the stages only that whose heads are compared."""
+    model, stages = ModelConfig("resnet18", "none"), dict([head_stage(config.stages)])
+    return replace(config, model=model, stages=stages, run_dir=None)
+
+
+def find_models(grid: GridConfig, config: Config) -> Found:
+    """Which candidates can be used on this machine. Raises UserError for unknown names."""
+    return locate(*named_models(grid, config))
+
+
 def check_folder(folder: Path) -> None:
     """Create the folder. Raises UserError if it can't be, or has other files than those of an earlier selection."""
     shown = f"--out {printable(folder)}"
@@ -217,7 +234,7 @@ def refuse_none_usable(found: Found) -> None:
     if found.missing:
         reasons.append(
             f"the weights of {listed(list(found.missing), 8)} are not on this machine; run on one with network that "
-            f"shares its caches:\n{prefetch_command(list(found.missing))}"
+            f"shares its caches:\n{prefetch_command(found.missing)}"
         )
     raise UserError(
         f"no backbone can be used: {'; '.join(reasons) or 'candidates has no model of an installed library'}"
@@ -237,15 +254,12 @@ def print_missing(outcome: Outcome) -> None:
         )  # fmt: skip
 
 
-def prefetch_command(names: list[str]) -> str:
+def prefetch_command(missing: Collection[str]) -> str:
     """The shell command that downloads the weights of some models."""
+    names = list(missing)
     if len(names) == 1:
         return f"  distil-tl prefetch model.name={shlex.quote(names[0])}"
     return f"  for name in {shlex.join(names)}; do distil-tl prefetch model.name=$name; done"
-
-
-def _data_name(config: Config) -> str:
-    return "digits" if config.data.root is None else data_name(Path(config.data.root))
 
 
 def _located(tree: dict[str, Any]) -> dict[str, Any]:

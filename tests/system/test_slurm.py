@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,47 @@ def test_one_task_of_an_array_is_requeued_alone(partition: Partition, inputs: In
     assert restarts == [0, 1]
     same_run(first, inputs.reference(1))
     one_run_of_wandb(inputs, second)
+
+
+# Rank 0 waits after its first cell until the test has sent a signal, on the first start of the job.
+WAITS = """
+import os, time
+if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    replace = os.replace
+    def slow(source, target, **options):
+        replace(source, target, **options)
+        if "/cells/" in str(target):
+            for _ in range(3000):
+                if os.path.exists({go!r}):
+                    break
+                time.sleep(0.1)
+    os.replace = slow
+"""
+
+
+@concurrent()
+def test_a_selection_is_requeued_and_goes_on_with_the_cells_that_are_left(
+    partition: Partition, inputs: Inputs, tmp_path: Path
+) -> None:
+    """On two nodes, which share the images and the heads of each cell."""
+    (tmp_path / "hooks").mkdir()
+    (tmp_path / "hooks/sitecustomize.py").write_text(WAITS.format(go=str(tmp_path / "go")))
+    out = tmp_path / "found"
+    grid = ["candidates=shufflenet_v2_x0_5", "sizes=[32,40]", "crops=[weights,squash]", "stages.head.epochs=1"]
+    args = [*inputs.small[:3], *grid, "model.weights=none", "stages.head.search.lr=[0.1,0.01]"]
+    slurm = {"partition": partition.name, "nodes": 2, "gpus_per_node": 1, "cpus_per_task": 1, "time": 10}
+    options = [f"slurm.{key}={value}" for key, value in slurm.items()]
+    setup = f"slurm.setup=[export PYTHONPATH={tmp_path}/hooks]"
+    launched(partition, "select", *args, "distributed.device=cpu", *options, setup, "--out", out)
+    job = json.loads((out / "submitted.json").read_text())["job_id"]
+    wait_until(lambda: list((out / "cells").glob("*.json")))
+    partition.run("scancel", "--signal=USR2", job)
+    (tmp_path / "go").touch()
+    partition.wait_for(job, "COMPLETED")
+    found = json.loads((out / "select.json").read_text())
+    assert (found["ranks"], len(found["rows"]), len(found["left_out"])) == (2, 4, 0)
+    assert read_attempt(out / "attempt.json")["restarts"] == 1  # type: ignore[index]
+    log = launched(partition, "logs", out)
+    assert re.search(r"[1-3] of 4 cells are saved", log)
+    assert log.count("now shufflenet_v2_x0_5 32 px weights") == 1, "the first cell is not searched again"
+    assert "completed" in launched(partition, "status", out)
