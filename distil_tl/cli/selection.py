@@ -25,7 +25,7 @@ from distil_tl.report.selection import render_selection
 from distil_tl.selection.best_config import RESOLVED_WEIGHTS, best_config, to_text
 from distil_tl.selection.candidates import Found, expand, locate
 from distil_tl.selection.cell_search import CellSearch, UnfitError
-from distil_tl.selection.cells import Cell, Estimate, Grid, Result
+from distil_tl.selection.cells import Cell, Estimate, Grid, Result, startable
 from distil_tl.selection.common import Common
 from distil_tl.selection.config import GridConfig, head_stage
 from distil_tl.selection.estimate import NoEstimateError, estimate
@@ -39,6 +39,7 @@ from distil_tl.selection.outcome import (
     saved_estimate,
 )
 from distil_tl.selection.plan import plan_cells
+from distil_tl.training.config import rank_by
 from distil_tl.training.precision import set_rounding
 from distil_tl.utils.args import plain
 from distil_tl.utils.errors import PreemptedError, UserError, listed
@@ -75,14 +76,12 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         )  # fmt: skip
         planned = on_rank_zero(
             info, "planning the cells",
-            lambda: _planned(*plan_cells(found.usable, grid, common, splits, info.device.type), out),
+            lambda: _planned(*plan_cells(found.usable, grid, common, splits, info.device.type), out, grid.heads),
         )  # fmt: skip
         cells = [Cell(**cell) for cell in planned["cells"]]
         splits = copy_to_local_disk(info, config.data, splits)
-        work = Grid(cells, config.metric)
-        work.results += [
-            read_result(cell, planned["saved"][cell.digest]) for cell in cells if cell.digest in planned["saved"]
-        ]
+        work = Grid(cells, config.metric, heads=grid.heads)
+        work.results += [read_result(cell, tree) for cell in cells for tree in planned["saved"].get(cell.digest, [])]
         outcome = Outcome(
             work, splits, found.missing, found.unusable | planned["left_out"], info.device.type, info.world_size, budget
         )
@@ -96,7 +95,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         except AllRanksStopError:
             info.leave(orderly=True, seconds=None)
             raise PreemptedError(
-                f"stopped by a signal; {len(work.results)} of {len(cells)} cells are saved in {out}. Run the same "
+                f"stopped by a signal; {work.complete} of {len(cells)} cells are saved in {out}. Run the same "
                 f"command to resume"
             ) from None
 
@@ -110,7 +109,7 @@ class _Selection:
     outcome: Outcome
     search: CellSearch
     began: float
-    timed: list[Result] = field(default_factory=list)  # of this call
+    timed: list[Result] = field(default_factory=list)  # one of each cell of this call, with the seconds of all
 
     def run(self, budget: float | None) -> None:
         """Search the cells that are left. Raises as `CellSearch.search`, but for networks that can't be used."""
@@ -122,18 +121,22 @@ class _Selection:
                     return
                 live.begin(cell)
                 try:
-                    result = self.search.search(cell)
+                    results = self.search.search(cell, grid.missing(cell))
                 except UnfitError as error:
                     grid.fail(cell, str(error))
                     live.failed(cell, str(error))
                     continue
-                grid.results.append(result)
-                self.timed.append(result)
-                self.save(result)
-                live.end(result)
+                grid.results += results
+                self.timed.append(replace(results[0], seconds=sum(result.seconds for result in results)))
+                self.save(results)
+                live.end(min(results, key=lambda result: rank_by(grid.metric, result.head)))
 
-    def save(self, result: Result) -> None:
-        on_rank_zero(self.info, "saving a result", lambda: save_cell(self.folder, result))
+    def save(self, results: list[Result]) -> None:
+        def work() -> None:
+            for result in results:
+                save_cell(self.folder, result)
+
+        on_rank_zero(self.info, "saving a result", work)
         if self.info.is_main:
             note(SAVED)  # the job has made progress
 
@@ -154,15 +157,15 @@ class _Selection:
             reasons = [f"{cell.title}: {reason}" for cell, reason in grid.failed.items()]
             raise UserError(f"no backbone can be used: {'; '.join(reasons or ['the budget is too short for one'])}")
         best = grid.ranked()[0]
-        saved = on_rank_zero(self.info, "looking for an estimate", lambda: saved_estimate(self.folder, best.cell))
+        saved = on_rank_zero(self.info, "looking for an estimate", lambda: saved_estimate(self.folder, best))
         if saved is not None:
             outcome.estimate = Estimate(**saved)
         else:
-            logger.info("\nestimate for %s", best.cell.title)
+            logger.info("\nestimate for %s", grid.title(best))
             try:
                 opened = self.search.open_cell(best.cell)
                 outcome.estimate = found = estimate(self.info, opened, best, self.search.agreement)
-                on_rank_zero(self.info, "saving it", lambda: save_estimate(self.folder, best.cell, found))
+                on_rank_zero(self.info, "saving it", lambda: save_estimate(self.folder, best, found))
             except NoEstimateError as error:
                 outcome.no_estimate = str(error)
         outcome.seconds = time.monotonic() - self.began
@@ -180,9 +183,8 @@ class _Selection:
     def write(self, given: tuple[Config, DictConfig], head: tuple[str, Any]) -> None:
         """Write select.json, select.html and best.yaml."""
         config, unresolved = given
-        best = self.outcome.grid.ranked()[0]
         defaults = plain(OmegaConf.structured(Config))
-        tree = best_config(plain(unresolved), defaults, config.stages, head, best)
+        tree = best_config(plain(unresolved), defaults, config.stages, head, startable(self.outcome.grid))
         quoted = shlex.quote(str(self.folder / "best.yaml"))
         lines = ["Chosen by distil-tl select.", *headline(self.outcome), "", f"  python -m distil_tl.train {quoted}"]
         content = self.outcome.to_json()
@@ -267,6 +269,7 @@ def _located(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "usable": [ModelConfig(**model) for model in tree["usable"]]}
 
 
-def _planned(cells: list[Cell], left_out: dict[str, str], folder: Path) -> dict[str, Any]:
+def _planned(cells: list[Cell], left_out: dict[str, str], folder: Path, heads: list[str]) -> dict[str, Any]:
     """What rank 0 plans, for JSON."""
-    return {"cells": [asdict(cell) for cell in cells], "left_out": left_out, "saved": saved_cells(folder, cells)}
+    saved = saved_cells(folder, cells, heads)
+    return {"cells": [asdict(cell) for cell in cells], "left_out": left_out, "saved": saved}

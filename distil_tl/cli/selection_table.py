@@ -6,8 +6,9 @@ import logging
 import sys
 from types import TracebackType
 
-from distil_tl.report.text import METRIC_NAMES, chosen_by_it
-from distil_tl.selection.cells import Cell, Grid, Result, near_best
+from distil_tl.report.text import METRIC_NAMES, chosen_by_it, settings_of
+from distil_tl.selection.cells import Cell, Grid, Result, near_best, startable
+from distil_tl.selection.config import STARTABLE
 from distil_tl.selection.outcome import Outcome
 from distil_tl.utils.log import duration, logger, table
 
@@ -49,8 +50,8 @@ class Live:
         if not self.redraws and self.shows:
             best = self.grid.ranked()[0]
             logger.info(
-                "%s: %s; best so far %s: %s", result.cell.title, _figure(self.grid, result), best.cell.title,
-                _figure(self.grid, best),
+                "%s: %s; best so far %s: %s", self.grid.title(result), _figure(self.grid, result),
+                self.grid.title(best), _figure(self.grid, best),
             )  # fmt: skip
 
     def failed(self, cell: Cell, reason: str) -> None:
@@ -83,12 +84,11 @@ def result_table(grid: Grid, rows: int | None = None) -> str:
                 "*" if result in near else "", f"{cell.parameters / 1e6:.1f}",
                 "-" if cell.multiply_adds is None else f"{cell.multiply_adds / 1e9:.2f}",
                 "-" if result.images_per_second is None else f"{result.images_per_second:.0f}",
-                f"{result.head['lr']:g}", f"{result.head['weight_decay']:g}",
-                f"{result.seconds:.1f}",
+                f"{result.kind} {settings_of(result.head)}".rstrip(), f"{result.seconds:.1f}",
             ]
         )  # fmt: skip
     shown = f"{METRIC_NAMES.get(metric, metric)} on val"
-    header = ["backbone", "px", "crop", shown, "95 %", "", "M params", "GMACs", "images/s", "lr", "decay", "seconds"]
+    header = ["backbone", "px", "crop", shown, "95 %", "", "M params", "GMACs", "images/s", "head", "seconds"]
     return table(lines, header)
 
 
@@ -97,9 +97,10 @@ def headline(outcome: Outcome) -> list[str]:
     grid = outcome.grid
     ranked = grid.ranked()
     best, metric = ranked[0], METRIC_NAMES.get(grid.metric, grid.metric)
+    rows = "cells" if len(grid.heads) == 1 else "rows"
     lines = [
-        f"best: {best.cell.title}, {metric} {best.value(grid.metric):.4f} on {best.n} images of val; of "
-        f"{len(ranked)} cells {len(near_best(ranked, grid.metric))} are within its 95 % interval (*)"
+        f"best: {grid.title(best)}, {metric} {best.value(grid.metric):.4f} on {best.n} images of val; of "
+        f"{len(ranked)} {rows} {len(near_best(ranked, grid.metric))} are within its 95 % interval (*)"
     ]
     estimate = outcome.estimate
     if estimate is not None:
@@ -109,6 +110,8 @@ def headline(outcome: Outcome) -> list[str]:
         lines.append(f"to expect: {metric} {estimate.value:.4f}{between}, by {estimate.n} {estimate.method}")
     else:
         lines.append(f"{chosen_by_it(len(ranked))}; no other figure: {outcome.no_estimate}")
+    if best.kind not in STARTABLE:
+        lines.append(f"best.yaml begins with {grid.title(startable(grid))}: a {best.kind} head is only compared")
     if grid.left:
         lines.append(f"{len(grid.left)} of {len(grid.cells)} cells were not tried, for lack of time")
     return [*lines, f"{duration(outcome.seconds)} on {outcome.ranks} {'rank' if outcome.ranks == 1 else 'ranks'}"]

@@ -37,6 +37,22 @@ def head_map(heads: object, chosen: tuple[float, float], metric: str) -> Markup:
     return _heat_map(_cells(heads, metric), chosen)
 
 
+def path_table(heads: object, chosen: dict[str, Any], metric: str) -> Markup:
+    """The settings of fitted heads with their figures; a star for the chosen one."""
+    found = [head for head in heads if isinstance(head, dict)] if isinstance(heads, list) else []
+    star, own = h("span", "*", class_="tag"), text.settings_of(chosen)
+    rows: Sequence[Sequence[Child]] = [
+        [
+            [text.settings_of(head), star if text.settings_of(head) == own else None],
+            text.decimal(number(head.get(metric))) if metric == "loss" else text.percent(number(head.get(metric))),
+            text.decimal(number(head.get("loss"))),
+        ]
+        for head in found
+    ]
+    name = text.METRIC_NAMES.get(metric, metric)
+    return table(["Setting", f"Val {name}", "Val loss"], rows, label="Settings of the head")
+
+
 def _choice(search: dict[str, Any]) -> Markup | None:
     """How the head was chosen, if it need not be the best one."""
     error, near = number(search.get("standard_error")), number(search.get("near"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from distil_tl.report import text
 from distil_tl.report.figures import between
-from distil_tl.report.head_search import head_map
+from distil_tl.report.head_search import head_map, path_table
 from distil_tl.report.load import mapping
 from distil_tl.report.markup import Child, Markup, h
 from distil_tl.report.page import document, section
@@ -32,7 +32,7 @@ def render_selection(content: Content, name: str, best_yaml: str) -> Markup:
 
 
 def _body(content: Content, name: str, best_yaml: str) -> Markup:
-    metric = str(content["metric"])
+    metric, is_map = str(content["metric"]), "lr" in content["best"]
     images = ", ".join(f"{split} {count:,}" for split, count in content["images"].items())
     facts = [f"{len(content['classes'])} classes", images, f"chosen by {_named(metric)} on val", content["device"]]
     return h(
@@ -41,12 +41,15 @@ def _body(content: Content, name: str, best_yaml: str) -> Markup:
         _cards(content),
         section("Accuracy and cost", _COST, cost_plane(content)),
         section("All results", "The best first. A star: within the 95 % interval of the best.", _rows(content)),
-        section("What sizes and crops add", _EFFECTS, _effects(content)),
+        section("What sizes, crops and heads add", _EFFECTS, _effects(content)),
         section(
-            "Heads of the best", f"{_named(metric)} on val. The outlined one was chosen.", _heads(content), wide=True
+            "Settings of the best head",
+            f"{_named(metric)} on val. {_MARK[is_map]} was chosen.",
+            _heads(content),
+            wide=True,
         ),
         section("Not compared", "", _others(content)),
-        section("Next", "", h("pre", f"distil-tl train {shlex.quote(best_yaml)}", class_="next")),
+        section("Next", _begins_with(content), h("pre", f"distil-tl train {shlex.quote(best_yaml)}", class_="next")),
         h("footer", "Written by distil-tl select. All numbers are in select.json."),
     )
 
@@ -55,9 +58,10 @@ _COST = (
     "Against billions of multiply-adds for an image. The line joins the cells that no cheaper one reaches; the shaded "
     "band is the 95 % interval of the best, which is outlined."
 )
+_MARK = {True: "The outlined one", False: "The one with a star"}
 _EFFECTS = (
-    "Differences in points to the first size or crop, everything else equal; the mean, the lowest and the highest. "
-    "They are of val, and of single heads: differences of a few points are noise on a few hundred images."
+    "Differences in points to the first size, crop or head, everything else equal; the mean, the lowest and the "
+    "highest. They are of val, and of single heads: differences of a few points are noise on a few hundred images."
 )
 
 
@@ -70,7 +74,21 @@ def _shown(metric: str, value: object) -> str:
 
 
 def _titled(cell: dict[str, Any]) -> str:
-    return f"{cell['model']}, {cell['image_size']} px, {cell['crop_mode']}"
+    return f"{cell['model']}, {cell['image_size']} px, {cell['crop_mode']}{_with_head(cell)}"
+
+
+def _with_head(row: dict[str, Any]) -> str:
+    return "" if row.get("head", "linear") == "linear" else f", {row['head']} head"
+
+
+def _begins_with(content: Content) -> str:
+    """What best.yaml begins with, where that is not the best."""
+    first, best = mapping(content, "best_yaml"), content["best"]
+    keys = ("model", "image_size", "crop_mode", "head")
+    if not first or all(first[key] == best[key] for key in keys):
+        return ""
+    cell = f"{first['model']}, {first['image_size']} px, {first['crop_mode']}"
+    return f"best.yaml begins with {cell} and a {first['head']} head, as a {best['head']} head is only compared."
 
 
 def _between(row: dict[str, Any] | None) -> str:
@@ -92,7 +110,7 @@ def _cards(content: Content) -> Markup:
     near, rows = content["near_best"], len(content["rows"])
     gmacs, speed = number(best["gmacs"]), number(best["images_per_second"])
     cards = [
-        ("best", f"{best['image_size']} px, {best['crop_mode']}", best["model"]),
+        ("best", f"{best['image_size']} px, {best['crop_mode']}", f"{best['model']}{_with_head(best)}"),
         expected,
         (
             f"{_named(metric)} on val",
@@ -146,7 +164,7 @@ def cost_plane(content: Content) -> Child:
 def _rows(content: Content) -> Markup:
     metric = content["metric"]
     head = [
-        "Backbone", "Size, crop", f"{_named(metric)} on val", "95 %", "Parameters", "GMACs", "Images/s", "lr, decay",
+        "Backbone", "Size, crop", f"{_named(metric)} on val", "95 %", "Parameters", "GMACs", "Images/s", "Head",
         "Time",
     ]  # fmt: skip
     star = h("span", "*", class_="tag", title="within the interval of the best")
@@ -155,7 +173,8 @@ def _rows(content: Content) -> Markup:
             [row["model"], star if row["near_best"] else None],
             f"{row['image_size']}{text.SPACE}px, {row['crop_mode']}", _shown(metric, row[metric]), _between(row),
             text.compact(number(row["parameters"])), text.decimal(number(row["gmacs"]), 2),
-            text.rate(number(row["images_per_second"])), f"{text.tick(row['lr'])}, {text.tick(row['weight_decay'])}",
+            text.rate(number(row["images_per_second"])),
+            f"{row.get('head', 'linear')} {text.settings_of(row)}".rstrip(),
             text.duration(number(row["seconds"])),
         ]
         for row in content["rows"]
@@ -172,14 +191,16 @@ def _effects(content: Content) -> Child:
         ]
         for effect in content["effects"]
     ]  # fmt: skip
-    head = ["Size or crop", "Compared with", "Pairs", "Mean", "Lowest", "Highest"]
-    return table(head, rows, texts=2, label="What sizes and crops add") if rows else None
+    head = ["Size, crop or head", "Compared with", "Pairs", "Mean", "Lowest", "Highest"]
+    return table(head, rows, texts=2, label="What sizes, crops and heads add") if rows else None
 
 
 def _heads(content: Content) -> Child:
     best = content["rows"][0]
     if len(best["heads"]) < 2:
         return None
+    if "lr" not in best:
+        return path_table(best["heads"], best, content["metric"])
     return h("div", head_map(best["heads"], (best["lr"], best["weight_decay"]), content["metric"]))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from typing import Any
 
 MISSING = "\u2014"
 Format = Callable[[float], str]
@@ -51,6 +52,14 @@ def chosen_by_it(candidates: int) -> str:
     """What is to be said of the figure of the best one of several candidates."""
     one = f"the best of {candidates} candidates" if candidates > 1 else "the head"
     return f"{one} is chosen by this figure, so it is too high"
+
+
+SETTINGS = {"lr": "lr", "weight_decay": "decay", "penalty": "penalty", "shrinkage": "shrinkage", "k": "k"}
+
+
+def settings_of(head: Mapping[str, Any]) -> str:
+    """The settings of a head, as in "lr 0.01 decay 0.1"; empty if it has none."""
+    return " ".join(f"{name} {head[key]:g}" for key, name in SETTINGS.items() if head.get(key) is not None)
 
 
 def count(value: float | None) -> str:

@@ -41,10 +41,12 @@ def best_config(
         kept["model.weights"] = now["model.weights"]
     tree = _nested(kept)
     name, stage = head
-    first = _differing(stage) | {
-        "lr": result.head["lr"],
-        "search": {"weight_decay": [result.head["weight_decay"]]},  # of this stage alone
-    }
+    first = _differing(stage)
+    if result.kind == "linear":
+        first |= {
+            "lr": result.head["lr"],
+            "search": {"weight_decay": [result.head["weight_decay"]]},  # of this stage alone
+        }
     others = dict(stages)
     if trains_head(next(iter(stages.values()))):
         del others[next(iter(stages))]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import plan_batches
@@ -14,14 +16,17 @@ from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.transfer import TransferModel, build
+from distil_tl.report.text import settings_of
 from distil_tl.rundir.state import StageRecord
 from distil_tl.selection.cells import Cell, Result
 from distil_tl.selection.common import Common
 from distil_tl.selection.costs import images_per_second
-from distil_tl.training.head_search import search_head
+from distil_tl.selection.heads import HeadSearches
+from distil_tl.training.head_search import prepare_search
 from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup, set_up_stage
 from distil_tl.utils.errors import NonFiniteError, UserError, listed
+from distil_tl.utils.log import logger
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class CellSearch:
         self.bad_images = BadImages(common.data.on_bad_image)
         self._model: TransferModel | None = None  # the last one, as cells with other crops follow
 
-    def search(self, cell: Cell) -> Result:
-        """The result of a cell.
+    def search(self, cell: Cell, kinds: Sequence[str]) -> list[Result]:
+        """The results of a cell, one for each kind of head.
 
         Raises:
             UnfitError: the weights don't fit the network, it has no frozen part, its head is no linear
@@ -64,9 +69,22 @@ class CellSearch:
             AllRanksStopError: on all ranks alike. Features that are complete are kept.
         """
         began = time.monotonic()
+        chosen, seconds = dict[str, dict[str, Any]](), dict[str, float]()
         try:
             found = self.open_cell(cell)
-            search_head(self.info, found.stage, found.setup, found.source, found.record, self.agreement)
+            searches = HeadSearches(
+                self.info, prepare_search(self.info, found.stage, found.setup, found.source), self.agreement
+            )
+            for kind in kinds:
+                self.info.phase = f"the search of the {kind} head"
+                chosen[kind] = searches.result(kind)
+                seconds[kind] = time.monotonic() - began
+                began += seconds[kind]
+                tried, metric = chosen[kind]["heads"], found.stage.metric
+                logger.info(
+                    "%s head: %d tried in %.1f s, %s %.4f on val %s", kind, len(tried), seconds[kind], metric,
+                    chosen[kind][metric], f"with {settings_of(chosen[kind])}".removesuffix("with "),
+                )  # fmt: skip
         except UserError as error:
             # Of an image, of memory or of a node, and not of the network.
             if error.one_rank or isinstance(error, RanksDifferError):
@@ -74,24 +92,26 @@ class CellSearch:
             raise UnfitError(str(error)) from error
         except NonFiniteError as error:
             raise UnfitError(str(error)) from error
-        chosen, features, prefix = found.record.search, found.setup.features, found.setup.prefix
-        assert chosen is not None
+        features, prefix = found.setup.features, found.setup.prefix
         assert features is not None
         assert prefix is not None
         self.bad_images.refuse_none_usable(len(features.val) - len(features.val.bad()), "val", self.splits.val)
-        seconds = time.monotonic() - began
         speed = images_per_second(self.info, prefix, cell.image_size)
-        return Result(
-            cell=cell,
-            source=found.model.weights.source,
-            n=len(features.val) - len(features.val.bad()),
-            head={key: value for key, value in chosen.items() if key not in ("heads", "seconds", "best")},
-            heads=chosen["heads"],
-            precision=str(found.record.prefix_precision),
-            features=features.train.example(1)[0].numel(),
-            images_per_second=speed,
-            seconds=seconds,
-        )
+        return [
+            Result(
+                cell=cell,
+                source=found.model.weights.source,
+                n=len(features.val) - len(features.val.bad()),
+                head={key: value for key, value in head.items() if key not in ("heads", "best")},
+                heads=head["heads"],
+                precision=str(found.record.prefix_precision),
+                features=features.train.example(1)[0].numel(),
+                images_per_second=speed,
+                seconds=seconds[kind],
+                kind=kind,
+            )
+            for kind, head in chosen.items()
+        ]
 
     def open_cell(self, cell: Cell) -> OpenCell:
         """The model of a cell, and the features of train and val. Raises UserError as `set_up_stage` does."""

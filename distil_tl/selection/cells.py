@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from distil_tl.selection.config import STARTABLE
 from distil_tl.training.config import rank_by
 from distil_tl.utils.intervals import Interval, wilson
 
@@ -55,7 +56,8 @@ class Result:
         precision: of the frozen part.
         features: numbers for each image.
         images_per_second: of all ranks, in forward passes of the frozen part; None if memory does not suffice for them.
-        seconds: for features and heads.
+        seconds: for features and heads; of several kinds of heads the first one has those for features.
+        kind: of the head, as in `heads`.
     """
 
     cell: Cell
@@ -67,6 +69,7 @@ class Result:
     features: int
     images_per_second: float | None
     seconds: float
+    kind: str = "linear"
 
     def value(self, metric: str) -> float:
         return float(self.head[metric])
@@ -106,17 +109,31 @@ class Estimate:
 
 @dataclass
 class Grid:
-    """The cells that are left, and the results so far."""
+    """The cells that are left, and the results so far: one for each kind of head in each cell."""
 
     cells: Sequence[Cell]
     metric: str
     results: list[Result] = field(default_factory=list)
     failed: dict[Cell, str] = field(default_factory=dict)
+    heads: Sequence[str] = ("linear",)
 
     @property
     def left(self) -> list[Cell]:
-        done = {result.cell for result in self.results} | set(self.failed)
-        return [cell for cell in self.cells if cell not in done]
+        return [cell for cell in self.cells if cell not in self.failed and self.missing(cell)]
+
+    @property
+    def complete(self) -> int:
+        """Cells that have all their results."""
+        return sum(not self.missing(cell) for cell in self.cells)
+
+    def missing(self, cell: Cell) -> list[str]:
+        """The kinds of heads of a cell that have no result."""
+        done = {result.kind for result in self.results if result.cell == cell}
+        return [kind for kind in self.heads if kind not in done]
+
+    def title(self, result: Result) -> str:
+        """The cell of a result, with its head where several are compared."""
+        return result.cell.title if len(self.heads) == 1 else f"{result.cell.title}, {result.kind} head"
 
     def following(self) -> Cell | None:
         """The most promising cell: of each backbone one first, the cheapest first; then those of the best backbones."""
@@ -143,12 +160,19 @@ class Grid:
         """The results, the best first; of equal ones the cheaper first."""
         position = {cell: i for i, cell in enumerate(self.cells)}
 
-        def key(result: Result) -> tuple[float, float, float, int]:
+        def key(result: Result) -> tuple[float, float, float, int, int]:
             return (
                 *rank_by(self.metric, result.head), result.cell.cost, position[result.cell],
+                self.heads.index(result.kind),
             )  # fmt: skip
 
         return sorted(self.results, key=key)
+
+
+def startable(grid: Grid) -> Result:
+    """The best result with a head that a run can begin with; if there is none, the best one."""
+    ranked = grid.ranked()
+    return next((result for result in ranked if result.kind in STARTABLE), ranked[0])
 
 
 def pareto(results: Sequence[Result]) -> Iterator[Result]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from distil_tl.data.config import CROP_MODES
 from distil_tl.training.auto_rules import auto_lr
-from distil_tl.training.config import SearchConfig, StageConfig
+from distil_tl.training.config import FITTED_HEADS, SearchConfig, StageConfig
 from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import did_you_mean
 
@@ -39,6 +39,10 @@ LISTS = {
     ),
 }  # fmt: skip
 
+# The head of a head search, then linear layers that are fitted, then heads that are no linear layer.
+HEADS = ("linear", *FITTED_HEADS, "cosine", "knn", "mlp")
+ALL_HEADS = "all"
+STARTABLE = ("linear",)  # with which a run can begin
 HEAD_EPOCHS = 20
 HEAD_LR = (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 1e-1)
 HEAD_WEIGHT_DECAY = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
@@ -52,9 +56,11 @@ class GridConfig:
     candidates: Any = "small"  # backbones: names, patterns as in [timm/*lite*], or small | medium | large | phone
     sizes: Any = field(default_factory=list)  # image sizes in pixels, as in [128,224]; []: that of each backbone
     crops: Any = field(default_factory=list)  # of data.crop_mode, as in [weights,squash]; []: the configured one
+    heads: Any = "linear"  # linear | logistic | ridge | lda | prototypes | cosine | knn | mlp, a list of these, or all
 
     def __post_init__(self) -> None:
         self.candidates, self.sizes, self.crops = (_list(value) for value in (self.candidates, self.sizes, self.crops))
+        self.heads = list(HEADS) if _list(self.heads) == [ALL_HEADS] else _list(self.heads)
 
     def problems(self) -> Iterator[str]:
         """Messages for all invalid values, other than names of backbones."""
@@ -70,6 +76,12 @@ class GridConfig:
             if crop not in CROP_MODES:
                 hint = did_you_mean(str(crop), CROP_MODES) or f"; choose of {', '.join(CROP_MODES)}"
                 yield f"crops has {crop!r}{hint}"
+        if not self.heads:
+            yield f"heads is empty; choose of {', '.join(HEADS)}, or all"
+        for head in self.heads:
+            if head not in HEADS:
+                hint = did_you_mean(str(head), HEADS) or f"; choose of {', '.join(HEADS)}, or all alone"
+                yield f"heads has {head!r}{hint}"
 
 
 def _list(value: Any) -> list[Any]:

@@ -17,10 +17,10 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.rundir.state import StageRecord
 from distil_tl.selection.cell_search import OpenCell
 from distil_tl.selection.cells import Estimate, Result
-from distil_tl.training.config import SearchConfig
+from distil_tl.selection.heads import HeadSearches
 from distil_tl.training.feature_extraction import FeatureExtractor
 from distil_tl.training.features import Features, FeaturesUnavailableError
-from distil_tl.training.head_search import HeadSearch, prepare_search, search_heads
+from distil_tl.training.head_search import HeadSearch, prepare_search
 from distil_tl.utils.errors import NonFiniteError, UserError
 
 FOLDS = 5
@@ -43,7 +43,7 @@ def estimate(info: DistInfo, found: OpenCell, result: Result, agreement: Agreeme
         except (UserError, NonFiniteError, FeaturesUnavailableError) as error:
             raise NoEstimateError(f"test gives none: {error}") from error
     try:
-        return by_cross_validation(info, found, agreement)
+        return by_cross_validation(info, found, agreement, kind=result.kind)
     except NonFiniteError as error:
         raise NoEstimateError(f"the heads of a fold diverge: {error}") from error
 
@@ -56,13 +56,14 @@ def on_test(info: DistInfo, found: OpenCell, result: Result, agreement: Agreemen
     if n == 0:
         raise UserError("no image of test can be used; repair them, or remove the split")
     search = prepare_search(info, found.stage, found.setup, found.source)
-    single = with_settings(search, result.head["lr"], result.head["weight_decay"])
-    features = Features(found.setup.features.train, test)
-    scored = search_heads(info, replace(single, features=features), agreement)
+    search = replace(search, features=Features(found.setup.features.train, test))
+    scored = HeadSearches(info, search, agreement).result(result.kind, result.head)
     return Estimate.of("test", "images of test", n, found.stage.metric, scored[found.stage.metric])
 
 
-def by_cross_validation(info: DistInfo, found: OpenCell, agreement: Agreement, folds: int = FOLDS) -> Estimate:
+def by_cross_validation(
+    info: DistInfo, found: OpenCell, agreement: Agreement, folds: int = FOLDS, kind: str = "linear"
+) -> Estimate:
     """The figure on train by nested cross-validation, for the whole way from a backbone to a head.
 
     Each fold is judged once, by a head trained on all other folds. Its settings were chosen by another fold, with heads
@@ -76,7 +77,7 @@ def by_cross_validation(info: DistInfo, found: OpenCell, agreement: Agreement, f
     targets = found.source.index("train").targets
     fold = divide(targets, folds, stage.seed)
     smallest = min(int((~np.isin(fold, (k, (k + 1) % folds))).sum()) for k in range(folds))
-    if smallest < found.source.config.global_batch_size:
+    if kind == "linear" and smallest < found.source.config.global_batch_size:
         raise NoEstimateError(
             f"a cross-validation would train on {smallest} images, fewer than one global batch of "
             f"{found.source.config.global_batch_size}"
@@ -85,21 +86,22 @@ def by_cross_validation(info: DistInfo, found: OpenCell, agreement: Agreement, f
 
     def part(search: HeadSearch, trained: np.ndarray, judged: np.ndarray) -> HeadSearch:
         rows = np.flatnonzero(trained)
-        before = search.sampler
-        sampler = TrainSampler(
-            len(rows), global_batch_size=before.global_batch_size, world_size=1, rank=0, seed=stage.seed,
-            stage=stage.name, epochs=before.epochs, targets=targets[rows] if before.is_balanced else None,
-        )  # fmt: skip
+        before = sampler = search.sampler
+        if kind == "linear":
+            sampler = TrainSampler(
+                len(rows), global_batch_size=before.global_batch_size, world_size=1, rank=0, seed=stage.seed,
+                stage=stage.name, epochs=before.epochs, targets=targets[rows] if before.is_balanced else None,
+            )  # fmt: skip
         parts = Features(FeatureSubset(features.train, rows), FeatureSubset(plain, np.flatnonzero(judged)))
         return replace(search, sampler=sampler, features=parts)
 
     total, counted = 0.0, 0
     for k in range(folds):
         inner = fold == (k + 1) % folds
-        chosen = search_heads(info, part(whole, ~inner & (fold != k), inner), agreement)
-        outer = part(with_settings(whole, chosen["lr"], chosen["weight_decay"]), fold != k, fold == k)
+        chosen = HeadSearches(info, part(whole, ~inner & (fold != k), inner), agreement).result(kind)
+        outer = part(whole, fold != k, fold == k)
         n = len(outer.features.val) - len(outer.features.val.bad())
-        total += search_heads(info, outer, agreement)[stage.metric] * n
+        total += HeadSearches(info, outer, agreement).result(kind, chosen)[stage.metric] * n
         counted += n
     method = f"images of train, by nested cross-validation in {folds} folds"
     return Estimate.of("train", method, counted, stage.metric, total / max(1, counted))
@@ -112,12 +114,6 @@ def divide(targets: np.ndarray, folds: int, seed: int) -> np.ndarray:
     fold = np.empty(len(targets), dtype=np.int64)
     fold[by_class] = np.arange(len(targets)) % folds
     return fold
-
-
-def with_settings(search: HeadSearch, lr: float, weight_decay: float) -> HeadSearch:
-    """The same search, of a single head."""
-    config = replace(search.stage.config, search=SearchConfig([lr], [weight_decay]))
-    return replace(search, stage=replace(search.stage, config=config))
 
 
 def _extractor(info: DistInfo, found: OpenCell, agreement: Agreement) -> FeatureExtractor:

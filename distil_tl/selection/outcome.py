@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.data.splits import Splits
-from distil_tl.selection.cells import Cell, Estimate, Grid, Result, near_best, pareto
+from distil_tl.selection.cells import Cell, Estimate, Grid, Result, near_best, pareto, startable
+from distil_tl.selection.config import STARTABLE
 from distil_tl.utils.files import read_json, write_json, writing
 
 CELLS = "cells"  # folder of the results of cells, also of earlier grids
@@ -51,6 +52,7 @@ class Outcome:
             "best": row(ranked[0], grid.metric, near, front) if ranked else None,
             "estimate": None if self.estimate is None else asdict(self.estimate),
             "no_estimate": self.no_estimate,
+            "best_yaml": _begins_with(grid) if ranked else None,
             "near_best": len(near),
             "rows": [{**row(result, grid.metric, near, front), "heads": result.heads} for result in ranked],
             "effects": list(effects(ranked, grid)),
@@ -62,6 +64,14 @@ class Outcome:
             "budget_seconds": self.budget,
             "seconds": self.seconds,
         }
+
+
+def _begins_with(grid: Grid) -> dict[str, Any]:
+    """What best.yaml begins with. Where no head can begin a run, its linear head is searched."""
+    result = startable(grid)
+    head = result.kind if result.kind in STARTABLE else "linear"
+    cell = cell_fields(result.cell)
+    return {**{key: cell[key] for key in ("model", "image_size", "crop_mode")}, "head": head}
 
 
 def cell_fields(cell: Cell) -> dict[str, Any]:
@@ -79,6 +89,7 @@ def row(result: Result, metric: str, near: Iterable[Result], front: Iterable[Res
     """A line of the table."""
     return {
         **cell_fields(result.cell),
+        "head": result.kind,
         "weights": result.source,
         "features": result.features,
         "precision": result.precision,
@@ -93,14 +104,16 @@ def row(result: Result, metric: str, near: Iterable[Result], front: Iterable[Res
 
 
 def effects(results: Sequence[Result], grid: Grid) -> Iterator[dict[str, Any]]:
-    """What each size and crop changes, compared with the first one, over all cells that differ in nothing else."""
-    for key in ("image_size", "crop_mode"):
-        first, *others = dict.fromkeys(getattr(cell, key) for cell in grid.cells)
+    """What each size, crop and head changes, compared with the first one, over all that differ in nothing else."""
+    keys = ("image_size", "crop_mode")
+    values = {key: [getattr(cell, key) for cell in grid.cells] for key in keys} | {"head": list(grid.heads)}
+    for key, tried in values.items():
+        first, *others = dict.fromkeys(tried)
         figures: dict[tuple[Any, ...], dict[Any, float]] = {}
         for result in results:
-            cell = result.cell
-            rest = cell.name, cell.crop_mode if key == "image_size" else cell.image_size
-            figures.setdefault(rest, {})[getattr(cell, key)] = result.value(grid.metric)
+            own = {each: getattr(result.cell, each) for each in keys} | {"head": result.kind}
+            value = own.pop(key)
+            figures.setdefault((result.cell.name, *own.values()), {})[value] = result.value(grid.metric)
         for value in others:
             found = [each[value] - each[first] for each in figures.values() if value in each and first in each]
             if found:
@@ -113,39 +126,45 @@ def effects(results: Sequence[Result], grid: Grid) -> Iterator[dict[str, Any]]:
 
 def save_cell(folder: Path, result: Result) -> None:
     """Write the result of a cell, for calls to come. Raises WriteError."""
-    path = folder / CELLS / f"{result.cell.digest}.json"
+    path = folder / CELLS / _file(result.cell, result.kind)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(result))
 
 
-def save_estimate(folder: Path, cell: Cell, found: Estimate) -> None:
-    """Write the estimate for a cell, for calls to come. Raises WriteError."""
-    path = folder / CELLS / f"{cell.digest}.estimate.json"
+def _file(cell: Cell, kind: str, what: str = "") -> str:
+    """The name of a file of a cell. Linear heads are not named in it: earlier versions had no others."""
+    return ".".join([cell.digest, *([] if kind == "linear" else [kind]), *([what] if what else []), "json"])
+
+
+def save_estimate(folder: Path, result: Result, found: Estimate) -> None:
+    """Write the estimate for a result, for calls to come. Raises WriteError."""
+    path = folder / CELLS / _file(result.cell, result.kind, "estimate")
     with writing(path):
         write_json(path, asdict(found))
 
 
-def saved_estimate(folder: Path, cell: Cell) -> dict[str, Any] | None:
-    """The saved estimate for a cell; None if there is none that can be read."""
+def saved_estimate(folder: Path, result: Result) -> dict[str, Any] | None:
+    """The saved estimate for a result; None if there is none that can be read."""
     try:
-        tree: dict[str, Any] = read_json(folder / CELLS / f"{cell.digest}.estimate.json")
+        tree: dict[str, Any] = read_json(folder / CELLS / _file(result.cell, result.kind, "estimate"))
         Estimate(**tree)
     except (OSError, ValueError, TypeError):
         return None
     return tree
 
 
-def saved_cells(folder: Path, cells: Iterable[Cell]) -> dict[str, dict[str, Any]]:
-    """The saved results of these cells, by digest; what can't be read is left out."""
-    found: dict[str, dict[str, Any]] = {}
+def saved_cells(folder: Path, cells: Iterable[Cell], heads: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The saved results of these cells and kinds of heads, by digest; what can't be read is left out."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
-        try:
-            tree = read_json(folder / CELLS / f"{cell.digest}.json")
-            read_result(cell, tree).interval("top1")
-        except (OSError, ValueError, TypeError, KeyError):
-            continue
-        found[cell.digest] = tree
+        for kind in heads:
+            try:
+                tree = read_json(folder / CELLS / _file(cell, kind))
+                read_result(cell, tree).interval("top1")
+            except (OSError, ValueError, TypeError, KeyError):
+                continue
+            found.setdefault(cell.digest, []).append(tree)
     return found
 
 

@@ -20,6 +20,7 @@ from distil_tl.cli.selection import _Selection
 from distil_tl.selection import costs
 from distil_tl.selection.cell_search import CellSearch
 from distil_tl.selection.cells import Cell, Result
+from distil_tl.selection.config import HEADS
 from distil_tl.selection.outcome import TIMES
 from tests.helpers.arguments import SMALLEST
 from tests.helpers.images import make_folder
@@ -115,44 +116,91 @@ def test_it_is_the_same_on_any_number_of_ranks(folder: Path, tmp_path: Path) -> 
     found = []
     for world in (1, 2, 4):
         out, cache = tmp_path / f"out{world}", str(tmp_path / f"cache{world}")
-        assert run_ranks(world, select, arguments(folder, out, TWO, "sizes=[32]", "crops=squash"), cache) == [0] * world
+        grid = (TWO, "sizes=[32]", "crops=squash", "heads=all")
+        assert run_ranks(world, select, arguments(folder, out, *grid), cache) == [0] * world
         assert content(out)["ranks"] == world
         found.append(without_times(content(out)))
     assert found[0] == found[1] == found[2]
     assert found[0]["estimate"]["split"] == "train"
+    assert len(found[0]["rows"]) == 2 * len(HEADS)
 
 
 def test_an_interrupted_selection_resumes(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args, searched = arguments(folder, tmp_path / "out", TWO, "sizes=32"), list[str]()
+    grid = (TWO, "sizes=32", "heads=[linear,logistic,knn]")
+    args, searched = arguments(folder, tmp_path / "out", *grid), list[str]()
     original = CellSearch.search
 
-    def search(self: CellSearch, cell: Cell) -> Result:
+    def search(self: CellSearch, cell: Cell, kinds: list[str]) -> list[Result]:
         if searched:
             os.kill(os.getpid(), signal.SIGTERM)
         searched.append(cell.name)
-        return original(self, cell)
+        return original(self, cell, kinds)
 
     with monkeypatch.context() as patch:
         patch.setattr(CellSearch, "search", search)
         assert select(args) == 3
     assert "1 of 2 cells are saved" in capsys.readouterr().err
-    assert len(list((tmp_path / "out" / "cells").iterdir())) == 1
+    assert len(list((tmp_path / "out" / "cells").iterdir())) == 3, "one for each head"
     assert not (tmp_path / "out" / "select.json").exists()
     assert len(searched) == 2
     again: list[str] = []
 
-    def record(self: CellSearch, cell: Cell) -> Result:
+    def record(self: CellSearch, cell: Cell, kinds: list[str]) -> list[Result]:
         again.append(cell.name)
-        return original(self, cell)
+        return original(self, cell, kinds)
 
     with monkeypatch.context() as patch:
         patch.setattr(CellSearch, "search", record)
         assert select(args) == 0
     assert again == searched[1:]
-    assert select(arguments(folder, tmp_path / "whole", TWO, "sizes=32")) == 0
+    assert select(arguments(folder, tmp_path / "whole", *grid)) == 0
     assert without_times(content(tmp_path / "out")) == without_times(content(tmp_path / "whole"))
+
+
+def test_heads_that_are_added_use_the_features_and_leave_the_results(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, asked = (f"candidates={SMALLEST}", "sizes=32"), list[list[str]]()
+    assert select(arguments(folder, tmp_path / "out", *grid)) == 0
+    (linear,) = content(tmp_path / "out")["rows"]
+    original = CellSearch.search
+
+    def record(self: CellSearch, cell: Cell, kinds: list[str]) -> list[Result]:
+        asked.append(list(kinds))
+        return original(self, cell, kinds)
+
+    monkeypatch.setattr(CellSearch, "search", record)
+    heads = ["linear", "ridge", "lda", "prototypes", "knn"]
+    assert select(arguments(folder, tmp_path / "out", *grid, f"heads=[{','.join(heads)}]")) == 0
+    found = content(tmp_path / "out")
+    assert asked == [heads[1:]]
+    rows = {row["head"]: row for row in found["rows"]}
+    assert sorted(rows) == sorted(heads)
+    assert {**rows["linear"], "near_best": None, "pareto": None} == {**linear, "near_best": None, "pareto": None}
+    effects = {effect["value"]: effect for effect in found["effects"]}
+    assert set(effects) == set(heads[1:])
+    assert effects["ridge"]["mean"] == pytest.approx(rows["ridge"]["top1"] - linear["top1"])
+    assert effects["ridge"]["compared_with"] == "linear"
+    assert set(rows["ridge"]["heads"][0]) == {"penalty", "scale", "top1", "loss"}
+    assert rows["lda"]["shrinkage"] in [head["shrinkage"] for head in rows["lda"]["heads"]]
+    best, page = found["rows"][0], (tmp_path / "out" / "select.html").read_text()
+    assert best["top1"] == max(row["top1"] for row in found["rows"])
+    for row in found["rows"]:
+        assert f">{row['head']} " in page or f">{row['head']}<" in page
+    assert "ridge penalty" in capsys.readouterr().out
+
+
+def test_a_head_that_is_only_compared_leaves_best_yaml_to_the_linear_search(folder: Path, tmp_path: Path) -> None:
+    args = arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", "sizes=32", "heads=[knn]")
+    assert select(args) == 0
+    found = content(tmp_path / "out")
+    assert found["best"]["head"] == "knn"
+    assert found["best_yaml"] == {"model": SMALLEST, "image_size": 32, "crop_mode": "weights", "head": "linear"}
+    assert "as a knn head is only compared" in (tmp_path / "out" / "select.html").read_text()
+    head = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())["stages"]["head"]
+    assert head["search"]["lr"] == [0.1, 0.003]
 
 
 def test_images_of_test_give_the_estimate(tmp_path: Path) -> None:
@@ -222,6 +270,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_tried(
     [
         (["candidates=[renset18]"], "resnet18"),
         (["crops=[squish]", "sizes=[1]"], "2 problems"),
+        (["heads=[rigde]"], "ridge"),
+        (["heads=[]"], "heads is empty"),
         (["--budget", "10"], "10m"),
         (["stages.head.mixup=0.2"], "mixes images"),
         (["nosuch=1"], "nosuch"),

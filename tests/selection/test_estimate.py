@@ -17,11 +17,13 @@ from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.preemption import Agreement, Request
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.selection import estimate as module
+from distil_tl.selection import heads
 from distil_tl.selection.cells import Estimate
 from distil_tl.selection.estimate import NoEstimateError, by_cross_validation
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig
 from distil_tl.training.features import Features
 from distil_tl.training.head_search import HeadSearch, search_heads
+from distil_tl.training.heads.search import choose
 from distil_tl.training.losses import training_loss
 from distil_tl.training.stage import Stage
 
@@ -58,8 +60,8 @@ def opened(features: FeatureDataset, monkeypatch: pytest.MonkeyPatch, batch: int
     return SimpleNamespace(stage=stage, source=source, setup=SimpleNamespace(features=whole.features))
 
 
-def estimated(found: Any) -> Estimate:
-    return by_cross_validation(INFO, found, Agreement(INFO, lambda: Request.CONTINUE))
+def estimated(found: Any, kind: str = "linear") -> Estimate:
+    return by_cross_validation(INFO, found, Agreement(INFO, lambda: Request.CONTINUE), kind=kind)
 
 
 def test_each_image_is_judged_once_by_a_head_that_has_not_seen_it(
@@ -75,7 +77,7 @@ def test_each_image_is_judged_once_by_a_head_that_has_not_seen_it(
         calls.append((trained, judged, len(search.stage.config.search.lr)))
         return search_heads(info, search, agreement)
 
-    monkeypatch.setattr(module, "search_heads", recorded)
+    monkeypatch.setattr(heads, "search_heads", recorded)
     found = estimated(opened(dataset(tmp_path / "a", targets, separable=True), monkeypatch))
     assert found.value > 0.8
     assert (found.split, found.n) == ("train", IMAGES - 1)
@@ -87,10 +89,32 @@ def test_each_image_is_judged_once_by_a_head_that_has_not_seen_it(
         assert not (again | chosen) & judged
 
 
-def test_labels_without_meaning_are_not_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["linear", "ridge", "knn"])
+def test_labels_without_meaning_are_not_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """A head that had seen the images would know them all by heart."""
     targets = np.random.default_rng(0).permutation(IMAGES) % 2
-    assert estimated(opened(dataset(tmp_path / "b", targets, separable=False), monkeypatch)).value < 0.75
+    found = estimated(opened(dataset(tmp_path / "b", targets, separable=False), monkeypatch), kind)
+    assert found.n == IMAGES - 1
+    assert found.value < 0.75
+
+
+def test_each_fold_chooses_the_penalty_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets, calls = np.arange(IMAGES) % 2, list[tuple[set[int], set[int], Any]]()
+
+    def recorded(kind: str, problem: Any, val: Any, metric: str, settings: Any = None) -> Any:
+        calls.append((set(problem.rows.dataset.images), set(val.dataset.images), settings))
+        return choose(kind, problem, val, metric, settings)
+
+    monkeypatch.setattr(heads, "choose", recorded)
+    found = opened(dataset(tmp_path / "d", targets, separable=True), monkeypatch, batch=40)
+    assert estimated(found, "lda").value > 0.8, "and a batch larger than a fold does not matter"
+    inner, outer = calls[::2], calls[1::2]
+    assert sorted(image for _, judged, _ in outer for image in judged) == list(range(IMAGES))
+    for (trained, chosen, path), (again, judged, settings) in zip(inner, outer, strict=True):
+        assert path is None
+        assert set(settings) == {"shrinkage", "scale"}
+        assert not trained & (chosen | judged)
+        assert not again & judged
 
 
 def test_too_few_images_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

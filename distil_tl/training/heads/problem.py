@@ -9,16 +9,10 @@ import torch
 from torch import Tensor
 
 from distil_tl.training.heads.rows import Group, Part, Rows, Standard
+from distil_tl.utils.errors import NonFiniteError, UserError
 
+TOO_LITTLE_MEMORY = "a rank has too little memory"
 CONSTANT = 1e-6  # a smaller deviation, relative to the largest one, counts as none
-
-
-class NothingToFitError(Exception):
-    """There is no usable image, or the features are not finite; on all ranks alike."""
-
-
-class TooLittleMemoryError(Exception):
-    """The features do not fit into the memory of a rank; on all ranks alike."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +103,10 @@ class Problem:
 
     @functools.cached_property
     def everything(self) -> Part:
-        """All rows on every rank. A collective. Raises TooLittleMemoryError on all ranks alike."""
+        """All rows on every rank. A collective. Raises UserError on all ranks alike if memory does not suffice."""
         found = self.rows.everything()
         if found is None:
-            raise TooLittleMemoryError
+            raise UserError(f"{TOO_LITTLE_MEMORY} for the features of all training images: use head=linear")
         return found
 
 
@@ -122,7 +116,8 @@ def open_problem(
     """A problem with the features of `raw`, standardised. A collective.
 
     Raises:
-        NothingToFitError, TooLittleMemoryError: on all ranks alike.
+        UserError: no image can be used, or memory does not suffice.
+        NonFiniteError: of the features.
         AllRanksStopError: on all ranks alike.
     """
     width = raw.width
@@ -134,14 +129,15 @@ def open_problem(
 
     sums = raw.total((2 * width + classes,), of)
     counts = sums[2 * width :]
-    if counts.sum() == 0 or not sums.isfinite().all():
-        reason = "no image of train can be used" if counts.sum() == 0 else "features of train are not finite"
-        raise NothingToFitError(reason)
+    if counts.sum() == 0:
+        raise UserError("no image of train can be used; repair them")
+    if not sums.isfinite().all():
+        raise NonFiniteError("features of train are not finite: use another precision")
     mean = sums[:width] / counts.sum()
     deviation = (sums[width : 2 * width] / counts.sum() - mean.square()).clamp(min=0).sqrt()
     deviation = torch.where(deviation > CONSTANT * deviation.max(), deviation, 1.0)
     standard = Standard(mean, deviation)
     rows = raw.standardized(standard)
     if not rows.load_own():
-        raise TooLittleMemoryError
+        raise UserError(f"{TOO_LITTLE_MEMORY} for its share of the features: use more ranks, or head=linear")
     return Problem(rows, standard, counts, smoothing, offsets, seed)

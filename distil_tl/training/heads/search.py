@@ -6,22 +6,25 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distil_tl.data.feature_cache import FeatureSubset
+from distil_tl.distributed.preemption import Agreement
+from distil_tl.distributed.process_group import DistInfo
 from distil_tl.training.batched_heads import count_predictions
-from distil_tl.training.config import FITTED_HEADS, rank_by
+from distil_tl.training.config import rank_by
+from distil_tl.training.head_search import HeadSearch
 from distil_tl.training.heads.closed_form import fit_lda, fit_prototypes, fit_ridge
 from distil_tl.training.heads.comparison import fit_cosine, fit_knn, fit_mlp
 from distil_tl.training.heads.fitted import Fitted, Settings
 from distil_tl.training.heads.logistic import fit_logistic
-from distil_tl.training.heads.problem import NothingToFitError, Problem
-from distil_tl.training.heads.rows import Part, Rows
+from distil_tl.training.heads.problem import Problem, open_problem
+from distil_tl.training.heads.rows import Group, Part, Rows, Weigh
 from distil_tl.training.metrics import ClassificationMetrics
 from distil_tl.utils.errors import NonFiniteError
-
-COMPARED_HEADS = ("cosine", "knn", "mlp")  # no linear layer
 
 
 def fit(kind: str, problem: Problem, settings: Settings | None = None) -> Fitted:
@@ -115,4 +118,32 @@ def _figures(fitted: Fitted, scales: tuple[float, ...], val: Rows, classes: int,
     return found
 
 
-__all__ = ["COMPARED_HEADS", "FITTED_HEADS", "Choice", "NothingToFitError", "choose", "fit"]
+def open_fit(info: DistInfo, search: HeadSearch, agreement: Agreement) -> tuple[Problem, Rows]:
+    """The problem of a search: train, and val as it is standardised. Of several views the first is used. A collective.
+
+    Raises:
+        UserError, NonFiniteError, AllRanksStopError: on all ranks alike.
+    """
+    group, loss, classes = Group(info, agreement), search.loss, search.head.out_features
+    offsets = None if loss.offsets is None else loss.offsets.double()
+    raw = Rows(group, search.features.train, _weigh(search))
+    problem = open_problem(raw, classes, loss.smoothing, offsets, search.stage.seed)
+    return problem, Rows(group, search.features.val).standardized(problem.standard)
+
+
+def _weigh(search: HeadSearch) -> Weigh | None:
+    """The weights that the loss gives images. A sampler that draws all classes equally often is weights, too."""
+    loss, train = search.loss, search.features.train
+    if loss.weights is None and loss.image_weights is None and not search.sampler.is_balanced:
+        return None
+    of_classes = torch.ones(search.head.out_features, dtype=torch.float64)
+    if search.sampler.is_balanced:
+        targets = train.targets[train.images] if isinstance(train, FeatureSubset) else train.targets
+        counts = torch.from_numpy(np.bincount(targets, minlength=len(of_classes)))
+        of_classes = len(targets) / (counts.count_nonzero() * counts.clamp(min=1).double())
+
+    def weigh(targets: Tensor, positions: Tensor) -> Tensor:
+        ones = torch.ones(len(targets), device=targets.device)
+        return loss.weighted(ones, targets, positions).double() * of_classes.to(targets.device)[targets]
+
+    return weigh

@@ -18,15 +18,18 @@ from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch, read_launch
 from distil_tl.distributed.preemption import Agreement, Request
 from distil_tl.distributed.process_group import DistInfo, init_distributed
+from distil_tl.training.config import FITTED_HEADS
 from distil_tl.training.heads.closed_form import fit_lda, fit_prototypes, fit_ridge
 from distil_tl.training.heads.comparison import TEMPERATURE, UNIFORM, fit_cosine, fit_knn, fit_mlp
 from distil_tl.training.heads.logistic import fit_logistic
-from distil_tl.training.heads.problem import NothingToFitError, Problem, open_problem
+from distil_tl.training.heads.problem import Problem, open_problem
 from distil_tl.training.heads.rows import Group, Rows
-from distil_tl.training.heads.search import COMPARED_HEADS, FITTED_HEADS, choose
+from distil_tl.training.heads.search import choose
+from distil_tl.utils.errors import NonFiniteError, UserError
 from tests.helpers.ranks import run_ranks
 
 CLASSES = 3
+COMPARED_HEADS = ("cosine", "knn", "mlp")
 
 
 def group(info: DistInfo | None = None) -> Group:
@@ -202,10 +205,10 @@ def test_a_class_without_images_is_not_predicted(tmp_path: Path) -> None:
 def test_nothing_to_fit_is_said(tmp_path: Path) -> None:
     features, targets = images(20, 5)
     broken = dataset(tmp_path / "a", features[:1], targets[:1], bad=0)
-    with pytest.raises(NothingToFitError, match="no image"):
+    with pytest.raises(UserError, match="no image"):
         open_problem(Rows(group(), broken), CLASSES)
     features[3, 2] = torch.inf
-    with pytest.raises(NothingToFitError, match="not finite"):
+    with pytest.raises(NonFiniteError, match="not finite"):
         open_problem(Rows(group(), dataset(tmp_path / "b", features, targets)), CLASSES)
 
 
