@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from distil_tl.models.graph.equivalence import (
+    TOLERANCE,
     NotEquivalentError,
     check_equivalent,
     in_full_float32,
@@ -20,6 +21,8 @@ from distil_tl.models.graph.equivalence import (
     without_report,
 )
 from distil_tl.models.graph.fold_batchnorm import fold_at_each_call, fold_frozen, has_folded_batchnorm
+from distil_tl.models.graph.known_shapes import batch_size, trace_with_shapes
+from distil_tl.models.graph.packed_features import pack_frozen_values
 from distil_tl.models.graph.trace import (
     FrozenBlockTracer,
     LayerTracer,
@@ -73,18 +76,40 @@ def cut_frozen_prefix(module: nn.Module, images: Tensor) -> CutNetwork:
             reason = f"its code can't be traced ({type(error).__name__})"
             continue
         try:
-            return _cut(whole, graph, images)
+            return _cut(whole, graph, _last_frozen_node(whole, graph), images)
         except CannotCutError as error:
             reason = str(error)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a graph need not do what the code does
             reason = f"its parts can't be run ({type(error).__name__})"
-    raise CannotCutError(reason)
+    cut = _cut_with_shapes(whole, images)
+    if cut is None:
+        raise CannotCutError(reason)
+    return cut
 
 
-def _cut(module: nn.Module, graph: fx.Graph, images: Tensor) -> CutNetwork:
-    node = _last_frozen_node(module, graph)
+def _cut_with_shapes(whole: Whole, images: Tensor) -> CutNetwork | None:
+    """The network cut with known shapes, after all that is frozen, or None; its features may be several tensors in one.
+
+    Only for networks that can't be cut without, as a cut at another point makes other features.
+    """
+    for blocks in (LayerTracer, FrozenBlockTracer, UniformBlockTracer):
+        try:
+            graph, values = trace_with_shapes(blocks, whole, images)
+            varying = {node for node in graph.nodes if _varies(whole, node)}
+            cut = _cut(whole, *pack_frozen_values(graph, values, varying), images)
+            _check_rows(cut.prefix, whole, images)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # as in `cut_frozen_prefix`, which knows the reason
+            continue
+        return cut
+    return None
+
+
+def _cut(module: nn.Module, graph: fx.Graph, node: fx.Node, images: Tensor) -> CutNetwork:
+    """The network cut after `node`, if its parts pass the check."""
     prefix = fold_frozen(fx.GraphModule(module, graph_up_to(graph, node)))
     cut = CutNetwork(prefix, _suffix(module, graph, node, fold=True))
     try:
@@ -148,7 +173,7 @@ def _after(node: fx.Node, output: fx.Node) -> set[fx.Node]:
         other = pending.pop()
         if other is not node and other not in visited:
             visited.add(other)
-            pending.extend(other.all_input_nodes)
+            pending.extend(other.all_input_nodes if other.target is not batch_size else ())
     return visited
 
 
@@ -159,7 +184,9 @@ def _suffix(module: nn.Module, graph: fx.Graph, node: fx.Node, *, fold: bool) ->
     copies = {node: part.placeholder("features")}
     kept = _after(node, output)
     for other in graph.nodes:
-        if other in kept and other.op != "output":
+        if other in kept and other.target is batch_size:
+            copies[other] = part.call_function(batch_size, (copies[node],))
+        elif other in kept and other.op != "output":
             copies[other] = part.node_copy(other, copies.__getitem__)
     part.output(fx.node.map_arg(output.args[0], copies.__getitem__))
     suffix = fx.GraphModule(module, part)
@@ -195,3 +222,17 @@ def _check(cut: CutNetwork, module: nn.Module, images: Tensor) -> None:
         check_equivalent(lambda _: suffix(features.clone()), module, images, called="its two parts")
     except NotEquivalentError as error:
         raise CannotCutError(str(error)) from error
+
+
+@torch.no_grad()
+@in_full_float32()
+def _check_rows(prefix: nn.Module, module: nn.Module, images: Tensor) -> None:
+    """Check that each row of the features depends on its image only.
+
+    Raises:
+        CannotCutError: other rows change with the order of the images.
+    """
+    with preserve_state(module, images.device):
+        features, reversed_ones = prefix(images), prefix(images.flip(0)).flip(0)
+    if not (features - reversed_ones).abs().max() <= TOLERANCE * features.abs().max().clamp(min=1e-3):
+        raise CannotCutError("the rows of its features depend on several images")

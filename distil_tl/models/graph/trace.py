@@ -83,7 +83,7 @@ def trace(tracer: type[LayerTracer], module: nn.Module, images: Tensor) -> fx.Gr
     outcomes: list[bool] = []
     while True:
         try:
-            return _use_dropout_modules(module, tracer(outcomes).trace(module))
+            return use_dropout_modules(module, tracer(outcomes).trace(module))
         except UnknownConditionError as error:
             if len(outcomes) == MAX_CONDITIONS:
                 raise
@@ -91,7 +91,7 @@ def trace(tracer: type[LayerTracer], module: nn.Module, images: Tensor) -> fx.Gr
                 outcomes.append(bool(without_report(fx.GraphModule(module, error.condition))(images)))
 
 
-def _use_dropout_modules(module: nn.Module, graph: fx.Graph) -> fx.Graph:
+def use_dropout_modules(module: nn.Module, graph: fx.Graph) -> fx.Graph:
     """Replace each call of the function dropout that is active by a new module of `module`, which follows its mode.
 
     timm's networks call it before their head. A call with `training=False` stays: it is in a frozen part.
