@@ -27,7 +27,7 @@ class ModelConfig:
     weights: str = "auto"  # auto | default (the library's) | package | none (random) | IMAGENET1K_V2 or the like | PATH
     drop_path: float | None = None  # stochastic depth: share of residual branches left out; null: the library's default
     dropout: float | None = None  # share of features left out before the head; null: the library's default
-    readout: str = "pooled"  # pooled (the library's) | avg_max | token | mean | token_mean
+    readout: str = "pooled"  # pooled (the library's) | avg_max | last2 | last3 | token | mean | token_mean | last4
 
     @property
     def library_name(self) -> str:

@@ -31,11 +31,11 @@ def find_head(module: nn.Module) -> str:
     return paths[-1]
 
 
-def replace_head(module: nn.Module, path: str, num_classes: int, wider: int = 1) -> None:
+def replace_head(module: nn.Module, path: str, num_classes: int, inputs: int | None = None) -> None:
     """Replace the layer at `path` by one of the same kind with `num_classes` outputs, with a bias if it had one.
 
     Args:
-        wider: how many times as many inputs it gets.
+        inputs: how many it gets; None for as many as before.
 
     Raises:
         TypeError: it is neither a Linear nor a Conv2d with a 1x1 kernel.
@@ -43,9 +43,9 @@ def replace_head(module: nn.Module, path: str, num_classes: int, wider: int = 1)
     old = module.get_submodule(path)
     new: nn.Module
     if isinstance(old, nn.Linear):
-        new = nn.Linear(wider * old.in_features, num_classes, bias=old.bias is not None)
+        new = nn.Linear(inputs or old.in_features, num_classes, bias=old.bias is not None)
     elif isinstance(old, nn.Conv2d) and old.kernel_size == (1, 1):
-        new = nn.Conv2d(wider * old.in_channels, num_classes, kernel_size=1, bias=old.bias is not None)
+        new = nn.Conv2d(inputs or old.in_channels, num_classes, kernel_size=1, bias=old.bias is not None)
     else:
         raise TypeError(f"{path} is a {type(old).__name__}, not a classifier layer")
     module.set_submodule(path, new)
@@ -60,10 +60,14 @@ def init_head(module: nn.Module, paths: tuple[str, ...], seed: int) -> None:
         TypeError: a layer is neither a Linear nor a Conv2d.
     """
     for path in paths:
-        layer = module.get_submodule(path)
-        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-            raise TypeError(f"{path} is a {type(layer).__name__}, not a classifier layer")
-        with seeded(seed, "model", "head", path):
-            nn.init.normal_(layer.weight, std=HEAD_STD)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+        init_layer(module.get_submodule(path), path, seed)
+
+
+def init_layer(layer: nn.Module, path: str, seed: int) -> None:
+    """Initialise a classifier layer as `init_head` does, wherever it is."""
+    if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+        raise TypeError(f"{path} is a {type(layer).__name__}, not a classifier layer")
+    with seeded(seed, "model", "head", path):
+        nn.init.normal_(layer.weight, std=HEAD_STD)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

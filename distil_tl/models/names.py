@@ -8,4 +8,4 @@ OWN_VARIABLE = "DISTIL_TL_OWN_MODELS"  # of the environment; 1: such names of sa
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 INSTALL_TIMM = "pip install 'distil_tl[timm]'"
 LIBRARY_WEIGHTS, LIBRARY_CONFIG = "model.safetensors", "config.json"  # of distil-tl export and of timm
-READOUTS = ("pooled", "avg_max", "token", "mean", "token_mean")  # of `model.readout`
+READOUTS = ("pooled", "avg_max", "last2", "last3", "token", "mean", "token_mean", "last4")  # of `model.readout`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.head import init_head, seeded
 from distil_tl.models.layer_groups import LayerGroup, groups_of_modules, groups_of_parameters
 from distil_tl.models.preprocess import Preprocess
-from distil_tl.models.readout import CannotReadOutError, set_readout
+from distil_tl.models.readout import ReadOut, set_readouts
 from distil_tl.models.size_trial import failure_at, first_line, size_error
 from distil_tl.models.torchvision_groups import torchvision_groups
 from distil_tl.models.weight_packages import PACKAGES
@@ -57,6 +57,7 @@ class TransferModel:
         fixed_image_size: whether it supports images of this size only.
         check_size: raises UserError for an image size that its family is known not to support.
         name: as in `model.name`.
+        columns: of the head's inputs, the first one and the one after the last, by read-out; empty for pooled alone.
         parameter_groups: for each parameter, by name, the index of its group.
         module_groups: for each module, by path, the index of its group; None for a module with several groups.
     """
@@ -69,6 +70,7 @@ class TransferModel:
     fixed_image_size: bool
     check_size: Callable[[int], None] = field(repr=False, default=lambda size: None)
     name: str = ""
+    columns: dict[str, tuple[int, int]] = field(default_factory=dict)
     parameter_groups: dict[str, int] = field(init=False, repr=False)
     module_groups: dict[str, int | None] = field(init=False, repr=False)
 
@@ -110,7 +112,13 @@ class TransferModel:
 
 
 def build(
-    config: ModelConfig, num_classes: int, *, image_size: int | None, seed: int, pretrained: bool = True
+    config: ModelConfig,
+    num_classes: int,
+    *,
+    image_size: int | None,
+    seed: int,
+    pretrained: bool = True,
+    readouts: Sequence[str] | None = None,
 ) -> TransferModel:
     """Build the model on the CPU: the same bytes on every rank, without changing the state of global generators.
 
@@ -121,6 +129,7 @@ def build(
         seed: determines all random weights. Those of the head do not depend on the backbone's weights.
         pretrained: False builds the same architecture without reading the weights, which may be missing on this
             machine; the caller loads a checkpoint.
+        readouts: several read-outs side by side, in place of the configured one.
 
     Raises:
         UserError: the configuration, the weights or the image size are invalid.
@@ -138,16 +147,11 @@ def build(
         raise
     except Exception as error:  # the code of some models fails while they are built for a size
         raise _size_error("data.image_size", config.name, size, first_line(error), preprocess) from error
-    removed: tuple[str, ...] = ()
-    if config.readout != "pooled":
-        try:
-            removed = set_readout(module, head, config.readout, num_classes, size)
-        except CannotReadOutError as error:
-            raise UserError(
-                f"model.readout={config.readout}: not possible with {config.name}, as {error}; use pooled"
-            ) from error
+    read = ReadOut()
+    if (wanted := readouts or [config.readout]) != ["pooled"]:
+        read = set_readouts(config.name, module, _parts(config, module, head)[1], wanted, num_classes, size)
     skip, groups, check_size = _parts(config, module, head)
-    skip = (*skip, *removed)
+    skip = (*skip, *read.removed)
     if config.is_own:
         preprocess = own_models.preprocess(config.name, module)
 
@@ -167,7 +171,7 @@ def build(
         with seeded(seed, "model"):
             load_backbone(module, state, skip=skip, source=info.source)
     init_head(module, head, seed)
-    return TransferModel(module.train(), groups, preprocess, info, size, fixed, check_size, config.name)
+    return TransferModel(module.train(), groups, preprocess, info, size, fixed, check_size, config.name, read.columns)
 
 
 def _build_module(

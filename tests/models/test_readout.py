@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from distil_tl.training.config import StageConfig
 from distil_tl.training.stage import apply_stage
 from distil_tl.utils.errors import UserError
 from tests.helpers.arguments import SMALLEST, small_args
-from tests.helpers.ranks import train
+from tests.helpers.ranks import run_ranks, train
 from tests.helpers.runs import summary_of
 
 
@@ -63,7 +65,95 @@ def test_tokens_are_read_out(name: str, size: int) -> None:
     torch.testing.assert_close(both, torch.cat([token, mean], 1))
 
 
-@pytest.mark.parametrize(("name", "readout"), [("timm/test_convnext", "avg_max"), ("timm/test_vit", "token_mean")])
+# The last blocks with feature maps of twice and four times the resolution of the last ones.
+STAGES = {
+    "resnet18": ("layer3", "layer2"),
+    "mobilenet_v3_small": ("features.8", "features.3"),
+    "timm/tf_efficientnet_lite0": ("blocks.4", "blocks.2"),
+    "timm/mobilenetv3_small_050": ("blocks.3", "blocks.1"),
+    "timm/convnext_atto": ("stages.2", "stages.1"),
+    "swin_t": ("features.5", "features.3"),  # channels come last
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_averages_of_earlier_stages_are_before_the_pooled_output(name: str) -> None:
+    model = model_with(name, "last3")
+    assert list(model.module.state_dict()) == list(model_with(name, "pooled").module.state_dict())
+    maps: list[Tensor] = []
+    for path in STAGES[name][::-1]:
+        layer = model.module.get_submodule(path)
+        layer.register_forward_hook(
+            lambda _, __, output: maps.append(
+                output.flatten(1, 2).mean(1) if name == "swin_t" else output.flatten(2).mean(2)
+            )
+        )
+    found = head_inputs(model, images()).flatten(1)
+    pooled = head_inputs(model_with(name, "pooled"), images()).flatten(1)
+    torch.testing.assert_close(found, torch.cat([*maps, pooled], 1))
+    two = head_inputs(model_with(name, "last2"), images()).flatten(1)
+    assert torch.equal(two, found[:, maps[0].shape[1] :])
+
+
+@pytest.mark.parametrize(("name", "size"), [("timm/vit_tiny_patch16_224", 64), ("vit_b_32", 32)])
+def test_class_tokens_of_four_blocks_and_the_mean_of_the_patches(name: str, size: int) -> None:
+    """As in DINOv2's evaluation: each through the norm after the last block."""
+    model = model_with(name, "last4", size)
+    if name == "vit_b_32":
+        plain = model_with(name, "pooled", size).module.eval()
+        blocks, norm = plain.get_submodule("encoder.layers"), plain.get_submodule("encoder.ln")
+        tokens: list[Tensor] = []
+        for block in list(blocks.children())[-4:]:
+            block.register_forward_hook(lambda _, __, output: tokens.append(norm(output)))
+        with torch.no_grad():
+            plain(images(size))
+        expected = [each[:, 0] for each in tokens] + [tokens[-1][:, 1:].mean(1)]
+    else:
+        plain = model_with(name, "pooled", size).module.eval()
+        with torch.no_grad():
+            layers = plain.get_intermediate_layers(images(size), n=4, norm=True, return_prefix_tokens=True)  # type: ignore[operator]
+        expected = [prefix[:, 0] for _, prefix in layers] + [layers[-1][0].mean(1)]
+    torch.testing.assert_close(head_inputs(model, images(size)), torch.cat(expected, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "readouts"),
+    [
+        ("timm/test_efficientnet", 64, ("pooled", "avg_max", "last2", "last3")),
+        ("timm/convnext_atto", 64, ("last3", "avg_max")),
+        ("timm/test_vit", 160, ("pooled", "token", "mean", "token_mean", "last4")),
+        ("timm/eva02_tiny_patch14_224", 224, ("token", "pooled")),
+        ("timm/test_vit3", 160, ("pooled", "mean")),  # pools by attention
+    ],
+)
+def test_read_outs_side_by_side_are_those_of_networks_with_one(name: str, size: int, readouts: tuple[str, ...]) -> None:
+    model = build(ModelConfig(name, "none"), 3, image_size=size, seed=0, readouts=readouts)
+    assert list(model.columns) == list(readouts)
+    found = head_inputs(model, images(size)).flatten(1)
+    assert {0, found.shape[1]} <= {column for pair in model.columns.values() for column in pair}
+    for readout, (first, end) in model.columns.items():
+        assert torch.equal(found[:, first:end], head_inputs(model_with(name, readout, size), images(size)).flatten(1))
+
+
+def test_passes_in_two_threads_do_not_mix() -> None:
+    module = model_with("timm/test_resnet", "last2").module.eval()
+    inputs = [images(), images().flip(0)]
+    expected = [module(each).detach() for each in inputs]
+    started = threading.Barrier(2)
+    module.get_submodule("layer4").register_forward_pre_hook(lambda *_: [started.wait(60)][1:] or None)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(module, inputs))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "readout"),
+    [
+        ("timm/test_convnext", "avg_max"), ("timm/test_vit", "token_mean"), ("timm/test_vit", "last4"),
+        ("timm/test_efficientnet", "last3"), ("resnet18", "last2"),
+    ],
+)  # fmt: skip
 def test_a_network_with_a_readout_is_cut_copied_and_trained(name: str, readout: str) -> None:
     model = model_with(name, readout, 160)
     apply_stage(model, StageConfig(unfreeze="head"))
@@ -86,6 +176,10 @@ def test_a_network_with_a_readout_is_cut_copied_and_trained(name: str, readout: 
         ("mobilenet_v2", "avg_max", "no layer of it averages feature maps"),
         ("squeezenet1_1", "avg_max", "its layers do not take it"),
         ("timm/vit_base_patch32_siglip_256", "token", "it has no class token"),
+        ("timm/test_vit", "last2", "no layer of it averages feature maps"),
+        ("timm/test_vit2", "last4", "it has no class token"),
+        ("timm/test_efficientnet", "last4", "its code has no tokens"),
+        ("timm/resmlp_12_224", "last2", "no layer of it averages"),
     ],
 )
 def test_a_readout_that_a_network_has_not_is_refused(name: str, readout: str, reason: str) -> None:
@@ -96,24 +190,24 @@ def test_a_readout_that_a_network_has_not_is_refused(name: str, readout: str, re
 
 def test_an_unknown_readout_is_refused() -> None:
     (problem,) = ModelConfig("resnet18", "none", readout="max").problems()
-    assert problem == "model.readout=max: use one of pooled, avg_max, token, mean, token_mean"
+    assert problem == "model.readout=max: use one of pooled, avg_max, last2, last3, token, mean, token_mean, last4"
 
 
 def test_a_run_with_a_readout_is_loaded_and_exported(
     tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("onnxruntime")
-    args = [*small_args(folder), f"run_dir={tmp_path / 'run'}", "model.readout=avg_max", "stages.head.augment=none"]
+    args = [*small_args(folder), f"run_dir={tmp_path / 'run'}", "model.readout=last3", "stages.head.augment=none"]
     assert train([*args, "stages.full.epochs=0"]) == 0
-    assert train([*args, "stages.full.epochs=1"]) == 0, "resumed with another stage"
+    assert run_ranks(2, train, [*args, "stages.full.epochs=1"]) == [0, 0], "resumed with another stage, under DDP"
     assert summary_of(tmp_path / "run")["stages"]["head"]["cached"]
     model = distil_tl.load(tmp_path / "run").model
     assert isinstance(head := model.get_submodule("fc"), nn.Linear)
     pooled = build(ModelConfig(SMALLEST, "none"), 3, image_size=32, seed=0).module.get_submodule("fc")
-    assert head.in_features == 2 * pooled.in_features  # type: ignore[operator]
+    assert head.in_features > pooled.in_features  # type: ignore[operator]
     assert export([str(tmp_path / "run"), "-o", str(tmp_path / "model.onnx")]) == 0, "it was compared on val"
     capsys.readouterr()
     assert export([str(tmp_path / "run"), "--format", "safetensors", "-o", str(tmp_path / "library")]) == 2
-    assert "no library builds timm/test_resnet with model.readout=avg_max" in capsys.readouterr().err
+    assert "no library builds timm/test_resnet with model.readout=last3" in capsys.readouterr().err
     assert train([*args, "stages.full.epochs=1", "model.readout=pooled"]) == 2
-    assert "model.readout: was 'avg_max', now 'pooled'" in capsys.readouterr().err
+    assert "model.readout: was 'last3', now 'pooled'" in capsys.readouterr().err

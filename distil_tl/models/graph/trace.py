@@ -12,6 +12,14 @@ from distil_tl.models.graph.equivalence import preserve_state, without_report
 MAX_CONDITIONS = 32  # conditions on values that a network's code may evaluate; each one starts the trace again
 
 
+class TracedInto(nn.Module):
+    """A layer that a graph must contain the operations of, as values pass beside its input and output."""
+
+
+def _is_traced_into(part: nn.Module) -> bool:
+    return any(isinstance(each, TracedInto) for each in part.modules())
+
+
 class LayerTracer(fx.Tracer):
     """Traces into every module but layers: convolutions, linear layers, norms, and modules without children.
 
@@ -24,6 +32,8 @@ class LayerTracer(fx.Tracer):
         self.outcomes = iter(outcomes)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if _is_traced_into(m):
+            return False
         is_layer = isinstance(m, (nn.Conv2d, nn.Linear, _NormBase))
         return is_layer or not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
 
@@ -50,7 +60,7 @@ class FrozenBlockTracer(LayerTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         frozen = not any(p.requires_grad for p in m.parameters())
-        return frozen or super().is_leaf_module(m, module_qualified_name)
+        return (frozen and not _is_traced_into(m)) or super().is_leaf_module(m, module_qualified_name)
 
 
 class UniformBlockTracer(LayerTracer):
@@ -58,7 +68,8 @@ class UniformBlockTracer(LayerTracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         trained = {p.requires_grad for p in m.parameters()}
-        return len(trained) < 2 or super().is_leaf_module(m, module_qualified_name)
+        uniform = len(trained) < 2 and not _is_traced_into(m)
+        return uniform or super().is_leaf_module(m, module_qualified_name)
 
 
 class Whole(nn.Sequential):

@@ -1,0 +1,97 @@
+"""Where the feature maps of a network halve: its stages, found in one pass of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from distil_tl.models.graph.equivalence import preserve_state
+from distil_tl.models.readout_parts import CannotReadOutError
+from distil_tl.models.size_trial import first_line
+
+
+@dataclass(frozen=True)
+class StageEnd:
+    """The last layer or block whose feature maps have a resolution.
+
+    Attributes:
+        path: of it.
+        channels: of the maps.
+        places: the two dimensions of the maps that are not channels.
+    """
+
+    path: str
+    channels: int
+    places: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The layers and blocks of a network, in the order in which they return for an image.
+
+    Attributes:
+        returned: path and shape of the output of each; None for what is no tensor.
+    """
+
+    returned: Sequence[tuple[str, tuple[int, ...] | None]]
+
+    def stage_ends(self, blocks: Iterable[str], pool: str) -> list[StageEnd]:
+        """The ends of all stages, in order: of `blocks`, those that the layer `pool` comes after."""
+        candidates, ends = set(blocks), dict[int, StageEnd]()
+        before = [path for path, _ in self.returned].index(pool)
+        for path, shape in self.returned[:before]:
+            if path not in candidates or shape is None or len(shape) != 4:
+                continue
+            last = shape[1] == shape[2] != shape[3]  # channels come last
+            side, channels = shape[2], shape[3] if last else shape[1]
+            smallest = min(ends, default=side)
+            if side <= smallest:
+                ends[side] = StageEnd(path, channels, (1, 2) if last else (2, 3))
+        return list(ends.values())
+
+    def before_head(self, module: nn.Module, head: str, inputs: int) -> tuple[str, int]:
+        """The last layer before the head, other than a dropout, with its dimension of `inputs` channels.
+
+        Raises:
+            CannotReadOutError: its output is something else than what the head gets, such as feature maps.
+        """
+        paths = [path for path, _ in self.returned]
+        for path, shape in reversed(self.returned[: paths.index(head)]):
+            part = module.get_submodule(path)
+            if isinstance(part, _DropoutNd) or any(True for _ in part.children()):
+                continue
+            if shape in ((1, inputs), (1, inputs, 1, 1)) and paths.count(path) == 1:
+                return path, 1
+            if shape == (1, 1, 1, inputs) and paths.count(path) == 1:
+                return path, 3
+            break
+        raise CannotReadOutError("no layer of it gives what its head gets")
+
+
+@torch.no_grad()
+def walk(module: nn.Module, size: int) -> Walk:
+    """Run `module` on an image. Raises CannotReadOutError if it fails."""
+    device, returned = next(module.parameters()).device, list[tuple[str, tuple[int, ...] | None]]()
+    handles = []
+    for path, part in module.named_modules():
+
+        def record(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
+            returned.append((path, tuple(output.shape) if isinstance(output, Tensor) else None))
+
+        handles.append(part.register_forward_hook(record))
+    try:
+        with preserve_state(module, device):
+            module.eval()(torch.zeros(1, 3, size, size, device=device))
+    except MemoryError:
+        raise
+    except Exception as error:  # the model's code may raise anything
+        raise CannotReadOutError(f"its layers do not take it ({first_line(error)})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Walk(returned)
