@@ -39,6 +39,7 @@ from distil_tl.selection.outcome import (
     saved_estimate,
 )
 from distil_tl.selection.plan import plan_cells
+from distil_tl.selection.pruning import prune
 from distil_tl.training.config import rank_by
 from distil_tl.training.precision import set_rounding
 from distil_tl.utils.args import plain
@@ -90,6 +91,8 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         search = CellSearch(info, common, splits, agreement)
         selection = _Selection(info, out, outcome, search, began)
         try:
+            if grid.keep is not None:
+                outcome.pruning = prune(search, work, grid.keep, out)
             selection.run(budget)
             selection.finish((config, unresolved), (head[0], stage))
         except AllRanksStopError:

@@ -10,6 +10,7 @@ from distil_tl.report.text import METRIC_NAMES, chosen_by_it, settings_of
 from distil_tl.selection.cells import Cell, Grid, Result, near_best, startable
 from distil_tl.selection.config import STARTABLE
 from distil_tl.selection.outcome import Outcome
+from distil_tl.utils.errors import listed
 from distil_tl.utils.log import duration, logger, table
 
 LIVE_ROWS = 15
@@ -112,6 +113,9 @@ def headline(outcome: Outcome) -> list[str]:
         lines.append(f"{chosen_by_it(len(ranked))}; no other figure: {outcome.no_estimate}")
     if best.kind not in STARTABLE:
         lines.append(f"best.yaml begins with {grid.title(startable(grid))}: a {best.kind} head is only compared")
+    if outcome.pruning is not None:
+        pruned = [score.cell.name for score in outcome.pruning.scores[outcome.pruning.keep :]]
+        lines.append(f"pruned by LogME: {listed(pruned, 8)}")
     if grid.left:
         lines.append(f"{len(grid.left)} of {len(grid.cells)} cells were not tried, for lack of time")
     return [*lines, f"{duration(outcome.seconds)} on {outcome.ranks} {'rank' if outcome.ranks == 1 else 'ranks'}"]

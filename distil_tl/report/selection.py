@@ -48,6 +48,7 @@ def _body(content: Content, name: str, best_yaml: str) -> Markup:
             _heads(content),
             wide=True,
         ),
+        section("Pruned by LogME", _PRUNED, _pruned(content)),
         section("Not compared", "", _others(content)),
         section("Next", _begins_with(content), h("pre", f"distil-tl train {shlex.quote(best_yaml)}", class_="next")),
         h("footer", "Written by distil-tl select. All numbers are in select.json."),
@@ -62,6 +63,11 @@ _MARK = {True: "The outlined one", False: "The one with a star"}
 _EFFECTS = (
     "Differences in points to the first size, crop or head, everything else equal; the mean, the lowest and the "
     "highest. They are of val, and of single heads: differences of a few points are noise on a few hundred images."
+)
+
+_PRUNED = (
+    "How well a linear model on features of some images of train explains their labels, without training one. It is "
+    "cheap and rough: it is often wrong about backbones of similar scores, so the best may be among those pruned."
 )
 
 
@@ -202,6 +208,23 @@ def _heads(content: Content) -> Child:
     if "lr" not in best:
         return path_table(best["heads"], best, content["metric"])
     return h("div", head_map(best["heads"], (best["lr"], best["weight_decay"]), content["metric"]))
+
+
+def _pruned(content: Content) -> Child:
+    pruning = content["pruning"]
+    if pruning is None:
+        return None
+    rows: list[Sequence[Child]] = [
+        [score["model"], f"{score['image_size']}{text.SPACE}px", f"{score['logme']:.4f}", text.count(score["images"]),
+         "searched" if score["kept"] else "pruned"]
+        for score in pruning["scores"]
+    ]  # fmt: skip
+    agree = None
+    if pruning["pairs"]:
+        of = f"{pruning['same_order']} of {pruning['pairs']}"
+        agree = h("p", f"Of the pairs of searched backbones val has {of} in the order of LogME.", class_="sub")
+    head = ["Backbone", "Size", "LogME", "Images", ""]
+    return h("div", table(head, rows, label="Pruned by LogME", texts=2), agree)
 
 
 def _others(content: Content) -> Child:

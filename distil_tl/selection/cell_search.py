@@ -86,10 +86,9 @@ class CellSearch:
                     chosen[kind][metric], f"with {settings_of(chosen[kind])}".removesuffix("with "),
                 )  # fmt: skip
         except UserError as error:
-            # Of an image, of memory or of a node, and not of the network.
-            if error.one_rank or isinstance(error, RanksDifferError):
-                raise
-            raise UnfitError(str(error)) from error
+            if self.is_of_cell(error):
+                raise UnfitError(str(error)) from error
+            raise
         except NonFiniteError as error:
             raise UnfitError(str(error)) from error
         features, prefix = found.setup.features, found.setup.prefix
@@ -112,6 +111,11 @@ class CellSearch:
             )
             for kind, head in chosen.items()
         ]
+
+    @staticmethod
+    def is_of_cell(error: UserError) -> bool:
+        """Whether an error is of a network, and not of an image, of memory or of a node."""
+        return not (error.one_rank or isinstance(error, RanksDifferError))
 
     def open_cell(self, cell: Cell) -> OpenCell:
         """The model of a cell, and the features of train and val. Raises UserError as `set_up_stage` does."""

@@ -107,6 +107,30 @@ class Estimate:
         return cls(split, method, n, metric, value, share_interval(metric, value, n))
 
 
+@dataclass(frozen=True)
+class Score:
+    """LogME of a backbone.
+
+    Attributes:
+        cell: whose features were used.
+        images: of train.
+        seconds: for their features.
+    """
+
+    cell: Cell
+    value: float
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """The backbones by LogME, the best first, of which the first `keep` are searched."""
+
+    keep: int
+    scores: list[Score]
+
+
 @dataclass
 class Grid:
     """The cells that are left, and the results so far: one for each kind of head in each cell."""

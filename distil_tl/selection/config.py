@@ -55,6 +55,7 @@ class GridConfig:
 
     candidates: Any = "small"  # backbones: names, patterns as in [timm/*lite*], or small | medium | large | phone
     sizes: Any = field(default_factory=list)  # image sizes in pixels, as in [128,224]; []: that of each backbone
+    keep: Any = None  # of a long list: search only so many backbones, those of the highest LogME; null: all
     crops: Any = field(default_factory=list)  # of data.crop_mode, as in [weights,squash]; []: the configured one
     heads: Any = "linear"  # linear | logistic | ridge | lda | prototypes | cosine | knn | mlp, a list of these, or all
 
@@ -69,6 +70,8 @@ class GridConfig:
         for name in self.candidates:
             if not isinstance(name, str) or not name:
                 yield f"candidates has {name!r}; give names of backbones, as in model.name"
+        if self.keep is not None and (type(self.keep) is not int or self.keep < 1):
+            yield f"keep={self.keep}: give the number of backbones to search, as in keep=5, or null for all"
         for size in self.sizes:
             if type(size) is not int or size < 8:
                 yield f"sizes has {size!r}; give whole numbers of at least 8 pixels, as in sizes=[128,224]"

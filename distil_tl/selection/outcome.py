@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.data.splits import Splits
-from distil_tl.selection.cells import Cell, Estimate, Grid, Result, near_best, pareto, startable
+from distil_tl.selection.cells import Cell, Estimate, Grid, Pruning, Result, Score, near_best, pareto, startable
 from distil_tl.selection.config import STARTABLE
 from distil_tl.utils.files import read_json, write_json, writing
 
@@ -26,6 +26,7 @@ class Outcome:
         left_out: why others were not tried, by backbone and size.
         estimate: of the best cell; None while there is none.
         no_estimate: why there is none.
+        pruning: which backbones LogME left; None if it was not asked for, or there were no more than it would leave.
         seconds: of this call.
     """
 
@@ -38,6 +39,7 @@ class Outcome:
     budget: float | None = None
     estimate: Estimate | None = None
     no_estimate: str | None = None
+    pruning: Pruning | None = None
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class Outcome:
             "near_best": len(near),
             "rows": [{**row(result, grid.metric, near, front), "heads": result.heads} for result in ranked],
             "effects": list(effects(ranked, grid)),
+            "pruning": None if self.pruning is None else pruning_fields(self.pruning, ranked, grid.metric),
             "not_tried": [cell_fields(cell) for cell in grid.left],
             "left_out": self.left_out | failed,
             "missing_weights": self.missing,
@@ -83,6 +86,24 @@ def cell_fields(cell: Cell) -> dict[str, Any]:
         "parameters": cell.parameters,
         "gmacs": gmacs,
     }
+
+
+def pruning_fields(pruning: Pruning, results: Sequence[Result], metric: str) -> dict[str, Any]:
+    """The LogME of each backbone, the best first, which ones were searched, and whether val has the same order."""
+    best: dict[str, Result] = {}
+    for result in results:
+        best.setdefault(result.cell.name, result)
+    values = [best[score.cell.name].value(metric) for score in pruning.scores if score.cell.name in best]
+    pairs = [(a, b) for i, a in enumerate(values) for b in values[i + 1 :] if a != b]
+    better = sum(a < b if metric == "loss" else a > b for a, b in pairs)
+    scores = [
+        {
+            "model": score.cell.name, "image_size": score.cell.image_size, "logme": score.value,
+            "images": score.images, "kept": place < pruning.keep, "seconds": score.seconds,
+        }
+        for place, score in enumerate(pruning.scores)
+    ]  # fmt: skip
+    return {"keep": pruning.keep, "scores": scores, "pairs": len(pairs), "same_order": better}
 
 
 def row(result: Result, metric: str, near: Iterable[Result], front: Iterable[Result]) -> dict[str, Any]:
@@ -135,6 +156,23 @@ def save_cell(folder: Path, result: Result) -> None:
 def _file(cell: Cell, kind: str, what: str = "") -> str:
     """The name of a file of a cell. Linear heads are not named in it: earlier versions had no others."""
     return ".".join([cell.digest, *([] if kind == "linear" else [kind]), *([what] if what else []), "json"])
+
+
+def save_score(folder: Path, cell: Cell, score: Score) -> None:
+    """Write the LogME of a cell, for calls to come. Raises WriteError."""
+    path = folder / CELLS / f"{cell.digest}.logme.json"
+    with writing(path):
+        write_json(path, asdict(score))
+
+
+def saved_score(folder: Path, cell: Cell) -> dict[str, Any] | None:
+    """The saved LogME of a cell; None if there is none that can be read."""
+    try:
+        tree: dict[str, Any] = read_json(folder / CELLS / f"{cell.digest}.logme.json")
+        math.isfinite(Score(**tree).value)
+    except (OSError, ValueError, TypeError):
+        return None
+    return tree
 
 
 def save_estimate(folder: Path, result: Result, found: Estimate) -> None:

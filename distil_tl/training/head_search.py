@@ -129,7 +129,7 @@ def search_head(
 
 def prepare_search(info: DistInfo, stage: Stage, setup: StageSetup, source: ImageSource) -> HeadSearch:
     """What a search needs. Raises UserError if the stage trains something other than a single linear layer."""
-    dropout, head = _dropout_and_head(setup.network, stage.name)
+    dropout, head = dropout_and_head(setup.network, stage.name)
     assert setup.features is not None
     sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs, whole=True)
     images = source.index("train")
@@ -166,7 +166,7 @@ def search_heads(info: DistInfo, search: HeadSearch, agreement: Agreement) -> di
     return {**chosen, "heads": heads}
 
 
-def _dropout_and_head(network: Network, name: str) -> tuple[nn.Sequential, nn.Linear]:
+def dropout_and_head(network: Network, name: str) -> tuple[nn.Sequential, nn.Linear]:
     """The layers before the head, such as a dropout, and the head."""
     layers = network.suffix if isinstance(network, FeatureNetwork) else None
     if isinstance(layers, nn.Sequential) and not list(layers[:-1].parameters()) and isinstance(layers[-1], nn.Linear):

@@ -17,7 +17,7 @@ import yaml
 from distil_tl import train as train_module
 from distil_tl.cli import select as command
 from distil_tl.cli.selection import _Selection
-from distil_tl.selection import costs
+from distil_tl.selection import costs, pruning
 from distil_tl.selection.cell_search import CellSearch
 from distil_tl.selection.cells import Cell, Result
 from distil_tl.selection.config import HEADS
@@ -123,6 +123,33 @@ def test_it_is_the_same_on_any_number_of_ranks(folder: Path, tmp_path: Path) -> 
     assert found[0] == found[1] == found[2]
     assert found[0]["estimate"]["split"] == "train"
     assert len(found[0]["rows"]) == 2 * len(HEADS)
+
+
+def test_of_a_long_list_only_the_best_by_logme_are_searched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On any number of ranks the same ones; a network that can't be used takes no place; scores are kept."""
+    names = f"candidates=[squeezenet1_1,{SMALLEST},timm/test_efficientnet]"
+    grid = (names, "sizes=[48,32]", "keep=1")
+    for world in (1, 2):
+        args = arguments(folder, tmp_path / f"out{world}", *grid)
+        assert run_ranks(world, select, args, str(tmp_path / f"cache{world}")) == [0] * world
+    found = content(tmp_path / "out1")
+    assert without_times(found) == without_times(content(tmp_path / "out2"))
+    scores = found["pruning"]["scores"]
+    assert [(score["kept"], score["image_size"], score["images"]) for score in scores] == [
+        (True, 32, 52), (False, 32, 52),
+    ]  # fmt: skip
+    assert [score["logme"] for score in scores] == sorted((score["logme"] for score in scores), reverse=True)
+    assert {row["model"] for row in found["rows"]} == {score["model"] for score in scores[:1]}
+    assert "single linear layer" in found["left_out"]["squeezenet1_1 32 px"]
+    page = (tmp_path / "out1" / "select.html").read_text()
+    assert f"{scores[1]['logme']:.4f}" in page
+
+    monkeypatch.setattr(pruning, "logme", None)
+    assert select(arguments(folder, tmp_path / "out1", *grid), str(tmp_path / "cache1")) == 0
+    assert f"pruned by LogME: {scores[1]['model']}" in capsys.readouterr().out
+    assert without_times(content(tmp_path / "out1")) == without_times(found)
 
 
 def test_an_interrupted_selection_resumes(
@@ -275,6 +302,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_tried(
         (["--budget", "10"], "10m"),
         (["stages.head.mixup=0.2"], "mixes images"),
         (["nosuch=1"], "nosuch"),
+        (["keep=0"], "keep=0"),
+        (["keep=few"], "as in keep=5"),
         (["--nosuch"], "--nosuch"),
     ],
 )

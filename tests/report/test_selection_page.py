@@ -27,7 +27,7 @@ def content() -> dict[str, Any]:
         "estimate": estimate, "no_estimate": None, "near_best": 2, "rows": rows, "device": "cpu", "ranks": 1,
         "effects": [{**effect, "lowest": -0.01, "highest": 0.05}], "seconds": 60.0, "budget_seconds": None,
         "not_tried": [{"model": "late", "image_size": 96, "crop_mode": "squash", "parameters": 1, "gmacs": 9.0}],
-        "left_out": {"odd 64 px": "it can't be cut"}, "missing_weights": {"far": "timm far.tag"},
+        "pruning": None, "left_out": {"odd 64 px": "it can't be cut"}, "missing_weights": {"far": "timm far.tag"},
     }  # fmt: skip
 
 
