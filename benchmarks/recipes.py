@@ -3,8 +3,9 @@
     python -m benchmarks.recipes --task 'clipart=FOLDER' --task 'letters=FOLDER data.hflip=false' --task digits
         --recipes frozen frozen-center [--recipe 'mine=frozen optim.label_smoothing=0.1'] [--forms full small long]
 
-A recipe is a list of key=value arguments; a first word without `=` is another recipe that it adds to. Choose by val,
-and report test: where a folder has no test, half of its val becomes test. Each run has its own directory below --out:
+A recipe is a list of key=value arguments; a first word without `=` is another recipe that it adds to. A value `@NAME`
+is the run directory of another recipe with the same images and seed, measured before with --keep. Choose by val, and
+report test: where a folder has no test, half of its val becomes test. Each run has its own directory below --out:
 run the same command again to measure what is missing. Needs the extra `demo`.
 """
 
@@ -109,7 +110,8 @@ def benchmark(options: argparse.Namespace) -> None:
                 data = prepare(task, form, seed, out / "data")
                 for name, arguments in recipes.items():
                     run_dir = out / f"{task.name}-{form}" / name / f"seed-{seed}"
-                    given = [*BASE, *task.arguments, *arguments, f"data.root={data}", f"seed={seed}"]
+                    own = with_runs(arguments, run_dir)
+                    given = [*BASE, *task.arguments, *own, f"data.root={data}", f"seed={seed}"]
                     found = run(run_dir, given, keep=options.keep)
                     what = {"task": task.name, "form": form, "recipe": name, "seed": seed}
                     results.append({**what, "arguments": arguments, **found})
@@ -142,6 +144,12 @@ def resolve(name: str, known: dict[str, list[str]]) -> list[str]:
     words = known[name]
     inherited = bool(words) and "=" not in words[0] and words[0] != name
     return [*resolve(words[0], known), *words[1:]] if inherited else words
+
+
+def with_runs(arguments: Iterable[str], run_dir: Path) -> list[str]:
+    """The arguments with the run directory of the recipe NAME, of the same task and seed, in place of a value @NAME."""
+    split = (word.partition("=@") for word in arguments)
+    return [f"{key}={run_dir.parent.parent / name / run_dir.name}" if name else key for key, _, name in split]
 
 
 def read_task(text: str) -> Task:

@@ -75,7 +75,8 @@ class Run:
         self.plan = plan_batches(data.global_batch_size, self.info.world_size, data.max_local_batch_size)
         self.agreement = Agreement(self.info, self.request)
         write = None if self.tracker is None else self.tracker.log
-        self.records = Records(self.state, write, data.global_batch_size, self.config.metric)
+        config = self.config
+        self.records = Records(self.state, write, data.global_batch_size, config.metric, prefer_last=config.prefer_last)
 
     @property
     def num_classes(self) -> int:
@@ -89,6 +90,11 @@ class Run:
         if skipped or record is None:
             return skipped
         return record.has_finished(config.epochs) and not (config.wise_ft and record.wise_ft is None)
+
+    def is_last(self, stage: Stage, epoch: int) -> bool:
+        """Whether no epoch is configured after this one, counted from 0."""
+        names = [name for name, config in self.config.stages.items() if config.epochs != 0]
+        return stage.name == names[-1] and epoch + 1 == stage.config.epochs
 
     def stage(self, name: str) -> Stage:
         """A stage with its settings resolved, including `lr: auto` and those that a head search chose."""

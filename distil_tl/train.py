@@ -262,7 +262,8 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
     bad_images.refuse_none_usable(result.metrics.count, "val", run.source.index("val"))
     line, moment = run.records.add_epoch(training.moment(position), trained), training.moment(position)
     seconds = time.monotonic() - began
-    is_best = run.records.add_evaluation(moment, result.metrics, seconds, result.waited)
+    is_last = run.is_last(stage, position.epoch)
+    is_best = run.records.add_evaluation(moment, result.metrics, seconds, result.waited, is_last=is_last)
     training.weights.offer(run.state.final, stage.metric)
     if is_best:
         run.best_evaluation = result if in_full else None

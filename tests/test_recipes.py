@@ -57,7 +57,7 @@ def test_the_demo_is_not_mirrored_by_a_recipe() -> None:
 
 
 def test_an_unknown_recipe_is_refused() -> None:
-    with pytest.raises(UserError, match="recipe is 'fast'; choose one of quick, standard"):
+    with pytest.raises(UserError, match="recipe is 'fast'; choose one of quick, standard, best"):
         check(loaded("recipe=fast"), 1)
 
 

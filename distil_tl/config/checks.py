@@ -30,7 +30,7 @@ from distil_tl.utils.args import (
 from distil_tl.utils.home import home_problems
 from distil_tl.utils.log import logger
 
-RECIPES = ("quick", "standard")  # files in configs/recipes
+RECIPES = ("quick", "standard", "best")  # files in configs/recipes
 MAX_INTEGER = 2**53  # what floats and JSON keep exactly; counters of 64 bits overflow later
 
 

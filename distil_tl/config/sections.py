@@ -24,8 +24,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     stages: dict[str, StageConfig] = field(default_factory=default_stages)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    recipe: str | None = None  # stages and settings to begin with, which other keys change: quick | standard
+    recipe: str | None = None  # stages and settings to begin with, which other keys change: quick | standard | best
     metric: str = "top1"  # chooses the best epoch and head: top1 | top5 | macro_f1 | balanced_accuracy | loss
+    prefer_last: bool = True  # keep the last epoch where val can't tell it from the best one, by its top1 or top5
     max_minutes: float | None = None  # of training: stages get fewer epochs where they would take longer; null: any
     precision: str = "auto"  # auto (chosen by a trial in long stages) | fp32 | bf16 | fp16
     compile: str = "none"  # torch.compile, which takes about a minute: none | prefix (the frozen part) | all

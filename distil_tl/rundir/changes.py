@@ -60,6 +60,7 @@ NEW_KEYS: dict[str, Any] = {
     "model.readout": "pooled",
     "recipe": None,
     "metric": "top1",
+    "prefer_last": False,
     "stages.*.patience": None,
     "stages.*.distill.teacher": None,
     "stages.*.distill.model": None,

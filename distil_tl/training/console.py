@@ -114,7 +114,7 @@ def print_epoch(
         logger.info(
             "%s %d/%d  val loss %.4f  top1 %.4f  macro-F1 %.4f%s%s%s%s",
             name, final["epoch"], training.stage.config.epochs, final["loss"], final["top1"],
-            final["macro_f1"], further_metric(final, "  "), "  (best)" if final is state.best else "",
+            final["macro_f1"], further_metric(final, "  "), best_or_kept(state),
             waiting(trained), left and f"  {left}",
         )  # fmt: skip
         if record.stopped_early and record.best is not None:
@@ -134,8 +134,15 @@ def print_interpolation(info: DistInfo, name: str, state: RunState) -> None:
     logger.info(
         "%s: between its first and its best weights alpha %g is chosen: %s %.4f on val, %.4f with alpha 1%s  "
         "(%d evaluations in %.1f s)", name, result["alpha"], metric.replace("_", " "), figures[result["alpha"]],
-        figures[1.0], "  (best)" if state.final is state.best else "", len(rows) - 1, result["seconds"],
+        figures[1.0], best_or_kept(state), len(rows) - 1, result["seconds"],
     )  # fmt: skip
+
+
+def best_or_kept(state: RunState) -> str:
+    """Whether the last evaluation is the best of the run, or kept in its place."""
+    if state.final is None or state.final is not state.best:
+        return ""
+    return "  (kept)" if "instead_of" in state.final else "  (best)"
 
 
 def further_metric(figures: dict[str, Any], before: str) -> str:
@@ -202,6 +209,12 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
         f"alpha {best['alpha']:g}" if "alpha" in best else f"epoch {best['epoch']}",
         summary["total_seconds"], summary["world_size"], "rank" if summary["world_size"] == 1 else "ranks",
     )  # fmt: skip
+    if other := best.get("instead_of"):
+        metric = best["metric"]
+        logger.info(
+            "  kept as the last epoch: stage %s, epoch %d had a %s of %.4f, which %d images can't tell from it",
+            other["stage"], other["epoch"], metric.replace("_", " "), other[metric], best["n"],
+        )  # fmt: skip
     if test:
         logger.info("test: %s", _with_intervals(test, test.get("intervals")))
     print_calibration((summary.get("calibration") or {}).get("test" if test else "val"))

@@ -9,6 +9,7 @@ from typing import Any
 from distil_tl.rundir.state import RunState
 from distil_tl.training.config import rank_by
 from distil_tl.training.metrics import ClassificationMetrics
+from distil_tl.utils.intervals import of_counts
 
 FIGURES = ("loss", "top1", "top5", "macro_f1", "balanced_accuracy")
 
@@ -22,6 +23,12 @@ class Moment:
     lr: float
 
 
+def near(metric: str, found: Mapping[str, Any], best: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is within the 95 % interval of the best one. False if the metric is no share of images."""
+    interval = of_counts(best).get(metric)
+    return interval is not None and found[metric] >= interval[0]
+
+
 class Records:
     """Records what training and evaluations count. Every rank keeps the state; rank 0 writes too.
 
@@ -30,6 +37,8 @@ class Records:
         write: writes a line of metrics.jsonl; None on other ranks than 0.
         global_batch_size: images of an optimizer step, over all ranks.
         metric: chooses the best evaluation.
+        prefer_last: keep the last evaluation of the run where it is within the 95 % interval of the best one. The best
+            of many evaluations on few images is partly luck; the last one is that of the smallest learning rate.
     """
 
     def __init__(
@@ -38,7 +47,10 @@ class Records:
         write: Callable[[dict[str, Any]], None] | None,
         global_batch_size: int,
         metric: str = "top1",
+        *,
+        prefer_last: bool = False,
     ) -> None:
+        self._prefer_last = prefer_last
         self._metric = metric
         self._state = state
         self._write = write
@@ -63,8 +75,10 @@ class Records:
         record.epoch_seconds = record.epoch_data_wait_seconds = 0.0
         return self._log(at, counted, seconds, waited, split="train", window="epoch")
 
-    def add_evaluation(self, at: Moment, counted: ClassificationMetrics, seconds: float, waited: float) -> bool:
-        """Record the evaluation after an epoch. Returns whether it is the best so far."""
+    def add_evaluation(
+        self, at: Moment, counted: ClassificationMetrics, seconds: float, waited: float, *, is_last: bool = False
+    ) -> bool:
+        """Record the evaluation after an epoch, which may be the last one of the run. Returns whether it is kept."""
         record = self._state.stages[at.stage]
         line = self._log(at, counted, seconds, waited, split="val", window="epoch")
         kept = ("split", "n", *FIGURES, "stage", "epoch", "step")
@@ -73,19 +87,26 @@ class Records:
         record.seconds += seconds
         if self._is_better(record.best):
             record.best = final
-        return self._keep_if_best()
+        return self._keep(is_last=is_last)
 
     def add_interpolation(
-        self, stage: str, figures: Mapping[float, Mapping[str, Any]], alpha: float, seconds: float
+        self,
+        stage: str,
+        figures: Mapping[float, Mapping[str, Any]],
+        alpha: float,
+        seconds: float,
+        *,
+        is_last: bool = False,
     ) -> bool:
         """Record the evaluations of interpolated weights at the end of a stage, after that of its last epoch.
 
         Args:
             figures: by alpha.
             alpha: the one chosen.
+            is_last: of the run.
 
         Returns:
-            Whether its evaluation is the best so far.
+            Whether its evaluation is kept as the best so far.
         """
         record, last = self._state.stages[stage], self._state.final
         assert last is not None
@@ -94,14 +115,19 @@ class Records:
         record.wise_ft = {"alpha": alpha, "metric": self._metric, "seconds": seconds, "figures": rows}
         record.seconds += seconds
         self._state.final = {**last, **{key: figures[alpha][key] for key in FIGURES}, "alpha": alpha}
-        return self._keep_if_best()
+        return self._keep(is_last=is_last)
 
-    def _keep_if_best(self) -> bool:
-        """Whether the last evaluation is the best of the run so far. Keeps it then."""
-        is_best = self._is_better(self._state.best)
-        if is_best:
-            self._state.best = self._state.final
-        return is_best
+    def _keep(self, *, is_last: bool) -> bool:
+        """Keep the last evaluation if it is the best of the run so far, or preferred to it. Returns whether it is."""
+        final, best = self._state.final, self._state.best
+        is_kept = self._is_better(best)
+        if not is_kept and is_last and self._prefer_last and final and best and near(self._metric, final, best):
+            shown = ("stage", "epoch", "step", "alpha", self._metric)
+            final = self._state.final = {**final, "instead_of": {key: best[key] for key in shown if key in best}}
+            is_kept = True
+        if is_kept:
+            self._state.best = final
+        return is_kept
 
     def _is_better(self, than: dict[str, Any] | None) -> bool:
         """Whether the last evaluation is better than an earlier one; None: there is none."""

@@ -64,6 +64,12 @@ def test_a_recipe_adds_to_another() -> None:
         assert all("=" in word for word in resolve(name, recipes.RECIPES))
 
 
+def test_a_value_can_be_the_run_of_another_recipe(tmp_path: Path) -> None:
+    given = ["data.image_size=64", "stages.full.distill.teacher=@large"]
+    found = recipes.with_runs(given, tmp_path / "letters-full" / "taught" / "seed-2")
+    assert found == ["data.image_size=64", f"stages.full.distill.teacher={tmp_path}/letters-full/large/seed-2"]
+
+
 def test_wrong_tasks_are_named(tmp_path: Path) -> None:
     for text in ("flowers", f"flowers={tmp_path}", "flowers=", "a/b=c"):
         with pytest.raises(UserError, match="--task"):

@@ -112,7 +112,13 @@ def evaluation(run_dir: Path, checkpoint: str, path: Path) -> dict[str, float]:
 
 
 def test_a_checkpoint_holds_the_weights_that_were_evaluated(small: list[str], tmp_path: Path) -> None:
-    ema = ["stages.head.ema=0.8", "stages.full.ema=0.9", "stages.head.lr=0.1", "stages.full.lr=0.1"]
+    ema = [
+        "stages.head.ema=0.8",
+        "stages.full.ema=0.9",
+        "stages.head.lr=0.1",
+        "stages.full.lr=0.1",
+        "prefer_last=false",
+    ]
     runs = {world: tmp_path / str(world) for world in (1, 2)}
     for world, run_dir in runs.items():
         assert run_ranks(world, train, [*small, *ema, f"run_dir={run_dir}"]) == [0] * world

@@ -73,9 +73,9 @@ def test_a_best_that_was_beaten_is_not_kept(
 ) -> None:
     original = Records.add_evaluation
 
-    def best(self: Records, *args: Any) -> bool:
+    def best(self: Records, *args: Any, **more: Any) -> bool:
         self._state.best = None
-        return original(self, *args)
+        return original(self, *args, **more)
 
     monkeypatch.setattr(Records, "add_evaluation", best)
     run = tmp_path / "run"

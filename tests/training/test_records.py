@@ -1,0 +1,60 @@
+"""Which evaluation is kept: the best one, or the last one where val can't tell them apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from distil_tl.rundir.state import RunState, StageRecord
+from distil_tl.training.metrics import ClassificationMetrics
+from distil_tl.training.records import Moment, Records
+
+
+def counted(right: int, n: int = 100) -> ClassificationMetrics:
+    """Metrics of `n` images in two classes, of which `right` are predicted correctly."""
+    metrics = ClassificationMetrics(2, torch.device("cpu"))
+    targets = torch.arange(n) % 2
+    predicted = torch.where(torch.arange(n) < right, targets, 1 - targets)
+    logits = torch.nn.functional.one_hot(predicted, 2).float()
+    metrics.update(logits, targets, (predicted != targets).float(), torch.ones(n, dtype=torch.bool))
+    return metrics
+
+
+def evaluations(*right: int, prefer_last: bool = True, metric: str = "top1") -> tuple[dict[str, Any], list[bool]]:
+    """What is kept after evaluations with so many correct images, and whether each was."""
+    state = RunState(stages={"head": StageRecord()})
+    records = Records(state, None, 8, metric, prefer_last=prefer_last)
+    kept = [
+        records.add_evaluation(Moment("head", i, 0.1), counted(each), 1.0, 0.0, is_last=i == len(right) - 1)
+        for i, each in enumerate(right)
+    ]
+    assert state.best is not None
+    return state.best, kept
+
+
+def test_the_last_evaluation_is_kept_where_val_can_not_tell_it_from_the_best() -> None:
+    best, kept = evaluations(70, 80, 72, 75)  # the interval of 80 in 100 begins at 0.711
+    assert (best["epoch"], best["top1"], kept) == (4, 0.75, [True, True, False, True])
+    assert best["instead_of"] == {"stage": "head", "epoch": 2, "step": 0, "top1": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("right", "given"),
+    [
+        pytest.param((70, 80, 70), {}, id="below the interval"),
+        pytest.param((70, 80, 79), {"prefer_last": False}, id="switched off"),
+        pytest.param((70, 80, 79), {"metric": "macro_f1"}, id="no share of images"),
+        pytest.param((70, 80, 60), {"metric": "loss"}, id="loss"),
+    ],
+)
+def test_the_best_evaluation_is_kept_otherwise(right: tuple[int, ...], given: dict[str, Any]) -> None:
+    best, kept = evaluations(*right, **given)
+    assert (best["epoch"], kept) == (2, [True, True, False])
+    assert "instead_of" not in best
+
+
+def test_a_last_evaluation_that_is_the_best_is_in_place_of_none() -> None:
+    best, kept = evaluations(70, 80)
+    assert (best["epoch"], kept, "instead_of" in best) == (2, [True, True], False)
