@@ -37,6 +37,8 @@ def resolve_auto(config: Config, images: int, state: Mapping[str, Any]) -> tuple
     stages = dict(config.stages)
     for name, stage in config.stages.items():
         epochs = planned(name, stage.epochs, saved, begun=name in begun)
+        if stage.fits_head and epochs != 0:
+            epochs = 1  # a fit counts as one
         if epochs == AUTO:
             epochs = auto_epochs(max(1, images // data.global_batch_size))
         if epochs != stage.epochs:
@@ -72,12 +74,18 @@ def settle_auto(
     config, found = resolve_auto(config, images, state)
     if problem := auto_problem(found, images, world_size):
         raise UserError(problem)
-    if found:
-        logger.info("auto: %s", describe_auto(found, images))
+    shown = {key: value for key, value in found.items() if not _is_fit(config, key)}
+    if shown:
+        logger.info("auto: %s", describe_auto(shown, images))
     for name, stage in config.stages.items():
         if name not in state.get("stages", {}):
             warn_if_nothing_is_mixed(name, stage)
     return config, found
+
+
+def _is_fit(config: Config, key: str) -> bool:
+    """Whether a key is the epochs of a stage that fits its head."""
+    return any(stage.fits_head and key == f"stages.{name}.epochs" for name, stage in config.stages.items())
 
 
 def warn_if_nothing_is_mixed(name: str, stage: StageConfig) -> None:

@@ -48,6 +48,7 @@ from distil_tl.time_limit import limit_epochs
 from distil_tl.training import console
 from distil_tl.training.evaluation import MISTAKES, evaluate
 from distil_tl.training.head_search import search_head
+from distil_tl.training.heads.stage_head import fit_head
 from distil_tl.training.memory import replayed, until_memory_suffices
 from distil_tl.training.metrics import Meter
 from distil_tl.training.network import ImageNetwork
@@ -55,7 +56,7 @@ from distil_tl.training.optim import lr_factor, set_lr
 from distil_tl.training.precision import set_rounding
 from distil_tl.training.stage import Stage, check_stages, count_trainable
 from distil_tl.training.stage_fit import refuse_unfit_stages
-from distil_tl.training.stage_setup import set_up_stage
+from distil_tl.training.stage_setup import StageSetup, set_up_stage
 from distil_tl.training.stage_start import begin_stage
 from distil_tl.training.step import (
     StageTraining,
@@ -145,7 +146,7 @@ def run_stage(run: Run, stage: Stage) -> None:
     if stage.config.search.wanted:
         stage = search_head(info, stage, setup, run.source, record, run.agreement)
     log_every = run.config.tracking.log_every
-    if run.config.max_minutes is not None and not run.has_entered(stage.name):
+    if run.config.max_minutes is not None and not run.has_entered(stage.name) and not stage.config.fits_head:
         stage = limit_epochs(
             run, stage, lambda: begin_stage(info, stage, model, setup, run.source, run.plan, record, log_every),
             accumulate_gradients,
@@ -158,7 +159,10 @@ def run_stage(run: Run, stage: Stage) -> None:
 
     position = run.enter(training)
     while not record.has_finished(stage.config.epochs):
-        train_one_epoch(run, training, position)
+        if stage.config.fits_head:
+            fit_in_one_step(run, training, setup, position)
+        else:
+            train_one_epoch(run, training, position)
         position = evaluate_epoch(run, training, position)
         if run.agreement.exchange_now() is Request.STOP:
             raise AllRanksStopError
@@ -198,6 +202,19 @@ def train_one_epoch(run: Run, training: StageTraining, position: Position) -> No
                 run.save(training)
                 if asked is Request.STOP:
                     raise AllRanksStopError
+
+
+def fit_in_one_step(run: Run, training: StageTraining, setup: StageSetup, position: Position) -> None:
+    """Fit the head of a stage to all features, in place of an epoch of steps. It counts as one step."""
+    info, stage = run.info, training.stage
+    info.phase = f"the fit of stage {stage.name}"
+    counts = fit_head(info, stage, setup, run.source, run.state.stages[stage.name], run.agreement)
+    training.meter.add(counts)
+    set_lr(training.optimizer, 0.0)
+    training.batches.start_val()
+    run.state.position = position
+    position.step += 1
+    run.unsaved = False  # until its evaluation is complete, a run that is stopped fits it again
 
 
 def accumulate_gradients(info: DistInfo, training: StageTraining, step: int) -> Tensor:

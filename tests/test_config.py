@@ -17,8 +17,9 @@ from omegaconf import OmegaConf
 
 from distil_tl.arguments import usage
 from distil_tl.config import Config, check, hints, load, problems, run_name
+from distil_tl.config.compiler import compiler_problem
 from distil_tl.rundir.changes import unsafe_changes
-from distil_tl.training.config import compiler_problem, default_stages
+from distil_tl.training.config import default_stages
 from distil_tl.utils.args import flatten, plain, to_yaml
 from distil_tl.utils.errors import UserError
 
@@ -260,7 +261,7 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch
     for name in ("CC", "CXX", "TORCH_INDUCTOR_INSTALL_GXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("distil_tl.training.config.is_installed", lambda name: True)
+    monkeypatch.setattr("distil_tl.config.compiler.is_installed", lambda name: True)
     message = str(compiler_problem("all", device, lambda: device == "cuda"))
     tool, variable = ("g++", "CXX") if device == "cpu" else ("gcc or clang", "CC")
     assert f"there is no {tool} on this machine: install one, name one with" in message

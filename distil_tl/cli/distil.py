@@ -39,7 +39,7 @@ def run(run_dir: Path, overrides: Sequence[str], config_file: Path | None) -> No
 def student(run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration of a student of a run: that of the run, with the section `model` at its defaults.
 
-    Each stage learns from the run, but for one that searches heads, which are chosen by the labels.
+    Each stage learns from the run, but for one that searches or fits heads, which are chosen by the labels.
 
     Raises:
         UserError: no such run, no model for the student, or no stage that can learn from a teacher.
@@ -51,15 +51,16 @@ def student(run_dir: Path, overrides: Sequence[str]) -> dict[str, Any]:
     stages = mapping(tree, "stages")
     taught = [stage for stage in stages.values() if stage.get("epochs") != 0 and not _searches_heads(stage)]
     if not taught:
-        raise UserError(f"every stage of {run_dir} searches heads; none can learn from a teacher")
+        raise UserError(f"every stage of {run_dir} searches or fits heads; none can learn from a teacher")
     for stage in taught:  # whose own teacher may have been weights
         stage["distill"] = {**mapping(stage, "distill"), "teacher": str(run_dir), "model": None, "image_size": None}
     return {**tree, "model": {}, "run_dir": None, "resume": "auto"}
 
 
 def _searches_heads(stage: dict[str, Any]) -> bool:
+    """Whether heads are chosen by the labels."""
     search = mapping(stage, "search")
-    return bool(search.get("lr") or search.get("weight_decay"))
+    return bool(search.get("lr") or search.get("weight_decay") or stage.get("head", "linear") != "linear")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
     own = [argument.removeprefix(prefix) for argument in overrides if argument.startswith(prefix)]
     changes = _values([argument for argument in own if not argument.startswith("epochs=")])
     record = mapping(done, name)
+    fitted = {"head": "linear"} if stages[name].get("head", "linear") != "linear" else {}
     found = {**_auto_result(stages[name], record), **_search_result(record, mapping(tree, "optim"))}
-    added = {**stages[name], "search": {}, **found, **changes, "epochs": epochs}
+    added = {**stages[name], "search": {}, **fitted, **found, **changes, "epochs": epochs}
     last = list(stages)[-1]
     is_same = last.startswith(f"{name}_") and stages[last] == overlay(stages[last], added)
     state = mapping(done, last)

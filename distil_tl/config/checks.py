@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from distil_tl.config.compiler import compiler_problem
 from distil_tl.config.sections import Config
 from distil_tl.data.config import (
     evaluation_problems,
@@ -20,7 +21,6 @@ from distil_tl.training.config import (
     COMPILE_MODES,
     METRICS,
     PRECISIONS,
-    compiler_problem,
     wants_features,
 )
 from distil_tl.utils.args import (
@@ -115,6 +115,12 @@ def _section_problems(config: Config) -> Iterator[str]:
             yield (
                 f"stages.{name}.search needs a stage that trains on features: set unfreeze=head, and features=on or "
                 f"views=N where images are augmented; or remove the search"
+            )
+        alone = stage.trains_head and wants_features(stage, stage.augment or config.data.augment)
+        if stage.fits_head and stage.epochs != 0 and not stage.mixes and not alone:
+            yield (
+                f"stages.{name}.head={stage.head} is fitted to features: set unfreeze=head, and features=on where "
+                f"images are augmented; or use stages.{name}.head=linear"
             )
         if searched and stage.search.prefer == "regularized" and config.metric == "loss":
             yield (

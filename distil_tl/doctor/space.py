@@ -69,7 +69,7 @@ def judge_features(
         if cache.free >= needed:
             report.ok(GROUP, f"stages.{name}", text)
             continue
-        must = stage.features == "on" or stage.views is not None or stage.search.wanted
+        must = stage.features == "on" or stage.views is not None or stage.search.wanted or stage.fits_head
         report.add(
             GROUP, f"stages.{name}", FAIL if must else WARN, f"{text}; free some space or set DISTIL_TL_CACHE, "
             f"{'or' if must else 'else the frozen part runs in each epoch;'} set stages.{name}.features=off",

@@ -32,6 +32,18 @@ def search_maps(run: Run) -> list[Markup]:
     return maps
 
 
+def fit_tables(run: Run) -> list[Markup]:
+    """The settings that were tried, for each stage that fits its head."""
+    stages = mapping(run.summary, "stages")
+    tables = []
+    for name in stages:
+        fit = mapping(mapping(stages, name), "fit")
+        if isinstance(fit.get("heads"), list):
+            metric = "top1"
+            tables.append(h("div", h("h3", f"Stage {name}: {fit.get('head')}"), path_table(fit["heads"], fit, metric)))
+    return tables
+
+
 def head_map(heads: object, chosen: tuple[float, float], metric: str) -> Markup:
     """A heat map of a metric, or a list of the best heads, for the heads of a search."""
     return _heat_map(_cells(heads, metric), chosen)

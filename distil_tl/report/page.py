@@ -9,7 +9,7 @@ from pathlib import Path
 
 from distil_tl.report import curves, images, overview, reliability, tables
 from distil_tl.report.confusion import MAX_DRAWN, Confusion, heat_map, pair_table, read_confusion
-from distil_tl.report.head_search import search_maps
+from distil_tl.report.head_search import fit_tables, search_maps
 from distil_tl.report.load import Run, mapping
 from distil_tl.report.markup import Child, Markup, h, join
 
@@ -66,6 +66,7 @@ def _body(run: Run) -> Markup:
         section(
             "Head search", "Val top-1 of each candidate head. The outlined one was chosen.", search_maps(run), wide=True
         ),
+        section("Fitted heads", "On val, by setting. The one with a star was chosen.", fit_tables(run)),
         section(
             "Interpolated weights",
             "Between the first weights of a stage (alpha 0) and its best ones (alpha 1).",

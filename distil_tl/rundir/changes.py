@@ -72,6 +72,7 @@ NEW_KEYS: dict[str, Any] = {
     "optim.focal_gamma": 2.0,
     "optim.effective_beta": 0.999,
     "stages.*.search.prefer": "best",
+    "stages.*.head": "linear",
     "stages.*.mixup": 0.0,
     "stages.*.cutmix": 0.0,
     "stages.*.mix_off_epochs": 0,

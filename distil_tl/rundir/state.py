@@ -48,6 +48,7 @@ class StageRecord:
     best: dict[str, Any] | None = None  # its best evaluation
     stopped_early: bool = False  # out of patience; its last checkpoint has the weights of its best evaluation
     search: dict[str, Any] | None = None  # result of the head search
+    fit: dict[str, Any] | None = None  # the head that was fitted, and the settings that it was chosen from
     limit: dict[str, Any] | None = None  # what `max_minutes` made of its epochs, and from which figures
     teacher: dict[str, Any] | None = None  # whose outputs it learns from: run_dir, checkpoint and digest
     wise_ft: dict[str, Any] | None = None  # result of the interpolation at the end

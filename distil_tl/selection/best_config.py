@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import yaml
 
 from distil_tl.selection.cells import Result
 from distil_tl.selection.config import trains_head
-from distil_tl.training.config import StageConfig
+from distil_tl.training.config import SearchConfig, StageConfig
+from distil_tl.training.heads.config import FITTED_HEADS
 from distil_tl.utils.args import flatten
 
 RESOLVED_WEIGHTS = ("package", "default")  # what `auto` became on this machine
@@ -41,6 +42,9 @@ def best_config(
         kept["model.weights"] = now["model.weights"]
     tree = _nested(kept)
     name, stage = head
+    if result.kind in FITTED_HEADS:
+        epochs = {"search": SearchConfig(), "epochs": 1, "lr": StageConfig().lr, "views": None}
+        stage = replace(stage, head=result.kind, **epochs)
     first = _differing(stage)
     if result.kind == "linear":
         first |= {

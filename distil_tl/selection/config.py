@@ -9,7 +9,8 @@ from typing import Any
 
 from distil_tl.data.config import CROP_MODES
 from distil_tl.training.auto_rules import auto_lr
-from distil_tl.training.config import FITTED_HEADS, SearchConfig, StageConfig
+from distil_tl.training.config import SearchConfig, StageConfig
+from distil_tl.training.heads.config import FITTED_HEADS
 from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import did_you_mean
 
@@ -42,7 +43,7 @@ LISTS = {
 # The head of a head search, then linear layers that are fitted, then heads that are no linear layer.
 HEADS = ("linear", *FITTED_HEADS, "cosine", "knn", "mlp")
 ALL_HEADS = "all"
-STARTABLE = ("linear",)  # with which a run can begin
+STARTABLE = ("linear", *FITTED_HEADS)  # with which a run can begin
 HEAD_EPOCHS = 20
 HEAD_LR = (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 1e-1)
 HEAD_WEIGHT_DECAY = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
@@ -105,7 +106,7 @@ def read_budget(text: str) -> float:
 
 def trains_head(stage: StageConfig) -> bool:
     """Whether a stage trains the head alone."""
-    return stage.epochs != 0 and stage.unfreeze in ("head", 1, ["head"])
+    return stage.epochs != 0 and stage.trains_head
 
 
 def head_stage(stages: dict[str, StageConfig]) -> tuple[str, StageConfig]:
@@ -120,4 +121,4 @@ def head_stage(stages: dict[str, StageConfig]) -> tuple[str, StageConfig]:
     search = first.search if first.search.wanted else SearchConfig(list(HEAD_LR), list(HEAD_WEIGHT_DECAY))
     augment = "none" if first.views is None else first.augment
     lr = auto_lr(None, 0) if first.lr == AUTO else first.lr  # as for a first stage that is trained
-    return name, replace(first, features="on", augment=augment, image_size=None, lr=lr, search=search)
+    return name, replace(first, features="on", augment=augment, image_size=None, lr=lr, search=search, head="linear")

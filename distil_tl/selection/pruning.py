@@ -87,7 +87,7 @@ def _score(scorer: CellSearch, cell: Cell) -> Score:
     began = time.monotonic()
     try:
         opened = scorer.open_cell(cell)
-        layers, _ = dropout_and_head(opened.setup.network, opened.stage.name)
+        layers, _ = dropout_and_head(opened.setup.network, opened.stage)
     except UserError as error:
         if scorer.is_of_cell(error):
             raise UnfitError(str(error)) from error

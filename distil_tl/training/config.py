@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import shlex
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +11,12 @@ from typing import Any
 from distil_tl.data.augmentation import Augment, augment_problem
 from distil_tl.models.library_folder import is_weights, weights_in, weights_problem
 from distil_tl.models.names import LIBRARY_CONFIG
+from distil_tl.training.heads.config import head_problems
 from distil_tl.utils.auto import AUTO, real_number, whole_number
 from distil_tl.utils.home import expand_home
-from distil_tl.utils.import_path import is_installed
 
 BATCH_NORM = ("frozen", "train")
 FEATURES = ("auto", "on", "off")
-FITTED_HEADS = ("logistic", "ridge", "lda", "prototypes")  # linear layers that are fitted, without epochs of steps
 OPTIMIZERS = ("adamw", "sgd")
 COMPRESSIONS = ("none", "bf16")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -127,6 +122,7 @@ class StageConfig:
     image_size: int | None = None  # pixels; null: data.image_size
     features: str = "auto"  # train on cached output of the frozen part: on | off | auto (if results stay the same)
     views: int | None = None  # augmented views of each image in the features; null: one view, not augmented
+    head: str = "linear"  # linear: epochs of steps | fitted to features: logistic | ridge | lda | prototypes
     search: SearchConfig = field(default_factory=SearchConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     ema: float | None = None  # decay of a moving average of the weights, which is evaluated and kept; null: none
@@ -135,6 +131,16 @@ class StageConfig:
     def __post_init__(self) -> None:
         self.epochs = whole_number(self.epochs)
         self.lr = real_number(self.lr)
+
+    @property
+    def fits_head(self) -> bool:
+        """Whether the head is fitted, which counts as one epoch of one step."""
+        return self.head != "linear"
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head trains alone."""
+        return self.unfreeze in ("head", 1, ["head"])
 
     @property
     def mixes(self) -> bool:
@@ -177,6 +183,12 @@ class StageConfig:
                 f"{key} trains the whole network, so it can't use features; remove {key}.features and {key}.views"
             )
         found += self._mixing_problems(key)
+        steps = {
+            "search": self.search.wanted, "distill.teacher": self.distill.teacher, "mixup": self.mixup,
+            "cutmix": self.cutmix, "views": self.views, "ema": self.ema, "wise_ft": self.wise_ft,
+            "patience": self.patience,
+        }  # fmt: skip
+        found += head_problems(key, self.head, [name for name, value in steps.items() if value])
         if self.ema is not None and not 0 < self.ema < 1:
             found.append(f"{key}.ema is the decay of an average: above 0 and below 1, such as 0.99, or null for none")
         if self.image_size is not None and self.image_size < 8:
@@ -265,27 +277,3 @@ class OptimConfig:
         if self.clip_norm is not None and self.clip_norm <= 0:
             found.append("optim.clip_norm must be positive, or null for no clipping")
         return found
-
-
-def compiler_problem(compile: str, device: str, has_cuda: Callable[[], bool]) -> str | None:
-    """Why torch.compile can't work on this machine; None if nothing speaks against it.
-
-    Args:
-        device: as `distributed.device`.
-        has_cuda: whether torch sees a CUDA device, asked only if needed.
-    """
-    if compile == "none" or os.environ.get("TORCH_INDUCTOR_INSTALL_GXX"):
-        return None
-    if device == "cuda" or (device == "auto" and has_cuda()):
-        if not is_installed("triton"):
-            return f"compile={compile} needs triton on a GPU: pip install triton, or use compile=none"
-        kind, variable, names = "C", "CC", ["gcc", "clang"]
-    else:
-        kind, variable, names = "C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"]
-    given = shlex.split(os.environ.get(variable, ""))[:1]
-    if any(shutil.which(name) for name in given or names):
-        return None
-    return (
-        f"compile={compile} needs a {kind} compiler, and there is no {' or '.join(given or names)} on this machine: "
-        f"install one, name one with the environment variable {variable}, or use compile=none"
-    )

@@ -48,6 +48,9 @@ def print_stage(info: DistInfo, model: TransferModel, training: StageTraining, r
         "\nstage %s: %d of %d groups train (%s), %s of %s parameters", stage.name, len(trained), len(names), what,
         f"{record.trainable_parameters:,}", f"{total:,}",
     )  # fmt: skip
+    if config.fits_head:
+        logger.info("  fitted to features: %s head, %d px, %s", config.head, stage.image_size, record.precision)
+        return
     ranks, batch = info.world_size, training.sampler.global_batch_size
     lr = f"{config.lr:g}{' (auto)' if record.lr == config.lr else ''}"
     logger.info(

@@ -109,6 +109,8 @@ def refuse_without_features(stage: Stage, reason: str) -> None:
     key, config = f"stages.{stage.name}", stage.config
     if config.search.wanted:
         raise UserError(f"{key}.search needs features: {reason}; remove the search")
+    if config.fits_head:
+        raise UserError(f"{key}.head={config.head} needs features: {reason}; use {key}.head=linear")
     if config.features == "on" or config.views is not None:
         raise UserError(f"{key}.features: {reason}; use {key}.features=off and views=null")
     logger.info("stage %s: the frozen part runs in each epoch: %s", stage.name, reason)

@@ -99,12 +99,7 @@ def grid(stage: Stage) -> list[HeadSettings]:
 
 
 def search_head(
-    info: DistInfo,
-    stage: Stage,
-    setup: StageSetup,
-    source: ImageSource,
-    record: StageRecord,
-    agreement: Agreement,
+    info: DistInfo, stage: Stage, setup: StageSetup, source: ImageSource, record: StageRecord, agreement: Agreement
 ) -> Stage:
     """Search the grid of a stage that is about to begin. Returns the stage with the settings chosen.
 
@@ -129,7 +124,7 @@ def search_head(
 
 def prepare_search(info: DistInfo, stage: Stage, setup: StageSetup, source: ImageSource) -> HeadSearch:
     """What a search needs. Raises UserError if the stage trains something other than a single linear layer."""
-    dropout, head = dropout_and_head(setup.network, stage.name)
+    dropout, head = dropout_and_head(setup.network, stage)
     assert setup.features is not None
     sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs, whole=True)
     images = source.index("train")
@@ -166,14 +161,15 @@ def search_heads(info: DistInfo, search: HeadSearch, agreement: Agreement) -> di
     return {**chosen, "heads": heads}
 
 
-def dropout_and_head(network: Network, name: str) -> tuple[nn.Sequential, nn.Linear]:
+def dropout_and_head(network: Network, stage: Stage) -> tuple[nn.Sequential, nn.Linear]:
     """The layers before the head, such as a dropout, and the head."""
     layers = network.suffix if isinstance(network, FeatureNetwork) else None
     if isinstance(layers, nn.Sequential) and not list(layers[:-1].parameters()) and isinstance(layers[-1], nn.Linear):
         return layers[:-1], layers[-1]
+    what, other = ("head", "use head=linear") if stage.config.fits_head else ("search", "remove the search")
     raise UserError(
-        f"stages.{name}.search: the stage trains something other than a single linear layer on features; set "
-        f"unfreeze=head, or remove the search if the head of this model is not a linear layer"
+        f"stages.{stage.name}.{what}: the stage trains something other than a single linear layer on features; set "
+        f"unfreeze=head, or {other} if the head of this model is not a linear layer"
     )
 
 

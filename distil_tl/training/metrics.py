@@ -164,6 +164,11 @@ class Meter:
         self._since = time.monotonic() - self._carried
         self._carried = 0.0
 
+    def add(self, sums: Tensor) -> None:
+        """Add counts that are over all ranks, and equal on them."""
+        if self._info.is_main:
+            self._metrics._sums += sums
+
     def total(self) -> ClassificationMetrics:
         """The counts since the start of the epoch, over all ranks."""
         return self._metrics.reduce(self._info)

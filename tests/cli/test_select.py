@@ -112,6 +112,21 @@ def test_best_yaml_trains_the_head_that_was_chosen(folder: Path, tmp_path: Path)
     assert summary["stages"]["head"]["search"]["lr"] == best["lr"]
 
 
+def test_best_yaml_fits_the_head_that_was_chosen(folder: Path, tmp_path: Path) -> None:
+    grid = (f"candidates={SMALLEST}", "sizes=40", "heads=[knn,ridge,lda]")
+    assert select(arguments(folder, tmp_path / "out", *grid)) == 0
+    rows, best = content(tmp_path / "out")["rows"], content(tmp_path / "out")["best_yaml"]
+    (row,) = (row for row in rows if row["head"] == best["head"])
+    tree = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
+    head = {"unfreeze": "head", "augment": "none", "features": "on", "head": row["head"]}
+    assert tree["stages"]["head"] == head
+    run = tmp_path / "run"
+    assert train_module.main([str(tmp_path / "out" / "best.yaml"), f"run_dir={run}", "stages.full.epochs=0"]) == 0
+    fit, final = summary_of(run)["stages"]["head"]["fit"], summary_of(run)["final"]
+    assert fit["heads"] == row["heads"]
+    assert final["top1"] == row["top1"] == fit["top1"]
+
+
 def test_it_is_the_same_on_any_number_of_ranks(folder: Path, tmp_path: Path) -> None:
     found = []
     for world in (1, 2, 4):

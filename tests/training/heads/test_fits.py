@@ -18,9 +18,9 @@ from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch, read_launch
 from distil_tl.distributed.preemption import Agreement, Request
 from distil_tl.distributed.process_group import DistInfo, init_distributed
-from distil_tl.training.config import FITTED_HEADS
 from distil_tl.training.heads.closed_form import fit_lda, fit_prototypes, fit_ridge
 from distil_tl.training.heads.comparison import TEMPERATURE, UNIFORM, fit_cosine, fit_knn, fit_mlp
+from distil_tl.training.heads.config import FITTED_HEADS
 from distil_tl.training.heads.logistic import fit_logistic
 from distil_tl.training.heads.problem import Problem, open_problem
 from distil_tl.training.heads.rows import Group, Rows
