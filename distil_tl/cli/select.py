@@ -33,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="distil-tl select",
         usage="distil-tl select [CONFIG.yaml] [key=value ...] [--out DIR] [--budget TIME]",
-        description="Compare backbones, image sizes and crops by the accuracy of heads on their features. "
+        description="Compare backbones, image sizes, crops and read-outs by the accuracy of heads on their features. "
         "Writes DIR/select.html and select.json, and DIR/best.yaml for distil_tl.train. The same command resumes.",
         epilog="\n".join(["keys besides those of a run (distil-tl train --help):", *explain(GridConfig(), "")]),
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -88,7 +88,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         )
         stop.defer()
         agreement = Agreement(info, lambda: Request.STOP if stop else Request.CONTINUE)
-        search = CellSearch(info, common, splits, agreement)
+        search = CellSearch(info, common, splits, agreement, cells)
         selection = _Selection(info, out, outcome, search, began)
         try:
             if grid.keep is not None:

@@ -80,7 +80,7 @@ def result_table(grid: Grid, rows: int | None = None) -> str:
         cell, interval = result.cell, result.interval(metric)
         lines.append(
             [
-                cell.name, str(cell.image_size), cell.crop_mode, f"{result.value(metric):.4f}",
+                cell.name, str(cell.image_size), cell.crop_mode + cell.other_readout, f"{result.value(metric):.4f}",
                 "-" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
                 "*" if result in near else "", f"{cell.parameters / 1e6:.1f}",
                 "-" if cell.multiply_adds is None else f"{cell.multiply_adds / 1e9:.2f}",
@@ -88,8 +88,9 @@ def result_table(grid: Grid, rows: int | None = None) -> str:
                 f"{result.kind} {settings_of(result.head)}".rstrip(), f"{result.seconds:.1f}",
             ]
         )  # fmt: skip
+    crop = "crop, read-out" if any(result.cell.other_readout for result in ranked) else "crop"
     shown = f"{METRIC_NAMES.get(metric, metric)} on val"
-    header = ["backbone", "px", "crop", shown, "95 %", "", "M params", "GMACs", "images/s", "head", "seconds"]
+    header = ["backbone", "px", crop, shown, "95 %", "", "M params", "GMACs", "images/s", "head", "seconds"]
     return table(lines, header)
 
 

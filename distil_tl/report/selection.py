@@ -41,7 +41,7 @@ def _body(content: Content, name: str, best_yaml: str) -> Markup:
         _cards(content),
         section("Accuracy and cost", _COST, cost_plane(content)),
         section("All results", "The best first. A star: within the 95 % interval of the best.", _rows(content)),
-        section("What sizes, crops and heads add", _EFFECTS, _effects(content)),
+        section("What sizes, crops, read-outs and heads add", _EFFECTS, _effects(content)),
         section(
             "Settings of the best head",
             f"{_named(metric)} on val. {_MARK[is_map]} was chosen.",
@@ -61,8 +61,8 @@ _COST = (
 )
 _MARK = {True: "The outlined one", False: "The one with a star"}
 _EFFECTS = (
-    "Differences in points to the first size, crop or head, everything else equal; the mean, the lowest and the "
-    "highest. They are of val, and of single heads: differences of a few points are noise on a few hundred images."
+    "Differences in points to the first size, crop, read-out or head, everything else equal; the mean, the lowest and "
+    "the highest. They are of val, and of single heads: differences of a few points are noise on a few hundred images."
 )
 
 _PRUNED = (
@@ -80,7 +80,13 @@ def _shown(metric: str, value: object) -> str:
 
 
 def _titled(cell: dict[str, Any]) -> str:
-    return f"{cell['model']}, {cell['image_size']} px, {cell['crop_mode']}{_with_head(cell)}"
+    return f"{cell['model']}, {_settings(cell)}{_with_head(cell)}"
+
+
+def _settings(cell: dict[str, Any]) -> str:
+    """Size and crop, and the read-out if it is another than pooled."""
+    readout = cell.get("readout", "pooled")
+    return f"{cell['image_size']}{text.SPACE}px, {cell['crop_mode']}{'' if readout == 'pooled' else f', {readout}'}"
 
 
 def _with_head(row: dict[str, Any]) -> str:
@@ -90,10 +96,10 @@ def _with_head(row: dict[str, Any]) -> str:
 def _begins_with(content: Content) -> str:
     """What best.yaml begins with, where that is not the best."""
     first, best = mapping(content, "best_yaml"), content["best"]
-    keys = ("model", "image_size", "crop_mode", "head")
-    if not first or all(first[key] == best[key] for key in keys):
+    keys = ("model", "image_size", "crop_mode", "readout", "head")
+    if not first or all(first.get(key) == best.get(key) for key in keys):
         return ""
-    cell = f"{first['model']}, {first['image_size']} px, {first['crop_mode']}"
+    cell = f"{first['model']}, {_settings(first)}"
     return f"best.yaml begins with {cell} and a {first['head']} head, as a {best['head']} head is only compared."
 
 
@@ -116,7 +122,7 @@ def _cards(content: Content) -> Markup:
     near, rows = content["near_best"], len(content["rows"])
     gmacs, speed = number(best["gmacs"]), number(best["images_per_second"])
     cards = [
-        ("best", f"{best['image_size']} px, {best['crop_mode']}", f"{best['model']}{_with_head(best)}"),
+        ("best", _settings(best), f"{best['model']}{_with_head(best)}"),
         expected,
         (
             f"{_named(metric)} on val",
@@ -177,7 +183,7 @@ def _rows(content: Content) -> Markup:
     lines: list[Sequence[Child]] = [
         [
             [row["model"], star if row["near_best"] else None],
-            f"{row['image_size']}{text.SPACE}px, {row['crop_mode']}", _shown(metric, row[metric]), _between(row),
+            _settings(row), _shown(metric, row[metric]), _between(row),
             text.compact(number(row["parameters"])), text.decimal(number(row["gmacs"]), 2),
             text.rate(number(row["images_per_second"])),
             f"{row.get('head', 'linear')} {text.settings_of(row)}".rstrip(),
@@ -197,8 +203,8 @@ def _effects(content: Content) -> Child:
         ]
         for effect in content["effects"]
     ]  # fmt: skip
-    head = ["Size, crop or head", "Compared with", "Pairs", "Mean", "Lowest", "Highest"]
-    return table(head, rows, texts=2, label="What sizes, crops and heads add") if rows else None
+    head = ["Size, crop, read-out or head", "Compared with", "Pairs", "Mean", "Lowest", "Highest"]
+    return table(head, rows, texts=2, label="What sizes, crops, read-outs and heads add") if rows else None
 
 
 def _heads(content: Content) -> Child:

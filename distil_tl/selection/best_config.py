@@ -15,7 +15,9 @@ from distil_tl.training.heads.config import FITTED_HEADS
 from distil_tl.utils.args import flatten
 
 RESOLVED_WEIGHTS = ("package", "default")  # what `auto` became on this machine
-_OWN = ("run_dir", "resume", "recipe", "model.name", "model.weights", "data.image_size", "data.crop_mode")
+_OWN = (
+    "run_dir", "resume", "recipe", "model.name", "model.weights", "model.readout", "data.image_size", "data.crop_mode"
+)  # fmt: skip
 
 
 def best_config(
@@ -25,7 +27,7 @@ def best_config(
     head: tuple[str, StageConfig],
     result: Result,
 ) -> dict[str, Any]:
-    """The settings that differ from the defaults, and the model, size, crop and head of `result`: its first stage.
+    """The settings that differ from the defaults, and what was chosen: the first stage.
 
     Args:
         given, defaults: configurations as nested dicts, with interpolations unresolved.
@@ -38,6 +40,8 @@ def best_config(
     kept["data.root"] = now["data.root"]
     kept |= {"data.image_size": result.cell.image_size, "data.crop_mode": result.cell.crop_mode}
     kept["model.name"] = result.cell.name
+    if result.cell.readout != "pooled":
+        kept["model.readout"] = result.cell.readout
     if now["model.weights"] not in RESOLVED_WEIGHTS:
         kept["model.weights"] = now["model.weights"]
     tree = _nested(kept)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from distil_tl.data.bad_images import BadImages
@@ -22,22 +23,12 @@ from distil_tl.selection.cells import Cell, Result
 from distil_tl.selection.common import Common
 from distil_tl.selection.costs import images_per_second
 from distil_tl.selection.heads import HeadSearches
+from distil_tl.selection.open_cell import OpenCell
+from distil_tl.training.features import FeaturesUnavailableError, refuse_without_features
 from distil_tl.training.head_search import prepare_search
-from distil_tl.training.stage import Stage
-from distil_tl.training.stage_setup import StageSetup, set_up_stage
+from distil_tl.training.stage_setup import set_up_stage
 from distil_tl.utils.errors import NonFiniteError, UserError, listed
 from distil_tl.utils.log import logger
-
-
-@dataclass(frozen=True)
-class OpenCell:
-    """A cell with its model and its features."""
-
-    stage: Stage
-    model: TransferModel
-    source: ImageSource
-    record: StageRecord
-    setup: StageSetup
 
 
 class UnfitError(Exception):
@@ -51,13 +42,17 @@ class RanksDifferError(UserError):
 class CellSearch:
     """Searches one cell after another. All methods are collectives."""
 
-    def __init__(self, info: DistInfo, common: Common, splits: Splits, agreement: Agreement) -> None:
+    def __init__(
+        self, info: DistInfo, common: Common, splits: Splits, agreement: Agreement, cells: Sequence[Cell] = ()
+    ) -> None:
         self.info = info
         self.common = common
         self.splits = splits
         self.agreement = agreement
         self.bad_images = BadImages(common.data.on_bad_image)
-        self._model: TransferModel | None = None  # the last one, as cells with other crops follow
+        self.cells = cells
+        self._opened: OpenCell | None = None  # the last one, with all read-outs: cells with other ones or crops follow
+        self._speed: tuple[tuple[str, int], float | None] | None = None  # of the last network
 
     def search(self, cell: Cell, kinds: Sequence[str]) -> list[Result]:
         """The results of a cell, one for each kind of head.
@@ -91,11 +86,10 @@ class CellSearch:
             raise
         except NonFiniteError as error:
             raise UnfitError(str(error)) from error
-        features, prefix = found.setup.features, found.setup.prefix
+        features = found.setup.features
         assert features is not None
-        assert prefix is not None
         self.bad_images.refuse_none_usable(len(features.val) - len(features.val.bad()), "val", self.splits.val)
-        speed = images_per_second(self.info, prefix, cell.image_size)
+        speed = self._images_per_second(cell, found)
         return [
             Result(
                 cell=cell,
@@ -118,30 +112,70 @@ class CellSearch:
         return not (error.one_rank or isinstance(error, RanksDifferError))
 
     def open_cell(self, cell: Cell) -> OpenCell:
-        """The model of a cell, and the features of train and val. Raises UserError as `set_up_stage` does."""
+        """The model of a cell, and the features of train and val. Raises UserError as `set_up_stage` does.
+
+        Cells of the same network share what was traced, and those of the same images their forward passes.
+        """
+        opened = self._opened
+        if opened is None or opened.cell.passes != cell.passes:
+            self._opened = None
+            if opened is not None and opened.cell.network == cell.network:
+                opened = self._with_crop(opened, cell)
+            else:
+                del opened  # frees its memory first
+                opened = self._with_network(cell)
+            self._opened = opened
+        return opened.read_out(cell.readout, self.common.seed)
+
+    def _with_network(self, cell: Cell) -> OpenCell:
         info, common, data = self.info, self.common, self.common.data
+        gc.collect()  # the graphs of the last network refer to themselves
         stage, model, record = common.stage_of(cell), self._built(cell), StageRecord()
         model.preprocess = model.preprocess.with_crop(cell.crop_mode, data.crop_pct)
         source = ImageSource(info, data, self.splits.as_dict(), model.preprocess, self.bad_images)
         micro = plan_batches(data.global_batch_size, info.world_size, data.max_local_batch_size).micro
         setup = set_up_stage(info, stage, model, source, record, micro, self.agreement)
-        return OpenCell(stage, model, source, record, setup)
+        return OpenCell(cell, stage, model, source, record, setup)
+
+    def _with_crop(self, opened: OpenCell, cell: Cell) -> OpenCell:
+        """The same network with the features of other crops."""
+        data, before = self.common.data, opened.model
+        model = replace(before, preprocess=before.preprocess.with_crop(cell.crop_mode, data.crop_pct))
+        source = ImageSource(self.info, data, self.splits.as_dict(), model.preprocess, self.bad_images)
+        found = replace(opened, cell=cell, model=model, source=source)
+        try:
+            features = found.extractor(self.info, self.agreement).open_all()
+        except FeaturesUnavailableError as error:
+            refuse_without_features(found.stage, str(error))
+        return replace(found, setup=replace(found.setup, features=features))
+
+    def _images_per_second(self, cell: Cell, found: OpenCell) -> float | None:
+        """The speed of a network, measured once."""
+        if self._speed is None or self._speed[0] != cell.network:
+            assert found.setup.prefix is not None
+            self._speed = cell.network, images_per_second(self.info, found.setup.prefix, cell.image_size)
+        return self._speed[1]
+
+    def _readouts(self, cell: Cell) -> list[str]:
+        """The read-outs of all cells of a network, in their order; of a cell that is not planned its own."""
+        planned = dict.fromkeys(each.readout for each in self.cells if each.network == cell.network)
+        return list(planned) or [cell.readout]
 
     def _built(self, cell: Cell) -> TransferModel:
-        model, classes = self._model, len(self.splits.classes)
-        if model is None or (model.name, model.image_size) != (cell.name, cell.image_size):
-            self._model = None  # frees its memory first
-            config = self.common.model_of(cell)
-            failed: UserError | None = None
-            try:
-                model = build(config, classes, image_size=cell.image_size, seed=self.common.seed)
-            except UserError as error:
-                failed = error
-            self._refuse_alike(cell, failed)
-            assert model is not None
-            model.module.to(self.info.device)
-            self._model = model
-        return replace(model)
+        """The model of a cell, with the read-outs of all cells of this network if there are several."""
+        readouts, config = self._readouts(cell), self.common.model_of(cell)
+        together = readouts if len(readouts) > 1 else None
+        model, failed = None, None
+        try:
+            model = build(
+                config, len(self.splits.classes), image_size=cell.image_size, seed=self.common.seed, readouts=together
+            )
+        except UserError as error:
+            failed = error
+        self._refuse_alike(cell, failed)
+        assert model is not None
+        model.module.to(self.info.device)
+        return model
 
     def _refuse_alike(self, cell: Cell, failed: UserError | None) -> None:
         """Raise what `build` raised if it was the same on all ranks; RanksDifferError if it was not. A collective."""

@@ -15,7 +15,7 @@ SHARES = ("top1", "top5")  # metrics that are shares of the images, for which Wi
 
 @dataclass(frozen=True)
 class Cell:
-    """A backbone, an image size and a crop.
+    """A backbone, an image size, a crop and a read-out.
 
     Attributes:
         name, weights: as `model.name` and `model.weights`.
@@ -24,6 +24,7 @@ class Cell:
         parameters: of the model with its head.
         multiply_adds: for one image; None if unknown.
         digest: of everything that its result depends on.
+        readout: as `model.readout`.
     """
 
     name: str
@@ -33,6 +34,17 @@ class Cell:
     parameters: int
     multiply_adds: int | None
     digest: str = ""
+    readout: str = "pooled"
+
+    @property
+    def network(self) -> tuple[str, int]:
+        """The backbone and the size, which several cells share."""
+        return self.name, self.image_size
+
+    @property
+    def passes(self) -> tuple[str, int, str]:
+        """The forward passes, which read-outs share."""
+        return *self.network, self.crop_mode
 
     @property
     def cost(self) -> float:
@@ -41,7 +53,12 @@ class Cell:
 
     @property
     def title(self) -> str:
-        return f"{self.name} {self.image_size} px {self.crop_mode}"
+        return f"{self.name} {self.image_size} px {self.crop_mode}{self.other_readout}"
+
+    @property
+    def other_readout(self) -> str:
+        """The read-out after a space, if it is another than pooled."""
+        return "" if self.readout == "pooled" else f" {self.readout}"
 
 
 @dataclass(frozen=True)
@@ -160,8 +177,15 @@ class Grid:
         return result.cell.title if len(self.heads) == 1 else f"{result.cell.title}, {result.kind} head"
 
     def following(self) -> Cell | None:
-        """The most promising cell: of each backbone one first, the cheapest first; then those of the best backbones."""
+        """The most promising cell: of each backbone one first, the cheapest first; then those of the best backbones.
+
+        Read-outs that share the forward passes of the last result come before all others.
+        """
         left = self.left
+        if self.results:
+            beside = [cell for cell in left if cell.passes == self.results[-1].cell.passes]
+            if beside:
+                return beside[0]
         if not left:
             return None
         tried = {cell.name for cell in self.failed}
@@ -176,9 +200,8 @@ class Grid:
         return min(left, key=lambda cell: best.get(cell.name, worst))
 
     def fail(self, cell: Cell, reason: str) -> None:
-        """A network that can't be used at a size: it is left out with every crop."""
-        alike = (cell.name, cell.image_size)
-        self.failed |= {each: reason for each in self.left if (each.name, each.image_size) == alike}
+        """A network that can't be used at a size: it is left out with every crop and read-out."""
+        self.failed |= {each: reason for each in self.left if each.network == cell.network}
 
     def ranked(self) -> list[Result]:
         """The results, the best first; of equal ones the cheaper first."""

@@ -13,7 +13,7 @@ from distil_tl.training.stage import Stage
 
 @dataclass(frozen=True)
 class Common:
-    """The configuration of a cell, but for its backbone, size and crop.
+    """The configuration of a cell, but for its backbone, size, crop and read-out.
 
     Attributes:
         stage: its name.
@@ -34,7 +34,7 @@ class Common:
     deterministic: bool
 
     def model_of(self, cell: Cell) -> ModelConfig:
-        return replace(self.model, name=cell.name, weights=cell.weights)
+        return replace(self.model, name=cell.name, weights=cell.weights, readout=cell.readout)
 
     def stage_of(self, cell: Cell) -> Stage:
         return Stage(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distil_tl.data.config import CROP_MODES
+from distil_tl.models.names import READOUTS
 from distil_tl.training.auto_rules import auto_lr
 from distil_tl.training.config import SearchConfig, StageConfig
 from distil_tl.training.heads.config import FITTED_HEADS
@@ -42,7 +43,7 @@ LISTS = {
 
 # The head of a head search, then linear layers that are fitted, then heads that are no linear layer.
 HEADS = ("linear", *FITTED_HEADS, "cosine", "knn", "mlp")
-ALL_HEADS = "all"
+ALL = "all"  # heads or read-outs
 STARTABLE = ("linear", *FITTED_HEADS)  # with which a run can begin
 HEAD_EPOCHS = 20
 HEAD_LR = (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 1e-1)
@@ -58,11 +59,13 @@ class GridConfig:
     sizes: Any = field(default_factory=list)  # image sizes in pixels, as in [128,224]; []: that of each backbone
     keep: Any = None  # of a long list: search only so many backbones, those of the highest LogME; null: all
     crops: Any = field(default_factory=list)  # of data.crop_mode, as in [weights,squash]; []: the configured one
+    readouts: Any = field(default_factory=list)  # of model.readout, as in [pooled,last2]; all; []: the configured one
     heads: Any = "linear"  # linear | logistic | ridge | lda | prototypes | cosine | knn | mlp, a list of these, or all
 
     def __post_init__(self) -> None:
         self.candidates, self.sizes, self.crops = (_list(value) for value in (self.candidates, self.sizes, self.crops))
-        self.heads = list(HEADS) if _list(self.heads) == [ALL_HEADS] else _list(self.heads)
+        self.readouts = list(READOUTS) if _list(self.readouts) == [ALL] else _list(self.readouts)
+        self.heads = list(HEADS) if _list(self.heads) == [ALL] else _list(self.heads)
 
     def problems(self) -> Iterator[str]:
         """Messages for all invalid values, other than names of backbones."""
@@ -80,6 +83,10 @@ class GridConfig:
             if crop not in CROP_MODES:
                 hint = did_you_mean(str(crop), CROP_MODES) or f"; choose of {', '.join(CROP_MODES)}"
                 yield f"crops has {crop!r}{hint}"
+        for readout in self.readouts:
+            if readout not in READOUTS:
+                hint = did_you_mean(str(readout), READOUTS) or f"; choose of {', '.join(READOUTS)}, or all alone"
+                yield f"readouts has {readout!r}{hint}"
         if not self.heads:
             yield f"heads is empty; choose of {', '.join(HEADS)}, or all"
         for head in self.heads:

@@ -10,15 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from distil_tl.data.feature_cache import FeatureSubset
+from distil_tl.data.feature_cache import FeatureDataset, FeatureSubset
 from distil_tl.data.sampler import TrainSampler, epoch_order
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.rundir.state import StageRecord
-from distil_tl.selection.cell_search import OpenCell
 from distil_tl.selection.cells import Estimate, Result
 from distil_tl.selection.heads import HeadSearches
-from distil_tl.training.feature_extraction import FeatureExtractor
+from distil_tl.selection.open_cell import OpenCell
 from distil_tl.training.features import Features, FeaturesUnavailableError
 from distil_tl.training.head_search import HeadSearch, prepare_search
 from distil_tl.utils.errors import NonFiniteError, UserError
@@ -51,7 +49,7 @@ def estimate(info: DistInfo, found: OpenCell, result: Result, agreement: Agreeme
 def on_test(info: DistInfo, found: OpenCell, result: Result, agreement: Agreement) -> Estimate:
     """The figure on test, of the head trained on train with the chosen settings. Raises on all ranks alike."""
     assert found.setup.features is not None
-    test = _extractor(info, found, agreement).open("test", "none", 1)
+    test = _computed(info, found, agreement, "test")
     n = len(test) - len(test.bad())
     if n == 0:
         raise UserError("no image of test can be used; repair them, or remove the split")
@@ -71,9 +69,7 @@ def by_cross_validation(
     """
     stage, features = found.stage, found.setup.features
     assert features is not None
-    plain = (
-        features.train if stage.config.views is None else _extractor(info, found, agreement).open("train", "none", 1)
-    )
+    plain = features.train if stage.config.views is None else _computed(info, found, agreement, "train")
     targets = found.source.index("train").targets
     fold = divide(targets, folds, stage.seed)
     smallest = min(int((~np.isin(fold, (k, (k + 1) % folds))).sum()) for k in range(folds))
@@ -116,10 +112,8 @@ def divide(targets: np.ndarray, folds: int, seed: int) -> np.ndarray:
     return fold
 
 
-def _extractor(info: DistInfo, found: OpenCell, agreement: Agreement) -> FeatureExtractor:
-    assert found.setup.prefix is not None
-    extractor = FeatureExtractor(
-        info, found.model, found.setup.prefix, found.source, found.stage, StageRecord(), agreement, limit_memory=False
-    )
+def _computed(info: DistInfo, found: OpenCell, agreement: Agreement, split: str) -> FeatureDataset:
+    """The features of a split without augmentation. Raises on all ranks alike."""
+    extractor = found.extractor(info, agreement)
     extractor.fails_alike = True
-    return extractor
+    return found.read(extractor.open(split, "none", 1))

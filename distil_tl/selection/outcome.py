@@ -74,7 +74,7 @@ def _begins_with(grid: Grid) -> dict[str, Any]:
     result = startable(grid)
     head = result.kind if result.kind in STARTABLE else "linear"
     cell = cell_fields(result.cell)
-    return {**{key: cell[key] for key in ("model", "image_size", "crop_mode")}, "head": head}
+    return {**{key: cell[key] for key in ("model", "image_size", "crop_mode", "readout")}, "head": head}
 
 
 def cell_fields(cell: Cell) -> dict[str, Any]:
@@ -83,6 +83,7 @@ def cell_fields(cell: Cell) -> dict[str, Any]:
         "model": cell.name,
         "image_size": cell.image_size,
         "crop_mode": cell.crop_mode,
+        "readout": cell.readout,
         "parameters": cell.parameters,
         "gmacs": gmacs,
     }
@@ -125,8 +126,8 @@ def row(result: Result, metric: str, near: Iterable[Result], front: Iterable[Res
 
 
 def effects(results: Sequence[Result], grid: Grid) -> Iterator[dict[str, Any]]:
-    """What each size, crop and head changes, compared with the first one, over all that differ in nothing else."""
-    keys = ("image_size", "crop_mode")
+    """What sizes, crops, read-outs and heads change, compared with the first, over all that differ in nothing else."""
+    keys = ("image_size", "crop_mode", "readout")
     values = {key: [getattr(cell, key) for cell in grid.cells] for key in keys} | {"head": list(grid.heads)}
     for key, tried in values.items():
         first, *others = dict.fromkeys(tried)

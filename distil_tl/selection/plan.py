@@ -7,7 +7,7 @@ import json
 import secrets
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -38,19 +38,64 @@ def plan_cells(
     left_out: dict[str, str] = {}
     for model in models:
         for size in grid.sizes or [default_preprocess(model).crop_size]:
-            try:
-                with torch.device("meta"):
-                    network = build(model, len(splits.classes), image_size=size, seed=0, pretrained=False)
-                    network.try_size(size, "sizes")
-                    parameters = sum(parameter.numel() for parameter in network.module.parameters())
-                    costs = parameters, count_macs(network.module, size)
-            except UserError as error:
-                left_out[f"{model.name} {size} px"] = str(error)
-                continue
+            with torch.device("meta"):
+                fitting, reasons = _networks(model, size, grid.readouts or [model.readout], len(splits.classes))
+            left_out |= {f"{model.name} {size} px{name}": reason for name, reason in reasons.items()}
             for crop in grid.crops or [common.data.crop_mode]:
-                cell = Cell(model.name, model.weights, size, crop, *costs)
-                cells.append(replace(cell, digest=_digest(cell, common, splits, network, device)))
+                for readout, network in fitting.items():
+                    cell = Cell(
+                        model.name, model.weights, size, crop, network.parameters, network.macs, readout=readout
+                    )  # fmt: skip
+                    cells.append(replace(cell, digest=_digest(cell, common, splits, network.model, device)))
     return cells, left_out
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A network on the device `meta`, with its parameters and multiply-adds."""
+
+    model: TransferModel
+    parameters: int
+    macs: int | None
+
+
+def _networks(
+    model: ModelConfig, size: int, readouts: Sequence[str], classes: int
+) -> tuple[dict[str, _Network], dict[str, str]]:
+    """The network with each read-out that it has; and why it lacks others. Called for the device `meta`.
+
+    The reasons are by the name of the read-out, after a space; by the empty name if it lacks all of them.
+    """
+    found, reasons = dict[str, _Network](), dict[str, str]()
+    for readout in readouts:
+        try:
+            built = build(replace(model, readout=readout), classes, image_size=size, seed=0, pretrained=False)
+            built.try_size(size, "sizes")
+        except UserError as error:
+            reasons[readout] = str(error)
+            continue
+        parameters = sum(parameter.numel() for parameter in built.module.parameters())
+        found[readout] = _Network(built, parameters, count_macs(built.module, size))
+    if not found:
+        return {}, {"": reasons[readouts[0]]}
+    if len(found) > 1:
+        for readout, reason in _not_beside(model, size, list(found), classes).items():
+            reasons[readout] = reason
+            del found[readout]
+    return found, {f" {name}": reason for name, reason in reasons.items()}
+
+
+def _not_beside(model: ModelConfig, size: int, readouts: list[str], classes: int) -> dict[str, str]:
+    """Why some read-outs are not computed beside those before them: they give the same, or they can't be."""
+    try:
+        columns = build(model, classes, image_size=size, seed=0, pretrained=False, readouts=readouts).columns
+    except UserError as error:
+        return dict.fromkeys(readouts[1:], str(error))
+    reasons, first = dict[str, str](), dict[tuple[int, int], str]()
+    for readout in readouts:
+        if (same := first.setdefault(columns[readout], readout)) != readout:
+            reasons[readout] = f"it gives the same as {same}"
+    return reasons
 
 
 def _digest(cell: Cell, common: Common, splits: Splits, network: TransferModel, device: str) -> str:

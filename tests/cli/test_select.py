@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import yaml
 from distil_tl import train as train_module
 from distil_tl.cli import select as command
 from distil_tl.cli.selection import _Selection
-from distil_tl.selection import costs, pruning
+from distil_tl.models.transfer import build
+from distil_tl.selection import cell_search, costs, pruning
 from distil_tl.selection.cell_search import CellSearch
 from distil_tl.selection.cells import Cell, Result
 from distil_tl.selection.config import HEADS
 from distil_tl.selection.outcome import TIMES
+from distil_tl.training import feature_extraction, stage_setup
 from tests.helpers.arguments import SMALLEST
 from tests.helpers.images import make_folder
 from tests.helpers.ranks import run_ranks
@@ -131,13 +134,93 @@ def test_it_is_the_same_on_any_number_of_ranks(folder: Path, tmp_path: Path) -> 
     found = []
     for world in (1, 2, 4):
         out, cache = tmp_path / f"out{world}", str(tmp_path / f"cache{world}")
-        grid = (TWO, "sizes=[32]", "crops=squash", "heads=all")
+        grid = (TWO, "sizes=[32]", "crops=squash", "heads=all", "readouts=[pooled,last2]")
         assert run_ranks(world, select, arguments(folder, out, *grid), cache) == [0] * world
         assert content(out)["ranks"] == world
         found.append(without_times(content(out)))
     assert found[0] == found[1] == found[2]
     assert found[0]["estimate"]["split"] == "train"
-    assert len(found[0]["rows"]) == 2 * len(HEADS)
+    assert len(found[0]["rows"]) == 2 * 2 * len(HEADS)
+
+
+def test_read_outs_and_crops_share_a_network_and_read_outs_its_passes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[str] = []
+
+    def counted(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def count(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, count)
+
+    networks = list[weakref.ref[Any]]()
+
+    def build_alone(*args: Any, **kwargs: Any) -> Any:
+        assert not [each for each in networks if each() is not None], "the former network is released first"
+        done.append("build")
+        model = build(*args, **kwargs)
+        networks.append(weakref.ref(model.module))
+        return model
+
+    monkeypatch.setattr(cell_search, "build", build_alone)
+    counted(stage_setup, "cut_frozen_prefix")
+    counted(feature_extraction, "_compute_chunk")
+    searched, original = list[Cell](), CellSearch.search
+
+    def search(self: CellSearch, cell: Cell, kinds: list[str]) -> list[Result]:
+        if len(searched) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        searched.append(cell)
+        return original(self, cell, kinds)
+
+    # A network with a class token lacks last2, and its token is what is pooled.
+    names = f"candidates=[{SMALLEST},timm/test_vit]"
+    grid = (names, "sizes=48", "crops=[weights,squash]", "readouts=[pooled,last2,token,mean]", "heads=[linear,ridge]")
+    args = arguments(folder, tmp_path / "out", *grid)
+    with monkeypatch.context() as patch:
+        patch.setattr(CellSearch, "search", search)
+        assert select(args) == 3
+    assert [each.readout for each in searched] == ["pooled", "mean"], "it follows, as its features are there"
+    assert done == ["build", "cut_frozen_prefix", "_compute_chunk", "_compute_chunk"]
+    assert select(args) == 0
+    assert done.count("_compute_chunk") == 2 * 2 * 2, "once for each network, crop and split"
+    assert done.count("build") == done.count("cut_frozen_prefix") <= 1 + 2 + 2
+    found, page = content(tmp_path / "out"), (tmp_path / "out" / "select.html").read_text()
+    rows = {(row["model"], row["crop_mode"], row["readout"], row["head"]): row for row in found["rows"]}
+    tried = {SMALLEST: ("pooled", "last2"), "timm/test_vit": ("pooled", "mean")}
+    assert set(rows) == {
+        (model, crop, readout, head) for model, readouts in tried.items() for crop in ("weights", "squash")
+        for readout in readouts for head in ("linear", "ridge")
+    }  # fmt: skip
+    assert "it gives the same as pooled" in found["left_out"]["timm/test_vit 48 px token"]
+    assert "no layer of it averages" in found["left_out"]["timm/test_vit 48 px last2"]
+    assert "no tokens" in found["left_out"][f"{SMALLEST} 48 px mean"]
+    assert {(each["value"], each["pairs"]) for each in found["effects"] if each["key"] == "readout"} == {
+        ("last2", 4), ("mean", 4),
+    }  # fmt: skip
+    pooled, last2 = (rows[SMALLEST, "squash", readout, "linear"] for readout in ("pooled", "last2"))
+    wider = last2["features"] - pooled["features"]
+    assert wider > 0
+    assert last2["parameters"] - pooled["parameters"] == len(found["classes"]) * wider
+    assert "squash, last2" in page
+    assert "squash last2" in capsys.readouterr().out
+
+    # Alone each has the same figures.
+    for readout in ("pooled", "last2"):
+        out, alone = tmp_path / readout, (f"candidates={SMALLEST}", "sizes=48", "crops=squash", f"readouts={readout}")
+        assert select(arguments(folder, out, *alone), str(tmp_path / f"cache-{readout}")) == 0
+        (row,) = content(out)["rows"]
+        changed = {"near_best": None, "pareto": None, "seconds": None, "images_per_second": None}
+        assert {**row, **changed} == {**rows[SMALLEST, "squash", readout, "linear"], **changed}
+    model = yaml.safe_load((tmp_path / "last2" / "best.yaml").read_text())["model"]
+    assert model == {"name": SMALLEST, "weights": "none", "readout": "last2"}
+    best, run = tmp_path / "last2" / "best.yaml", tmp_path / "run"
+    assert train_module.main([str(best), f"run_dir={run}", "stages.full.epochs=0"]) == 0
+    assert summary_of(run)["final"]["top1"] == row["top1"]
 
 
 def test_of_a_long_list_only_the_best_by_logme_are_searched(
@@ -239,7 +322,13 @@ def test_a_head_that_is_only_compared_leaves_best_yaml_to_the_linear_search(fold
     assert select(args) == 0
     found = content(tmp_path / "out")
     assert found["best"]["head"] == "knn"
-    assert found["best_yaml"] == {"model": SMALLEST, "image_size": 32, "crop_mode": "weights", "head": "linear"}
+    assert found["best_yaml"] == {
+        "model": SMALLEST,
+        "image_size": 32,
+        "crop_mode": "weights",
+        "readout": "pooled",
+        "head": "linear",
+    }
     assert "as a knn head is only compared" in (tmp_path / "out" / "select.html").read_text()
     head = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())["stages"]["head"]
     assert head["search"]["lr"] == [0.1, 0.003]

@@ -35,7 +35,7 @@ def test_the_page_shows_the_result_its_costs_and_what_was_left_out() -> None:
     page = str(render_selection(content(), "select-flowers", "runs/select flowers/best.yaml"))
     for shown in (
         "timm/&lt;best&gt;", "77.0\u202f%", "64.0\u202f% to 86.0\u202f%", "2 of 3", "2.00 GMACs", "1.23\u202fM", "+2.1",
-        "late, 96 px, squash", "it can&#x27;t be cut", "timm far.tag", "&#x27;runs/select flowers/best.yaml&#x27;",
+        "late, 96\u202fpx, squash", "it can&#x27;t be cut", "timm far.tag", "&#x27;runs/select flowers/best.yaml&#x27;",
         "321", "50 images of test",
     ):  # fmt: skip
         assert shown in page, shown

@@ -56,6 +56,7 @@ def test_a_list_a_single_value_and_commas_are_the_same() -> None:
         ({"sizes": [4]}, "sizes has 4"),
         ({"sizes": ["big"]}, "sizes has 'big'"),
         ({"crops": ["squish"]}, "squash"),
+        ({"readouts": ["last5"]}, "last2"),
         ({"candidates": []}, "candidates is empty"),
         ({"candidates": [3]}, "candidates has 3"),
     ],
@@ -130,6 +131,19 @@ def test_each_backbone_is_tried_once_before_the_best_ones_get_more() -> None:
         order.append((following.name, following.image_size))
         grid.results.append(result(following, figures[following.name]))
     assert order == [("b", 32), ("c", 32), ("a", 32), ("c", 64), ("a", 64), ("b", 64)]
+
+
+def test_read_outs_of_the_same_passes_follow_each_other() -> None:
+    cells = [
+        replace(cell(name, gmacs=gmacs), readout=readout) for name, gmacs in (("a", 2), ("b", 1))
+        for readout in ("pooled", "last2", "mean")
+    ]  # fmt: skip
+    grid, order = Grid(cells, "top1"), list[str]()
+    while (following := grid.following()) is not None:
+        order.append(f"{following.name} {following.readout}")
+        grid.results.append(result(following, 0.5))
+    assert order == ["b pooled", "b last2", "b mean", "a pooled", "a last2", "a mean"]
+    assert grid.cells[1].title == "a 32 px weights last2"
 
 
 def test_a_network_that_fails_is_left_out_with_every_crop_of_its_size() -> None:
