@@ -12,10 +12,10 @@ from distil_tl.training.heads.problem import Problem
 from distil_tl.utils.errors import NonFiniteError
 
 # Penalties of the squared weights, relative to the mean squared error.
-RIDGE_PENALTIES = (1000.0, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.01)
-SHRINKAGES = (0.9, 0.5, 0.2, 0.1, 0.03, 0.01, 0.001)
+RIDGE_PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.5, 0.3, 0.1, 0.03, 0.01)
+SHRINKAGES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.03, 0.01)
 RIDGE_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-LDA_SCALES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
+LDA_SCALES = (1 / 256, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 PROTOTYPE_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # for distances divided by the number of features
 NEVER = -1e4  # logit of a class without images
 

@@ -18,7 +18,8 @@ COSINE_SCALES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 # The published evaluation of DINO (Caron et al., 2021): this temperature, and k of 10 to 200.
 NEIGHBOURS, TEMPERATURE = (200, 100, 50, 20, 10, 5, 1), 0.07
 UNIFORM = 0.01  # share of equal votes for all classes, so that no probability is 0
-DECAYS = (1.0, 0.1)
+MOST = 1 << 24  # similarities, and votes, at once
+DECAYS = (0.1,)
 HIDDEN, EPOCHS, BATCH, LR, WARMUP = 256, 12, 64, 1e-3, 0.1
 
 
@@ -44,13 +45,18 @@ def fit_knn(problem: Problem, neighbours: tuple[int, ...] = NEIGHBOURS) -> Fitte
     fitting = [k for k in neighbours if k <= len(rows.targets)] or [len(rows.targets)]
     columns = F.normalize(rows.features, dim=1).T.contiguous()
 
-    def logits(features: Tensor) -> Tensor:
+    def votes(features: Tensor) -> Tensor:
         nearest = (F.normalize(features, dim=1) @ columns).topk(max(fitting), dim=1)
-        votes = ((nearest.values - nearest.values[:, :1]) / TEMPERATURE).double().exp() * rows.weights[nearest.indices]
-        of_class = F.one_hot(rows.targets[nearest.indices], classes) * votes[..., None]
+        weight = ((nearest.values - nearest.values[:, :1]) / TEMPERATURE).double().exp() * rows.weights[nearest.indices]
+        of_class = F.one_hot(rows.targets[nearest.indices], classes) * weight[..., None]
         found = torch.stack([of_class[:, :k].sum(dim=1) for k in fitting], dim=1)
         shares = found / found.sum(dim=2, keepdim=True)
         return torch.log((1 - UNIFORM) * shares + UNIFORM / classes).float()
+
+    at_once = max(1, min(MOST // len(rows.targets), MOST // (max(fitting) * classes)))
+
+    def logits(features: Tensor) -> Tensor:
+        return torch.cat([votes(part) for part in torch.split(features, at_once)])
 
     return Fitted([{"k": float(k)} for k in fitting], (1.0,), logits)
 

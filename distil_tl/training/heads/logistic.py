@@ -15,9 +15,9 @@ from distil_tl.training.heads.problem import Problem
 from distil_tl.training.heads.rows import Part
 
 # Half of the penalty of the squared weights, relative to the mean loss. 1 / (n C) in scikit-learn.
-PENALTIES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.001)
+PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 HISTORY, ITERATIONS = 10, 60
-TOLERANCE = 1e-4  # of the largest element of the gradient
+TOLERANCE = 2e-4  # of the largest element of the gradient
 SUFFICIENT = 1e-4  # share of the expected decrease that a step must reach (Armijo)
 MAX_HALVINGS = 12
 SMALLEST_GAIN = 1e-8  # relative; float32 products do not resolve a smaller one
@@ -25,15 +25,25 @@ SMALLEST_GAIN = 1e-8  # relative; float32 products do not resolve a smaller one
 Objective = Callable[[Tensor], "tuple[Tensor, Tensor]"]  # a point to the value and its gradient
 
 
-def fit_logistic(problem: Problem, penalties: Sequence[float] = PENALTIES) -> Fitted:
-    """Multinomial logistic regression for each penalty, each starting from the solution of the one before."""
+def fit_logistic(problem: Problem, penalties: Sequence[float] = PENALTIES, last: int = 0) -> Fitted:
+    """Multinomial logistic regression for each penalty, each starting from the solution of the one before.
+
+    Args:
+        last: how many of the penalties are wanted, from the last on; 0: all.
+    """
     point = torch.zeros(problem.classes * (problem.width + 1), dtype=torch.float64, device=problem.counts.device)
     layers = []
     for penalty in penalties:
         point = minimize(functools.partial(_objective, problem, penalty), point, problem.group.share)
         weight = point.view(problem.classes, -1)
         layers.append((weight[:, :-1].clone(), weight[:, -1].clone()))
-    return Fitted.of_linear([{"penalty": penalty} for penalty in penalties], (1.0,), *stacked(layers))
+    wanted = [{"penalty": penalty} for penalty in penalties][-last:]
+    return Fitted.of_linear(wanted, (1.0,), *stacked(layers[-last:]))
+
+
+def path_to(penalty: float) -> list[float]:
+    """The path that ends with a penalty, so that its solution is the same as on the whole path."""
+    return [each for each in PENALTIES if each > penalty] + [penalty]
 
 
 def _objective(problem: Problem, penalty: float, point: Tensor) -> tuple[Tensor, Tensor]:

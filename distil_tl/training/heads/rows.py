@@ -22,6 +22,7 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.training.memory import is_out_of_memory
 
 SMALLEST_BLOCK, MAX_BLOCKS = 256, 16  # rows of a block, except the last one; and blocks of a split
+AT_ONCE = 1 << 22  # numbers that the ranks exchange in one collective
 PART = 2048  # rows that are computed at once
 
 Weigh = Callable[[Tensor, Tensor], Tensor]  # targets and positions of images, int64 [N]: their weights, float64 [N]
@@ -68,6 +69,21 @@ class Group(NamedTuple):
             tensor = tensor.contiguous()
             dist.broadcast(tensor, src=0)
         return tensor
+
+
+def _of_ranks(info: DistInfo, own: Tensor, count: int) -> Iterator[Tensor]:
+    """The tensors of the first `count` ranks, one after another where all at once need much memory. A collective."""
+    if info.store is None:
+        yield own
+    elif own.numel() * info.world_size <= AT_ONCE:
+        each = [torch.empty_like(own) for _ in range(info.world_size)]
+        dist.all_gather(each, own)
+        yield from each[:count]
+    else:
+        for rank in range(count):
+            found = own if rank == info.rank else torch.empty_like(own)
+            dist.broadcast(found, src=rank)
+            yield found
 
 
 class Rows:
@@ -165,10 +181,6 @@ class Rows:
             if first + info.rank < len(self.blocks):
                 for part in self.parts(first + info.rank):
                     own += of(part)
-            each = [own]
-            if info.store is not None:
-                each = [torch.empty_like(own) for _ in range(info.world_size)]
-                dist.all_gather(each, own)
-            for found in each[: len(self.blocks) - first]:
+            for found in _of_ranks(info, own, min(info.world_size, len(self.blocks) - first)):
                 sums += found
         return sums

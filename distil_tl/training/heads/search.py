@@ -20,7 +20,7 @@ from distil_tl.training.head_search import HeadSearch
 from distil_tl.training.heads.closed_form import fit_lda, fit_prototypes, fit_ridge
 from distil_tl.training.heads.comparison import fit_cosine, fit_knn, fit_mlp
 from distil_tl.training.heads.fitted import Fitted, Settings
-from distil_tl.training.heads.logistic import fit_logistic
+from distil_tl.training.heads.logistic import fit_logistic, path_to
 from distil_tl.training.heads.problem import Problem, open_problem
 from distil_tl.training.heads.rows import Group, Part, Rows, Weigh
 from distil_tl.training.metrics import ClassificationMetrics
@@ -39,7 +39,7 @@ def fit(kind: str, problem: Problem, settings: Settings | None = None) -> Fitted
     if kind == "lda":
         return fit_lda(problem, [wanted["shrinkage"]]) if wanted else fit_lda(problem)
     if kind == "logistic":
-        return fit_logistic(problem, [wanted["penalty"]]) if wanted else fit_logistic(problem)
+        return fit_logistic(problem, path_to(wanted["penalty"]), last=1) if wanted else fit_logistic(problem)
     if kind == "knn":
         return fit_knn(problem, (int(wanted["k"]),)) if wanted else fit_knn(problem)
     if kind == "mlp":

@@ -18,6 +18,7 @@ from distil_tl.distributed.config import DistributedConfig
 from distil_tl.distributed.launch_env import Launch, read_launch
 from distil_tl.distributed.preemption import Agreement, Request
 from distil_tl.distributed.process_group import DistInfo, init_distributed
+from distil_tl.training.heads import rows as rows_module
 from distil_tl.training.heads.closed_form import fit_lda, fit_prototypes, fit_ridge
 from distil_tl.training.heads.comparison import TEMPERATURE, UNIFORM, fit_cosine, fit_knn, fit_mlp
 from distil_tl.training.heads.config import FITTED_HEADS
@@ -156,8 +157,7 @@ def test_a_small_network_learns_what_no_linear_layer_can(tmp_path: Path) -> None
     targets = ((features[:, 0] > 0) ^ (features[:, 1] > 0)).long().numpy()
     found = open_problem(Rows(group(), dataset(tmp_path, features, targets)), 2)
     fitted = fit_mlp(found)
-    right = [float((fitted.logits(features)[:, i].argmax(1).numpy() == targets).mean()) for i in range(2)]
-    assert max(right) > 0.8
+    assert (fitted.logits(features)[:, 0].argmax(1).numpy() == targets).mean() > 0.8
     linear = fit_ridge(found, [0.1]).logits(features)[:, 0].argmax(1).numpy()
     assert (linear == targets).mean() < 0.65
 
@@ -188,8 +188,7 @@ def test_the_choice_is_by_the_metric_and_one_candidate_can_be_fitted_again(tmp_p
         settings = {key: value for key, value in chosen.items() if key not in ("top1", "loss")}
         again = choose(kind, found, val, "loss", settings)
         assert len(again.heads) == 1
-        # A path of logistic regression starts from the solution before, a single one from 0.
-        assert again.chosen["loss"] == pytest.approx(chosen["loss"], rel=1e-2 if kind == "logistic" else 1e-6)
+        assert again.chosen["loss"] == pytest.approx(chosen["loss"], rel=1e-6)
 
 
 def test_a_class_without_images_is_not_predicted(tmp_path: Path) -> None:
@@ -215,6 +214,7 @@ def test_nothing_to_fit_is_said(tmp_path: Path) -> None:
 def fitted_on_ranks(folder: str) -> list[Any]:
     """The choices of all kinds of heads, and that they are equal on all ranks."""
     with init_distributed(read_launch(os.environ), DistributedConfig(device="cpu", timeout_seconds=60)) as info:
+        rows_module.AT_ONCE = 300  # larger sums are exchanged one after another
         features, targets = images(700, 20)
         data = dataset(Path(folder) / str(info.rank), features, targets, bad=300)
         found = open_problem(Rows(group(info), data, weights_of_classes), CLASSES)
