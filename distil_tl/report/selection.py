@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from distil_tl.report import text
-from distil_tl.report.figures import between
 from distil_tl.report.head_search import head_map, path_table
 from distil_tl.report.load import mapping
 from distil_tl.report.markup import Child, Markup, h
@@ -103,9 +102,13 @@ def _begins_with(content: Content) -> str:
     return f"best.yaml begins with {cell} and a {first['head']} head, as a {best['head']} head is only compared."
 
 
-def _between(row: dict[str, Any] | None) -> str:
-    found = (row or {}).get("interval")
-    return between((found[0], found[1])) if found else ""
+def _between(metric: str, row: dict[str, Any]) -> str:
+    found = row.get("interval")
+    return f"{_shown(metric, found[0])} to {_shown(metric, found[1])}" if found else ""
+
+
+def _difference(metric: str, value: float) -> str:
+    return f"{value:+.3f}".replace("-", "\u2212") if metric == "loss" else text.percentage_points(value)
 
 
 def _cards(content: Content) -> Markup:
@@ -114,7 +117,7 @@ def _cards(content: Content) -> Markup:
         (
             "to expect",
             _shown(metric, estimate["value"]),
-            f"{_between(estimate)}, {estimate['n']:,} {estimate['method']}",
+            f"{_between(metric, estimate)}, {estimate['n']:,} {estimate['method']}",
         )
         if estimate
         else ("to expect", text.MISSING, content["no_estimate"] or "")
@@ -127,7 +130,7 @@ def _cards(content: Content) -> Markup:
         (
             f"{_named(metric)} on val",
             _shown(metric, best[metric]),
-            f"{_between(best)}; {chosen_by_it(rows)}",
+            f"{_between(metric, best)}; {chosen_by_it(rows)}",
         ),
         ("within its interval", f"{near} of {rows}", "val can't tell these apart"),
         (
@@ -183,7 +186,7 @@ def _rows(content: Content) -> Markup:
     lines: list[Sequence[Child]] = [
         [
             [row["model"], star if row["near_best"] else None],
-            _settings(row), _shown(metric, row[metric]), _between(row),
+            _settings(row), _shown(metric, row[metric]), _between(metric, row),
             text.compact(number(row["parameters"])), text.decimal(number(row["gmacs"]), 2),
             text.rate(number(row["images_per_second"])),
             f"{row.get('head', 'linear')} {text.settings_of(row)}".rstrip(),
@@ -199,7 +202,7 @@ def _effects(content: Content) -> Child:
         [
             f"{effect['value']}{' px' if effect['key'] == 'image_size' else ''}", f"{effect['compared_with']}",
             text.count(effect["pairs"]),
-            *(text.percentage_points(effect[name]) for name in ("mean", "lowest", "highest")),
+            *(_difference(content["metric"], effect[name]) for name in ("mean", "lowest", "highest")),
         ]
         for effect in content["effects"]
     ]  # fmt: skip

@@ -19,7 +19,7 @@ from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.report.text import settings_of
 from distil_tl.rundir.state import StageRecord
-from distil_tl.selection.cells import Cell, Result
+from distil_tl.selection.cells import SHARES, Cell, Result, metric_interval
 from distil_tl.selection.common import Common
 from distil_tl.selection.costs import images_per_second
 from distil_tl.selection.heads import HeadSearches
@@ -90,18 +90,20 @@ class CellSearch:
         assert features is not None
         self.bad_images.refuse_none_usable(len(features.val) - len(features.val.bad()), "val", self.splits.val)
         speed = self._images_per_second(cell, found)
+        n, metric = len(features.val) - len(features.val.bad()), self.common.metric
         return [
             Result(
                 cell=cell,
                 source=found.model.weights.source,
-                n=len(features.val) - len(features.val.bad()),
-                head={key: value for key, value in head.items() if key not in ("heads", "best")},
+                n=n,
+                head={key: value for key, value in head.items() if key not in ("heads", "best", "spread")},
                 heads=head["heads"],
                 precision=str(found.record.prefix_precision),
                 features=features.train.example(1)[0].numel(),
                 images_per_second=speed,
                 seconds=seconds[kind],
                 kind=kind,
+                other_interval=None if metric in SHARES else metric_interval(metric, head, n),
             )
             for kind, head in chosen.items()
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,7 @@ class Result:
         images_per_second: of all ranks, in forward passes of the frozen part; None if memory does not suffice for them.
         seconds: for features and heads; of several kinds of heads the first one has those for features.
         kind: of the head, as in `heads`.
+        other_interval: 95 %, of a metric that is no share of images; None where there are too many classes for one.
     """
 
     cell: Cell
@@ -87,17 +88,25 @@ class Result:
     images_per_second: float | None
     seconds: float
     kind: str = "linear"
+    other_interval: Interval | None = None
 
     def value(self, metric: str) -> float:
         return float(self.head[metric])
 
     def interval(self, metric: str) -> Interval | None:
-        """The 95 % interval of a metric that is a share of images; None for others."""
-        return share_interval(metric, self.value(metric), self.n)
+        """The 95 % interval of the metric."""
+        return share_interval(metric, self.value(metric), self.n) if metric in SHARES else self.other_interval
 
 
 def share_interval(metric: str, value: float, n: int) -> Interval | None:
+    """Wilson's interval of a metric that is a share of images; None for others."""
     return wilson(round(value * n), n) if metric in SHARES else None
+
+
+def metric_interval(metric: str, figures: Mapping[str, Any], n: int) -> Interval | None:
+    """The 95 % interval of the metric, from the result of a head on `n` images."""
+    spread = figures.get("spread")
+    return share_interval(metric, figures[metric], n) if spread is None else spread.interval(metric)
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class Estimate:
         method: how they were kept apart, in words.
         n: images.
         metric: its name.
-        interval: 95 %, for shares of images.
+        interval: 95 %; None where there are too many classes for one.
     """
 
     split: str
@@ -118,10 +127,6 @@ class Estimate:
     metric: str
     value: float
     interval: Interval | None
-
-    @classmethod
-    def of(cls, split: str, method: str, n: int, metric: str, value: float) -> Estimate:
-        return cls(split, method, n, metric, value, share_interval(metric, value, n))
 
 
 @dataclass(frozen=True)
@@ -237,4 +242,6 @@ def near_best(results: Sequence[Result], metric: str) -> list[Result]:
     interval = results[0].interval(metric)
     if interval is None:
         return list(results[:1])
+    if metric == "loss":
+        return [result for result in results if result.value(metric) <= interval[1]]
     return [result for result in results if result.value(metric) >= interval[0]]

@@ -14,7 +14,7 @@ from distil_tl.data.feature_cache import FeatureDataset, FeatureSubset
 from distil_tl.data.sampler import TrainSampler, epoch_order
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
-from distil_tl.selection.cells import Estimate, Result
+from distil_tl.selection.cells import Estimate, Result, metric_interval
 from distil_tl.selection.heads import HeadSearches
 from distil_tl.selection.open_cell import OpenCell
 from distil_tl.training.features import Features, FeaturesUnavailableError
@@ -56,7 +56,8 @@ def on_test(info: DistInfo, found: OpenCell, result: Result, agreement: Agreemen
     search = prepare_search(info, found.stage, found.setup, found.source)
     search = replace(search, features=Features(found.setup.features.train, test))
     scored = HeadSearches(info, search, agreement).result(result.kind, result.head)
-    return Estimate.of("test", "images of test", n, found.stage.metric, scored[found.stage.metric])
+    metric = found.stage.metric
+    return Estimate("test", "images of test", n, metric, scored[metric], metric_interval(metric, scored, n))
 
 
 def by_cross_validation(
@@ -91,16 +92,22 @@ def by_cross_validation(
         parts = Features(FeatureSubset(features.train, rows), FeatureSubset(plain, np.flatnonzero(judged)))
         return replace(search, sampler=sampler, features=parts)
 
-    total, counted = 0.0, 0
+    total, counted, spread = 0.0, 0, None
     for k in range(folds):
         inner = fold == (k + 1) % folds
         chosen = HeadSearches(info, part(whole, ~inner & (fold != k), inner), agreement).result(kind)
         outer = part(whole, fold != k, fold == k)
         n = len(outer.features.val) - len(outer.features.val.bad())
-        total += HeadSearches(info, outer, agreement).result(kind, chosen)[stage.metric] * n
+        judged = HeadSearches(info, outer, agreement).result(kind, chosen)
+        total += judged[stage.metric] * n
         counted += n
+        if "spread" in judged:
+            spread = judged["spread"] if spread is None else spread + judged["spread"]
     method = f"images of train, by nested cross-validation in {folds} folds"
-    return Estimate.of("train", method, counted, stage.metric, total / max(1, counted))
+    # A mean over the classes is that of all folds together: in one fold a class has few images.
+    value = total / max(1, counted) if spread is None else spread.value(stage.metric)
+    interval = metric_interval(stage.metric, {stage.metric: value, "spread": spread}, counted)
+    return Estimate("train", method, counted, stage.metric, value, interval)
 
 
 def divide(targets: np.ndarray, folds: int, seed: int) -> np.ndarray:

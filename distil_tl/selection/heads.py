@@ -9,11 +9,14 @@ from typing import Any
 
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
+from distil_tl.selection.cells import SHARES
 from distil_tl.training.config import SearchConfig
 from distil_tl.training.head_search import HeadSearch, search_heads
 from distil_tl.training.heads.problem import Problem
 from distil_tl.training.heads.rows import Rows
 from distil_tl.training.heads.search import choose, open_fit
+
+FIGURES = ("heads", "spread", "top1", "loss")  # in the result of a head, beside its settings
 
 
 @dataclass
@@ -27,6 +30,8 @@ class HeadSearches:
     def result(self, kind: str, chosen: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The settings and figures of the best head of a kind, and those of all in `heads`. A collective.
 
+        With a metric that is no share of images, also a `Spread` of the best one.
+
         Args:
             chosen: a result, whose settings alone are tried; None: all.
 
@@ -36,16 +41,17 @@ class HeadSearches:
             AllRanksStopError: on all ranks alike.
         """
         metric = self.search.stage.metric
+        spread = metric not in SHARES
         if kind == "linear":
-            search = self.search
+            search = replace(self.search, spread=spread)
             if chosen is not None:
                 search = with_settings(search, chosen["lr"], chosen["weight_decay"])
             return search_heads(self.info, search, self.agreement)
         settings = None
         if chosen is not None:
-            settings = {key: value for key, value in chosen.items() if key not in ("heads", "top1", "loss", metric)}
+            settings = {key: value for key, value in chosen.items() if key not in (*FIGURES, metric)}
         problem, val = self.opened
-        return choose(kind, problem, val, metric, settings).to_json()
+        return choose(kind, problem, val, metric, settings, spread=spread).to_json()
 
     @functools.cached_property
     def opened(self) -> tuple[Problem, Rows]:

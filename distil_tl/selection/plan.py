@@ -18,7 +18,7 @@ from distil_tl.models.config import ModelConfig
 from distil_tl.models.facts import count_macs
 from distil_tl.models.own_models import source_digest
 from distil_tl.models.transfer import TransferModel, build, default_preprocess, weights_file
-from distil_tl.selection.cells import Cell
+from distil_tl.selection.cells import SHARES, Cell
 from distil_tl.selection.common import Common
 from distil_tl.selection.config import GridConfig
 from distil_tl.utils.errors import UserError
@@ -117,7 +117,7 @@ def _digest(cell: Cell, common: Common, splits: Splits, network: TransferModel, 
         "balance": data.balance,
         "hflip": data.hflip,
         "intensity": data.intensity,
-        "metric": common.metric,
+        "metric": common.metric if common.metric in SHARES else [common.metric, "with interval"],
         "precision": [common.precision, common.tf32, common.deterministic],
         "seed": common.seed,
         "images": {split: [index.fingerprint, index.times] for split, index in splits.as_dict().items()},

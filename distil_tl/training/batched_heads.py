@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distil_tl.training.config import OptimConfig
 from distil_tl.training.losses import Loss
+from distil_tl.training.spread import count_spread
 
 # A smaller slope counts as 0. It is far below what float32 resolves here, and its square is a slow denormal on CPUs.
 SMALLEST_SLOPE = 1e-12
@@ -92,9 +93,9 @@ class BatchedHeads:
         else:
             self._adamw(gradient, self.lr * batch.factor)
 
-    def score(self, features: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
-        """The sums of a batch for each head, float64 [H, 4 + 3 C], as in `ClassificationMetrics.of`."""
-        return count_predictions(self.logits(features), targets, valid)
+    def score(self, features: Tensor, targets: Tensor, valid: Tensor, *, spread: bool = False) -> Tensor:
+        """The sums of a batch for each head, as in `count_predictions`."""
+        return count_predictions(self.logits(features), targets, valid, spread=spread)
 
     def _adamw(self, gradient: Tensor, lr: Tensor) -> None:
         self._decayed.mul_(1 - lr * self.weight_decay)
@@ -114,8 +115,10 @@ class BatchedHeads:
         self.weight.addcmul_(gradient, -lr)
 
 
-def count_predictions(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
+def count_predictions(logits: Tensor, targets: Tensor, valid: Tensor, *, spread: bool = False) -> Tensor:
     """The sums of a batch for each head, float64 [H, 4 + 3 C], as in `ClassificationMetrics.of`.
+
+    With `spread` they are followed by what else a `Spread` has.
 
     Args:
         logits: [B, H, C].
@@ -132,4 +135,5 @@ def count_predictions(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
     by_class = sums.new_zeros(3, len(sums), logits.shape[2])
     for total, index, values in zip(by_class, (own, predicted, own), (right.double(), counted, counted), strict=True):
         total.scatter_add_(1, index.T, values.T)
-    return torch.cat([sums, *by_class], dim=1)
+    more = [count_spread(losses, predicted, targets, valid, logits.shape[2])] if spread else []
+    return torch.cat([sums, *by_class, *more], dim=1)

@@ -37,6 +37,7 @@ from distil_tl.training.memory import free_memory, is_out_of_memory
 from distil_tl.training.metrics import ClassificationMetrics
 from distil_tl.training.network import FeatureNetwork, Network
 from distil_tl.training.optim import lr_factor
+from distil_tl.training.spread import Spread, counts, width
 from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup
 from distil_tl.utils.errors import NonFiniteError, UserError
@@ -45,13 +46,13 @@ from distil_tl.utils.rng import seed_torch
 
 # Weights that train together. On a CPU they fit its cache with their moments; a GPU is best with few, large kernels.
 GROUP_SIZE = {"cpu": 200_000, "cuda": 1 << 26}
-Scores: TypeAlias = "list[dict[str, float | None]]"  # of each head of a group: top1, loss and the metric
+Scores: TypeAlias = "list[dict[str, Any]]"  # of each head of a group: top1, loss and the metric; its Spread
 BLOCK = 2048  # images whose features are read at once
 
 
 @dataclass(frozen=True)
 class HeadSearch:
-    """The stage, data and layers of a search."""
+    """The stage, data and layers of a search; with `spread` it also counts what intervals need."""
 
     stage: Stage
     features: Features
@@ -60,6 +61,7 @@ class HeadSearch:
     sampler: TrainSampler
     loss: Loss
     device: torch.device
+    spread: bool = False
 
     def load(self, dataset: FeatureDataset, blocks: Iterable[list[SampleKey]]) -> Iterator[Batch]:
         """The features of these images on the device. On CUDA a thread reads the next block meanwhile."""
@@ -138,7 +140,7 @@ def search_heads(info: DistInfo, search: HeadSearch, agreement: Agreement) -> di
 
     Groups of heads are divided among the ranks. They are the same for any number of ranks, and so is the result, on
     all ranks alike: `lr`, `weight_decay`, `top1`, `loss` and the metric of the chosen one, and the same of each in
-    `heads`.
+    `heads`; with `search.spread` the `Spread` of the chosen one, too.
     """
     settings, rounds = grid(search.stage), 1
     while True:
@@ -152,13 +154,15 @@ def search_heads(info: DistInfo, search: HeadSearch, agreement: Agreement) -> di
     scores = [row for i in range(len(groups)) for row in parts[i % info.world_size][i // info.world_size]]
     heads = [{**each._asdict(), **score} for each, score in zip(settings, scores, strict=True)]
     val, stage = search.features.val, search.stage
+    spreads = [head.pop("spread", None) for head in heads]
     chosen = choose_head(heads, stage.metric, stage.config.search.prefer, len(val) - len(val.bad()))
     if chosen is None:
         raise NonFiniteError(
             f"none of the {len(heads)} heads of stages.{stage.name}.search has a finite loss; try lower "
             f"learning rates, or a longer optim.warmup"
         )
-    return {**chosen, "heads": heads}
+    number = next(i for i, head in enumerate(heads) if all(head[key] == chosen[key] for key in HeadSettings._fields))
+    return {**chosen, "heads": heads, **({"spread": spreads[number]} if search.spread else {})}
 
 
 def dropout_and_head(network: Network, stage: Stage) -> tuple[nn.Sequential, nn.Linear]:
@@ -268,7 +272,8 @@ def _train(search: HeadSearch, groups: _Groups, agreement: Agreement, *, show: b
 def _score_heads(search: HeadSearch, groups: _Groups, agreement: Agreement) -> list[Scores]:
     """For each group and head, its figures on val, from counts; None where a number is not finite."""
     classes, val = search.head.out_features, search.features.val
-    sums = [heads.weight.new_zeros(len(heads.weight), 4 + 3 * classes, dtype=torch.float64) for heads in groups.heads]
+    size = width(classes) if search.spread else counts(classes)
+    sums = [heads.weight.new_zeros(len(heads.weight), size, dtype=torch.float64) for heads in groups.heads]
     blocks = _blocks((SampleKey(i, 0, i) for i in range(len(val))), BLOCK)
     loaded = search.load(val, blocks) if groups.heads else iter(())
     for _ in range(0, len(val), BLOCK):
@@ -279,18 +284,18 @@ def _score_heads(search: HeadSearch, groups: _Groups, agreement: Agreement) -> l
             block = next(loaded)
             features = search.with_ones(block.images.float())
             for heads, total in zip(groups.heads, sums, strict=True):
-                total += heads.score(features, block.targets, block.valid)
+                total += heads.score(features, block.targets, block.valid, spread=search.spread)
     kept = dict.fromkeys(("top1", "loss", search.stage.metric))
     return [
-        [
-            _score(ClassificationMetrics.of(row, classes), kept, finite)
-            for row, finite in zip(total.cpu(), fine, strict=True)
-        ]
+        [_score(row, classes, kept, finite) for row, finite in zip(total.cpu(), fine, strict=True)]
         for total, fine in zip(sums, [heads.finite.tolist() for heads in groups.heads], strict=False)
     ]
 
 
-def _score(counted: ClassificationMetrics, kept: Iterable[str], finite: bool) -> dict[str, float | None]:
-    figures = counted.compute()
+def _score(row: Tensor, classes: int, kept: Iterable[str], finite: bool) -> dict[str, Any]:
+    """The figures of a head from its sums."""
+    size = counts(classes)
+    figures = ClassificationMetrics.of(row[:size], classes).compute()
     valid = finite and math.isfinite(figures["loss"])
-    return {name: figures[name] if valid else None for name in kept}
+    found: dict[str, Any] = {name: figures[name] if valid else None for name in kept}
+    return {**found, "spread": Spread.of(row, classes)} if len(row) > size else found

@@ -99,7 +99,7 @@ def test_all_cells_are_ranked_and_the_second_call_repeats_nothing(
 
 
 def test_best_yaml_trains_the_head_that_was_chosen(folder: Path, tmp_path: Path) -> None:
-    crops = ("sizes=40", "crops=squash")
+    crops = ("sizes=40", "crops=squash", "metric=macro_f1")
     assert select(arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", *crops)) == 0
     best = content(tmp_path / "out")["best"]
     tree = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())
@@ -113,6 +113,10 @@ def test_best_yaml_trains_the_head_that_was_chosen(folder: Path, tmp_path: Path)
     assert summary["final"]["top1"] == best["top1"]
     assert summary["final"]["loss"] == pytest.approx(best["loss"], rel=1e-5)
     assert summary["stages"]["head"]["search"]["lr"] == best["lr"]
+    assert summary["best"]["epoch"] == summary["final"]["epoch"]
+    assert best["interval"] == summary["intervals"]["macro_f1"]
+    low, high = content(tmp_path / "out")["estimate"]["interval"]
+    assert low <= content(tmp_path / "out")["estimate"]["value"] <= high
 
 
 def test_best_yaml_fits_the_head_that_was_chosen(folder: Path, tmp_path: Path) -> None:

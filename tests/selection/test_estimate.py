@@ -101,9 +101,9 @@ def test_labels_without_meaning_are_not_learned(tmp_path: Path, monkeypatch: pyt
 def test_each_fold_chooses_the_penalty_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     targets, calls = np.arange(IMAGES) % 2, list[tuple[set[int], set[int], Any]]()
 
-    def recorded(kind: str, problem: Any, val: Any, metric: str, settings: Any = None) -> Any:
+    def recorded(kind: str, problem: Any, val: Any, metric: str, settings: Any = None, **how: bool) -> Any:
         calls.append((set(problem.rows.dataset.images), set(val.dataset.images), settings))
-        return choose(kind, problem, val, metric, settings)
+        return choose(kind, problem, val, metric, settings, **how)
 
     monkeypatch.setattr(heads, "choose", recorded)
     found = opened(dataset(tmp_path / "d", targets, separable=True), monkeypatch, batch=40)

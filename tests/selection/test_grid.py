@@ -244,6 +244,11 @@ def test_near_the_best_is_within_its_interval() -> None:
     assert [each.cell.name for each in near_best(rows, "top1")] == ["a", "b"]
     assert rows[0].interval("loss") is None
     assert near_best(rows, "loss") == rows[:1]
+    rows = [
+        replace(row, head={"loss": loss}, other_interval=(0.7, 1.3))
+        for row, loss in zip(rows, (1, 1.2, 1.4), strict=True)
+    ]
+    assert near_best(rows, "loss") == rows[:2]
 
 
 def test_folds_are_equal_in_size_and_in_classes() -> None:

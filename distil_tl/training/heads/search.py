@@ -24,6 +24,7 @@ from distil_tl.training.heads.logistic import fit_logistic, path_to
 from distil_tl.training.heads.problem import Problem, open_problem
 from distil_tl.training.heads.rows import Group, Part, Rows, Weigh
 from distil_tl.training.metrics import ClassificationMetrics
+from distil_tl.training.spread import Spread, counts, width
 from distil_tl.utils.errors import NonFiniteError
 
 
@@ -65,17 +66,21 @@ class Choice:
         return self.heads[self.number]
 
     def to_json(self) -> dict[str, Any]:
-        """As the result of a head search: the chosen one, and all of them in `heads`."""
-        return {**self.chosen, "heads": self.heads}
+        """As that of a head search: the chosen one, and all of them in `heads`."""
+        heads = [{key: value for key, value in head.items() if key != "spread"} for head in self.heads]
+        return {**self.chosen, "heads": heads}
 
 
 @torch.no_grad()
-def choose(kind: str, problem: Problem, val: Rows, metric: str, settings: Settings | None = None) -> Choice:
+def choose(
+    kind: str, problem: Problem, val: Rows, metric: str, settings: Settings | None = None, *, spread: bool = False
+) -> Choice:
     """Fit a kind of head, and choose by the metric on val; of equal ones the most regularised. A collective.
 
     Args:
         val: with the features standardised as those of `problem`.
         settings: with `scale`, of the single candidate that is wanted; None: all of the path.
+        spread: also counts what intervals need.
 
     Raises:
         NonFiniteError: no candidate has a finite loss.
@@ -84,36 +89,41 @@ def choose(kind: str, problem: Problem, val: Rows, metric: str, settings: Settin
     wanted = None if settings is None else {key: value for key, value in settings.items() if key != "scale"}
     fitted = fit(kind, problem, wanted)
     scales = fitted.scales if settings is None else (settings["scale"],)
-    heads = _figures(fitted, scales, val, problem.classes, metric)
+    heads = _figures(fitted, scales, val, problem.classes, metric, spread=spread)
     finite = [i for i, head in enumerate(heads) if head["loss"] is not None]
     if not finite:
         raise NonFiniteError(f"no {kind} head has a finite loss: the features of this network may not be finite")
     return Choice(fitted, heads, min(finite, key=lambda i: rank_by(metric, heads[i])))
 
 
-def _figures(fitted: Fitted, scales: tuple[float, ...], val: Rows, classes: int, metric: str) -> list[dict[str, Any]]:
+def _figures(
+    fitted: Fitted, scales: tuple[float, ...], val: Rows, classes: int, metric: str, *, spread: bool
+) -> list[dict[str, Any]]:
     """Settings, the scale with the lowest loss, and the figures of each candidate on val."""
-    candidates, counts = len(fitted.settings), 4 + 3 * classes
+    candidates, size = len(fitted.settings), width(classes) if spread else counts(classes)
 
     def of(part: Part) -> Tensor:
         logits = fitted.logits(part.features)
-        counted = count_predictions(logits, part.targets, part.weights > 0)
+        counted = count_predictions(logits, part.targets, part.weights > 0, spread=spread)
         own = part.targets[:, None].expand(logits.shape[:2])
-        losses = [
-            F.cross_entropy(scale * logits.transpose(1, 2), own, reduction="none").double().sum(dim=0)
-            for scale in scales
-        ]
-        return torch.cat([counted, torch.stack(losses, dim=1)], dim=1)
+        losses = [F.cross_entropy(scale * logits.transpose(1, 2), own, reduction="none").double() for scale in scales]
+        each = torch.stack([torch.stack([loss, loss**2]).sum(dim=1) for loss in losses], dim=2)  # [2, K, scales]
+        return torch.cat([counted, *each], dim=1)
 
-    sums = val.total((candidates, counts + len(scales)), of).cpu()
+    sums = val.total((candidates, size + 2 * len(scales)), of).cpu()
     found = []
     for settings, row in zip(fitted.settings, sums, strict=True):
-        losses = row[counts:].nan_to_num(math.inf, posinf=math.inf)
+        losses, squares = row[size:].nan_to_num(math.inf, posinf=math.inf).view(2, len(scales))
         best = int(losses.argmin())
         row[0] = losses[best]
-        figures = ClassificationMetrics.of(row[:counts], classes).compute()
+        figures = ClassificationMetrics.of(row[: counts(classes)], classes).compute()
         valid = math.isfinite(figures["loss"])
-        kept = {name: figures[name] if valid else None for name in dict.fromkeys(("top1", "loss", metric))}
+        kept: dict[str, Any] = {
+            name: figures[name] if valid else None for name in dict.fromkeys(("top1", "loss", metric))
+        }
+        if spread:
+            row[counts(classes)] = squares[best]
+            kept["spread"] = Spread.of(row[:size], classes)
         found.append({**settings, "scale": scales[best], **kept})
     return found
 
