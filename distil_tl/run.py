@@ -18,7 +18,7 @@ from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_weights
 from distil_tl.rundir.directory import RunDirectory, check_shared
 from distil_tl.rundir.state import Position, RunState
 from distil_tl.tracking.tracker import Tracker
-from distil_tl.training.auto_rules import auto_lr
+from distil_tl.training.auto_rules import auto_layer_decay, auto_lr
 from distil_tl.training.evaluation import Evaluation
 from distil_tl.training.precision import Compute, default_compute
 from distil_tl.training.records import Records
@@ -97,11 +97,10 @@ class Run:
         return stage.name == names[-1] and epoch + 1 == stage.config.epochs
 
     def stage(self, name: str) -> Stage:
-        """A stage with its settings resolved, including `lr: auto` and those that a head search chose."""
+        """A stage with its settings resolved, including those that are `auto` and those that a head search chose."""
         config, own = self.config, self.config.stages[name]
         record = self.state.stages.get(name)
-        if own.lr == AUTO:
-            own = replace(own, lr=self.auto_lr(name))
+        own = replace(own, **self.auto_rates(name))
         return Stage(
             name=name,
             config=own,
@@ -116,15 +115,19 @@ class Run:
             balance=config.data.balance,
         ).with_search_result(None if record is None else record.search)
 
-    def auto_lr(self, name: str) -> float:
-        """The learning rate of a stage with `lr: auto`: recorded, or by the accuracy of the stage before."""
-        record = self.state.stages.get(name)
-        if record is not None and record.lr is not None:
-            return record.lr
+    def auto_rates(self, name: str) -> dict[str, Any]:
+        """`lr` and `layer_decay` of a stage where they are `auto`: recorded, or by the accuracy of the stage before."""
+        config, record = self.config.stages[name], self.state.stages.get(name)
         before = list(self.config.stages)[: list(self.config.stages).index(name)]
         reached = [self.state.stages[other].best for other in before if other in self.state.stages]
         last = reached[-1] if reached else None
-        return auto_lr(None if last is None else last["top1"], self.num_classes)
+        found = {}
+        for key, rule in (("lr", auto_lr), ("layer_decay", auto_layer_decay)):
+            if getattr(config, key) == AUTO:
+                recorded = getattr(record, key, None)
+                top1 = None if last is None else last["top1"]
+                found[key] = rule(top1, self.num_classes) if recorded is None else recorded
+        return found
 
     def has_entered(self, name: str) -> bool:
         """Whether the state of the run is one within this stage."""

@@ -65,7 +65,6 @@ from distil_tl.training.step import (
     optimizer_step,
     reduce_gradients,
 )
-from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import PreemptedError, RestartError
 from distil_tl.utils.log import Progress, setup_console
 from distil_tl.utils.rng import seed_torch
@@ -135,8 +134,8 @@ def run_stage(run: Run, stage: Stage) -> None:
     """Train a stage from where it is to its end: epochs, each followed by an evaluation and a checkpoint."""
     info, model = run.info, run.model
     record = run.state.stages.setdefault(stage.name, StageRecord())
-    if run.config.stages[stage.name].lr == AUTO and record.lr is None:
-        record.lr = run.auto_lr(stage.name)  # that of `stage` may be of its head search
+    for key, value in run.auto_rates(stage.name).items():  # `stage.lr` may be of its head search
+        setattr(record, key, value)
     info.phase = f"the set-up of stage {stage.name}"
     began = time.monotonic()
     setup = set_up_stage(info, stage, model, run.source, record, run.plan.micro, run.agreement)

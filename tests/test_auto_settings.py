@@ -17,7 +17,7 @@ from distil_tl.auto_settings import auto_problem, resolve_auto, settle_auto
 from distil_tl.config import load, problems
 from distil_tl.data.config import DataConfig, auto_batch_size
 from distil_tl.train import main
-from distil_tl.training.auto_rules import auto_epochs, auto_lr
+from distil_tl.training.auto_rules import auto_epochs, auto_layer_decay, auto_lr
 from distil_tl.training.config import StageConfig
 from distil_tl.utils.log import setup_console
 from tests.helpers.images import make_folder
@@ -136,6 +136,7 @@ def test_the_learning_rate_follows_from_the_accuracy_before() -> None:
     assert middle == pytest.approx((3e-4 * 1e-3) ** 0.5, rel=0.01), "halfway, geometrically"
     assert auto_lr(0.8, 2) == middle, "of two classes a random choice gets half"
     assert auto_lr(1.0, 1) == 3e-4
+    assert [auto_layer_decay(top1, 10) for top1 in (None, 0.73, 0.64, 0.55)] == [0.9, 0.9, 0.95, 1.0]
     for value in ("fast", True, None, [4], 0, -1, float("nan"), float("inf")):
         (problem,) = StageConfig(lr=value).problems("head")
         assert re.fullmatch(r"stages.head.lr is .*; give a positive number, or auto", problem)
@@ -149,10 +150,11 @@ def test_a_learning_rate_of_too_many_digits_is_refused(small: list[str], capsys:
         assert message.endswith(f"stages.full.lr is {shown}; give a positive number, or auto")
 
 
-def test_a_resumed_stage_keeps_its_learning_rate(
+def test_a_resumed_stage_keeps_its_learning_rates(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = [*small, "stages.full.lr=auto", "optim.schedule=constant", "optim.warmup=0", f"run_dir={tmp_path}/run"]
+    auto = ("stages.full.lr=auto", "stages.full.layer_decay=auto")
+    args = [*small, *auto, "optim.schedule=constant", "optim.warmup=0", f"run_dir={tmp_path}/run"]
     evaluate_epoch, calls = train_module.evaluate_epoch, iter(range(1, 9))
 
     def fails_in_the_last_epoch(*given: Any) -> Any:
@@ -162,14 +164,16 @@ def test_a_resumed_stage_keeps_its_learning_rate(
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "auto_lr", lambda top1, classes: 0.001 * top1 + 0.01 * classes)
+        patch.setattr(run_module, "auto_layer_decay", lambda top1, classes: 0.25)
         patch.setattr(train_module, "evaluate_epoch", fails_in_the_last_epoch)
         assert main(args) == 1
     (head,) = lines(tmp_path / "run", split="val", stage="head")
     expected = 0.001 * head["top1"] + 0.03
-    assert f", lr {expected:g} (auto), " in capsys.readouterr().out
+    assert f", lr {expected:g} (auto), layer decay 0.25 (auto), " in capsys.readouterr().out
     monkeypatch.setattr(run_module, "auto_lr", lambda top1, classes: 0.5)  # a newer version with another rule
     assert main(args) == 0
     rates = {line["lr"] for line in lines(tmp_path / "run", split="train", stage="full")}
     assert rates == {expected}
     stages = summary_of(tmp_path / "run")["stages"]
     assert (stages["head"]["lr"], stages["full"]["lr"]) == (None, expected)
+    assert (stages["head"]["layer_decay"], stages["full"]["layer_decay"]) == (None, 0.25)

@@ -101,9 +101,9 @@ def _stages_done(run_dir: Path) -> dict[str, Any]:
 
 
 def _auto_result(stage: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The learning rate that `lr: auto` was. The new stage has another one before it, so `auto` could differ."""
-    lr = record.get("lr")
-    return {"lr": lr} if stage.get("lr") == AUTO and isinstance(lr, float) else {}
+    """What `lr` and `layer_decay` were that are `auto`. The new stage has another before it, so `auto` could differ."""
+    keys = [key for key in ("lr", "layer_decay") if stage.get(key) == AUTO]
+    return {key: record[key] for key in keys if isinstance(record.get(key), float)}
 
 
 def _search_result(record: dict[str, Any], optim: dict[str, Any]) -> dict[str, Any]:

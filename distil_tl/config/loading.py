@@ -134,7 +134,8 @@ def _keep_older_values(config: Config, schema: DictConfig, older: Path, given: C
         if key not in known and key not in given:
             OmegaConf.update(schema, key, before)
     for key, before in EARLIER_DEFAULTS.items():
-        if known.get(key) == before and key not in given and key.split(".")[1] in config.stages:
+        exists = not key.startswith("stages.") or key.split(".")[1] in config.stages
+        if known.get(key) == before and key not in given and exists:
             OmegaConf.update(schema, key, before)
 
 

@@ -32,6 +32,7 @@ class StageRecord:
 
     epochs: int = 0
     lr: float | None = None  # what `lr: auto` is; None: a number is configured
+    layer_decay: float | None = None  # likewise
     seconds: float = 0.0
     train_seconds: float = 0.0
     epoch_seconds: float = 0.0  # of training in the current epoch

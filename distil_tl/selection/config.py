@@ -9,7 +9,7 @@ from typing import Any
 
 from distil_tl.data.config import CROP_MODES
 from distil_tl.models.names import READOUTS
-from distil_tl.training.auto_rules import auto_lr
+from distil_tl.training.auto_rules import auto_layer_decay, auto_lr
 from distil_tl.training.config import SearchConfig, StageConfig
 from distil_tl.training.heads.config import FITTED_HEADS
 from distil_tl.utils.auto import AUTO
@@ -128,4 +128,7 @@ def head_stage(stages: dict[str, StageConfig]) -> tuple[str, StageConfig]:
     search = first.search if first.search.wanted else SearchConfig(list(HEAD_LR), list(HEAD_WEIGHT_DECAY))
     augment = "none" if first.views is None else first.augment
     lr = auto_lr(None, 0) if first.lr == AUTO else first.lr  # as for a first stage that is trained
-    return name, replace(first, features="on", augment=augment, image_size=None, lr=lr, search=search, head="linear")
+    decay = auto_layer_decay(None, 0) if first.layer_decay == AUTO else first.layer_decay
+    return name, replace(
+        first, features="on", augment=augment, image_size=None, lr=lr, layer_decay=decay, search=search, head="linear"
+    )

@@ -113,7 +113,7 @@ class StageConfig:
     epochs: Any = 1  # 0 skips the stage; auto: by the number of training images
     patience: int | None = None  # epochs without a better `metric` on val that end the stage early; null: none do
     lr: Any = 1e-3  # peak learning rate of the head; auto: by the accuracy of the stage before
-    layer_decay: float = 1.0  # learning rate of each group, relative to the group above it
+    layer_decay: Any = 1.0  # learning rate of each group, relative to the group above it; auto: as for lr
     batch_norm: str = "frozen"  # frozen: running statistics are kept | train: they are updated in unfrozen groups
     augment: Any = None  # as data.augment; null: data.augment
     mixup: float = 0.0  # blend images of a batch, by shares from Beta(mixup, mixup), as in 0.2; 0: off
@@ -131,6 +131,7 @@ class StageConfig:
     def __post_init__(self) -> None:
         self.epochs = whole_number(self.epochs)
         self.lr = real_number(self.lr)
+        self.layer_decay = real_number(self.layer_decay)
 
     @property
     def fits_head(self) -> bool:
@@ -170,8 +171,8 @@ class StageConfig:
             found.append(f"{key}.patience must be at least 1 epoch, or null")
         if self.lr != AUTO and not (isinstance(self.lr, float) and 0 < self.lr < math.inf):
             found.append(f"{key}.lr is {self.lr!r}; give a positive number, or auto")
-        if not 0 < self.layer_decay <= 1:
-            found.append(f"{key}.layer_decay must be above 0 and at most 1")
+        if self.layer_decay != AUTO and not (isinstance(self.layer_decay, float) and 0 < self.layer_decay <= 1):
+            found.append(f"{key}.layer_decay is {self.layer_decay!r}; give a number above 0 and at most 1, or auto")
         if self.batch_norm not in BATCH_NORM:
             found.append(f"{key}.batch_norm is {self.batch_norm!r}; choose one of {', '.join(BATCH_NORM)}")
         if self.features not in FEATURES:
@@ -224,7 +225,7 @@ def default_stages() -> dict[str, StageConfig]:
     """A new head on the frozen backbone, then the whole network."""
     return {
         "head": StageConfig(unfreeze="head", epochs=3, lr=1e-2),
-        "full": StageConfig(unfreeze="all", epochs=5, lr=AUTO, layer_decay=0.9),
+        "full": StageConfig(unfreeze="all", epochs=5, lr=AUTO, layer_decay=AUTO),
     }
 
 

@@ -52,11 +52,14 @@ def print_stage(info: DistInfo, model: TransferModel, training: StageTraining, r
         logger.info("  fitted to features: %s head, %d px, %s", config.head, stage.image_size, record.precision)
         return
     ranks, batch = info.world_size, training.sampler.global_batch_size
-    lr = f"{config.lr:g}{' (auto)' if record.lr == config.lr else ''}"
+    lr, decay = (
+        f"{value:g}{' (auto)' if recorded == value else ''}"
+        for value, recorded in ((config.lr, record.lr), (config.layer_decay, record.layer_decay))
+    )
     logger.info(
-        "  %d x %d steps, global batch %d (%d %s of %d), lr %s, layer decay %g, %d px, augment %s, BatchNorm %s, %s",
+        "  %d x %d steps, global batch %d (%d %s of %d), lr %s, layer decay %s, %d px, augment %s, BatchNorm %s, %s",
         config.epochs, training.sampler.steps_per_epoch, batch, ranks, "rank" if ranks == 1 else "ranks",
-        batch // ranks, lr, config.layer_decay, stage.image_size, _augmentation(stage), config.batch_norm,
+        batch // ranks, lr, decay, stage.image_size, _augmentation(stage), config.batch_norm,
         record.precision,
     )  # fmt: skip
     if not training.sampler.is_balanced and (note := left_out(training.sampler.length, batch, ranks)):

@@ -90,14 +90,15 @@ def test_what_a_search_found_is_continued_with(tmp_path: Path) -> None:
 
 
 def test_a_learning_rate_that_was_auto_is_continued_with(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("stages: {full: {unfreeze: all, epochs: 4, lr: auto}}\n")
+    (tmp_path / "config.yaml").write_text("stages: {full: {unfreeze: all, epochs: 4, lr: auto, layer_decay: auto}}\n")
     assert extended(tmp_path, ["stages.full.epochs=+2"])[0]["stages"]["full_2"]["lr"] == "auto", "nothing is known"
     (tmp_path / "checkpoints" / "last").mkdir(parents=True)
-    state = {"run": {"stages": {"full": {"epochs": 4, "lr": 7e-4}}}}
+    state = {"run": {"stages": {"full": {"epochs": 4, "lr": 7e-4, "layer_decay": 0.95}}}}
     (tmp_path / "checkpoints" / "last" / "state.json").write_text(json.dumps(state))
     for more, expected in (([], 7e-4), (["stages.full.lr=2e-4"], 2e-4), (["stages.full.lr=auto"], "auto")):
         stages = extended(tmp_path, ["stages.full.epochs=+2", *more])[0]["stages"]
         assert (stages["full"]["lr"], stages["full_2"]["lr"]) == ("auto", expected)
+        assert (stages["full"]["layer_decay"], stages["full_2"]["layer_decay"]) == ("auto", 0.95)
 
 
 @pytest.mark.parametrize(
