@@ -2,10 +2,12 @@
 
     python -m benchmarks.backbones table [MODEL ...] writes distil_tl/models/models.tsv
     python -m benchmarks.backbones docs [MODEL ...]  writes the table in docs/backbones.md
+    python -m benchmarks.backbones survey [MODEL ...]  prints which networks can't be cut, and why
 
 The first one builds every model of torchvision and timm without memory for its weights, in about ten minutes; it
 resumes with those that the table lacks. The second one cuts a small network of each family, with random weights, in a
-few minutes. Neither needs a network or images.
+few minutes. The third one cuts the smallest network of each of timm's modules, in ten minutes. None needs a network or
+images.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from distil_tl.models.config import ModelConfig
 from distil_tl.models.facts import entry_of, look_at, published_entry
 from distil_tl.models.graph.frozen_prefix import CannotCutError, cut_frozen_prefix
 from distil_tl.models.model_table import TABLE, Entry, read_table
-from distil_tl.models.names import TIMM_PREFIX
+from distil_tl.models.names import READOUTS, TIMM_PREFIX
 from distil_tl.models.size_trial import failure_at
 from distil_tl.models.transfer import build
 from distil_tl.training.config import StageConfig
@@ -42,7 +44,7 @@ INITS = ("kaiming_normal_", "kaiming_uniform_", "normal_", "trunc_normal_", "uni
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table", "docs"))
+    parser.add_argument("what", choices=("table", "docs", "survey"))
     parser.add_argument("models", nargs="*", metavar="MODEL", help="only these")
     parser.add_argument("--anew", action="store_true", help="build all models, not only those that the table lacks")
     parser.add_argument("--minutes", type=float, default=60, help="of table: build no more models after that")
@@ -51,8 +53,10 @@ def main() -> int:
     logging.disable(logging.WARNING)
     if options.what == "table":
         write_catalogue(options.models, anew=options.anew, minutes=options.minutes)
-    else:
+    elif options.what == "docs":
         write_document(options.models)
+    else:
+        survey(options.models)
     return 0
 
 
@@ -101,8 +105,41 @@ FAMILIES = (
     ("SigLIP2", "timm/vit_base_patch16_siglip_224"),
     ("ResNet", "resnet18"),
     ("EfficientNet-Lite", "timm/tf_efficientnet_lite0"),
+    ("ViT", "timm/vit_tiny_patch16_224"),
+    ("DeiT, distilled", "timm/deit_tiny_distilled_patch16_224"),
+    ("LeViT, distilled", "timm/levit_128s"),
+    ("Swin (timm)", "timm/swin_tiny_patch4_window7_224"),
+    ("FastViT", "timm/fastvit_t8"),
+    ("RepViT", "timm/repvit_m0_9"),
+    ("XCiT", "timm/xcit_nano_12_p8_224"),
+    ("MViTv2", "timm/mvitv2_tiny"),
+    ("CrossViT", "timm/crossvit_tiny_240"),
+    ("AlexNet", "alexnet"),
+    ("VGG", "vgg11_bn"),
+    ("ResNeXt", "resnext50_32x4d"),
+    ("Wide ResNet", "wide_resnet50_2"),
+    ("DenseNet", "densenet121"),
+    ("GoogLeNet", "googlenet"),
+    ("Inception v3", "inception_v3"),
+    ("SqueezeNet", "squeezenet1_1"),
+    ("ShuffleNetV2", "shufflenet_v2_x0_5"),
+    ("MobileNetV2", "mobilenet_v2"),
+    ("MNASNet", "mnasnet0_5"),
+    ("EfficientNet", "efficientnet_b0"),
+    ("EfficientNetV2", "efficientnet_v2_s"),
+    ("RegNet X", "regnet_x_400mf"),
+    ("RegNet Y", "regnet_y_400mf"),
+    ("ConvNeXt", "convnext_tiny"),
+    ("ViT (torchvision)", "vit_b_32"),
+    ("Swin", "swin_t"),
+    ("Swin v2", "swin_v2_t"),
+    ("MaxViT", "maxvit_t"),
 )
-HEADER = ("family", "model", "parameters", "GMACs", "px", "layer groups", "features", "cuts", "sizes", "smallest")
+HEADER = (
+    *("family", "model", "parameters", "GMACs", "px", "layer groups", "features", "cuts"),
+    *("sizes", "smallest", "read-outs"),
+)
+SMALL = (64, 96, 128, 224)  # pixels that are tried in a survey
 STEPS = (1, 2, 4, 7, 8, 14, 16, 28, 32, 56, 64, 224)  # pixels between sizes that are tried
 
 
@@ -146,26 +183,75 @@ def find_sizes(name: str) -> Sizes:
     return Sizes(step, smallest, own.fixed_image_size)
 
 
-def count_cuts(name: str, size: int) -> tuple[str, int, int]:
-    """The shape of the features below the head, and how many of the tried cuts are found: there, in the middle, and
-    after the first group.
+@dataclass(frozen=True)
+class Cuts:
+    """Which of the tried cuts of a network are found: below the head, in the middle, and after the first group.
 
-    A cut is used only where both parts together give the same as the whole network.
+    Attributes:
+        shape: of the features below the head, for one image.
+        found: how many.
+        reasons: of those that are not found.
     """
+
+    shape: str
+    found: int
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.found} of {self.found + len(self.reasons)}"
+
+
+def find_cuts(name: str, size: int) -> Cuts:
+    """Cut a network; a cut is found only where both parts together give the same as the whole network."""
     model = build(ModelConfig(name, "none"), 3, image_size=size, seed=0)
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    boundaries = sorted({1, len(model.groups) // 2, len(model.groups) - 1})
-    shape, found = "none", 0
-    for trained in boundaries:
+    shapes: list[str] = []
+    reasons: list[str] = []
+    for trained in sorted({1, len(model.groups) // 2, len(model.groups) - 1}):
         apply_stage(model, StageConfig(unfreeze=trained))
         try:
             cut = cut_frozen_prefix(model.module, images)
-        except CannotCutError:
+        except CannotCutError as error:
+            reasons.append(f"{trained} of {len(model.groups)} groups trained: {error}")
             continue
-        found += 1
-        if trained == 1:
-            shape = "x".join(map(str, cut.prefix(images).shape[1:]))
-    return shape, found, len(boundaries)
+        shapes.append("x".join(map(str, cut.prefix(images).shape[1:])) if trained == 1 else "")
+    return Cuts(next(filter(None, shapes), "none"), len(shapes), tuple(reasons))
+
+
+def survey(only: Sequence[str]) -> None:
+    """Print the networks that can't be cut: of these, or of the smallest one of each of timm's modules."""
+    for name in only or smallest_of_modules():
+        try:
+            size = next((size for size in SMALL if takes(name, size)), None) or look_at(name).model.image_size
+            cuts = find_cuts(name, size)
+        except UserError as error:
+            sys.stdout.write(f"{name}: {error}\n")
+            continue
+        sys.stdout.write("\n  ".join([f"{name} at {size} px: {cuts}", *cuts.reasons]) + "\n")
+        sys.stdout.flush()
+
+
+def smallest_of_modules() -> Iterator[str]:
+    """The smallest network of each of timm's modules."""
+    import timm
+
+    table = read_table()[1]
+    for module in timm.list_modules():
+        names = [TIMM_PREFIX + name for name in timm.list_models(module=module)]
+        known = [(entry.parameters, name) for name in names if (entry := table.get(name)) and entry.parameters]
+        if known:
+            yield min(known)[1]
+
+
+def takes(name: str, size: int) -> bool:
+    """Whether a network can be built for images of a size, and takes them."""
+    try:
+        with torch.device("meta"):
+            model = build(ModelConfig(name, "none"), 2, image_size=size, seed=0, pretrained=False)
+        model.check_size(size)
+    except UserError:
+        return False
+    return failure_at(model.module, size) is None
 
 
 def group_text(names: Sequence[str]) -> str:
@@ -192,8 +278,23 @@ def facts_row(family: str, name: str) -> list[str]:
 
 def row(family: str, name: str) -> list[str]:
     sizes = find_sizes(name)
-    shape, cuts, boundaries = count_cuts(name, max(sizes.smallest, 32 // sizes.step * sizes.step))
-    return [*facts_row(family, name), shape, f"{cuts} of {boundaries}", str(sizes), str(sizes.smallest)]
+    cuts = find_cuts(name, max(sizes.smallest, 32 // sizes.step * sizes.step))
+    read_outs = ", ".join(find_readouts(name)) or "-"
+    return [*facts_row(family, name), cuts.shape, str(cuts), str(sizes), str(sizes.smallest), read_outs]
+
+
+def find_readouts(name: str) -> list[str]:
+    """The read-outs that a network has beside its pooled output."""
+    return [readout for readout in READOUTS if readout != "pooled" and has_readout(name, readout)]
+
+
+def has_readout(name: str, readout: str) -> bool:
+    try:
+        with torch.device("meta"):
+            build(ModelConfig(name, "none", readout=readout), 2, image_size=None, seed=0, pretrained=False)
+    except UserError:
+        return False
+    return True
 
 
 def read_rows() -> dict[str, list[str]]:

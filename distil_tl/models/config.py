@@ -8,7 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from distil_tl.models.names import INSTALL_TIMM, OWN_SEPARATOR, READOUTS, TIMM_PREFIX, WEIGHTS_SUFFIXES
+from distil_tl.models.names import (
+    HUB_SCHEMES,
+    INSTALL_TIMM,
+    OWN_SEPARATOR,
+    READOUTS,
+    TIMM_PREFIX,
+    WEIGHTS_SUFFIXES,
+)
 from distil_tl.models.weight_packages import PACKAGES
 from distil_tl.utils.errors import did_you_mean
 from distil_tl.utils.home import expand_home
@@ -90,6 +97,8 @@ class ModelConfig:
         return found
 
     def _name_problem(self) -> str | None:
+        if self.library_name.startswith(HUB_SCHEMES):
+            return self._hub_problem()
         if self.is_own:
             from distil_tl.models import own_models
 
@@ -111,6 +120,18 @@ class ModelConfig:
         else:
             suggestion = did_you_mean(self.name, valid)
         return f"model.name={self.name} is not a torchvision classifier (timm models are written timm/NAME){suggestion}"
+
+    def _hub_problem(self) -> str:
+        """The message for a repository or folder, as timm's `create_model` takes them."""
+        from distil_tl.models import timm_models
+
+        last = self.name.rpartition("/")[2]
+        if timm_models.installed() and timm_models.name_problem(last) is None:
+            return f"model.name={self.name}: write {TIMM_PREFIX}{last}, without the repository"
+        return (
+            f"model.name={self.name}: write the architecture in its config.json, as {TIMM_PREFIX}NAME, and "
+            f"model.weights=PATH of a downloaded file ({', '.join(WEIGHTS_SUFFIXES)})"
+        )
 
     def _weights_problem(self) -> str | None:
         weights = resolve_weights(self)

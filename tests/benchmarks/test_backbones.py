@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.backbones import FAMILIES, facts_row, find_sizes, group_text, read_rows
+from benchmarks.backbones import FAMILIES, facts_row, find_readouts, find_sizes, group_text, read_rows
 from distil_tl.models import catalogue
 from distil_tl.models.model_table import read_table
 
@@ -29,4 +29,5 @@ def test_a_row_is_what_the_code_finds(name: str) -> None:
 
 def test_the_sizes_are_those_that_the_code_takes() -> None:
     found = find_sizes("mobilenet_v3_small")
-    assert [str(found), str(found.smallest)] == read_rows()["mobilenet_v3_small"][-2:]
+    assert [str(found), str(found.smallest)] == read_rows()["mobilenet_v3_small"][-3:-1]
+    assert ", ".join(find_readouts("mobilenet_v3_small")) == read_rows()["mobilenet_v3_small"][-1]
