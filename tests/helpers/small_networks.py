@@ -109,3 +109,12 @@ def hiera(num_classes: int, image_size: int) -> Any:
     from timm.models.hiera import Hiera
 
     return Hiera((image_size, image_size), embed_dim=16, num_heads=1, stages=(1, 1, 2, 1), num_classes=num_classes)
+
+
+def tnt(num_classes: int, image_size: int) -> Any:
+    from timm.models.tnt import TNT
+
+    return TNT(
+        image_size, 16, num_classes=num_classes, embed_dim=32, inner_dim=8, depth=4, num_heads_inner=2,
+        num_heads_outer=2, legacy=True,
+    )  # fmt: skip

@@ -79,11 +79,22 @@ def views(**changes: Any) -> Views:
 # The same training.
 
 
-@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "mobilenet_v3_small", "timm/tf_efficientnet_lite0"])
-def test_training_on_features_is_training_on_images(folder: Path, tmp_path: Path, cache: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "unfreeze"),
+    [
+        ("shufflenet_v2_x0_5", "head"),
+        ("mobilenet_v3_small", "head"),
+        ("timm/tf_efficientnet_lite0", "head"),
+        ("tests.helpers.small_networks:tnt", "2"),  # its features are several tensors in one
+    ],
+)
+def test_training_on_features_is_training_on_images(
+    folder: Path, tmp_path: Path, cache: Path, name: str, unfreeze: str
+) -> None:
     """Also with a dropout before the head, which draws the same masks."""
     for how in ("off", "on"):
-        args = head_args(folder, tmp_path / how, f"model.name={name}", f"stages.head.features={how}")
+        more = (f"model.name={name}", f"stages.head.unfreeze={unfreeze}", f"stages.head.features={how}")
+        args = head_args(folder, tmp_path / how, *more)
         assert main(args) == 0
     for stage in ("head", "full"):
         assert losses(tmp_path / "on", stage) == pytest.approx(losses(tmp_path / "off", stage), rel=1e-4)
