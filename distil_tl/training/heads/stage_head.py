@@ -60,6 +60,7 @@ def fit_head(
     search.head.bias.copy_(problem.group.share(bias.float()))
     record.fit = {"head": kind, **choice.to_json(), "seconds": time.monotonic() - began}
     record.train_images += problem.count
+    record.seconds += record.fit["seconds"]
     record.train_seconds += record.fit["seconds"]
     record.epoch_seconds += record.fit["seconds"]
     logger.info(

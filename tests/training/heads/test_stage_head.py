@@ -48,7 +48,9 @@ def test_the_fitted_head_is_evaluated_and_in_the_checkpoint(folder: Path, tmp_pa
     final = summary["final"]
     assert final["top1"] == fit["top1"]
     assert final["loss"] == pytest.approx(fit["loss"], rel=1e-4)
-    assert summary["stages"]["head"]["train_images"] == 52
+    stage = summary["stages"]["head"]
+    assert stage["train_images"] == 52
+    assert stage["seconds"] >= stage["train_seconds"] >= stage["fit"]["seconds"] > 0
     trained, judged = lines(tmp_path / "run")
     assert (trained["split"], trained["n"], trained["lr"], trained["step"]) == ("train", 52, 0.0, 1)
     assert judged["top1"] == final["top1"]
