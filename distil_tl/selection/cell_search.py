@@ -11,7 +11,6 @@ from typing import Any
 
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import plan_batches
-from distil_tl.data.source import ImageSource
 from distil_tl.data.splits import Splits
 from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.preemption import Agreement
@@ -24,6 +23,7 @@ from distil_tl.selection.common import Common
 from distil_tl.selection.costs import images_per_second
 from distil_tl.selection.heads import HeadSearches
 from distil_tl.selection.open_cell import OpenCell
+from distil_tl.selection.shared_images import ImageMemory, SharedImages, image_memory
 from distil_tl.training.features import FeaturesUnavailableError, refuse_without_features
 from distil_tl.training.head_search import prepare_search
 from distil_tl.training.stage_setup import set_up_stage
@@ -52,6 +52,7 @@ class CellSearch:
         self.bad_images = BadImages(common.data.on_bad_image)
         self.cells = cells
         self._opened: OpenCell | None = None  # the last one, with all read-outs: cells with other ones or crops follow
+        self._images = image_memory(info) if len({cell.name for cell in cells}) > 1 else ImageMemory(0)
         self._speed: tuple[tuple[str, int], float | None] | None = None  # of the last network
 
     def search(self, cell: Cell, kinds: Sequence[str]) -> list[Result]:
@@ -134,7 +135,7 @@ class CellSearch:
         gc.collect()  # the graphs of the last network refer to themselves
         stage, model, record = common.stage_of(cell), self._built(cell), StageRecord()
         model.preprocess = model.preprocess.with_crop(cell.crop_mode, data.crop_pct)
-        source = ImageSource(info, data, self.splits.as_dict(), model.preprocess, self.bad_images)
+        source = SharedImages(info, data, self.splits, model.preprocess, self.bad_images, self._images)
         micro = plan_batches(data.global_batch_size, info.world_size, data.max_local_batch_size).micro
         setup = set_up_stage(info, stage, model, source, record, micro, self.agreement)
         return OpenCell(cell, stage, model, source, record, setup)
@@ -143,7 +144,7 @@ class CellSearch:
         """The same network with the features of other crops."""
         data, before = self.common.data, opened.model
         model = replace(before, preprocess=before.preprocess.with_crop(cell.crop_mode, data.crop_pct))
-        source = ImageSource(self.info, data, self.splits.as_dict(), model.preprocess, self.bad_images)
+        source = SharedImages(self.info, data, self.splits, model.preprocess, self.bad_images, self._images)
         found = replace(opened, cell=cell, model=model, source=source)
         try:
             features = found.extractor(self.info, self.agreement).open_all()
