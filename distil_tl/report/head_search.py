@@ -95,7 +95,8 @@ def _heat_map(cells: Cells, chosen: tuple[float | None, float | None]) -> Markup
         return _best_heads(cells)
     scores = [value for value in cells.values() if value is not None] or [0.0]
     span = min(scores), max(scores)
-    width, height = LEFT + len(decays) * WIDTH + 8, TOP + len(rates) * HEIGHT + 4
+    columns, height = len(decays) * WIDTH, TOP + len(rates) * HEIGHT + 4
+    width = LEFT + max(columns + 8, columns // 2 + 44)  # with one column the title is wider
     best = f"{text.tick(chosen[0] or 0)} with weight decay {text.tick(chosen[1] or 0)}"
     picture = h(
         "svg",

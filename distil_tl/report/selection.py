@@ -47,7 +47,7 @@ def _body(content: Content, name: str, best_yaml: str) -> Markup:
             _heads(content),
             wide=True,
         ),
-        section("Pruned by LogME", _PRUNED, _pruned(content)),
+        section("Pruned by LogME", f"{_PRUNED}{_order(content)}", _pruned(content)),
         section("Not compared", "", _others(content)),
         section("Next", _begins_with(content), h("pre", f"distil-tl train {shlex.quote(best_yaml)}", class_="next")),
         h("footer", "Written by distil-tl select. All numbers are in select.json."),
@@ -60,8 +60,9 @@ _COST = (
 )
 _MARK = {True: "The outlined one", False: "The one with a star"}
 _EFFECTS = (
-    "Differences in points to the first size, crop, read-out or head, everything else equal; the mean, the lowest and "
-    "the highest. They are of val, and of single heads: differences of a few points are noise on a few hundred images."
+    "Differences, of shares in points, to the first size, crop, read-out or head, everything else equal; the mean, the "
+    "lowest and the highest. They are of val, and of single heads: differences of a few points are noise on a few "
+    "hundred images."
 )
 
 _PRUNED = (
@@ -179,17 +180,17 @@ def cost_plane(content: Content) -> Child:
 def _rows(content: Content) -> Markup:
     metric = content["metric"]
     head = [
-        "Backbone", "Size, crop", f"{_named(metric)} on val", "95 %", "Parameters", "GMACs", "Images/s", "Head",
-        "Time",
+        "Backbone", "Size, crop", f"{_named(metric)} on val, 95 %", "Parameters, GMACs", "Images/s", "Head", "Time",
     ]  # fmt: skip
     star = h("span", "*", class_="tag", title="within the interval of the best")
     lines: list[Sequence[Child]] = [
         [
             [row["model"], star if row["near_best"] else None],
-            _settings(row), _shown(metric, row[metric]), _between(metric, row),
-            text.compact(number(row["parameters"])), text.decimal(number(row["gmacs"]), 2),
+            h("span", _settings(row), class_="settings"),
+            [_shown(metric, row[metric]), h("div", _between(metric, row), class_="below")],
+            f"{text.compact(number(row['parameters']))}, {text.decimal(number(row['gmacs']), 2)}",
             text.rate(number(row["images_per_second"])),
-            f"{row.get('head', 'linear')} {text.settings_of(row)}".rstrip(),
+            h("span", f"{row.get('head', 'linear')} {text.settings_of(row)}".rstrip(), class_="settings"),
             text.duration(number(row["seconds"])),
         ]
         for row in content["rows"]
@@ -228,12 +229,15 @@ def _pruned(content: Content) -> Child:
          "searched" if score["kept"] else "pruned"]
         for score in pruning["scores"]
     ]  # fmt: skip
-    agree = None
-    if pruning["pairs"]:
-        of = f"{pruning['same_order']} of {pruning['pairs']}"
-        agree = h("p", f"Of the pairs of searched backbones val has {of} in the order of LogME.", class_="sub")
-    head = ["Backbone", "Size", "LogME", "Images", ""]
-    return h("div", table(head, rows, label="Pruned by LogME", texts=2), agree)
+    return table(["Backbone", "Size", "LogME", "Images", "Outcome"], rows, label="Pruned by LogME", texts=2)
+
+
+def _order(content: Content) -> str:
+    """How often val agrees with LogME."""
+    pruning = content["pruning"]
+    if pruning is None or not pruning["pairs"]:
+        return ""
+    return f" Val has {pruning['same_order']} of {pruning['pairs']} pairs of searched backbones in the same order."
 
 
 def _others(content: Content) -> Child:

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
 from typing import Any
 
+import pytest
+
+from distil_tl.report import text
 from distil_tl.report.selection import render_selection
-
-
-def row(name: str, top1: float, gmacs: float | None, **more: Any) -> dict[str, Any]:
-    heads = [{"lr": lr, "weight_decay": 0.1, "top1": top1 - lr, "loss": 1.0} for lr in (0.0, 0.01)]
-    return {
-        "model": name, "image_size": 64, "crop_mode": "weights", "parameters": 1_234_567, "gmacs": gmacs,
-        "weights": "none", "features": 8, "precision": "fp32", "n": 100, "lr": 0.01, "weight_decay": 0.1, "top1": top1,
-        "loss": 1.0, "interval": (top1 - 0.1, top1 + 0.05), "near_best": top1 > 0.7, "pareto": gmacs is not None,
-        "images_per_second": 321.0, "seconds": 12.0, "heads": heads, **more,
-    }  # fmt: skip
-
-
-def content() -> dict[str, Any]:
-    rows = [row("timm/<best>", 0.8, 2.0), row("second", 0.75, 0.5), row("uncounted", 0.4, None)]
-    estimate = {"split": "test", "method": "images of test", "n": 50, "value": 0.77, "interval": (0.64, 0.86)}
-    effect = {"key": "crop_mode", "value": "squash", "compared_with": "weights", "pairs": 3, "mean": 0.021}
-    return {
-        "metric": "top1", "classes": ["a", "b"], "images": {"train": 400, "val": 100, "test": 50}, "best": rows[0],
-        "estimate": estimate, "no_estimate": None, "near_best": 2, "rows": rows, "device": "cpu", "ranks": 1,
-        "effects": [{**effect, "lowest": -0.01, "highest": 0.05}], "seconds": 60.0, "budget_seconds": None,
-        "not_tried": [{"model": "late", "image_size": 96, "crop_mode": "squash", "parameters": 1, "gmacs": 9.0}],
-        "pruning": None, "left_out": {"odd 64 px": "it can't be cut"}, "missing_weights": {"far": "timm far.tag"},
-    }  # fmt: skip
+from tests.helpers.selection_pages import content
 
 
 def test_the_page_shows_the_result_its_costs_and_what_was_left_out() -> None:
@@ -52,3 +36,65 @@ def test_a_metric_without_interval_and_no_estimate() -> None:
     assert "too few images" in page
     assert "1.000" in page
     assert "None" not in page
+
+
+class Texts(HTMLParser):
+    """The texts of a page, but for styles, scripts, the command and the labels of axes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.found: list[str] = []
+        self._skipped: list[bool] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "br"):
+            axis = "tick" in (dict(attrs).get("class") or "").split() and dict(attrs).get("x") != "0"
+            self._skipped.append(tag in ("style", "script", "pre", "h1") or (tag == "text" and axis))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._skipped.pop()
+
+    def handle_data(self, data: str) -> None:
+        if not any(self._skipped):
+            self.found.append(data)
+
+
+def numbers_of(words: str) -> set[str]:
+    """All numbers in a text, without signs and thousands separators."""
+    found = re.findall(r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?", words)
+    return {each.replace(",", "") for each in found}
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from (key, *leaves(value))
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from leaves(value)
+    else:
+        yield tree
+
+
+def shown_of(tree: dict[str, Any]) -> set[str]:
+    """Every way in which the page may write something that is in select.json."""
+    found = {"95", str(len(tree["classes"])), str(len(tree["rows"]))}  # 95 % intervals
+    for value in leaves(tree):
+        if isinstance(value, str):
+            found |= numbers_of(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            ways = [text.percent(value), text.compact(value), text.rate(value), text.count(value), text.tick(value)]
+            ways += [text.duration(value), text.percentage_points(value), f"{value:g}", f"{100 * value:.1f}"]
+            ways += [text.decimal(value, digits) for digits in (2, 3, 4)]
+            found |= {number for way in ways for number in numbers_of(way)}
+    return found
+
+
+@pytest.mark.parametrize("metric", ["top1", "loss"])
+def test_every_number_of_the_page_is_in_select_json(metric: str) -> None:
+    tree = content() | {"metric": metric}
+    page = str(render_selection(tree, "flowers", "flowers/best.yaml"))
+    seen = numbers_of(" ".join(Texts(page).found))
+    assert len(seen) > 30
+    assert seen - shown_of(tree) == set()
