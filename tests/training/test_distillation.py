@@ -326,7 +326,8 @@ def test_stages_that_search_heads_have_no_teacher(teacher: Path, tmp_path: Path)
     (tmp_path / "config.yaml").write_text(json.dumps({"stages": {"full": of_weights}, "model": {"name": SMALLEST}}))
     expected = {"teacher": str(tmp_path), "model": None, "image_size": None, "alpha": 0.9}
     assert student(tmp_path, ["model.name=resnet18"])["stages"]["full"]["distill"] == expected
-    saved = json.dumps({"stages": {"head": {"epochs": 2, "search": {"lr": [0.1]}}}, "model": {"name": SMALLEST}})
-    (tmp_path / "config.yaml").write_text(saved)
-    with pytest.raises(UserError, match="every stage of .* searches heads"):
-        student(tmp_path, ["model.name=resnet18"])
+    for chosen_by_labels in ({"search": {"lr": [0.1]}}, {"head": "ridge"}):
+        saved = json.dumps({"stages": {"head": {"epochs": 2, **chosen_by_labels}}, "model": {"name": SMALLEST}})
+        (tmp_path / "config.yaml").write_text(saved)
+        with pytest.raises(UserError, match="every stage of .* searches or fits heads"):
+            student(tmp_path, ["model.name=resnet18"])
