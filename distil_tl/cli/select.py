@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from distil_tl.data.config import data_name
 from distil_tl.selection.config import HEAD_EPOCHS, HEAD_LR, HEAD_WEIGHT_DECAY, GridConfig, read_budget
 from distil_tl.utils.args import apply, explain, is_file, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.command import run_command
-from distil_tl.utils.errors import UserError
+from distil_tl.utils.errors import UserError, did_you_mean
 from distil_tl.utils.home import path_argument
 
 # The heads where the configuration defines no stages; its `key=value` arguments still change them.
@@ -32,7 +32,7 @@ _KEYS = [key.name for key in fields(GridConfig)]
 def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="distil-tl select",
-        usage="distil-tl select [CONFIG.yaml] [key=value ...] [--out DIR] [--budget TIME]",
+        usage="distil-tl select [CONFIG.yaml] [key=value ...] [--out DIR] [--budget TIME] [--submit]",
         description="Compare backbones, image sizes, crops and read-outs by the accuracy of heads on their features. "
         "Writes DIR/select.html and select.json, and DIR/best.yaml for distil_tl.train. The same command resumes.",
         epilog="\n".join(["keys besides those of a run (distil-tl train --help):", *explain(GridConfig(), "")]),
@@ -94,7 +94,7 @@ def read(args: Sequence[str]) -> tuple[GridConfig, Config, DictConfig]:
     schema, problems = OmegaConf.structured(GridConfig), list[str]()
     own = [arg for arg in args if arg.partition("=")[0] in _KEYS and "=" in arg]
     apply(schema, parse_overrides(schema, own, problems), "", problems)
-    refuse(problems)
+    refuse([*problems, *_misspelled(args)])
     grid: GridConfig = to_object(schema)
     refuse(list(grid.problems()))
     rest = [arg for arg in args if arg not in own]
@@ -103,6 +103,16 @@ def read(args: Sequence[str]) -> tuple[GridConfig, Config, DictConfig]:
     has_stages = "stages" in tree or "recipe" in tree or any(arg.startswith("recipe=") for arg in rest)
     others = [arg for arg in rest if arg not in files]
     return grid, *load([*files, *([] if has_stages else HEADS), *others])
+
+
+def _misspelled(args: Sequence[str]) -> Iterator[str]:
+    """Problems of arguments that may be meant for the grid, or for a job."""
+    known = {*_KEYS, *(key.name for key in fields(Config))}
+    for key in dict.fromkeys(arg.partition("=")[0] for arg in args if "=" in arg and not arg.startswith("-")):
+        if key.startswith("slurm."):
+            yield f"{key} is of a job: add --submit"
+        elif "." not in key and key not in known and (hint := did_you_mean(key, _KEYS)):
+            yield f"unknown key `{key}`{hint}"
 
 
 if __name__ == "__main__":
