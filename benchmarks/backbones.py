@@ -79,7 +79,8 @@ def write_catalogue(only: Sequence[str], *, anew: bool, minutes: float) -> None:
         try:
             entries[name] = entry_of(name)
         except UserError as error:
-            del entries[name]
+            if "image_size" not in str(error):  # else it can be used, for other sizes
+                del entries[name]
             sys.stdout.write(f"{error}\n")
     write_lines(first, entries.values())
     measured = sum(entry.parameters is not None for entry in entries.values())

@@ -113,6 +113,9 @@ class ModelConfig:
         valid = torchvision_models.names()
         if self.name in valid:
             return None
+        network, _, tag = self.name.partition(".")
+        if network in valid and tag in torchvision_models.weights_names(network):
+            return f"model.name={self.name}: write model.name={network} model.weights={tag}"
         if timm_models.installed():
             valid += [TIMM_PREFIX + name for name in timm_models.names()]
         if TIMM_PREFIX + self.name in valid:

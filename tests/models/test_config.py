@@ -22,6 +22,7 @@ from distil_tl.models.weight_packages import WeightsPackage
         ("timm/resnet50", "IMAGENET1K_V2", ["model.weights", "timm/resnet50.TAG"]),
         ("timm/vit_tiny_patch16_224", "a/b.pth", ["model.weights", "a/b.pth", "no file"]),
         ("timm/hf-hub:timm/resnet18.a1_in1k", "none", ["model.name", "write timm/resnet18.a1_in1k"]),
+        ("resnet18.IMAGENET1K_V1", "none", ["model.name=resnet18 model.weights=IMAGENET1K_V1"]),
         ("hf_hub:someone/flowers", "none", ["model.name", "write the architecture", "model.weights=PATH"]),
         ("timm/coatnet_0_224", "default", ["model.weights", "none"]),
     ],
