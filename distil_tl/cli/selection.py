@@ -120,7 +120,7 @@ class _Selection:
         with Live(grid, show=self.info.is_main) as live:
             while (cell := grid.following()) is not None:
                 if budget is not None and self.timed and not self.fits(cell, budget):
-                    logger.info("the budget is spent: %d cells are not tried", len(grid.left))
+                    logger.info("the budget is spent; not tried: %d of %d cells", len(grid.left), len(grid.cells))
                     return
                 live.begin(cell)
                 try:

@@ -100,9 +100,10 @@ def headline(outcome: Outcome) -> list[str]:
     ranked = grid.ranked()
     best, metric = ranked[0], METRIC_NAMES.get(grid.metric, grid.metric)
     rows = "cells" if len(grid.heads) == 1 else "rows"
+    near = f"; within its 95 % interval (*): {len(near_best(ranked, grid.metric))} of {len(ranked)} {rows}"
     lines = [
-        f"best: {grid.title(best)}, {metric} {best.value(grid.metric):.4f} on {best.n} images of val; of "
-        f"{len(ranked)} {rows} {len(near_best(ranked, grid.metric))} are within its 95 % interval (*)"
+        f"best: {grid.title(best)}, {metric} {best.value(grid.metric):.4f} on {best.n} images of val"
+        f"{near if len(ranked) > 1 else ''}"
     ]
     estimate = outcome.estimate
     if estimate is not None:
@@ -118,5 +119,5 @@ def headline(outcome: Outcome) -> list[str]:
         pruned = [score.cell.name for score in outcome.pruning.scores[outcome.pruning.keep :]]
         lines.append(f"pruned by LogME: {listed(pruned, 8)}")
     if grid.left:
-        lines.append(f"{len(grid.left)} of {len(grid.cells)} cells were not tried, for lack of time")
+        lines.append(f"not tried, for lack of time: {len(grid.left)} of {len(grid.cells)} cells")
     return [*lines, f"{duration(outcome.seconds)} on {outcome.ranks} {'rank' if outcome.ranks == 1 else 'ranks'}"]
