@@ -58,7 +58,7 @@ COMMANDS = {
     ),
     "submit": Command(
         "launch.submit",
-        ["launch.submit.take_snapshot"],
+        ["launch.one_job.take_snapshot"],
         ["--dry-run", "--cluster=local", "--cluster", "--nope"],
         long=4000,
     ),

@@ -277,9 +277,9 @@ def no_better() -> None:
     records: Any = importlib.import_module("distil_tl.training.records").Records
     original = records.add_evaluation
 
-    def add_evaluation(self: Any, *args: Any) -> bool:
+    def add_evaluation(self: Any, *args: Any, **more: Any) -> bool:
         best = self._state.best
-        original(self, *args)
+        original(self, *args, **more)
         self._state.best = best
         return False
 
