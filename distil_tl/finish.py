@@ -54,8 +54,8 @@ def interpolate(run: Run, training: StageTraining, interpolation: Interpolation)
         raise
     interpolation.apply(chosen)
     training.weights.interpolation = None
-    is_last = run.is_last(stage, stage.config.epochs - 1)
-    is_best = run.records.add_interpolation(stage.name, figures, chosen, time.monotonic() - began, is_last=is_last)
+    seconds, is_last = time.monotonic() - began, run.is_last_stage(stage)
+    is_best = run.records.add_interpolation(stage.name, figures, chosen, seconds, is_last=is_last)
     if is_best:
         run.best_evaluation = kept if in_full else None
     console.print_interpolation(info, stage.name, run.state)

@@ -91,10 +91,12 @@ class Run:
             return skipped
         return record.has_finished(config.epochs) and not (config.wise_ft and record.wise_ft is None)
 
+    def is_last_stage(self, stage: Stage) -> bool:
+        return stage.name == [name for name, config in self.config.stages.items() if config.epochs != 0][-1]
+
     def is_last(self, stage: Stage, epoch: int) -> bool:
-        """Whether no epoch is configured after this one, counted from 0."""
-        names = [name for name, config in self.config.stages.items() if config.epochs != 0]
-        return stage.name == names[-1] and epoch + 1 == stage.config.epochs
+        """Whether no evaluation is configured after that of this epoch, counted from 0."""
+        return self.is_last_stage(stage) and epoch + 1 == stage.config.epochs and not stage.config.wise_ft
 
     def stage(self, name: str) -> Stage:
         """A stage with its settings resolved, including those that are `auto` and those that a head search chose."""

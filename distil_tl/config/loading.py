@@ -74,8 +74,8 @@ def load(
     schema = OmegaConf.structured(Config)
     overrides = parse_overrides(schema, [arg for arg in args if not is_file(arg)], problems)
     recipe = {} if saved else _read_recipe(overrides.get("recipe", tree.get("recipe")))
+    given = flatten(tree).keys() | flatten(overrides).keys()  # a recipe may be newer than a run that is resumed
     tree = {**({"stages": recipe["stages"]} if "stages" in recipe else {}), **tree}
-    given = flatten(recipe).keys() | flatten(tree).keys() | flatten(overrides).keys()
     if "stages" in tree:
         _define_stages(schema, tree.pop("stages"), problems)
     apply(schema, {key: value for key, value in recipe.items() if key != "stages"}, "", problems)

@@ -115,7 +115,9 @@ class Records:
         record.wise_ft = {"alpha": alpha, "metric": self._metric, "seconds": seconds, "figures": rows}
         record.seconds += seconds
         self._state.final = {**last, **{key: figures[alpha][key] for key in FIGURES}, "alpha": alpha}
-        return self._keep(is_last=is_last)
+        best = self._state.best
+        # Alpha 1 is the best epoch of this stage itself, so only one of another stage can be preferred to.
+        return self._keep(is_last=is_last and best is not None and best["stage"] != stage)
 
     def _keep(self, *, is_last: bool) -> bool:
         """Keep the last evaluation if it is the best of the run so far, or preferred to it. Returns whether it is."""

@@ -365,7 +365,8 @@ def test_a_run_keeps_a_default_of_earlier_versions(tmp_path: Path) -> None:
         config, unresolved = load([*command, *given])
         assert config.stages["full"].lr == unresolved.stages.full.lr == expected
     (tmp_path / "config.yaml").write_text("stages: {full: {layer_decay: 0.9}}")
-    assert load(command)[0].stages["full"].layer_decay == 0.9
+    for recipe in ([], ["recipe=standard"]):
+        assert load([*command, *recipe])[0].stages["full"].layer_decay == 0.9
     (tmp_path / "config.yaml").write_text("stages: {full: {lr: 3e-4}}")
     (tmp_path / "own.yaml").write_text("data: {root: null}\nstages: {head: {unfreeze: head}}")
     assert list(load([str(tmp_path / "own.yaml"), *command])[0].stages) == ["head"]

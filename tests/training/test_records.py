@@ -55,6 +55,30 @@ def test_the_best_evaluation_is_kept_otherwise(right: tuple[int, ...], given: di
     assert "instead_of" not in best
 
 
+@pytest.mark.parametrize(
+    ("first", "alphas", "expected"),
+    [
+        pytest.param(
+            "full", {1.0: 80, 0.5: 80}, ("full", 0.80, False), id="no better than the best epoch of the stage"
+        ),
+        pytest.param("full", {1.0: 80, 0.5: 85}, ("full", 0.85, False), id="better than every epoch"),
+        pytest.param("head", {1.0: 75, 0.5: 78}, ("full", 0.78, True), id="near the best epoch of another stage"),
+        pytest.param("head", {1.0: 60, 0.5: 61}, ("head", 0.80, False), id="far below it"),
+    ],
+)
+def test_interpolated_weights_are_preferred_to_another_stage_only(
+    first: str, alphas: dict[float, int], expected: tuple[str, float, bool]
+) -> None:
+    state = RunState(stages={name: StageRecord() for name in ("head", "full")})
+    records = Records(state, None, 8, prefer_last=True)
+    records.add_evaluation(Moment(first, 0, 0.1), counted(80), 1.0, 0.0)
+    records.add_evaluation(Moment("full", 1, 0.1), counted(alphas[1.0] - 2), 1.0, 0.0)
+    figures = {alpha: counted(right).compute() for alpha, right in alphas.items()}
+    records.add_interpolation("full", figures, 0.5, 1.0, is_last=True)
+    assert state.best is not None
+    assert (state.best["stage"], state.best["top1"], "instead_of" in state.best) == expected
+
+
 def test_a_last_evaluation_that_is_the_best_is_in_place_of_none() -> None:
     best, kept = evaluations(70, 80)
     assert (best["epoch"], kept, "instead_of" in best) == (2, [True, True], False)
