@@ -24,12 +24,17 @@ def select_and_record(arguments: Sequence[str], folder: Path) -> int:
 
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
         return main(arguments)
-    attempt, began = Attempt(folder), time.monotonic()
-    if refused := run_command(PROGRAM, lambda: _begin(attempt, folder)):
-        return refused
-    status = main(arguments)
-    seconds = time.monotonic() - began
-    return run_command(PROGRAM, lambda: _end(attempt, folder, status, seconds)) or status
+    attempt = Attempt(folder)
+
+    def select() -> int:
+        _begin(attempt, folder)
+        began = time.monotonic()
+        status = main(arguments)
+        _end(attempt, folder, status, time.monotonic() - began)
+        return status
+
+    # One command around all of it: `ended_because_of_others` stays as `main` leaves it.
+    return run_command(PROGRAM, select)
 
 
 def _begin(attempt: Attempt, folder: Path) -> None:
@@ -41,6 +46,7 @@ def _begin(attempt: Attempt, folder: Path) -> None:
             "the job was restarted several times in a row before it could complete a cell, so it ends here; use a "
             "longer slurm.time, more ranks, or smaller sizes. Submit it again to reset this limit"
         ) from None
+    (folder / "summary.json").unlink(missing_ok=True)  # of an earlier job; a selection in progress has none
 
 
 def _end(attempt: Attempt, folder: Path, status: int, seconds: float) -> None:

@@ -10,12 +10,15 @@ import pytest
 
 from distil_tl.cli import main as console
 from distil_tl.cli import select as command
-from distil_tl.utils.errors import EXIT_PREEMPTED
+from distil_tl.utils.command import run_command
+from distil_tl.utils.errors import EXIT_PREEMPTED, LostRanksError, NonFiniteError
+from distil_tl.utils.job_outcome import VARIABLE
 from launch.job import Selection
 from launch.records import read_record
 from launch.select import main, texts
 from launch.selection_job import select_and_record
 from launch.status import read_overview
+from launch.task import requeue_if_preempted
 from tests.helpers.arguments import SMALLEST
 from tests.helpers.fake_slurm import FakeSlurm
 
@@ -97,7 +100,7 @@ def test_status_tells_how_it_ended(slurm: FakeSlurm, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(command, "main", selected)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    for status, after in ((EXIT_PREEMPTED, "stopped"), (1, "failed"), (0, "completed")):
+    for status, after in ((EXIT_PREEMPTED, "stopped"), (0, "completed"), (1, "failed"), (0, "completed")):
         state["status"] = status
         slurm.change("7", "RUNNING")
         assert select_and_record([], folder) == status
@@ -122,3 +125,21 @@ def test_a_job_that_never_completes_a_cell_ends(
         found.append(select_and_record([], tmp_path))
     assert found == [EXIT_PREEMPTED] * 6 + [1]
     assert "before it could complete a cell" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "noted"),
+    [(LostRanksError("rank 1 was killed"), ["saved"]), (NonFiniteError("the loss is nan"), ["saved", "failed"])],
+)
+def test_a_job_that_loses_a_rank_is_left_to_the_batch_script_to_requeue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, noted: list[str]
+) -> None:
+    def body() -> None:
+        raise error
+
+    (tmp_path / "outcome").write_text("saved\n")
+    monkeypatch.setattr(command, "main", lambda arguments: run_command("distil-tl select", body))
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "outcome"))
+    assert requeue_if_preempted(lambda: select_and_record([], tmp_path)) == 1
+    assert (tmp_path / "outcome").read_text().split() == noted
+    assert json.loads((tmp_path / "summary.json").read_text())["status"] == "failed"
