@@ -46,7 +46,7 @@ from distil_tl.utils.rng import seed_torch
 
 # Weights that train together. On a CPU they fit its cache with their moments; a GPU is best with few, large kernels.
 GROUP_SIZE = {"cpu": 200_000, "cuda": 1 << 26}
-Scores: TypeAlias = "list[dict[str, Any]]"  # of each head of a group: top1, loss and the metric; its Spread
+Scores: TypeAlias = "list[dict[str, Any]]"  # of each head of a group: top1, loss and the metric; its Spread for JSON
 BLOCK = 2048  # images whose features are read at once
 
 
@@ -153,8 +153,8 @@ def search_heads(info: DistInfo, search: HeadSearch, agreement: Agreement) -> di
     parts = gather_objects(info, own)
     scores = [row for i in range(len(groups)) for row in parts[i % info.world_size][i // info.world_size]]
     heads = [{**each._asdict(), **score} for each, score in zip(settings, scores, strict=True)]
-    val, stage = search.features.val, search.stage
-    spreads = [head.pop("spread", None) for head in heads]
+    val, stage, classes = search.features.val, search.stage, search.head.out_features
+    spreads = [Spread.from_json(classes, head.pop("spread")) for head in heads if search.spread]
     chosen = choose_head(heads, stage.metric, stage.config.search.prefer, len(val) - len(val.bad()))
     if chosen is None:
         raise NonFiniteError(
@@ -294,8 +294,7 @@ def _score_heads(search: HeadSearch, groups: _Groups, agreement: Agreement) -> l
 
 def _score(row: Tensor, classes: int, kept: Iterable[str], finite: bool) -> dict[str, Any]:
     """The figures of a head from its sums."""
-    size = counts(classes)
-    figures = ClassificationMetrics.of(row[:size], classes).compute()
+    figures = ClassificationMetrics.of(row[: counts(classes)], classes).compute()
     valid = finite and math.isfinite(figures["loss"])
     found: dict[str, Any] = {name: figures[name] if valid else None for name in kept}
-    return {**found, "spread": Spread.of(row, classes)} if len(row) > size else found
+    return {**found, "spread": Spread.of(row, classes).to_json()} if len(row) > counts(classes) else found

@@ -62,6 +62,14 @@ class Spread:
         at = np.flatnonzero(found)
         return cls(classes, at, found[at])
 
+    def to_json(self) -> list[list[float]]:
+        return [self.at.tolist(), self.values.tolist()]
+
+    @classmethod
+    def from_json(cls, classes: int, columns: list[list[float]]) -> Spread:
+        at, values = columns
+        return cls(classes, np.array(at, dtype=np.int64), np.array(values, dtype=np.float64))
+
     def __add__(self, other: Spread) -> Spread:
         return Spread.of(torch.from_numpy(self.dense() + other.dense()), self.classes)
 

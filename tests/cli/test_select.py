@@ -138,13 +138,14 @@ def test_it_is_the_same_on_any_number_of_ranks(folder: Path, tmp_path: Path) -> 
     found = []
     for world in (1, 2, 4):
         out, cache = tmp_path / f"out{world}", str(tmp_path / f"cache{world}")
-        grid = (TWO, "sizes=[32]", "crops=squash", "heads=all", "readouts=[pooled,last2]")
+        grid = (TWO, "sizes=[32]", "crops=squash", "heads=all", "readouts=[pooled,last2]", "metric=macro_f1")
         assert run_ranks(world, select, arguments(folder, out, *grid), cache) == [0] * world
         assert content(out)["ranks"] == world
         found.append(without_times(content(out)))
     assert found[0] == found[1] == found[2]
     assert found[0]["estimate"]["split"] == "train"
     assert len(found[0]["rows"]) == 2 * 2 * len(HEADS)
+    assert all(row["interval"] is not None for row in found[0]["rows"])
 
 
 def test_read_outs_and_crops_share_a_network_and_read_outs_its_passes(
