@@ -46,7 +46,7 @@ class FeatureExtractor:
     Args:
         prefix: the frozen part, whose freezing is applied.
         record: of the stage.
-        limit_memory: feature maps must fit in memory; pooled features may always be used.
+        limit_memory: feature maps and packed features must fit in memory; pooled features may always be used.
         depends_on: what else the features depend on; a teacher's outputs are features, too.
     """
 
@@ -121,6 +121,7 @@ class FeatureExtractor:
         size = self.stage.image_size
         example = self.prefix(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.info.device))
         bytes_per_image = example.numel() * example.element_size()
+        pooled = example.ndim == 2 and not (isinstance(self.prefix, Prefix) and self.prefix.packed)
 
         def find() -> tuple[list[tuple[int, int]], str | None]:
             missing = [chunk for chunk in cache.chunks() if not cache.is_valid(*chunk)]
@@ -129,7 +130,7 @@ class FeatureExtractor:
             if to_write > free:
                 return missing, f"they take {_gb(to_write)}, and {cache.folder.parent} has {_gb(free)} free"
             total = bytes_per_image * cache.length * cache.views
-            if self.limit_memory and example.ndim > 2 and total > MEMORY_SHARE * memory:
+            if self.limit_memory and not pooled and total > MEMORY_SHARE * memory:
                 return missing, f"they take {_gb(total)}, too much for {_gb(memory)} of free memory"
             return missing, None
 

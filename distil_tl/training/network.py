@@ -118,13 +118,18 @@ def evaluation_network(
 
 
 class Prefix(nn.Module):
-    """The frozen part of a model: uint8 images [N, 3, S, S] to features [N, ...], without gradients."""
+    """The frozen part of a model: uint8 images [N, 3, S, S] to features [N, ...], without gradients.
+
+    Attributes:
+        packed: as in `CutNetwork`.
+    """
 
     def __init__(self, model: TransferModel, cut: CutNetwork, compute: Compute, device: torch.device) -> None:
         super().__init__()
         self.compute = compute
         self.normalize = Normalize(model.preprocess)
         self.prefix = cut.prefix
+        self.packed = cut.packed
         self.to(device)
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from distil_tl.models.graph.frozen_prefix import cut_frozen_prefix
 from distil_tl.models.transfer import TransferModel, build
 from distil_tl.train import main
 from distil_tl.training import feature_extraction as module
+from distil_tl.training import stage_setup
 from distil_tl.training.config import StageConfig, wants_features
 from distil_tl.training.features import Views, cache_key
 from distil_tl.training.network import Prefix, lay_out, set_layout
@@ -102,6 +103,29 @@ def test_training_on_features_is_training_on_images(
     assert (on["stages"]["head"]["cached"], off["stages"]["head"]["cached"]) == (True, False)
     assert not on["stages"]["full"]["cached"]
     assert on["stages"]["head"]["train_images"] == off["stages"]["head"]["train_images"]
+
+
+def test_packed_features_are_not_taken_for_pooled_ones(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like feature maps they must fit in memory with features=auto, and the layers after them have a trial."""
+    tried: list[str] = []
+
+    def choose(info: object, options: list[Compute], step: object, *, what: str, **more: object) -> Compute:
+        tried.append(what)
+        return options[0]
+
+    def run(name: str, *more: str) -> tuple[bool, bool]:
+        tried.clear()
+        assert main(head_args(folder, tmp_path / name, NO_FULL, *more)) == 0
+        return summary_of(tmp_path / name)["stages"]["head"]["cached"], "the training of stage head" in tried
+
+    monkeypatch.setattr(stage_setup, "choose", choose)
+    monkeypatch.setattr(module, "available_memory", lambda: 0)
+    packed = ("model.name=tests.helpers.small_networks:tnt", "stages.head.unfreeze=2")
+    assert run("pooled") == (True, False)
+    assert run("auto", *packed)[0] is False
+    assert run("on", *packed, "stages.head.features=on") == (True, True)
 
 
 def test_features_do_not_depend_on_the_number_of_ranks(folder: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ The cut is found in the graph of the network's own `forward`, without rules for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +22,7 @@ from distil_tl.models.graph.equivalence import (
 )
 from distil_tl.models.graph.fold_batchnorm import fold_at_each_call, fold_frozen, has_folded_batchnorm
 from distil_tl.models.graph.known_shapes import batch_size, trace_with_shapes
-from distil_tl.models.graph.packed_features import pack_frozen_values
+from distil_tl.models.graph.packed_features import pack, pack_frozen_values
 from distil_tl.models.graph.trace import (
     FrozenBlockTracer,
     LayerTracer,
@@ -48,10 +48,12 @@ class CutNetwork:
         prefix: images to features, deterministic and without trained parameters. BatchNorm is folded into copies of
             convolutions; all other modules are the network's own.
         suffix: features to logits, made of the network's own modules. BatchNorm is folded at each call where possible.
+        packed: the features are several tensors in one, a row per image: not pooled, although they have two dimensions.
     """
 
     prefix: nn.Module
     suffix: nn.Module
+    packed: bool = False
 
 
 def cut_frozen_prefix(module: nn.Module, images: Tensor) -> CutNetwork:
@@ -98,7 +100,8 @@ def _cut_with_shapes(whole: Whole, images: Tensor) -> CutNetwork | None:
         try:
             graph, values = trace_with_shapes(blocks, whole, images)
             varying = {node for node in graph.nodes if _varies(whole, node)}
-            cut = _cut(whole, *pack_frozen_values(graph, values, varying), images)
+            packed, node = pack_frozen_values(graph, values, varying)
+            cut = replace(_cut(whole, packed, node, images), packed=node.target is pack)
             _check_rows(cut.prefix, whole, images)
         except (MemoryError, torch.OutOfMemoryError):
             raise

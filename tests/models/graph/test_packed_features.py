@@ -80,6 +80,7 @@ def test_the_parts_compute_the_same_as_the_whole(how: str) -> None:
     network = Several(how)
     cut = cut_frozen_prefix(network, IMAGES[:3])
     features = cut.prefix(IMAGES)
+    assert cut.packed
     assert len(features) == 5
     assert torch.equal(cut.prefix(IMAGES.flip(0)), features.flip(0)), "each row is of one image"
     assert not any(parameter.requires_grad for parameter in cut.prefix.parameters())
