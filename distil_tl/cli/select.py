@@ -37,10 +37,11 @@ def main(args: Sequence[str] | None = None) -> int:
         "Writes DIR/select.html and select.json, and DIR/best.yaml for distil_tl.train. The same command resumes.",
         epilog="\n".join(["keys besides those of a run (distil-tl train --help):", *explain(GridConfig(), "")]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # `distil-tl` must know --submit
     )
     add_options(parser)
     options, rest = parser.parse_known_args(args)
-    return run_command("distil-tl select", lambda: run(rest, options.out, options.budget))
+    return run_command("distil-tl select", lambda: run(rest, options.out, options.budget, submit=options.submit))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -59,13 +60,15 @@ def options_of(out: Path, budget: str | None) -> list[str]:
     return ["--out", str(out), *([] if budget is None else ["--budget", budget])]
 
 
-def run(args: Sequence[str], out: Path | None, budget: str | None) -> None:
+def run(args: Sequence[str], out: Path | None, budget: str | None, *, submit: bool = False) -> None:
     """Read the arguments, then compare.
 
     Raises:
         UserError: wrong arguments, images that can't be used, no backbone that can be used, or no place for the files.
         PreemptedError: stopped by a signal; the same command resumes.
     """
+    if submit:  # `distil-tl select --submit` does not come here
+        raise UserError("this command does not submit jobs: start it as `distil-tl select --submit`")
     grid, config, unresolved = read(args)
     seconds = seconds_of(budget)
     if "huggingface_hub" not in sys.modules:  # weights are read from its cache, without asking a server

@@ -54,6 +54,15 @@ def select(args: list[str], cache: str | None = None) -> int:
     return command.main(args)
 
 
+@pytest.mark.parametrize(("option", "named"), [("--sub", "--sub"), ("--submit", "distil-tl select --submit")])
+def test_what_should_be_submitted_does_not_run_here(
+    option: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("distil_tl.cli.selection.select", lambda *args: None)
+    assert select([f"candidates={SMALLEST}", "model.weights=none", option]) == 2
+    assert named in capsys.readouterr().err
+
+
 def content(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "select.json").read_text())
     return found
