@@ -1,7 +1,7 @@
 """Submit a selection: `distil-tl select --submit data.root=FOLDER candidates=... slurm.nodes=2 key=value ...`.
 
 The same as `python -m launch.select`. A copy of the code, the resolved configuration and the batch script go to the
-folder of the results. Shortly before its time limit the job is requeued, and goes on with the cells that are left.
+folder of the results. Shortly before its time limit the job is requeued, and resumes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from distil_tl.cli.select import add_options, default_folder, options_of, read, seconds_of
+from distil_tl.cli.select import add_options, default_folder, help_of_keys, options_of, read, seconds_of
 from distil_tl.selection.config import GridConfig
 from distil_tl.utils.args import to_yaml
 from distil_tl.utils.command import run_command
@@ -28,6 +28,7 @@ ELSEWHERE = "name another folder with --out"
 
 def main(args: Sequence[str] | None = None) -> int:
     parser = argument_parser("distil-tl select --submit", __doc__)
+    parser.epilog = f"{help_of_keys()}\n\n{parser.epilog}"
     add_options(parser)
     add_job_options(parser)
     options, rest = parser.parse_known_args(args)

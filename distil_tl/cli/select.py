@@ -35,13 +35,18 @@ def main(args: Sequence[str] | None = None) -> int:
         usage="distil-tl select [CONFIG.yaml] [key=value ...] [--out DIR] [--budget TIME] [--submit]",
         description="Compare backbones, image sizes, crops and read-outs by the accuracy of heads on their features. "
         "Writes DIR/select.html and select.json, and DIR/best.yaml for distil_tl.train. The same command resumes.",
-        epilog="\n".join(["keys besides those of a run (distil-tl train --help):", *explain(GridConfig(), "")]),
+        epilog=help_of_keys(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # `distil-tl` must know --submit
     )
     add_options(parser)
     options, rest = parser.parse_known_args(args)
     return run_command("distil-tl select", lambda: run(rest, options.out, options.budget, submit=options.submit))
+
+
+def help_of_keys() -> str:
+    """The keys of the grid, for --help."""
+    return "\n".join(["keys besides those of a run (distil-tl train --help):", *explain(GridConfig(), "")])
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from distil_tl.cli import main as console
 from distil_tl.cli import select as command
+from distil_tl.selection.config import GridConfig
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import EXIT_PREEMPTED, LostRanksError, NonFiniteError
 from distil_tl.utils.job_outcome import VARIABLE
@@ -47,6 +49,14 @@ def test_the_job_gets_the_grid_and_the_configuration(slurm: FakeSlurm, capsys: p
     assert (grid, config.stages, config.metric) == (expected[0], expected[1].stages, "macro_f1")
     (run, _), overview = read_overview(folder).rows[0], read_overview(folder)
     assert (run.state, overview.metric, run.data) == ("pending", "macro_f1", "embedded digits")
+
+
+def test_help_has_the_keys_of_the_grid_and_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for key in (*(key.name for key in fields(GridConfig)), "slurm.nodes"):
+        assert any(line.strip().startswith(f"{key}=") for line in lines), key
 
 
 def test_a_dry_run_writes_nothing(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:

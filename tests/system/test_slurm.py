@@ -157,7 +157,7 @@ if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
 
 
 @concurrent()
-def test_a_selection_is_requeued_and_goes_on_with_the_cells_that_are_left(
+def test_a_selection_is_requeued_and_resumes(
     partition: Partition, inputs: Inputs, tmp_path: Path
 ) -> None:
     """On two nodes, which share the images and the heads of each cell."""
