@@ -155,10 +155,7 @@ def build(
     if config.is_own:
         preprocess = own_models.preprocess(config.name, module)
 
-    if pretrained:
-        state, info = _read_weights(config, weights, module, head)
-    else:
-        state, info = None, WeightsInfo("unread", None)
+    state, info = _read_weights(config, weights, module, head) if pretrained else (None, WeightsInfo("unread", None))
     if state is not None:
         state = strip_prefixes(state, module.state_dict())
         if config.from_timm:

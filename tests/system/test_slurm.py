@@ -157,9 +157,7 @@ if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
 
 
 @concurrent()
-def test_a_selection_is_requeued_and_resumes(
-    partition: Partition, inputs: Inputs, tmp_path: Path
-) -> None:
+def test_a_selection_is_requeued_and_resumes(partition: Partition, inputs: Inputs, tmp_path: Path) -> None:
     """On two nodes, which share the images and the heads of each cell."""
     (tmp_path / "hooks").mkdir()
     (tmp_path / "hooks/sitecustomize.py").write_text(WAITS.format(go=str(tmp_path / "go")))
