@@ -10,7 +10,7 @@ import yaml
 
 from distil_tl.selection.cells import Result
 from distil_tl.selection.config import trains_head
-from distil_tl.training.config import SearchConfig, StageConfig
+from distil_tl.training.config import StageConfig
 from distil_tl.training.heads.config import FITTED_HEADS
 from distil_tl.utils.args import flatten
 
@@ -47,8 +47,11 @@ def best_config(
     tree = _nested(kept)
     name, stage = head
     if result.kind in FITTED_HEADS:
-        epochs = {"search": SearchConfig(), "epochs": 1, "lr": StageConfig().lr, "views": None}
-        stage = replace(stage, head=result.kind, **epochs)
+        plain = StageConfig()  # it takes no steps, so keys that concern them are refused
+        stage = replace(
+            stage, head=result.kind, search=plain.search, epochs=plain.epochs, lr=plain.lr, views=plain.views,
+            patience=plain.patience, ema=plain.ema, wise_ft=plain.wise_ft, distill=plain.distill,
+        )  # fmt: skip
     first = _differing(stage)
     if result.kind == "linear":
         first |= {
