@@ -119,7 +119,7 @@ def _misspelled(args: Sequence[str]) -> Iterator[str]:
     for key in dict.fromkeys(arg.partition("=")[0] for arg in args if "=" in arg and not arg.startswith("-")):
         if key.startswith("slurm."):
             yield f"{key} is of a job: add --submit"
-        elif "." not in key and key not in known and (hint := did_you_mean(key, _KEYS)):
+        elif "." not in key and key not in known and (hint := did_you_mean(key, known)):
             yield f"unknown key `{key}`{hint}"
 
 

@@ -98,7 +98,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         except AllRanksStopError:
             info.leave(orderly=True, seconds=None)
             raise PreemptedError(
-                f"stopped by a signal; {work.complete} of {len(cells)} cells are saved in {out}. Run the same "
+                f"stopped by a signal; {work.complete} of {len(work.cells)} cells are saved in {out}. Run the same "
                 f"command to resume"
             ) from None
 
@@ -124,12 +124,13 @@ class _Selection:
                     return
                 live.begin(cell)
                 try:
-                    results = self.search.search(cell, grid.missing(cell))
+                    results, reasons = self.search.search(cell, grid.missing(cell))
                 except UnfitError as error:
                     grid.fail(cell, str(error))
                     live.failed(cell, str(error))
                     continue
                 grid.results += results
+                grid.failed_heads |= {(cell, kind): reason for kind, reason in reasons.items()}
                 self.timed.append(replace(results[0], seconds=sum(result.seconds for result in results)))
                 self.save(results)
                 live.end(min(results, key=lambda result: rank_by(grid.metric, result.head)))
@@ -248,8 +249,7 @@ def refuse_none_usable(found: Found) -> None:
 
 def print_missing(outcome: Outcome) -> None:
     """The backbones that were not tried, with reasons and the command that downloads weights."""
-    failed = {f"{cell.name} {cell.image_size} px": reason for cell, reason in outcome.grid.failed.items()}
-    for name, reason in (outcome.left_out | failed).items():
+    for name, reason in (outcome.left_out | outcome.grid.reasons()).items():
         logger.info("left out: %s: %s", name, reason)
     if outcome.missing:
         names = list(outcome.missing)

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import plan_batches
@@ -29,6 +29,8 @@ from distil_tl.training.head_search import prepare_search
 from distil_tl.training.stage_setup import set_up_stage
 from distil_tl.utils.errors import NonFiniteError, UserError, listed
 from distil_tl.utils.log import logger
+
+Found: TypeAlias = "tuple[list[Result], dict[str, str]]"  # a result for each kind of head; why other kinds failed
 
 
 class UnfitError(Exception):
@@ -55,17 +57,17 @@ class CellSearch:
         self._images = image_memory(info) if len({cell.name for cell in cells}) > 1 else ImageMemory(0)
         self._speed: tuple[tuple[str, int], float | None] | None = None  # of the last network
 
-    def search(self, cell: Cell, kinds: Sequence[str]) -> list[Result]:
-        """The results of a cell, one for each kind of head.
+    def search(self, cell: Cell, kinds: Sequence[str]) -> Found:
+        """The results of a cell, one for each kind of head; and why other kinds have none.
 
         Raises:
             UnfitError: the weights don't fit the network, it has no frozen part, its head is no linear
-                layer, or no head has a finite loss.
+                layer, or all kinds of heads failed.
             UserError: an image can't be used, or some ranks can't build the network.
             AllRanksStopError: on all ranks alike. Features that are complete are kept.
         """
         began = time.monotonic()
-        chosen, seconds = dict[str, dict[str, Any]](), dict[str, float]()
+        chosen, seconds, failed = dict[str, dict[str, Any]](), dict[str, float](), dict[str, str]()
         try:
             found = self.open_cell(cell)
             searches = HeadSearches(
@@ -73,7 +75,14 @@ class CellSearch:
             )
             for kind in kinds:
                 self.info.phase = f"the search of the {kind} head"
-                chosen[kind] = searches.result(kind)
+                try:
+                    chosen[kind] = searches.result(kind)
+                except (UserError, NonFiniteError) as error:  # on all ranks alike
+                    if isinstance(error, UserError) and not self.is_of_cell(error):
+                        raise
+                    failed[kind] = str(error)
+                    logger.info("%s head: left out: %s", kind, error)
+                    continue
                 seconds[kind] = time.monotonic() - began
                 began += seconds[kind]
                 tried, metric = chosen[kind]["heads"], found.stage.metric
@@ -85,8 +94,14 @@ class CellSearch:
             if self.is_of_cell(error):
                 raise UnfitError(str(error)) from error
             raise
-        except NonFiniteError as error:
-            raise UnfitError(str(error)) from error
+        if not chosen:
+            raise UnfitError("; ".join(dict.fromkeys(failed.values())))
+        return self._results(cell, found, chosen, seconds), failed
+
+    def _results(
+        self, cell: Cell, found: OpenCell, chosen: dict[str, dict[str, Any]], seconds: dict[str, float]
+    ) -> list[Result]:
+        """The results of a cell from those of its searches, by kind. A collective."""
         features = found.setup.features
         assert features is not None
         self.bad_images.refuse_none_usable(len(features.val) - len(features.val.bad()), "val", self.splits.val)

@@ -162,6 +162,7 @@ class Grid:
     results: list[Result] = field(default_factory=list)
     failed: dict[Cell, str] = field(default_factory=dict)
     heads: Sequence[str] = ("linear",)
+    failed_heads: dict[tuple[Cell, str], str] = field(default_factory=dict)  # of cells that have other results
 
     @property
     def left(self) -> list[Cell]:
@@ -173,8 +174,9 @@ class Grid:
         return sum(not self.missing(cell) for cell in self.cells)
 
     def missing(self, cell: Cell) -> list[str]:
-        """The kinds of heads of a cell that have no result."""
+        """The kinds of heads of a cell that have no result and have not failed."""
         done = {result.kind for result in self.results if result.cell == cell}
+        done |= {kind for each, kind in self.failed_heads if each == cell}
         return [kind for kind in self.heads if kind not in done]
 
     def title(self, result: Result) -> str:
@@ -205,8 +207,20 @@ class Grid:
         return min(left, key=lambda cell: best.get(cell.name, worst))
 
     def fail(self, cell: Cell, reason: str) -> None:
-        """A network that can't be used at a size: it is left out with every crop and read-out."""
+        """A network that can't be used at a size: it is left out with every crop and read-out.
+
+        If the cell has results, those of earlier calls, only its other heads are left out.
+        """
+        if any(result.cell == cell for result in self.results):
+            self.failed_heads |= {(cell, kind): reason for kind in self.missing(cell)}
+            return
         self.failed |= {each: reason for each in self.left if each.network == cell.network}
+
+    def reasons(self) -> dict[str, str]:
+        """Why networks and heads failed, by their names."""
+        networks = {f"{cell.name} {cell.image_size} px": reason for cell, reason in self.failed.items()}
+        heads = {f"{cell.title}, {kind} head": reason for (cell, kind), reason in self.failed_heads.items()}
+        return networks | heads
 
     def ranked(self) -> list[Result]:
         """The results, the best first; of equal ones the cheaper first."""

@@ -46,7 +46,6 @@ class Outcome:
         """docs/select.md describes the fields."""
         grid, ranked = self.grid, self.grid.ranked()
         near, front = (near_best(ranked, grid.metric), list(pareto(ranked))) if ranked else ([], [])
-        failed = {f"{cell.name} {cell.image_size} px": reason for cell, reason in grid.failed.items()}
         return {
             "metric": grid.metric,
             "classes": list(self.splits.classes),
@@ -60,7 +59,7 @@ class Outcome:
             "effects": list(effects(ranked, grid)),
             "pruning": None if self.pruning is None else pruning_fields(self.pruning, ranked, grid.metric),
             "not_tried": [cell_fields(cell) for cell in grid.left],
-            "left_out": self.left_out | failed,
+            "left_out": self.left_out | grid.reasons(),
             "missing_weights": self.missing,
             "device": self.device,
             "ranks": self.ranks,

@@ -20,11 +20,13 @@ from distil_tl.cli import select as command
 from distil_tl.cli.selection import _Selection
 from distil_tl.models.transfer import build
 from distil_tl.selection import cell_search, costs, pruning
-from distil_tl.selection.cell_search import CellSearch
-from distil_tl.selection.cells import Cell, Result
+from distil_tl.selection.cell_search import CellSearch, Found
+from distil_tl.selection.cells import Cell
 from distil_tl.selection.config import HEADS
 from distil_tl.selection.outcome import TIMES
 from distil_tl.training import feature_extraction, stage_setup
+from distil_tl.training.heads import search as head_fits
+from distil_tl.utils.errors import NonFiniteError, UserError
 from tests.helpers.arguments import SMALLEST
 from tests.helpers.images import make_folder
 from tests.helpers.ranks import run_ranks
@@ -185,7 +187,7 @@ def test_read_outs_and_crops_share_a_network_and_read_outs_its_passes(
     counted(feature_extraction, "_compute_chunk")
     searched, original = list[Cell](), CellSearch.search
 
-    def search(self: CellSearch, cell: Cell, kinds: list[str]) -> list[Result]:
+    def search(self: CellSearch, cell: Cell, kinds: list[str]) -> Found:
         if len(searched) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         searched.append(cell)
@@ -271,7 +273,7 @@ def test_an_interrupted_selection_resumes(
     args, searched = arguments(folder, tmp_path / "out", *grid), list[str]()
     original = CellSearch.search
 
-    def search(self: CellSearch, cell: Cell, kinds: list[str]) -> list[Result]:
+    def search(self: CellSearch, cell: Cell, kinds: list[str]) -> Found:
         if searched:
             os.kill(os.getpid(), signal.SIGTERM)
         searched.append(cell.name)
@@ -286,7 +288,7 @@ def test_an_interrupted_selection_resumes(
     assert len(searched) == 2
     again: list[str] = []
 
-    def record(self: CellSearch, cell: Cell, kinds: list[str]) -> list[Result]:
+    def record(self: CellSearch, cell: Cell, kinds: list[str]) -> Found:
         again.append(cell.name)
         return original(self, cell, kinds)
 
@@ -306,7 +308,7 @@ def test_heads_that_are_added_use_the_features_and_leave_the_results(
     (linear,) = content(tmp_path / "out")["rows"]
     original = CellSearch.search
 
-    def record(self: CellSearch, cell: Cell, kinds: list[str]) -> list[Result]:
+    def record(self: CellSearch, cell: Cell, kinds: list[str]) -> Found:
         asked.append(list(kinds))
         return original(self, cell, kinds)
 
@@ -329,6 +331,29 @@ def test_heads_that_are_added_use_the_features_and_leave_the_results(
     for row in found["rows"]:
         assert f">{row['head']} " in page or f">{row['head']}<" in page
     assert "ridge penalty" in capsys.readouterr().out
+
+
+def test_a_kind_of_head_that_fails_leaves_the_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the first call, and in one with results of the others."""
+
+    def fit_knn(*args: Any) -> None:
+        raise UserError("too little memory")
+
+    def fit_lda(*args: Any) -> None:
+        raise NonFiniteError("not finite")
+
+    monkeypatch.setattr(head_fits, "fit_knn", fit_knn)
+    monkeypatch.setattr(head_fits, "fit_lda", fit_lda)
+    args = arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", "sizes=32", "heads=[knn,lda,prototypes]")
+    for failed in (f"{SMALLEST} 32 px weights, knn head", f"{SMALLEST} 32 px weights, lda head"):
+        assert select(args) == 0
+        found = content(tmp_path / "out")
+        assert [row["head"] for row in found["rows"]] == ["prototypes"]
+        assert len(found["left_out"]) == 2
+        assert found["left_out"][failed] in ("too little memory", "not finite", "too little memory; not finite")
+        assert f"left out: {failed}: " in capsys.readouterr().out
 
 
 def test_a_head_that_is_only_compared_leaves_best_yaml_to_the_linear_search(folder: Path, tmp_path: Path) -> None:
@@ -422,6 +447,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_tried(
         (["nosuch=1"], "nosuch"),
         (["candidate=small"], "did you mean `candidates`?"),
         (["size=64"], "did you mean `sizes`?"),
+        (["seeds=1"], "did you mean `seed`"),
         (["slurm.nodes=2"], "slurm.nodes is of a job: add --submit"),
         (["keep=0"], "keep=0"),
         (["keep=few"], "as in keep=5"),

@@ -106,7 +106,7 @@ class Problem:
         """All rows on every rank. A collective. Raises UserError on all ranks alike if memory does not suffice."""
         found = self.rows.everything()
         if found is None:
-            raise UserError(f"{TOO_LITTLE_MEMORY} for the features of all training images: use head=linear")
+            raise UserError(f"{TOO_LITTLE_MEMORY} for the features of all training images: use a linear head")
         return found
 
 
@@ -139,5 +139,5 @@ def open_problem(
     standard = Standard(mean, deviation)
     rows = raw.standardized(standard)
     if not rows.load_own():
-        raise UserError(f"{TOO_LITTLE_MEMORY} for its share of the features: use more ranks, or head=linear")
+        raise UserError(f"{TOO_LITTLE_MEMORY} for its share of the features: use a linear head, or more ranks")
     return Problem(rows, standard, counts, smoothing, offsets, seed)
