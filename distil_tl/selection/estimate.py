@@ -32,7 +32,7 @@ def estimate(info: DistInfo, found: OpenCell, result: Result, agreement: Agreeme
     """The figure from test if there are such images, else from cross-validation. A collective.
 
     Raises:
-        NoEstimateError: an image of test can't be used, train has too few images, or the heads diverge.
+        NoEstimateError: an image can't be used, memory does not suffice, train has too few images, or heads diverge.
         AllRanksStopError: on all ranks alike.
     """
     if "test" in found.source.splits:
@@ -44,6 +44,8 @@ def estimate(info: DistInfo, found: OpenCell, result: Result, agreement: Agreeme
         return by_cross_validation(info, found, agreement, kind=result.kind)
     except NonFiniteError as error:
         raise NoEstimateError(f"the heads of a fold diverge: {error}") from error
+    except (UserError, FeaturesUnavailableError) as error:
+        raise NoEstimateError(f"the cross-validation gives none: {error}") from error
 
 
 def on_test(info: DistInfo, found: OpenCell, result: Result, agreement: Agreement) -> Estimate:

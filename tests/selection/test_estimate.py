@@ -21,11 +21,12 @@ from distil_tl.selection import heads
 from distil_tl.selection.cells import Estimate
 from distil_tl.selection.estimate import NoEstimateError, by_cross_validation
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig
-from distil_tl.training.features import Features
+from distil_tl.training.features import Features, FeaturesUnavailableError
 from distil_tl.training.head_search import HeadSearch, search_heads
 from distil_tl.training.heads.search import choose
 from distil_tl.training.losses import training_loss
 from distil_tl.training.stage import Stage
+from distil_tl.utils.errors import UserError
 
 CPU = torch.device("cpu")
 IMAGES, WIDTH = 60, 80
@@ -121,3 +122,15 @@ def test_too_few_images_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = opened(dataset(tmp_path / "c", np.arange(IMAGES) % 2, separable=True), monkeypatch, batch=40)
     with pytest.raises(NoEstimateError, match="36 images"):
         estimated(found)
+
+
+@pytest.mark.parametrize("error", [UserError("too little memory"), FeaturesUnavailableError("no disk")])
+def test_a_cross_validation_that_fails_gives_no_estimate(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "by_cross_validation", fails)
+    found: Any = SimpleNamespace(source=SimpleNamespace(splits={}))
+    result: Any = SimpleNamespace(kind="knn")
+    with pytest.raises(NoEstimateError, match=f"cross-validation gives none: {error}"):
+        module.estimate(INFO, found, result, Agreement(INFO, lambda: Request.CONTINUE))
