@@ -23,6 +23,7 @@ from distil_tl.selection.logme import logme
 from distil_tl.selection.outcome import save_score, saved_score
 from distil_tl.training.head_search import dropout_and_head
 from distil_tl.utils.errors import UserError
+from distil_tl.utils.job_outcome import SAVED, note
 from distil_tl.utils.log import logger
 
 PER_CLASS, MOST = 20, 2000  # images of train of each class, and in all
@@ -49,10 +50,14 @@ def prune(search: CellSearch, grid: Grid, keep: int, folder: Path) -> Pruning | 
             try:
                 found = _score(scorer, cell)
             except UnfitError as error:
-                grid.fail(cell, str(error))
+                for each in grid.cells:  # of all sizes: without a score it takes no place
+                    if each.name == cell.name:
+                        grid.fail(each, str(error))
                 logger.info("left out: %s: %s", cell.title, error)
                 continue
             on_rank_zero(info, "saving a score", lambda: save_score(folder, cell, found))  # noqa: B023
+            if info.is_main:
+                note(SAVED)  # the job has made progress
         logger.info("%s: LogME %.4f", cell.title, found.value)
         scores.append(found)
     scores.sort(key=lambda score: -score.value)  # equal ones in the order of the list
@@ -95,14 +100,18 @@ def _score(scorer: CellSearch, cell: Cell) -> Score:
     features = opened.setup.features
     assert features is not None
 
-    def compute() -> tuple[float, int]:
+    def compute() -> tuple[float | None, int]:
         batch = features.train.__getitems__([SampleKey(i, 0, i) for i in range(len(features.train))])
         with torch.no_grad():
             rows = layers.eval()(batch.images.to(scorer.info.device).float()).flatten(1).cpu()[batch.valid]
+        if not rows.isfinite().all():
+            return None, len(rows)
         targets = batch.targets[batch.valid].numpy()
         return (logme(rows.numpy(), targets) if len(rows) else float("-inf")), len(rows)
 
     value, images = on_rank_zero(scorer.info, "computing LogME", compute)
+    if value is None:
+        raise UnfitError("its features are not finite: use another precision")
     return Score(cell, float(value), int(images), time.monotonic() - began)
 
 
