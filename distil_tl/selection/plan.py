@@ -24,6 +24,8 @@ from distil_tl.selection.config import GridConfig
 from distil_tl.utils.errors import UserError
 
 FORMAT = 1  # of the results; increased when cells are computed differently
+# Keys that are newer than some results, with the value for the behaviour before, which is no part of a digest.
+NEWER: dict[str, Any] = {"model.readout": "pooled", "stage.head": "linear"}
 
 
 def plan_cells(
@@ -98,6 +100,12 @@ def _not_beside(model: ModelConfig, size: int, readouts: list[str], classes: int
     return reasons
 
 
+def _without_newer(section: str, tree: dict[str, Any]) -> dict[str, Any]:
+    """The settings but those of `NEWER` that have the earlier value, so that results of earlier versions are used."""
+    absent = object()
+    return {key: value for key, value in tree.items() if NEWER.get(f"{section}.{key}", absent) != value}
+
+
 def _digest(cell: Cell, common: Common, splits: Splits, network: TransferModel, device: str) -> str:
     """Of everything that the result of a cell depends on, other than the number of ranks."""
     data, config = common.data, common.model_of(cell)
@@ -106,12 +114,12 @@ def _digest(cell: Cell, common: Common, splits: Splits, network: TransferModel, 
     library = sys.modules[type(network.module).__module__.partition(".")[0]]
     depends: dict[str, Any] = {
         "format": FORMAT,
-        "model": asdict(config),
+        "model": _without_newer("model", asdict(config)),
         "weights": None if file is None or status is None else [file.name, status.st_size, status.st_mtime_ns],
         "preprocess": network.preprocess.to_json(),
         "image_size": cell.image_size,
         "crop": [cell.crop_mode, data.crop_pct],
-        "stage": [common.stage, asdict(common.config)],
+        "stage": [common.stage, _without_newer("stage", asdict(common.config))],
         "optim": asdict(common.optim),
         "batch": data.global_batch_size,
         "balance": data.balance,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build
+from distil_tl.rundir import changes
 from distil_tl.selection import cell_search, costs
 from distil_tl.selection.candidates import expand, locate, matching
 from distil_tl.selection.cell_search import CellSearch, RanksDifferError
@@ -25,7 +26,7 @@ from distil_tl.selection.cells import Cell, Grid, Result, near_best, pareto
 from distil_tl.selection.common import Common
 from distil_tl.selection.config import LISTS, GridConfig, head_stage, read_budget
 from distil_tl.selection.estimate import divide
-from distil_tl.selection.plan import _digest
+from distil_tl.selection.plan import NEWER, _digest, _without_newer
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig
 from distil_tl.utils.errors import UserError
 
@@ -234,6 +235,17 @@ def test_results_depend_on_the_rounding_of_the_device() -> None:
     settings = (common, replace(common, tf32=False), replace(common, deterministic=True))
     splits: Any = SimpleNamespace(as_dict=dict)
     assert len({_digest(cell("resnet18"), each, splits, network, "cpu") for each in settings}) == 3
+
+
+def test_new_keys_leave_the_results_of_earlier_versions() -> None:
+    """At the value for the behaviour before they are no part of a digest."""
+    before = asdict(StageConfig(epochs=4))
+    assert before.pop("head") == "linear"
+    assert _without_newer("stage", asdict(StageConfig(epochs=4))) == before
+    assert _without_newer("stage", asdict(StageConfig(head="lda")))["head"] == "lda"
+    assert "readout" not in _without_newer("model", asdict(ModelConfig()))
+    assert _without_newer("model", asdict(ModelConfig(readout="last2")))["readout"] == "last2"
+    assert all(changes.NEW_KEYS[key.replace("stage.", "stages.*.")] == value for key, value in NEWER.items())
 
 
 def test_near_the_best_is_within_its_interval() -> None:
