@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distil_tl.training.heads.fitted import Fitted, Settings, stacked
 from distil_tl.training.heads.problem import Problem
+from distil_tl.training.heads.rows import Group
 from distil_tl.utils.errors import NonFiniteError
 
 # Penalties of the squared weights, relative to the mean squared error.
@@ -75,7 +76,7 @@ def _solve_path(
     if problem.count >= problem.width:
         covariance = problem.second_moment - _of_centres(problem, centres)
         identity = torch.eye(problem.width, dtype=torch.float64, device=right.device)
-        return [problem.group.share(_solve(a * covariance + b * identity, right.T).T) for a, b in pairs]
+        return [problem.group.share(_solve(problem.group, a * covariance + b * identity, right.T).T) for a, b in pairs]
     rows = problem.everything
     centred = rows.features.double() - (problem.moments.mean if centres is None else centres[rows.targets])
     centred *= (rows.weights / problem.moments.weight).sqrt()[:, None]
@@ -83,7 +84,7 @@ def _solve_path(
     identity = torch.eye(len(inner), dtype=torch.float64, device=right.device)
     found = []
     for a, b in pairs:
-        inside = _solve(a * inner + b * identity, projected)
+        inside = _solve(problem.group, a * inner + b * identity, projected)
         found.append(problem.group.share((right - a * inside.T @ centred) / b))
     return found
 
@@ -96,9 +97,13 @@ def _of_centres(problem: Problem, centres: Tensor | None) -> Tensor:
     return (centres * (moments.class_weight / moments.weight)[:, None]).T @ centres
 
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """The solution with a symmetric, positive definite matrix. Raises NonFiniteError if it is not finite."""
+def _solve(group: Group, matrix: Tensor, right: Tensor) -> Tensor:
+    """The solution with a symmetric, positive definite matrix. A collective.
+
+    Raises:
+        NonFiniteError: rank 0 can't factorise it, as it is not finite. On all ranks alike.
+    """
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if int(failed):
+    if int(group.share(failed)):
         raise NonFiniteError("the covariance of the features is not finite: their numbers are too large for a fit")
     return torch.cholesky_solve(right, factor)

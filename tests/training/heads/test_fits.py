@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from distil_tl.distributed.launch_env import Launch, read_launch
 from distil_tl.distributed.preemption import Agreement, Request
 from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.training.heads import rows as rows_module
-from distil_tl.training.heads.closed_form import fit_lda, fit_prototypes, fit_ridge
+from distil_tl.training.heads.closed_form import _solve, fit_lda, fit_prototypes, fit_ridge
 from distil_tl.training.heads.comparison import TEMPERATURE, UNIFORM, fit_cosine, fit_knn, fit_mlp
 from distil_tl.training.heads.config import FITTED_HEADS
 from distil_tl.training.heads.logistic import fit_logistic
@@ -209,6 +210,18 @@ def test_nothing_to_fit_is_said(tmp_path: Path) -> None:
     features[3, 2] = torch.inf
     with pytest.raises(NonFiniteError, match="not finite"):
         open_problem(Rows(group(), dataset(tmp_path / "b", features, targets)), CLASSES)
+
+
+@pytest.mark.parametrize("of_rank_zero", [0, 1])
+def test_rank_zero_decides_for_all_whether_a_factorisation_failed(of_rank_zero: int) -> None:
+    """A rank with another processor may fail where others do not, and must not leave them alone."""
+    other: Any = SimpleNamespace(share=lambda own: torch.full_like(own, of_rank_zero))
+    matrix = torch.eye(2).double() * (1 if of_rank_zero else -1)
+    if of_rank_zero:
+        with pytest.raises(NonFiniteError):
+            _solve(other, matrix, matrix)
+    else:
+        _solve(other, matrix, matrix)
 
 
 def fitted_on_ranks(folder: str) -> list[Any]:
