@@ -39,8 +39,8 @@ def fit_tables(run: Run) -> list[Markup]:
     for name in stages:
         fit = mapping(mapping(stages, name), "fit")
         if isinstance(fit.get("heads"), list):
-            metric = "top1"
-            tables.append(h("div", h("h3", f"Stage {name}: {fit.get('head')}"), path_table(fit["heads"], fit, metric)))
+            shown = path_table(fit["heads"], fit, run.metric)
+            tables.append(h("div", h("h3", f"Stage {name}: {fit.get('head')}"), shown))
     return tables
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from distil_tl.report import main
+from distil_tl.report.head_search import fit_tables
 from distil_tl.report.images import thumbnail
-from distil_tl.report.load import load_run
+from distil_tl.report.load import Run, load_run
 from distil_tl.report.markup import Markup, h
 from distil_tl.report.svg import MAX_POINTS, Scale, downsample, fit_scale, linear_ticks
 from distil_tl.report.text import compact, duration, number, percent, percentage_points, timestamp
@@ -65,6 +66,14 @@ def test_classes_are_sorted_by_f1_with_their_most_frequent_wrong_prediction(run)
     table = words[words.index("Most confused with") : words.index("Confusion matrix Rows")]
     ranked = [e["class"] for e in sorted(evaluation["per_class"], key=lambda e: e["f1"])]
     assert re.findall("|".join(NAMES), table)[::2] == ranked
+
+
+def test_fitted_heads_are_shown_by_the_metric_that_chose_them() -> None:
+    heads = [{"penalty": 1.0, "top1": 0.75, "macro_f1": 0.625, "loss": 1.0}]
+    summary = {"stages": {"head": {"fit": {"head": "ridge", **heads[0], "heads": heads}}}}
+    (table,) = fit_tables(Run("run", Path("run"), [], summary, config="metric: macro_f1\n"))
+    assert "62.5\u202f%" in str(table)
+    assert "75.0\u202f%" not in str(table)
 
 
 def add_search(run: Path, rates: list[Any], decays: list[Any], chosen: tuple[Any, Any]) -> None:
