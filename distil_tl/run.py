@@ -92,6 +92,7 @@ class Run:
         return record.has_finished(config.epochs) and not (config.wise_ft and record.wise_ft is None)
 
     def is_last_stage(self, stage: Stage) -> bool:
+        """Whether no stage that trains is configured after this one."""
         return stage.name == [name for name, config in self.config.stages.items() if config.epochs != 0][-1]
 
     def is_last(self, stage: Stage, epoch: int) -> bool:
@@ -122,12 +123,11 @@ class Run:
         config, record = self.config.stages[name], self.state.stages.get(name)
         before = list(self.config.stages)[: list(self.config.stages).index(name)]
         reached = [self.state.stages[other].best for other in before if other in self.state.stages]
-        last = reached[-1] if reached else None
+        top1 = reached[-1]["top1"] if reached and reached[-1] else None
         found = {}
         for key, rule in (("lr", auto_lr), ("layer_decay", auto_layer_decay)):
             if getattr(config, key) == AUTO:
                 recorded = getattr(record, key, None)
-                top1 = None if last is None else last["top1"]
                 found[key] = rule(top1, self.num_classes) if recorded is None else recorded
         return found
 

@@ -62,7 +62,7 @@ def train_with_speeds(args: list[str], seconds: dict[str, float], *stop: Any) ->
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time_limit, "measure", measure)
-        patch.setattr(time_limit, "MARGIN", 1.2)  # the clock goes on until the epochs are decided
+        patch.setattr(time_limit, "MARGIN", 1.2)  # as time passes before the epochs are decided
         return stopped_train(args, *stop) if stop else train(args)
 
 

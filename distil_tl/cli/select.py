@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from distil_tl.config import Config, load
 from distil_tl.data.config import data_name
 from distil_tl.selection.config import HEAD_EPOCHS, HEAD_LR, HEAD_WEIGHT_DECAY, GridConfig, read_budget
+from distil_tl.training.heads.config import balance_problem
 from distil_tl.utils.args import apply, explain, is_file, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError, did_you_mean
@@ -110,7 +111,9 @@ def read(args: Sequence[str]) -> tuple[GridConfig, Config, DictConfig]:
     tree = read_yaml(Path(files[0])) if len(files) == 1 and not files[0].startswith("-") else {}
     has_stages = "stages" in tree or "recipe" in tree or any(arg.startswith("recipe=") for arg in rest)
     others = [arg for arg in rest if arg not in files]
-    return grid, *load([*files, *([] if has_stages else HEADS), *others])
+    config, unresolved = load([*files, *([] if has_stages else HEADS), *others])
+    refuse([problem] if (problem := balance_problem("heads", grid.heads, config.data.balance)) else [])
+    return grid, config, unresolved
 
 
 def _misspelled(args: Sequence[str]) -> Iterator[str]:

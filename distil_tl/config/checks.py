@@ -23,6 +23,7 @@ from distil_tl.training.config import (
     PRECISIONS,
     wants_features,
 )
+from distil_tl.training.heads.config import balance_problem
 from distil_tl.utils.args import (
     flatten,
     refuse,
@@ -122,6 +123,8 @@ def _section_problems(config: Config) -> Iterator[str]:
                 f"stages.{name}.head={stage.head} is fitted to features: set unfreeze=head, and features=on where "
                 f"images are augmented; or use stages.{name}.head=linear"
             )
+        if stage.epochs != 0 and (problem := balance_problem(f"stages.{name}.head", [stage.head], config.data.balance)):
+            yield problem
         if searched and stage.search.prefer == "regularized" and config.metric == "loss":
             yield (
                 f"stages.{name}.search.prefer=regularized compares shares of images, and metric=loss is none; choose "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 from torch.utils.data import Sampler
 
@@ -61,23 +62,24 @@ class SharedImages(ImageSource):
     ) -> None:
         super().__init__(info, config, splits.as_dict(), preprocess, bad_images)
         self._memory = memory
-        self._augment: Augment = "none"  # of the last dataset
+        self._plain = WeakSet[ImageDataset]()  # datasets without augmentation
 
     def train_dataset(self, split: str, image_size: int, augment: Augment, **more: Any) -> ImageDataset:
-        self._augment = augment
-        return super().train_dataset(split, image_size, augment, **more)
+        dataset = super().train_dataset(split, image_size, augment, **more)
+        if augment == "none":
+            self._plain.add(dataset)
+        return dataset
 
     def loader(  # type: ignore[override]  # batches that are kept need no loader
         self, dataset: ImageDataset, batches: Sampler[list[SampleKey]], batch_size: int
     ) -> Iterable[Batch]:
         kind, memory = self._kind(dataset), self._memory
-        loader = super().loader(dataset, batches, batch_size)
-        if self._augment != "none" or not memory.fits(kind, len(dataset) * dataset.bytes_per_image):
-            return loader
+        if dataset not in self._plain or not memory.fits(kind, len(dataset) * dataset.bytes_per_image):
+            return super().loader(dataset, batches, batch_size)
         keys = [(*kind, *(key.image for key in batch)) for batch in batches]
         if all(key in memory.batches for key in keys):
             return [memory.batches[key] for key in keys]
-        return self._kept(loader, keys)
+        return self._kept(super().loader(dataset, batches, batch_size), keys)
 
     def _kept(self, loader: Iterable[Batch], keys: list[tuple[Any, ...]]) -> Iterator[Batch]:
         """The same batches, kept as they pass; those with bad images are read again."""

@@ -34,10 +34,10 @@ from distil_tl.training.features import Features
 from distil_tl.training.head_choice import choose_head, how_chosen
 from distil_tl.training.losses import Loss, training_loss
 from distil_tl.training.memory import free_memory, is_out_of_memory
-from distil_tl.training.metrics import ClassificationMetrics
+from distil_tl.training.metrics import ClassificationMetrics, counts
 from distil_tl.training.network import FeatureNetwork, Network
 from distil_tl.training.optim import lr_factor
-from distil_tl.training.spread import Spread, counts, width
+from distil_tl.training.spread import Spread, width
 from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup
 from distil_tl.utils.errors import NonFiniteError, UserError

@@ -15,6 +15,11 @@ from distil_tl.distributed.process_group import DistInfo
 MAX_CONFUSION_CLASSES = 4096
 
 
+def counts(classes: int) -> int:
+    """The numbers that `ClassificationMetrics.of` takes."""
+    return 4 + 3 * classes
+
+
 class ClassificationMetrics:
     """Counts of predictions, kept on the device without synchronising.
 
@@ -27,7 +32,7 @@ class ClassificationMetrics:
     def __init__(self, num_classes: int, device: torch.device, *, confusion: bool = False) -> None:
         self.num_classes = num_classes
         # loss, n, top-1 and top-5 hits; then per class: hits, predictions, targets. Counts are exact in float64.
-        self._sums = torch.zeros(4 + 3 * num_classes, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(counts(num_classes), dtype=torch.float64, device=device)
         self._confusion: Tensor | None = None
         if confusion and num_classes <= MAX_CONFUSION_CLASSES:
             self._confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)

@@ -9,15 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distil_tl.training.metrics import ClassificationMetrics
+from distil_tl.training.metrics import ClassificationMetrics, counts
 from distil_tl.utils.intervals import Interval, Z, bootstrap
 
 MAX_CLASSES = 200  # with more, pairs of target and prediction are not counted: many heads are evaluated at once
-
-
-def counts(classes: int) -> int:
-    """The numbers that `ClassificationMetrics.of` takes."""
-    return 4 + 3 * classes
 
 
 def width(classes: int) -> int:

@@ -452,6 +452,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_tried(
         (["keep=0"], "keep=0"),
         (["keep=few"], "as in keep=5"),
         (["--nosuch"], "--nosuch"),
+        (["heads=[logistic,ridge]", "data.balance=logit_adjust"], "has no effect on heads=ridge"),
     ],
 )
 def test_wrong_arguments_are_refused(

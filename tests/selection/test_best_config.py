@@ -1,4 +1,4 @@
-"""best.yaml: `train` takes it, whatever the first stage had."""
+"""`train` accepts best.yaml for any settings of the first stage."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from distil_tl.training import spread as module
 from distil_tl.training.batched_heads import count_predictions
-from distil_tl.training.metrics import ClassificationMetrics
-from distil_tl.training.spread import Spread, counts, width
+from distil_tl.training.metrics import ClassificationMetrics, counts
+from distil_tl.training.spread import Spread, width
 from distil_tl.utils.intervals import bootstrap
 
 CLASSES, IMAGES = 5, 300

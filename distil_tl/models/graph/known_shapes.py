@@ -42,7 +42,7 @@ def trace_with_shapes(
 
 
 class ShapeTracer(fx.Tracer):
-    """Computes each node for two numbers of images. Whatever is no tensor and equal for both is a constant.
+    """Computes each node for two numbers of images. A value that is no tensor, and equal for both, is a constant.
 
     Args:
         blocks: its `is_leaf_module` says which modules are not traced into.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+# Heads whose fit has no loss of logits that could be adjusted.
+UNADJUSTED = ("ridge", "lda", "prototypes", "cosine", "knn")
 FITTED_HEADS = ("logistic", "ridge", "lda", "prototypes")  # linear layers
 HEADS = ("linear", *FITTED_HEADS)
 
@@ -22,3 +24,18 @@ def head_problems(key: str, head: str, others: Sequence[str]) -> Iterator[str]:
             f"{key}.head={head} is fitted without steps of an optimizer, and its penalty is chosen on val: remove "
             f"{', '.join(f'{key}.{other}' for other in others)}, or use {key}.head=linear"
         )
+
+
+def balance_problem(key: str, heads: Iterable[str], balance: str) -> str | None:
+    """A message for heads on which `data.balance` has no effect; None if there is none.
+
+    Args:
+        key: of these heads.
+    """
+    found = [head for head in heads if head in UNADJUSTED]
+    if balance != "logit_adjust" or not found:
+        return None
+    return (
+        f"data.balance=logit_adjust has no effect on {key}={','.join(found)}: choose other heads, such as logistic, or "
+        f"data.balance=weights"
+    )

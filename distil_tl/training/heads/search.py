@@ -23,8 +23,8 @@ from distil_tl.training.heads.fitted import Fitted, Settings
 from distil_tl.training.heads.logistic import fit_logistic, path_to
 from distil_tl.training.heads.problem import Problem, open_problem
 from distil_tl.training.heads.rows import Group, Part, Rows, Weigh
-from distil_tl.training.metrics import ClassificationMetrics
-from distil_tl.training.spread import Spread, counts, width
+from distil_tl.training.metrics import ClassificationMetrics, counts
+from distil_tl.training.spread import Spread, width
 from distil_tl.utils.errors import NonFiniteError
 
 

@@ -16,6 +16,7 @@ from distil_tl.training.batched_heads import count_predictions
 from distil_tl.training.head_search import prepare_search
 from distil_tl.training.heads.rows import Part
 from distil_tl.training.heads.search import choose, open_fit
+from distil_tl.training.metrics import counts
 from distil_tl.training.stage import Stage
 from distil_tl.training.stage_setup import StageSetup
 from distil_tl.utils.errors import UserError
@@ -54,7 +55,7 @@ def fit_head(
         logits = choice.fitted.logits(part.features)[:, [number]] * chosen["scale"]
         return count_predictions(logits, part.targets, part.weights.isfinite())[0]
 
-    counts = problem.rows.total((4 + 3 * problem.classes,), of)
+    predicted = problem.rows.total((counts(problem.classes),), of)
     weight, bias = choice.fitted.layer(number, chosen["scale"], problem.standard)
     search.head.weight.copy_(problem.group.share(weight.float()))
     search.head.bias.copy_(problem.group.share(bias.float()))
@@ -68,4 +69,4 @@ def fit_head(
         problem.count, len(choice.heads), record.fit["seconds"], settings_of(chosen) or "the only one", stage.metric,
         chosen[stage.metric],
     )  # fmt: skip
-    return counts
+    return predicted

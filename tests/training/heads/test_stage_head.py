@@ -152,6 +152,7 @@ def test_classes_drawn_equally_often_are_weights_of_a_fit(folder: Path, tmp_path
         (["stages.head.head=ridge", "data.augment=light"], "is fitted to features: set unfreeze=head"),
         (["stages.full.head=ridge"], "stages.full.head=ridge is fitted to features"),
         (["stages.head.head=lda", "stages.head.features=off"], "is fitted to features"),
+        (["stages.head.head=lda", "data.balance=logit_adjust"], "has no effect on stages.head.head=lda"),
         (
             ["stages.head.head=lda", "stages.head.views=2", "stages.head.mixup=0.2", "stages.head.ema=0.9"],
             "remove stages.head.mixup, stages.head.views, stages.head.ema, or use stages.head.head=linear",
