@@ -74,12 +74,13 @@ class Inputs:
     @property
     def job_args(self) -> list[str]:
         """Arguments of a run of 24 steps, with a checkpoint every 5 steps, followed by W&B."""
-        return [*self.small, "stages.full.epochs=3", "checkpoint.every_steps=5", "tracking.wandb.mode=online"]
+        tracking = ["tracking.wandb.mode=online", "tracking.wandb.finish_timeout_seconds=240"]  # for busy machines
+        return [*self.small, "stages.full.epochs=3", "checkpoint.every_steps=5", *tracking]
 
     @property
     def untracked_args(self) -> list[str]:
         """The same, not followed by W&B, whose processes need CPU time."""
-        return [arg for arg in self.job_args if not arg.startswith("tracking.wandb.mode=")]
+        return [arg for arg in self.job_args if not arg.startswith("tracking.wandb.")]
 
     def reference(self, ranks: int = 2, args: list[str] | None = None) -> Path:
         """The run directory of an undisturbed run on this machine: by default that of `job_args` on two ranks."""
@@ -191,7 +192,7 @@ class Run:
         return sorted(found)
 
     def output(self) -> str:
-        return "".join(path.read_text() for path in sorted((self.run_dir / "slurm").glob("*_log.out")))
+        return output_of(self.run_dir)
 
     def wait_until_same_as(self, reference: Path, timeout: float = 300) -> None:
         """Wait until the job has completed, and compare the run with an undisturbed one."""
@@ -199,6 +200,11 @@ class Run:
         same_run(self.run_dir, reference)
         if (self.run_dir / "wandb-id").exists():
             one_run_of_wandb(self.inputs, self.run_dir)
+
+
+def output_of(run_dir: Path) -> str:
+    """What the job of a run wrote."""
+    return "".join(path.read_text() for path in sorted((run_dir / "slurm").glob("*_log.out")))
 
 
 def last_step(run_dir: Path) -> int:
@@ -226,7 +232,7 @@ def one_run_of_wandb(inputs: Inputs, run_dir: Path) -> None:
     assert server is not None
     steps = [line["step"] for line in lines(run_dir, window="interval")]
     # The job may end, and summary.json is written, before W&B has sent the end of the run.
-    wait_until(lambda: server.run(run_dir)["state"] == "finished", lambda: server.run(run_dir))
+    wait_until(lambda: server.run(run_dir)["state"] == "finished", lambda: output_of(run_dir))
     assert server.steps(run_dir) == steps == list(range(1, len(steps) + 1))
 
 

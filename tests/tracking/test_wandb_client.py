@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 
 from distil_tl.tracking import tracker as tracker_module
 from distil_tl.tracking.wandb import client
+from distil_tl.tracking.wandb import process as tracking_process
 from distil_tl.tracking.wandb.state import Marks
 from distil_tl.utils.log import logger
 from distil_tl.utils.processes import descendants
@@ -89,6 +92,23 @@ def test_a_process_that_can_not_be_started(
     record.close("completed")
     assert steps(tmp_path) == [1]
     assert "the tracking process can't be started" in warnings.records[0].getMessage()
+
+
+def test_training_waits_for_the_process_of_an_earlier_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which runs on until it notices that another attempt took over: on a slow machine for longer than 15 s."""
+    with (tmp_path / "lock").open("w") as earlier, (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(earlier.fileno(), fcntl.LOCK_EX)
+        assert not tracking_process._locked(lock.fileno(), wait=False)
+        waited = []
+
+        def sleep(seconds: float) -> None:
+            waited.append(seconds)
+            if sum(waited) > 1000:
+                fcntl.flock(earlier.fileno(), fcntl.LOCK_UN)
+
+        monkeypatch.setattr(time, "sleep", sleep)
+        assert tracking_process._locked(lock.fileno(), wait=True)
+        assert sum(waited) > 1000
 
 
 def test_wandb_is_not_installed(

@@ -26,7 +26,6 @@ from distil_tl.utils.processes import kill_descendants, kill_tree
 
 POLL_SECONDS = 0.5  # between two reads of metrics.jsonl
 ORPHAN_SECONDS = 10  # to send the rest after the training was killed
-LOCK_SECONDS = 15  # to wait until the tracking process of a killed training exits
 
 
 def track(task: Task, statuses: queue.Queue[str], report: Report) -> int:
@@ -38,7 +37,9 @@ def track(task: Task, statuses: queue.Queue[str], report: Report) -> int:
     folder = Path(task.run_dir) / "wandb"
     folder.mkdir(exist_ok=True)
     with (folder / f"{task.mode}.lock").open("w", encoding="utf-8") as lock:
-        if not _locked(lock.fileno(), LOCK_SECONDS if task.pid is not None else 0):
+        # The process of an earlier attempt may send for as long as that attempt runs on a node that was cut off. The
+        # training ends this one when it can't wait any longer.
+        if not _locked(lock.fileno(), wait=task.pid is not None):
             report("warn", "another process is sending this run")
             return RETRY
         try:
@@ -68,17 +69,19 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _locked(handle: int, seconds: float) -> bool:
-    """Lock a file; False if another process holds the lock. True where the system does not support locks."""
+def _locked(handle: int, *, wait: bool) -> bool:
+    """Lock a file. False if another process holds the lock; with `wait` only once it does not.
+
+    True where the system does not support locks.
+    """
     import fcntl
 
-    deadline = time.monotonic() + seconds
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if time.monotonic() >= deadline:
+            if not wait:
                 return False
             time.sleep(0.2)
         except OSError:
