@@ -22,6 +22,7 @@ from distil_tl.rundir import checkpoint as ckpt
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage
 from distil_tl.rundir.state import StageRecord
 from distil_tl.training.config import StageConfig
+from distil_tl.training.heads.config import network_head
 from distil_tl.training.network import Network, final_network
 from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
@@ -198,7 +199,10 @@ def restore_model(
         )
     stage = config.stages[stage_name]
     image_size = stage.image_size or config.data.image_size or preprocess.crop_size
-    model = build(config.model, len(classes), image_size=config.data.image_size, seed=config.seed, pretrained=False)
+    model = build(
+        config.model, len(classes), image_size=config.data.image_size, seed=config.seed, pretrained=False,
+        head_kind=network_head(config.stages),
+    )  # fmt: skip
     if any(argument.startswith("data.crop_") for argument in overrides or ()):
         preprocess = preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
     model.preprocess = preprocess

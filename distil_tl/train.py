@@ -48,6 +48,7 @@ from distil_tl.time_limit import limit_epochs
 from distil_tl.training import console
 from distil_tl.training.evaluation import MISTAKES, evaluate
 from distil_tl.training.head_search import search_head
+from distil_tl.training.heads.config import network_head
 from distil_tl.training.heads.stage_head import fit_head
 from distil_tl.training.memory import replayed, until_memory_suffices
 from distil_tl.training.metrics import Meter
@@ -106,7 +107,8 @@ def train(config: Config, unresolved: DictConfig) -> None:
         once_per_node(info, "weights", lambda: download_weights(config.model))
         splits = open_splits(info, config.data, start.saved_run_dir or split_of_teacher(config))
         config, resolved = settle_auto(config, len(splits.train), start.saved_state, info.world_size)
-        model = build(config.model, len(splits.classes), image_size=config.data.image_size, seed=config.seed)
+        classes, head = len(splits.classes), network_head(config.stages)
+        model = build(config.model, classes, image_size=config.data.image_size, seed=config.seed, head_kind=head)
         model.preprocess = model.preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
         check_stages(model, config.stages)
         on_rank_zero(info, "teachers", lambda: refuse_unfit_teachers(config, splits.classes))

@@ -24,7 +24,9 @@ from distil_tl.export.names import CONFIG, PREPROCESS, SCRIPT, WEIGHTS
 from distil_tl.export.onnx_model import OnnxModel
 from distil_tl.export.to_onnx import describe, refuse_missing_libraries, to_onnx
 from distil_tl.inference import RestoredModel, restore_model
+from distil_tl.models.names import LINEAR
 from distil_tl.rundir import checkpoint as ckpt
+from distil_tl.training.heads.config import network_head
 from distil_tl.training.network import evaluation_network
 from distil_tl.training.precision import default_compute
 from distil_tl.utils.errors import UserError
@@ -111,6 +113,11 @@ def export_library(run_dir: Path, checkpoint: str, overrides: Sequence[str], fol
         raise UserError(
             f"--format safetensors: no library builds {config.name} with model.readout={config.readout}; use --format "
             f"onnx, or the weights in {printable(restored.checkpoint / ckpt.WEIGHTS)} with distil_tl.load"
+        )
+    if (head := network_head(restored.config.stages)) != LINEAR:
+        raise UserError(
+            f"--format safetensors: no library builds {config.name} with a head of the kind {head}; use --format onnx, "
+            f"or the weights in {printable(restored.checkpoint / ckpt.WEIGHTS)} with distil_tl.load"
         )
     if config.is_own:
         raise UserError(

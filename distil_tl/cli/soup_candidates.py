@@ -10,6 +10,7 @@ from typing import Any
 from distil_tl.config import Config, load_saved
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_state
 from distil_tl.training.config import METRICS, rank_by
+from distil_tl.training.heads.config import network_head
 from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError, listed
 from distil_tl.utils.log import logger, printable
@@ -127,6 +128,7 @@ def _differences(one: Candidate, first: Candidate) -> Iterator[str]:
     for what, values in {
         "image size": (one.image_size, first.image_size),
         "data.intensity": (one.config.data.intensity, first.config.data.intensity),
+        "head": tuple(network_head(candidate.config.stages) for candidate in (one, first)),
         "preprocessing": (one.state["preprocess"], first.state["preprocess"]),
     }.items():
         if values[0] != values[1]:

@@ -23,7 +23,7 @@ from distil_tl.training.config import (
     PRECISIONS,
     wants_features,
 )
-from distil_tl.training.heads.config import balance_problem
+from distil_tl.training.heads.config import balance_problem, network_head_problems
 from distil_tl.utils.args import (
     flatten,
     refuse,
@@ -130,6 +130,7 @@ def _section_problems(config: Config) -> Iterator[str]:
                 f"stages.{name}.search.prefer=regularized compares shares of images, and metric=loss is none; choose "
                 f"another metric, or prefer=best"
             )
+    yield from network_head_problems(config.stages)
     yield from config.optim.problems()
     yield from config.checkpoint.problems()
     yield from config.distributed.problems()

@@ -16,8 +16,10 @@ from distil_tl.doctor.lines import Report, size
 from distil_tl.doctor.network import reach
 from distil_tl.models import torchvision_models
 from distil_tl.models.config import ModelConfig, resolve_weights
+from distil_tl.models.fitted_heads import FittedHead
 from distil_tl.models.transfer import TransferModel, build, missing_weights, weights_file
 from distil_tl.training.config import StageConfig, wants_features
+from distil_tl.training.heads.config import network_head
 from distil_tl.training.stage import apply_stage, check_stages, count_trainable
 from distil_tl.utils.auto import AUTO
 from distil_tl.utils.files import sha256_file
@@ -62,7 +64,7 @@ def look_at_model(
         UserError: a stage or the image size does not fit the model.
     """
     with torch.device("meta"):
-        model = build(config, classes, image_size=image_size, seed=0, pretrained=False)
+        model = build(config, classes, image_size=image_size, seed=0, pretrained=False, head_kind=network_head(stages))
     check_stages(model, stages)
     trainable = {}
     for name, stage in stages.items():
@@ -91,7 +93,7 @@ def look_at_model(
 
 def _head_width(model: TransferModel) -> int:
     head = model.module.get_submodule(model.heads[0])
-    return head.in_features if isinstance(head, nn.Linear) else int(getattr(head, "in_channels", 0))
+    return head.in_features if isinstance(head, (nn.Linear, FittedHead)) else int(getattr(head, "in_channels", 0))
 
 
 def download_problem(config: ModelConfig) -> str | None:

@@ -9,4 +9,5 @@ OWN_VARIABLE = "DISTIL_TL_OWN_MODELS"  # of the environment; 1: such names of sa
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 INSTALL_TIMM = "pip install 'distil_tl[timm]'"
 LIBRARY_WEIGHTS, LIBRARY_CONFIG = "model.safetensors", "config.json"  # of distil-tl export and of timm
+LINEAR, BUILT_HEADS = "linear", ("cosine", "mlp")  # kinds of heads that a network is built with
 READOUTS = ("pooled", "avg_max", "last2", "last3", "token", "mean", "token_mean", "last4")  # of `model.readout`

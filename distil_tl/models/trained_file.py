@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distil_tl.models import timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig
+from distil_tl.models.layer_groups import has_prefix
 from distil_tl.models.library_folder import Description, description_of, weights_in, weights_problem
 from distil_tl.models.names import LIBRARY_CONFIG, OWN_SEPARATOR
 from distil_tl.models.transfer import TransferModel, build, default_preprocess
@@ -145,6 +146,11 @@ def _load(config: ModelConfig, model: TransferModel, state: StateDict, file: Pat
                 f"trained on these classes"
             )
     load_backbone(module, state, skip=(*skip, *missing), source=f"file {file.name}")
+    if any(has_prefix(name, tuple(missing)) for name in state):
+        raise UserError(
+            f"model.weights: the classifier in {file} ({missing[0]}) is not one linear layer: give the run directory "
+            f"that it is from"
+        )
     if missing:
         raise UserError(
             f"model.weights: {file} has no classifier ({missing[0]}): give a model that was trained on these classes"

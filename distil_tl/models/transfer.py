@@ -12,8 +12,10 @@ from torch import nn
 
 from distil_tl.models import drops, own_models, timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig, resolve_weights
-from distil_tl.models.head import init_head, seeded
+from distil_tl.models.fitted_heads import new_head
+from distil_tl.models.head import seeded
 from distil_tl.models.layer_groups import LayerGroup, groups_of_modules, groups_of_parameters
+from distil_tl.models.names import LINEAR
 from distil_tl.models.preprocess import Preprocess
 from distil_tl.models.readout import ReadOut, set_readouts
 from distil_tl.models.size_trial import failure_at, first_line, size_error
@@ -119,6 +121,7 @@ def build(
     seed: int,
     pretrained: bool = True,
     readouts: Sequence[str] | None = None,
+    head_kind: str = LINEAR,
 ) -> TransferModel:
     """Build the model on the CPU: the same bytes on every rank, without changing the state of global generators.
 
@@ -130,6 +133,7 @@ def build(
         pretrained: False builds the same architecture without reading the weights, which may be missing on this
             machine; the caller loads a checkpoint.
         readouts: several read-outs side by side, in place of the configured one.
+        head_kind: as `network_head` of the stages says.
 
     Raises:
         UserError: the configuration, the weights or the image size are invalid.
@@ -167,7 +171,7 @@ def build(
         # For weights of its first version MNASNet rebuilds its stem, with random numbers.
         with seeded(seed, "model"):
             load_backbone(module, state, skip=skip, source=info.source)
-    init_head(module, head, seed)
+    new_head(config.name, module, head, head_kind, seed)
     return TransferModel(module.train(), groups, preprocess, info, size, fixed, check_size, config.name, read.columns)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
+from distil_tl.models.names import BUILT_HEADS
 from distil_tl.selection.cells import Result
 from distil_tl.selection.config import trains_head
 from distil_tl.training.config import StageConfig
-from distil_tl.training.heads.config import FITTED_HEADS
+from distil_tl.training.heads.config import FITTED_HEADS, network_head_problems
 from distil_tl.utils.args import flatten
 
 RESOLVED_WEIGHTS = ("package", "default")  # what `auto` became on this machine
@@ -61,8 +62,16 @@ def best_config(
     others = dict(stages)
     if trains_head(next(iter(stages.values()))):
         del others[next(iter(stages))]
+    if list(network_head_problems({name: stage, **others})):
+        others = {key: _with_head(other, stage.head) for key, other in others.items()}
     tree["stages"] = {name: first, **{key: _differing(other) for key, other in others.items()}}
     return tree
+
+
+def _with_head(stage: StageConfig, kind: str) -> StageConfig:
+    """A later stage of a network with this kind of head: if it fits or searches its head, as it can be done there."""
+    search = StageConfig().search if kind in BUILT_HEADS else stage.search
+    return replace(stage, search=search, head=kind if stage.fits_head else stage.head)
 
 
 def to_text(tree: Mapping[str, Any], header: str) -> str:

@@ -11,7 +11,7 @@ from distil_tl.data.config import CROP_MODES
 from distil_tl.models.names import READOUTS
 from distil_tl.training.auto_rules import auto_layer_decay, auto_lr
 from distil_tl.training.config import SearchConfig, StageConfig
-from distil_tl.training.heads.config import FITTED_HEADS
+from distil_tl.training.heads.config import FITTED_HEADS, LINEAR_FITS
 from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import did_you_mean
 
@@ -42,9 +42,9 @@ LISTS = {
 }  # fmt: skip
 
 # The head of a head search, then linear layers that are fitted, then heads that are no linear layer.
-HEADS = ("linear", *FITTED_HEADS, "cosine", "knn", "mlp")
+HEADS = ("linear", *LINEAR_FITS, "cosine", "knn", "mlp")
 ALL = "all"  # heads or read-outs
-STARTABLE = ("linear", *FITTED_HEADS)  # with which a run can begin
+STARTABLE = ("linear", *FITTED_HEADS)  # with which a run can begin: knn holds all training features
 HEAD_EPOCHS = 20
 HEAD_LR = (1e-4, 3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2, 3e-2, 1e-1)
 HEAD_WEIGHT_DECAY = (0.0, 1e-3, 1e-2, 1e-1, 1.0)

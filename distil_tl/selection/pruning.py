@@ -21,7 +21,7 @@ from distil_tl.selection.cell_search import CellSearch, UnfitError
 from distil_tl.selection.cells import Cell, Grid, Pruning, Score
 from distil_tl.selection.logme import logme
 from distil_tl.selection.outcome import save_score, saved_score
-from distil_tl.training.head_search import dropout_and_head
+from distil_tl.training.network import dropout_and_head
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.job_outcome import SAVED, note
 from distil_tl.utils.log import logger

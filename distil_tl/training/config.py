@@ -122,7 +122,7 @@ class StageConfig:
     image_size: int | None = None  # pixels; null: data.image_size
     features: str = "auto"  # train on cached output of the frozen part: on | off | auto (if results stay the same)
     views: int | None = None  # augmented views of each image in the features; null: one view, not augmented
-    head: str = "linear"  # linear: epochs of steps | fitted to features: logistic | ridge | lda | prototypes
+    head: str = "linear"  # linear: epochs of steps | fitted: logistic | ridge | lda | prototypes | cosine | mlp
     search: SearchConfig = field(default_factory=SearchConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     ema: float | None = None  # decay of a moving average of the weights, which is evaluated and kept; null: none

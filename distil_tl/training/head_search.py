@@ -28,6 +28,7 @@ from distil_tl.data.source import ImageSource
 from distil_tl.distributed.collectives import gather_objects, max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
+from distil_tl.models.fitted_heads import FittedHead
 from distil_tl.rundir.state import StageRecord
 from distil_tl.training.batched_heads import BatchedHeads, HeadBatch, HeadSettings
 from distil_tl.training.features import Features
@@ -35,7 +36,7 @@ from distil_tl.training.head_choice import choose_head, how_chosen
 from distil_tl.training.losses import Loss, training_loss
 from distil_tl.training.memory import free_memory, is_out_of_memory
 from distil_tl.training.metrics import ClassificationMetrics, counts
-from distil_tl.training.network import FeatureNetwork, Network
+from distil_tl.training.network import dropout_and_head
 from distil_tl.training.optim import lr_factor
 from distil_tl.training.spread import Spread, width
 from distil_tl.training.stage import Stage
@@ -57,7 +58,7 @@ class HeadSearch:
     stage: Stage
     features: Features
     dropout: nn.Sequential
-    head: nn.Linear
+    head: nn.Linear | FittedHead
     sampler: TrainSampler
     loss: Loss
     device: torch.device
@@ -70,9 +71,15 @@ class HeadSearch:
             batches = PinnedLoader(batches, self.device, ahead=2)
         return to_device(iter(batches), self.device)
 
+    @property
+    def linear(self) -> nn.Linear:
+        """The head, of which a search trains copies."""
+        assert isinstance(self.head, nn.Linear)
+        return self.head
+
     def with_ones(self, features: Tensor) -> Tensor:
         """A column of ones for the bias, where the head has one."""
-        return features if self.head.bias is None else F.pad(features, (0, 1), value=1.0)
+        return features if self.linear.bias is None else F.pad(features, (0, 1), value=1.0)
 
     def batches(self, epoch: int, block: Batch, first: int) -> list[HeadBatch]:
         """The global batches of a block, which start at step `first` of the epoch."""
@@ -125,7 +132,7 @@ def search_head(
 
 
 def prepare_search(info: DistInfo, stage: Stage, setup: StageSetup, source: ImageSource) -> HeadSearch:
-    """What a search needs. Raises UserError if the stage trains something other than a single linear layer."""
+    """What a search or a fit needs. Raises UserError if the stage trains something other than a single head."""
     dropout, head = dropout_and_head(setup.network, stage)
     assert setup.features is not None
     sampler = source.sampler(seed=stage.seed, stage=stage.name, epochs=stage.config.epochs, whole=True)
@@ -163,18 +170,6 @@ def search_heads(info: DistInfo, search: HeadSearch, agreement: Agreement) -> di
         )
     number = next(i for i, head in enumerate(heads) if all(head[key] == chosen[key] for key in HeadSettings._fields))
     return {**chosen, "heads": heads, **({"spread": spreads[number]} if search.spread else {})}
-
-
-def dropout_and_head(network: Network, stage: Stage) -> tuple[nn.Sequential, nn.Linear]:
-    """The layers before the head, such as a dropout, and the head."""
-    layers = network.suffix if isinstance(network, FeatureNetwork) else None
-    if isinstance(layers, nn.Sequential) and not list(layers[:-1].parameters()) and isinstance(layers[-1], nn.Linear):
-        return layers[:-1], layers[-1]
-    what, other = ("head", "use head=linear") if stage.config.fits_head else ("search", "remove the search")
-    raise UserError(
-        f"stages.{stage.name}.{what}: the stage trains something other than a single linear layer on features; set "
-        f"unfreeze=head, or {other} if the head of this model is not a linear layer"
-    )
 
 
 def _groups(heads: int, size: int, device: torch.device) -> list[slice]:
@@ -235,7 +230,7 @@ class _Groups:
         self.out_of_memory = False
         with self.unless_out_of_memory():
             optim, loss = search.stage.optim, search.loss
-            self.heads = [BatchedHeads(search.head, group, optim, search.device, loss) for group in settings]
+            self.heads = [BatchedHeads(search.linear, group, optim, search.device, loss) for group in settings]
 
     @contextlib.contextmanager
     def unless_out_of_memory(self) -> Iterator[None]:

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distil_tl.models.fitted_heads import FittedHead
 from distil_tl.models.graph.fold_batchnorm import CannotFoldError, ConvNorm, fold_batchnorm
 from distil_tl.models.graph.frozen_prefix import CannotCutError, CutNetwork, cut_frozen_prefix
+from distil_tl.models.names import BUILT_HEADS
 from distil_tl.models.preprocess import Normalize
 from distil_tl.rundir.state import StageRecord
 from distil_tl.training.config import StageConfig
 from distil_tl.training.precision import Compute, use_benchmark
-from distil_tl.training.stage import apply_stage
+from distil_tl.training.stage import Stage, apply_stage
+from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
 
 if TYPE_CHECKING:
@@ -168,6 +171,23 @@ class SplitNetwork(Network):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.rest(self.prefix(images))
         return logits
+
+
+def dropout_and_head(network: Network, stage: Stage) -> tuple[nn.Sequential, nn.Linear | FittedHead]:
+    """The layers before the head, such as a dropout, and the head.
+
+    Raises:
+        UserError: the stage trains something other than a single head of the kind that it searches or fits.
+    """
+    layers = network.suffix if isinstance(network, FeatureNetwork) else None
+    kind = FittedHead if stage.config.head in BUILT_HEADS else nn.Linear
+    if isinstance(layers, nn.Sequential) and not list(layers[:-1].parameters()) and isinstance(layers[-1], kind):
+        return layers[:-1], layers[-1]
+    what, other = ("head", "use head=linear") if stage.config.fits_head else ("search", "remove the search")
+    raise UserError(
+        f"stages.{stage.name}.{what}: the stage trains something other than a single linear layer on features; set "
+        f"unfreeze=head, or {other} if the head of this model is not a linear layer"
+    )
 
 
 def lay_out(network: Network | Prefix) -> None:

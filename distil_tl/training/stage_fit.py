@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 
 from distil_tl.models.config import ModelConfig
+from distil_tl.models.names import LINEAR
 from distil_tl.models.transfer import build
 from distil_tl.training.config import StageConfig
+from distil_tl.training.heads.config import network_head
 from distil_tl.training.stage import check_stages
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
@@ -22,11 +24,13 @@ def refuse_unfit_stages(config: ModelConfig, stages: Mapping[str, StageConfig], 
     Raises:
         UserError: as `check_stages`, or as `models.transfer.build`.
     """
-    if all(stage.unfreeze in ("head", "all") and stage.image_size is None for stage in stages.values()):
+    head = network_head(stages)
+    plain = all(stage.unfreeze in ("head", "all") and stage.image_size is None for stage in stages.values())
+    if plain and head == LINEAR:
         return
     try:
         with torch.device("meta"):
-            model = build(config, 2, image_size=image_size, seed=0, pretrained=False)
+            model = build(config, 2, image_size=image_size, seed=0, pretrained=False, head_kind=head)
         check_stages(model, stages)
     except UserError:
         raise

@@ -130,8 +130,9 @@ def test_best_yaml_trains_the_head_that_was_chosen(folder: Path, tmp_path: Path)
     assert low <= content(tmp_path / "out")["estimate"]["value"] <= high
 
 
-def test_best_yaml_fits_the_head_that_was_chosen(folder: Path, tmp_path: Path) -> None:
-    grid = (f"candidates={SMALLEST}", "sizes=40", "heads=[knn,ridge,lda]")
+@pytest.mark.parametrize("heads", ["knn,ridge,lda", "knn,mlp"])
+def test_best_yaml_fits_the_head_that_was_chosen(folder: Path, tmp_path: Path, heads: str) -> None:
+    grid = (f"candidates={SMALLEST}", "sizes=40", f"heads=[{heads}]")
     assert select(arguments(folder, tmp_path / "out", *grid)) == 0
     rows, best = content(tmp_path / "out")["rows"], content(tmp_path / "out")["best_yaml"]
     (row,) = (row for row in rows if row["head"] == best["head"])

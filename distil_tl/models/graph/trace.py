@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from distil_tl.models.fitted_heads import FittedHead
 from distil_tl.models.graph.equivalence import preserve_state, without_report
 
 MAX_CONDITIONS = 32  # conditions on values that a network's code may evaluate; each one starts the trace again
@@ -21,7 +22,7 @@ def _is_traced_into(part: nn.Module) -> bool:
 
 
 class LayerTracer(fx.Tracer):
-    """Traces into every module but layers: convolutions, linear layers, norms, and modules without children.
+    """Traces into every module but layers: convolutions, linear layers, norms, heads, and modules without children.
 
     Args:
         outcomes: of the conditions on values that the code evaluates, in order.
@@ -34,7 +35,7 @@ class LayerTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if _is_traced_into(m):
             return False
-        is_layer = isinstance(m, (nn.Conv2d, nn.Linear, _NormBase))
+        is_layer = isinstance(m, (nn.Conv2d, nn.Linear, _NormBase, FittedHead))
         return is_layer or not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
 
     def to_bool(self, obj: fx.Proxy) -> bool:

@@ -1,4 +1,4 @@
-"""Heads to compare with, which are no linear layer: cosine classifier, nearest neighbours and a small network."""
+"""Heads that are no linear layer: cosine classifier, nearest neighbours and a small network."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_tl.data.sampler import epoch_order
+from distil_tl.models.fitted_heads import HIDDEN
 from distil_tl.models.head import seeded
 from distil_tl.training.heads.fitted import Fitted, Settings
 from distil_tl.training.heads.problem import Problem
+from distil_tl.training.heads.rows import Standard
 from distil_tl.training.losses import Loss
 from distil_tl.training.optim import lr_factor
 
@@ -20,7 +22,7 @@ NEIGHBOURS, TEMPERATURE = (200, 100, 50, 20, 10, 5, 1), 0.07
 UNIFORM = 0.01  # share of equal votes for all classes, so that no probability is 0
 MOST = 1 << 24  # similarities, and votes, at once
 DECAYS = (0.1,)
-HIDDEN, EPOCHS, BATCH, LR, WARMUP = 256, 12, 64, 1e-3, 0.1
+EPOCHS, BATCH, LR, WARMUP = 12, 64, 1e-3, 0.1
 
 
 def fit_cosine(problem: Problem) -> Fitted:
@@ -36,7 +38,13 @@ def fit_cosine(problem: Problem) -> Fitted:
     )  # fmt: skip
     directions = F.normalize(sums, dim=1).float().T.contiguous()
     settings: list[Settings] = [{}]
-    return Fitted(settings, COSINE_SCALES, lambda features: (F.normalize(features, dim=1) @ directions)[:, None])
+
+    def built(_: int, scale: float, standard: Standard) -> dict[str, Tensor]:
+        return {"weight": scale * directions.T.double(), "mean": standard.mean, "deviation": standard.deviation}
+
+    return Fitted(
+        settings, COSINE_SCALES, lambda features: (F.normalize(features, dim=1) @ directions)[:, None], built=built
+    )
 
 
 def fit_knn(problem: Problem, neighbours: tuple[int, ...] = NEIGHBOURS) -> Fitted:
@@ -81,7 +89,14 @@ def fit_mlp(problem: Problem, decays: tuple[float, ...] = DECAYS) -> Fitted:
     def logits(features: Tensor) -> Tensor:
         return torch.stack([network(features) for network in networks], dim=1)
 
-    return Fitted([{"weight_decay": decay} for decay in decays], (1.0,), logits)
+    def built(number: int, scale: float, standard: Standard) -> dict[str, Tensor]:
+        found = {name: tensor.double() for name, tensor in networks[number].state_dict().items()}
+        first = standard.folded_into(found["0.weight"], found["0.bias"])
+        last = {"weight": scale * found["2.weight"], "bias": scale * found["2.bias"]}
+        layers = {"hidden": first, "output": last}
+        return {f"{layer}.{name}": tensor for layer, pair in layers.items() for name, tensor in pair.items()}
+
+    return Fitted([{"weight_decay": decay} for decay in decays], (1.0,), logits, built=built)
 
 
 def _network(problem: Problem) -> nn.Sequential:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from distil_tl.models.names import BUILT_HEADS, LINEAR
+
+if TYPE_CHECKING:
+    from distil_tl.training.config import StageConfig
 
 # Heads whose fit has no loss of logits that could be adjusted.
 UNADJUSTED = ("ridge", "lda", "prototypes", "cosine", "knn")
-FITTED_HEADS = ("logistic", "ridge", "lda", "prototypes")  # linear layers
-HEADS = ("linear", *FITTED_HEADS)
+LINEAR_FITS = ("logistic", "ridge", "lda", "prototypes")  # linear layers
+FITTED_HEADS = (*LINEAR_FITS, *BUILT_HEADS)
+HEADS = (LINEAR, *FITTED_HEADS)
 
 
 def head_problems(key: str, head: str, others: Sequence[str]) -> Iterator[str]:
@@ -19,11 +26,41 @@ def head_problems(key: str, head: str, others: Sequence[str]) -> Iterator[str]:
     """
     if head not in HEADS:
         yield f"{key}.head is {head!r}; choose one of {', '.join(HEADS)}"
-    elif head != "linear" and others:
+    elif head != LINEAR and others:
         yield (
             f"{key}.head={head} is fitted without steps of an optimizer, and its penalty is chosen on val: remove "
             f"{', '.join(f'{key}.{other}' for other in others)}, or use {key}.head=linear"
         )
+
+
+def network_head(stages: Mapping[str, StageConfig]) -> str:
+    """The kind of head that the network of a run is built with: what its first stage fits, else `linear`.
+
+    Stages of 0 epochs are skipped, so they do not count.
+    """
+    first = next((stage.head for stage in stages.values() if stage.epochs != 0), LINEAR)
+    return first if first in BUILT_HEADS else LINEAR
+
+
+def network_head_problems(stages: Mapping[str, StageConfig]) -> Iterator[str]:
+    """Messages for stages that need another kind of head than the network has."""
+    kind = network_head(stages)
+    for name, stage in stages.items():
+        key = f"stages.{name}"
+        if stage.epochs == 0:
+            continue
+        if stage.head in BUILT_HEADS and stage.head != kind:
+            yield (
+                f"{key}.head={stage.head}: a network has one kind of head, that of its first stage, which is {kind}: "
+                f"let the first stage fit it, or use {key}.head=linear"
+            )
+        elif kind != LINEAR and stage.head in LINEAR_FITS:
+            yield (
+                f"{key}.head={stage.head} fits a linear layer, and the head is the {kind} head of the first stage: use "
+                f"{key}.head={kind} to fit it again, or {key}.head=linear to train it"
+            )
+        elif kind != LINEAR and stage.search.wanted:
+            yield f"{key}.search is for linear heads, and the first stage fits a {kind} head: remove {key}.search"
 
 
 def balance_problem(key: str, heads: Iterable[str], balance: str) -> str | None:

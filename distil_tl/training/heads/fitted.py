@@ -23,12 +23,14 @@ class Fitted:
         logits: standardised float32 [N, D] to [N, K, C] for K candidates.
         linear: weight and bias of each candidate for standardised features, float64 [K, C, D] and [K, C]; None where
             it is not a linear layer.
+        built: as `tensors`, where a network is built with this kind of head; None elsewhere.
     """
 
     settings: list[Settings]
     scales: tuple[float, ...]
     logits: Callable[[Tensor], Tensor]
     linear: tuple[Tensor, Tensor] | None = None
+    built: Callable[[int, float, Standard], dict[str, Tensor]] | None = None
 
     @classmethod
     def of_linear(cls, settings: list[Settings], scales: tuple[float, ...], weight: Tensor, bias: Tensor) -> Fitted:
@@ -39,12 +41,13 @@ class Fitted:
 
         return cls(settings, scales, logits, (weight, bias))
 
-    def layer(self, number: int, scale: float, standard: Standard) -> tuple[Tensor, Tensor]:
-        """Weight [C, D] and bias [C] of a candidate for features as they are, float64."""
+    def tensors(self, number: int, scale: float, standard: Standard) -> dict[str, Tensor]:
+        """The state of the head of a candidate, float64, for features as they are."""
+        if self.built is not None:
+            return self.built(number, scale, standard)
         assert self.linear is not None
         weight, bias = (column[number] * scale for column in self.linear)
-        raw = weight / standard.deviation
-        return raw, bias - raw @ standard.mean
+        return standard.folded_into(weight, bias)
 
 
 def stacked(layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

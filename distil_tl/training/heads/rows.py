@@ -56,6 +56,11 @@ class Standard(NamedTuple):
         """Standardised float32 [N, D]."""
         return ((features - self.mean.float()) / self.deviation.float()).contiguous()
 
+    def folded_into(self, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+        """A linear layer of standardised features, as one of features as they are, float64."""
+        raw = weight.double() / self.deviation
+        return {"weight": raw, "bias": bias.double() - raw @ self.mean}
+
 
 class Group(NamedTuple):
     """The ranks that fit a head together, and how they agree to stop."""

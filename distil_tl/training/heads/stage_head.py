@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distil_tl.data.source import ImageSource
 from distil_tl.distributed.preemption import Agreement
@@ -38,14 +38,14 @@ def fit_head(
         The counts of its predictions on train, as in `ClassificationMetrics.of`, on all ranks alike.
 
     Raises:
-        UserError: the stage trains something other than a linear layer with a bias, or memory does not suffice.
+        UserError: the stage trains something other than a head that can be fitted, or memory does not suffice.
         NonFiniteError: no head has a finite loss.
         AllRanksStopError: on all ranks alike. Nothing is changed.
     """
     began, kind = time.monotonic(), stage.config.head
     search = prepare_search(info, stage, setup, source)
     key = f"stages.{stage.name}.head"
-    if search.head.bias is None:
+    if isinstance(search.head, nn.Linear) and search.head.bias is None:
         raise UserError(f"{key}={kind}: the head of this model has no bias, which a fit needs; use {key}=linear")
     problem, val = open_fit(info, search, agreement)
     choice = choose(kind, problem, val, stage.metric)
@@ -56,9 +56,9 @@ def fit_head(
         return count_predictions(logits, part.targets, part.weights.isfinite())[0]
 
     predicted = problem.rows.total((counts(problem.classes),), of)
-    weight, bias = choice.fitted.layer(number, chosen["scale"], problem.standard)
-    search.head.weight.copy_(problem.group.share(weight.float()))
-    search.head.bias.copy_(problem.group.share(bias.float()))
+    found = choice.fitted.tensors(number, chosen["scale"], problem.standard)
+    for name, tensor in search.head.state_dict().items():
+        tensor.copy_(problem.group.share(found[name].float()))
     record.fit = {"head": kind, **choice.to_json(), "seconds": time.monotonic() - began}
     record.train_images += problem.count
     record.seconds += record.fit["seconds"]
