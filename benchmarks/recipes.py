@@ -42,7 +42,7 @@ SEARCH = ["stages.head.search.lr=[3e-4,1e-3,3e-3,1e-2,3e-2,1e-1]", "stages.head.
 RECIPES: dict[str, list[str]] = {
     "default": [],
     # 24 heads on features of the frozen backbone; the best one trains for 15 epochs.
-    "frozen": ["data.augment=none", "stages.head.epochs=15", "stages.full.epochs=0", *SEARCH],
+    "frozen": ["data.crop_mode=weights", "data.augment=none", "stages.head.epochs=15", "stages.full.epochs=0", *SEARCH],
     "frozen-center": ["frozen", "data.crop_mode=center"],
     "frozen-squash": ["frozen", "data.crop_mode=squash"],
     "frozen-squash-0.875": ["frozen", "data.crop_mode=squash", "data.crop_pct=0.875"],

@@ -7,6 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from distil_tl.data.config import auto_batch_size
+from distil_tl.data.index import Index
+from distil_tl.data.proportions import crop_for, typical_ratio
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.rundir.state import planned
 from distil_tl.training.auto_rules import auto_epochs
 from distil_tl.utils.auto import AUTO
@@ -81,6 +85,28 @@ def settle_auto(
         if name not in state.get("stages", {}):
             warn_if_nothing_is_mixed(name, stage)
     return config, found
+
+
+def settle_crop(
+    info: DistInfo, config: Config, train: Index, state: Mapping[str, Any]
+) -> tuple[Config, dict[str, str]]:
+    """The configuration with a mode in place of `data.crop_mode=auto`, and the mode by key. A collective.
+
+    It depends on the proportions of the training images, which rank 0 looks at. A run that is resumed keeps its mode.
+
+    Args:
+        state: of the run that is resumed, as in state.json; empty if there is none.
+    """
+    key = "data.crop_mode"
+    if config.data.crop_mode != AUTO:
+        return config, {}
+    mode = state.get("resolved", {}).get(key)
+    if mode is None:
+        ratio = on_rank_zero(info, "looking at the images", lambda: typical_ratio(train))
+        mode = crop_for(ratio)
+        if mode != "weights":
+            logger.info("auto: %s=%s (longer to shorter side of the training images: %.2f)", key, mode, ratio)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, crop_mode=mode)), {key: mode}
 
 
 def _is_fit(config: Config, key: str) -> bool:

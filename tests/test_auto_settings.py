@@ -9,21 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from distil_tl import auto_settings
 from distil_tl import run as run_module
 from distil_tl import train as train_module
-from distil_tl.auto_settings import auto_problem, resolve_auto, settle_auto
+from distil_tl.auto_settings import auto_problem, resolve_auto, settle_auto, settle_crop
 from distil_tl.config import load, problems
 from distil_tl.data.config import DataConfig, auto_batch_size
+from distil_tl.data.scan import scan
+from distil_tl.inference import restore_model
+from distil_tl.models.preprocess import Preprocess
 from distil_tl.train import main
 from distil_tl.training.auto_rules import auto_epochs, auto_layer_decay, auto_lr
 from distil_tl.training.config import StageConfig
 from distil_tl.utils.log import setup_console
+from tests.helpers.arguments import head_args
 from tests.helpers.images import make_folder
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import lines, run_ranks, train
 from tests.helpers.runs import refusal, refused, summary_of
+from tests.helpers.staging import ALONE
 
 BOTH = ["data.global_batch_size=auto", "stages.head.epochs=auto"]
 
@@ -115,6 +121,50 @@ def test_a_run_on_other_ranks_keeps_the_numbers_of_its_beginning(
     assert "global batch 8" not in capsys.readouterr().out, "nothing was left to train"
     assert summary_of(tmp_path / "run")["resolved"] == {"data.global_batch_size": 8, "stages.head.epochs": 2}
     assert len(lines(tmp_path / "run", split="val", stage="head")) == 2
+
+
+@pytest.mark.parametrize(("size", "mode"), [((40, 40), "weights"), ((40, 43), "weights"), ((30, 40), "squash")])
+def test_the_crop_depends_on_the_proportions(tmp_path: Path, size: tuple[int, int], mode: str) -> None:
+    for i in range(9):
+        for split in ("train", "val"):
+            path = tmp_path / "images" / split / f"{i % 3}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Upright and lying ones, and a few of another kind.
+            Image.new("RGB", (size if i % 2 else size[::-1]) if i < 7 else (10, 90)).save(path)
+    (tmp_path / "images/train/0/damaged.png").write_bytes(b"not an image")
+    config, _ = load(["model.name=resnet18", "model.weights=none", f"data.root={tmp_path}/images"])
+    train = scan(tmp_path / "images" / "train")
+    assert settle_crop(ALONE, config, train, {})[1] == {"data.crop_mode": mode}
+    saved = {"resolved": {"data.crop_mode": "border"}}
+    now, found = settle_crop(ALONE, config, train, saved)
+    assert (now.data.crop_mode, found) == ("border", {"data.crop_mode": "border"})
+    config.data.crop_mode = "center"
+    assert settle_crop(ALONE, config, train, saved) == (config, {})
+
+
+def test_the_crop_that_auto_chose_is_that_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In evaluation and after a resume, also with a later rule; a run that an earlier version began keeps its own."""
+    run_dir, folder = tmp_path / "run", make_folder(tmp_path / "images", {"train": 16, "val": 8})
+    args = head_args(folder, run_dir, "stages.head.epochs=1", "data.crop_mode=auto")
+    monkeypatch.setattr(auto_settings, "crop_for", lambda ratio: "squash")
+    assert main([*args, "stages.full.epochs=0"]) == 0
+    assert "auto: data.crop_mode=squash" in capsys.readouterr().out
+    assert summary_of(run_dir)["resolved"] == {"data.crop_mode": "squash"}
+    assert restore_model(run_dir).model.preprocess.crop_mode == "squash"
+    changed = restore_model(run_dir, overrides=["data.crop_pct=0.5"]).model.preprocess
+    assert (changed.crop_mode, changed.crop_pct) == ("squash", 0.5)
+
+    state = run_dir / "checkpoints/last/state.json"
+    assert json.loads(state.read_text())["preprocess"]["crop_shape"] == "image"
+    monkeypatch.setattr(auto_settings, "crop_for", lambda ratio: "border")
+    monkeypatch.setattr(Preprocess, "with_crop", None)  # what a later version makes of the mode
+    assert main(args) == 0
+    assert restore_model(run_dir).model.preprocess.crop_mode == "squash"
+    saved = run_dir / "config.yaml"
+    saved.write_text(saved.read_text().replace("crop_mode: auto", "crop_mode: weights"))
+    assert load([f"run_dir={run_dir}", f"data.root={folder}"])[0].data.crop_mode == "weights"
 
 
 def test_fewer_images_than_a_batch(tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:

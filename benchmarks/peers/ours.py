@@ -19,6 +19,7 @@ def command(job: Job, run_dir: Path, extra: tuple[str, ...] = ()) -> list[str]:
         "data.image_size": job.image_size,
         "data.global_batch_size": job.batch,
         "data.hflip": str(job.hflip).lower(),
+        "data.crop_mode": "squash" if job.squash else "weights",
         "model.name": f"timm/{job.model}",
         "model.weights": job.weights,
         "optim.weight_decay": job.weight_decay,

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.auto_settings import settle_auto
+from distil_tl.auto_settings import settle_auto, settle_crop
 from distil_tl.cli.selection_table import Live, headline, result_table
 from distil_tl.config import Config, check
 from distil_tl.data.splits import copy_to_local_disk, open_splits
@@ -70,6 +70,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         refuse_none_usable(found)
         splits = open_splits(info, config.data)
         settled, _ = settle_auto(checked, len(splits.train), {}, info.world_size)
+        settled, _ = settle_crop(info, settled, splits.train, {})
         stage = settled.stages[head[0]]
         common = Common(
             head[0], stage, model, settled.data, config.optim, config.metric, config.precision, config.seed,

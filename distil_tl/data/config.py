@@ -78,7 +78,7 @@ class DataConfig:
     image_size: int | None = None  # pixels; null: that of the pretrained weights
     workers: int | None = None  # loader processes per rank; null: from the number of available CPUs
     prefetch_mib: int = 2048  # MiB of batches that a rank loads ahead, for training and again for evaluation
-    crop_mode: str = "weights"  # from an image to a square, without augmentation: weights | center | squash | border
+    crop_mode: str = "auto"  # from an image to a square, not augmented: auto | weights | center | squash | border
     crop_pct: float | None = None  # share of the resized sides that is kept; null: as for the weights, else 1
     augment: Any = "light"  # none | light | strong | a list of steps, as in [crop(0.3),hflip,trivial,erasing]
     hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class
@@ -119,8 +119,8 @@ class DataConfig:
             )
         if self.prefetch_mib < 1:
             found.append("data.prefetch_mib must be at least 1")
-        if self.crop_mode not in CROP_MODES:
-            found.append(f"data.crop_mode is {self.crop_mode!r}; choose one of {', '.join(CROP_MODES)}")
+        if self.crop_mode not in (AUTO, *CROP_MODES):
+            found.append(f"data.crop_mode is {self.crop_mode!r}; choose one of {', '.join((AUTO, *CROP_MODES))}")
         if self.crop_pct is not None and not MIN_CROP_PCT <= self.crop_pct <= 1:
             found.append(f"data.crop_pct must be a share from {MIN_CROP_PCT} to 1, as in 0.875, or null")
         if problem := augment_problem(self.augment, "data.augment", hflip=self.hflip):

@@ -74,14 +74,16 @@ def settings(run: Run) -> list[tuple[str, str]]:
     """The settings that matter most, by name."""
     config = run.settings
     data, model, optim = (mapping(config, key) for key in ("data", "model", "optim"))
+    resolved = mapping(run.summary, "resolved")
+    crop = resolved.get("data.crop_mode", data.get("crop_mode"))
     shown = [
         ("Model", model.get("name")),
         ("Weights", str(model.get("weights", "")).rpartition("/")[2]),
         ("Images", _images(run)),
         ("Size", f"{data['image_size']} px" if data.get("image_size") else None),
-        ("Crop", data.get("crop_mode") if data.get("crop_mode") != "weights" else None),
+        ("Crop", crop if crop != "weights" else None),
         ("Kept of the sides", data.get("crop_pct")),
-        ("Batch", mapping(run.summary, "resolved").get("data.global_batch_size", data.get("global_batch_size"))),
+        ("Batch", resolved.get("data.global_batch_size", data.get("global_batch_size"))),
         ("Augmentation", data.get("augment") and augment_text(data["augment"])),
         ("Balance", data.get("balance") if data.get("balance") != "none" else None),
         ("Optimizer", optim.get("name")),

@@ -87,7 +87,7 @@ class RunState:
     stages: dict[str, StageRecord] = field(default_factory=dict)
     seconds: float = 0.0
     bad_images: dict[str, dict[str, str]] = field(default_factory=dict)  # by split and path below it: the reason
-    resolved: dict[str, int] = field(default_factory=dict)  # by key: what `auto` and `max_minutes` made of them
+    resolved: dict[str, Any] = field(default_factory=dict)  # by key: what `auto` and `max_minutes` made of them
 
     @property
     def step(self) -> int:
