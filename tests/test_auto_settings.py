@@ -114,12 +114,13 @@ def test_a_run_on_other_ranks_keeps_the_numbers_of_its_beginning(
         assert main(args) == 1
     assert "auto: data.global_batch_size=8, stages.head.epochs=2 (52 training images)" in capsys.readouterr().out
     state = json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())
-    assert state["run"]["resolved"] == {"data.global_batch_size": 8, "stages.head.epochs": 2}
+    resolved = {"data.global_batch_size": 8, "stages.head.epochs": 2, "data.crop_mode": "weights"}
+    assert state["run"]["resolved"] == resolved
 
     monkeypatch.setattr(auto_settings, "auto_batch_size", lambda images: 4)  # a newer version with another rule
     assert main(args) == 0
     assert "global batch 8" not in capsys.readouterr().out, "nothing was left to train"
-    assert summary_of(tmp_path / "run")["resolved"] == {"data.global_batch_size": 8, "stages.head.epochs": 2}
+    assert summary_of(tmp_path / "run")["resolved"] == resolved
     assert len(lines(tmp_path / "run", split="val", stage="head")) == 2
 
 

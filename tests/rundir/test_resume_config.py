@@ -223,7 +223,7 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
         "precision: was 'auto', now 'bf16'",
         "data.global_batch_size: was 8, now 4",
         "data.image_size: was 32, now 40",
-        "data.crop_mode: was 'weights', now 'squash'",
+        "data.crop_mode: was 'auto', now 'squash'",
         "data.crop_pct: was null, now 0.9",
         "data.augment: was 'light', now 'none'",
         "data.hflip: was true, now false",
