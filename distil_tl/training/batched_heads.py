@@ -47,7 +47,7 @@ class BatchedHeads:
 
     Attributes:
         weight: float32 [H, C, K]; the bias, if any, is the last column.
-        finite: bool [H], whether all gradients were finite.
+        lr, weight_decay: float32 [H, 1, 1].
     """
 
     def __init__(
@@ -61,7 +61,6 @@ class BatchedHeads:
         weight = head.weight.detach()
         columns = weight if head.bias is None else torch.cat([weight, head.bias.detach()[:, None]], dim=1)
         self.weight = columns.to(device, torch.float32).repeat(len(settings), 1, 1)
-        self.finite = torch.ones(len(settings), dtype=torch.bool, device=device)
         self.lr, self.weight_decay = (
             torch.tensor(column, device=device)[:, None, None] for column in zip(*settings, strict=True)
         )
@@ -70,7 +69,20 @@ class BatchedHeads:
         self._first = torch.zeros_like(self.weight)  # AdamW's moments; the first one is SGD's buffer
         self._second = torch.zeros_like(self.weight)
         self._gradient = torch.empty_like(self.weight)  # allocated once: allocating costs more than computing
-        self._steps = 0
+        self._largest = torch.zeros_like(self.lr)  # norm of a gradient so far; not finite if one was not
+        self._steps = torch.zeros((), device="cpu")
+        self._by_head = device.type == "cpu"  # on a GPU that would be a launch for each head
+        self._parts = [
+            ([weight], [gradient], [first], [second], each)
+            for weight, gradient, first, second, each in zip(
+                self.weight, self._gradient, self._first, self._second, settings, strict=True
+            )
+        ]
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether all gradients of each head were finite, bool [H]."""
+        return self._largest.flatten().isfinite()
 
     def logits(self, features: Tensor) -> Tensor:
         """[B, K] to [B, H, C]."""
@@ -84,12 +96,14 @@ class BatchedHeads:
         torch.mm(slopes.flatten(1).T, batch.features, out=self._gradient.flatten(0, 1))
         gradient = self._gradient
         norms = torch.linalg.vector_norm(gradient, dim=(1, 2), keepdim=True)
-        self.finite &= norms.flatten().isfinite()
+        torch.maximum(self._largest, norms, out=self._largest)
         if self._optim.clip_norm is not None:
             gradient *= (self._optim.clip_norm / (norms + 1e-6)).clamp(max=1)
         self._steps += 1
         if self._optim.name == "sgd":
             self._sgd(gradient, self.lr * batch.factor)
+        elif self._by_head:
+            self._adamw_by_head(batch.factor)
         else:
             self._adamw(gradient, self.lr * batch.factor)
 
@@ -97,13 +111,25 @@ class BatchedHeads:
         """The sums of a batch for each head, as in `count_predictions`."""
         return count_predictions(self.logits(features), targets, valid, spread=spread)
 
+    def _adamw_by_head(self, factor: float) -> None:
+        """AdamW by the kernel of `AdamW(fused=True)`, which reads and writes each number once."""
+        before = self.weight[..., self._decayed.shape[2] :].clone()
+        for weights, gradients, first, second, (lr, weight_decay) in self._parts:
+            torch._fused_adamw_(
+                weights, gradients, first, second, [], [self._steps], lr=lr * factor, beta1=BETAS[0], beta2=BETAS[1],
+                weight_decay=weight_decay, eps=EPS, amsgrad=False, maximize=False,
+            )  # fmt: skip
+        # A tensor has one decay, but the bias has none.
+        self.weight[..., self._decayed.shape[2] :].addcmul_(before, self.lr * self.weight_decay, value=factor)
+
     def _adamw(self, gradient: Tensor, lr: Tensor) -> None:
         self._decayed.mul_(1 - lr * self.weight_decay)
         self._first.lerp_(gradient, 1 - BETAS[0])
         self._second.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         # weight -= lr * m / (sqrt(v) + eps), with bias-corrected m and v. Dividing by -1/lr saves a pass.
-        lr = -lr / (1 - BETAS[0] ** self._steps)
-        below = torch.sqrt(self._second, out=gradient).div_(lr * math.sqrt(1 - BETAS[1] ** self._steps)).add_(EPS / lr)
+        steps = int(self._steps)
+        lr = -lr / (1 - BETAS[0] ** steps)
+        below = torch.sqrt(self._second, out=gradient).div_(lr * math.sqrt(1 - BETAS[1] ** steps)).add_(EPS / lr)
         self.weight.addcdiv_(self._first, below)
 
     def _sgd(self, gradient: Tensor, lr: Tensor) -> None:

@@ -55,23 +55,27 @@ def one(folder: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "optim",
+    ("optim", "by_head"),
     [
-        OptimConfig(),
-        OptimConfig(clip_norm=None, label_smoothing=0.1),
-        OptimConfig(name="sgd", clip_norm=0.3),
-        OptimConfig(name="sgd", momentum=0.0, clip_norm=None),
-        OptimConfig(loss="focal"),
+        (OptimConfig(), True),
+        (OptimConfig(), False),  # as on a GPU
+        (OptimConfig(clip_norm=None, label_smoothing=0.1), True),
+        (OptimConfig(name="sgd", clip_norm=0.3), True),
+        (OptimConfig(name="sgd", momentum=0.0, clip_norm=None), True),
+        (OptimConfig(loss="focal"), True),
     ],
 )
 @pytest.mark.parametrize("balance", ["none", "effective_number", "logit_adjust"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_each_head_is_what_the_optimizer_makes_of_it(optim: OptimConfig, balance: str, bias: bool) -> None:
+def test_each_head_is_what_the_optimizer_makes_of_it(
+    optim: OptimConfig, by_head: bool, balance: str, bias: bool
+) -> None:
     torch.manual_seed(0)
     head = nn.Linear(12, 5, bias=bias)
     settings = [HeadSettings(0.1, 0.0), HeadSettings(0.03, 0.7), HeadSettings(1e-4, 0.01)]
     loss = training_loss(optim, balance, np.array([900, 300, 100, 30, 10]), CPU)
     heads = BatchedHeads(head, settings, optim, CPU, loss)
+    heads._by_head = by_head
     singles = [nn.Linear(12, 5, bias=bias) for _ in settings]
     optimizers = []
     for single, (lr, decay) in zip(singles, settings, strict=True):
@@ -102,6 +106,31 @@ def test_each_head_is_what_the_optimizer_makes_of_it(optim: OptimConfig, balance
             if bias:
                 torch.testing.assert_close(weight[:, 12], single.bias, rtol=0, atol=1e-5)
     assert heads.finite.all()
+
+
+def _state(heads: BatchedHeads) -> tuple[torch.Tensor, ...]:
+    return heads.weight, heads._gradient, heads._first, heads._second
+
+
+def test_a_head_takes_the_same_step_alone_and_beside_others_and_diverged_ones_are_found() -> None:
+    torch.manual_seed(0)
+    head, settings = nn.Linear(64, 8), [HeadSettings(0.1, 0.3), HeadSettings(1e38, 0.0), HeadSettings(0.003, 1.0)]
+    together = BatchedHeads(head, settings, OptimConfig(), CPU)
+    alone = [BatchedHeads(head, [each], OptimConfig(), CPU) for each in settings]
+    targets, shares = F.one_hot(torch.arange(32) % 8).float(), torch.full((32,), 1 / 32)
+    for _ in range(3):
+        batch = HeadBatch(F.pad(torch.randn(32, 64), (0, 1), value=1.0), targets, shares, 0.5)
+        for heads in (together, *alone):
+            heads.step(batch)
+    assert together.finite.tolist() == [True, False, True]
+    for number in (0, 2):
+        torch.testing.assert_close(alone[number].weight[0], together.weight[number], rtol=0, atol=1e-5)
+        for mine, other in zip(_state(alone[number]), _state(together), strict=True):
+            mine[0] = other[number]  # without the rounding of products of other shapes
+    for heads in (together, *alone):
+        heads._adamw_by_head(0.5)
+    for number in (0, 2):
+        assert torch.equal(alone[number].weight[0], together.weight[number])
 
 
 @pytest.mark.parametrize("optim", ["adamw", "sgd"])

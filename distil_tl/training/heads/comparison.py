@@ -110,7 +110,7 @@ class _Training:
 
     def __init__(self, problem: Problem, network: nn.Sequential, decay: float, steps: int) -> None:
         self.rows, self.network, self.steps, self.seed = problem.everything, network, steps, problem.seed
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=decay)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=decay, fused=True)
         offsets = None if problem.offsets is None else problem.offsets.float()
         self.loss = Loss(problem.smoothing, offsets=offsets)
         self.weights = self.rows.weights.float()
