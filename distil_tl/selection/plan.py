@@ -72,12 +72,15 @@ def _networks(
     for readout in readouts:
         try:
             built = build(replace(model, readout=readout), classes, image_size=size, seed=0, pretrained=False)
-            built.try_size(size, "sizes")
+            built.check_size(size)
+            macs = count_macs(built.module, size)
+            if macs is None:  # else that was the trial image
+                built.try_size(size, "sizes")
         except UserError as error:
             reasons[readout] = str(error)
             continue
         parameters = sum(parameter.numel() for parameter in built.module.parameters())
-        found[readout] = _Network(built, parameters, count_macs(built.module, size))
+        found[readout] = _Network(built, parameters, macs)
     if not found:
         return {}, {"": reasons[readouts[0]]}
     if len(found) > 1:

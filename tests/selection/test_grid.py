@@ -17,9 +17,9 @@ from distil_tl.data.config import DataConfig
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.config import ModelConfig
-from distil_tl.models.transfer import build
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.rundir import changes
-from distil_tl.selection import cell_search, costs
+from distil_tl.selection import cell_search, costs, plan
 from distil_tl.selection.candidates import expand, locate, matching
 from distil_tl.selection.cell_search import CellSearch, RanksDifferError
 from distil_tl.selection.cells import Cell, Grid, Result, near_best, pareto
@@ -29,6 +29,7 @@ from distil_tl.selection.estimate import divide
 from distil_tl.selection.plan import NEWER, _digest, _without_newer
 from distil_tl.training.config import OptimConfig, SearchConfig, StageConfig
 from distil_tl.utils.errors import UserError
+from tests.helpers.arguments import SMALLEST
 
 
 def cell(name: str, size: int = 32, crop: str = "weights", gmacs: float = 1.0) -> Cell:
@@ -273,3 +274,18 @@ def test_folds_are_equal_in_size_and_in_classes() -> None:
         assert counts.sum() == size
     assert (divide(targets, 5, 0) == fold).all()
     assert (divide(targets, 5, 1) != fold).any()
+
+
+def test_a_network_whose_operations_were_counted_needs_no_other_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: TransferModel, size: int, key: str) -> None:
+        raise UserError(f"{key}={size} does not fit")
+
+    monkeypatch.setattr(TransferModel, "try_size", fails)
+    model = ModelConfig(SMALLEST, "none")
+    with torch.device("meta"):
+        found, reasons = plan._networks(model, 32, ["pooled"], 3)
+    assert found["pooled"].macs
+    assert not reasons
+    monkeypatch.setattr(plan, "count_macs", lambda module, size: None)
+    with torch.device("meta"):
+        assert plan._networks(model, 32, ["pooled"], 3) == ({}, {"": "sizes=32 does not fit"})
