@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from distil_tl.config import Config, load
 from distil_tl.data.config import SPLITS
 from distil_tl.utils.args import explain, to_yaml
-from distil_tl.utils.command import run_command
+from distil_tl.utils.command import quick_imports, run_command
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.run_folders import refuse_other_than_run
 
@@ -24,7 +24,7 @@ def usage(program: str) -> str:
 def check_arguments(program: str, argv: Sequence[str]) -> None:
     """Print help or the configuration, or refuse arguments that can't be read, and exit; return otherwise.
 
-    For use before torch is imported, which takes seconds.
+    For use before torch is imported, which takes seconds; a call of `run_command` must follow.
     """
     if argv and argv[0] in ("-h", "--help"):
         sys.stdout.write(usage(called(program)))
@@ -40,6 +40,7 @@ def check_arguments(program: str, argv: Sequence[str]) -> None:
     status = run_command(program, read)
     if status or shows:
         sys.exit(status)
+    quick_imports()
 
 
 def called(program: str) -> str:
@@ -52,6 +53,7 @@ def check_evaluation_arguments(argv: Sequence[str] | None = None, program: str =
     run_dir = evaluation_parser(program).parse_intermixed_args(argv).run_dir
     if status := run_command(program, lambda: refuse_other_than_run(run_dir)):
         sys.exit(status)
+    quick_imports()
 
 
 def evaluation_parser(program: str = "distil_tl.evaluate") -> argparse.ArgumentParser:

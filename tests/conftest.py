@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import shutil
 import signal
 from collections.abc import Iterator
@@ -25,6 +26,15 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("pytest-xdist ignores groups of tests with pytest 9.2: pip install 'pytest<9.2'")
     if config.getoption("--record-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(durations.Recorder())
+
+
+def pytest_collection(session: pytest.Session) -> None:
+    gc.disable()  # the imports of the tests only add objects: to search them for cycles again and again takes long
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    gc.freeze()  # so that no test searches the objects of torch and of all tests
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the groups

@@ -15,7 +15,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["distil_tl.train", "distil_tl.evaluate", "tests.helpers.ranks", "tests.helpers.warm"]
+PRELOAD = ["tests.helpers.warm"]
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distil_tl.utils.command import run_command
+from distil_tl.utils.command import quick_imports, run_command
 from distil_tl.utils.errors import (
     LostRanksError,
     NonFiniteError,
@@ -32,6 +33,18 @@ def fails_with(error: BaseException) -> None:
 def test_the_exit_status_is_what_the_command_returns() -> None:
     assert run_command("test", lambda: None) == 0
     assert run_command("test", lambda: 1) == 1
+
+
+def test_imports_are_not_searched_for_cycles() -> None:
+    frozen = gc.get_freeze_count()
+    quick_imports()
+    assert not gc.isenabled()
+    imported: list[list[int]] = [[] for _ in range(1000)]
+    assert run_command("test", lambda: not gc.isenabled()) == 0
+    assert gc.get_freeze_count() >= frozen + len(imported)
+    frozen = gc.get_freeze_count()
+    assert run_command("test", lambda: None) == 0
+    assert gc.get_freeze_count() == frozen, "only what was imported is never searched"
 
 
 def test_a_current_folder_that_was_deleted(
