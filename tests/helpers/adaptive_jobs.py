@@ -13,8 +13,9 @@ import optuna
 
 from launch import adaptive
 from launch.records import read_record
-from tests.helpers.fake_slurm import ENDED, FakeSlurm
+from tests.helpers.fake_slurm import FakeSlurm
 from tests.helpers.ranks import lines
+from tests.helpers.slurm_commands import ENDED
 
 PLAIN = ["data.root=null", "model.name=shufflenet_v2_x0_5", "model.weights=none"]
 SPACE = "{random: {stages.head.lr: {log_uniform: [1e-3, 1]}, optim.name: {choice: [sgd, adamw]}}, count: 4}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import signal
@@ -237,10 +236,8 @@ def test_a_lost_answer_of_sbatch(slurm: FakeSlurm, command: Command, capsys) -> 
 
 def test_a_comment_of_the_user_is_kept(slurm: FakeSlurm, interrupted: Command, monkeypatch) -> None:
     """Jobs are found by the name of the script, too."""
-    jobs = json.loads(slurm.file.read_text())
-    for job in jobs["jobs"]:
-        job["comment"] = "project 5"
-    slurm.file.write_text(json.dumps(jobs))
+    for job, found in slurm.jobs.items():
+        slurm.change(job, found["state"], comment="project 5")
     assert interrupted.run() == 0
     interrupted.assert_one_job_each(slurm)
 
