@@ -61,6 +61,12 @@ def test_defaults_then_base_then_file_then_command_line():
     assert (config.optim.weight_decay, config.optim.warmup, config.optim.momentum) == (0.1, 0.2, 0.3)
 
 
+def test_nothing_of_one_configuration_is_in_the_next():
+    before = load(["data.root=x"])
+    load(["data.root=x", "seed=5", "stages.full.lr=0.5", "stages.head.search.lr=[7]"])
+    assert load(["data.root=x"]) == before
+
+
 def test_the_last_of_two_values_counts():
     assert config_of("seed=1", "seed=2").seed == 2
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -71,7 +73,7 @@ def load(
     problems: list[str] = []
     tree = read_yaml(Path(files[0])) if files else {}
     tree.pop("slurm", None)  # for launch, which reads the same files
-    schema = OmegaConf.structured(Config)
+    schema = copy.deepcopy(_defaults())
     overrides = parse_overrides(schema, [arg for arg in args if not is_file(arg)], problems)
     recipe = {} if saved else _read_recipe(overrides.get("recipe", tree.get("recipe")))
     given = flatten(tree).keys() | flatten(overrides).keys()  # a recipe may be newer than a run that is resumed
@@ -101,6 +103,12 @@ def load(
         config = _to_config(schema)
     _resolve_defaults(config, schema)
     return config, schema
+
+
+@functools.cache
+def _defaults() -> DictConfig:
+    """The schema with all defaults, to be copied: to make it takes longer than all else that `load` does."""
+    return OmegaConf.structured(Config)  # type: ignore[no-any-return]
 
 
 def load_saved(run_dir: Path, overrides: Sequence[str] = (), *, allow_own: bool = False) -> Config:
