@@ -136,7 +136,9 @@ def test_a_signal_to_every_process_does_not_break_the_save(small: list[str], tmp
     assert not any("Traceback" in said for said in ended.said), ended
     assert Checkpoints(tmp_path / "run" / "checkpoints").newest_valid() is not None
     assert left_over_processes(tmp_path) == []
-    assert attempt(tmp_path / "again", args, 2).statuses == [0, 0]
+    again = attempt(tmp_path / "again", args, 2)
+    assert again.statuses == [0, 0]
+    assert not any("Warning" in said for said in again.said), again
 
 
 def on_a_node_of_its_own(folder: Path) -> None:
@@ -344,7 +346,7 @@ sys.exit(train.main())
 
 
 def test_torchrun_restarts_a_job_from_its_last_checkpoint_beside_another_job(small: list[str], tmp_path: Path) -> None:
-    args = [*small, WITHOUT_TIMM, f"run_dir={tmp_path}/other", "stages.full.epochs=0"]
+    args = [*small, WITHOUT_TIMM, f"run_dir={tmp_path}/other", "stages.full.epochs=1", "tracking.log_every=3"]
     other = launch([*TORCHRUN, "--nproc_per_node=1", "-m", "distil_tl.train", *args])
     script, marker = tmp_path / "dies_once.py", tmp_path / "marker"
     script.write_text(DIES_ONCE.format(marker=str(marker), step=9))
@@ -352,6 +354,9 @@ def test_torchrun_restarts_a_job_from_its_last_checkpoint_beside_another_job(sma
     process = launch([*TORCHRUN, "--max-restarts=2", str(script), *args])
     output, of_other = finished(process), finished(other)
     assert (process.returncode, other.returncode) == (0, 0), output + of_other
+    for words in ("stage head", "stage full", "val top-1", "images/s", "best: top-1", f"{tmp_path}/other"):
+        assert words in of_other
+    assert "Warning" not in of_other
     assert marker.read_text() == "0"
     assert "resuming from step 8" in output
     for name in ("run", "other"):

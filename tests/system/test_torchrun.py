@@ -16,7 +16,7 @@ import pytest
 from distil_tl.cli import predict
 from distil_tl.train import main
 from tests.helpers.arguments import WITHOUT_TIMM, small_args
-from tests.helpers.ranks import lines, processes_of
+from tests.helpers.ranks import lines, processes_of, run_ranks, train
 from tests.helpers.torchrun import BIN, ENVIRONMENT, TORCHRUN
 
 
@@ -59,15 +59,10 @@ def test_ctrl_c_leaves_no_process_and_a_run_that_can_be_resumed(small: list[str]
 
 @pytest.fixture(scope="module")
 def run_dir(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two ranks, forked: `tests/system/test_dying.py` has complete runs under torchrun."""
     path = tmp_path_factory.mktemp("torchrun") / "run"
     args = [*small_args(folder), WITHOUT_TIMM, f"run_dir={path}", "stages.full.epochs=1", "tracking.log_every=3"]
-    done = subprocess.run(
-        [*TORCHRUN, "-m", "distil_tl.train", *args], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for word in ("stage head", "stage full", "val top-1", "images/s", "best: top-1", str(path)):
-        assert word in done.stdout
-    assert "Warning" not in done.stderr
+    assert run_ranks(2, train, args) == [0, 0]
     return path
 
 
@@ -82,6 +77,7 @@ def test_evaluate_under_torchrun(run_dir: Path, tmp_path: Path) -> None:
         env=ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["n"] == 31
     assert found["top1"] == json.loads((run_dir / "summary.json").read_text())["best"]["top1"]
