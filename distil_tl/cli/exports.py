@@ -102,18 +102,13 @@ def export_library(run_dir: Path, checkpoint: str, overrides: Sequence[str], fol
     """Write model.safetensors and config.json into `folder`, as timm or torchvision load them.
 
     Raises:
-        UserError: no such run, or the output can't be written.
+        UserError: no such run, the output can't be written, or the library can't build the read-out.
         ExportError: the library does not load them as the same model; nothing is written then.
     """
     check_folder(folder)
     setup_console(True)
     restored = restore_model(run_dir, checkpoint, list(overrides))
     config, model = restored.config.model, restored.model
-    if config.readout != "pooled":
-        raise UserError(
-            f"--format safetensors: no library builds {config.name} with model.readout={config.readout}; use --format "
-            f"onnx, or the weights in {printable(restored.checkpoint / ckpt.WEIGHTS)} with distil_tl.load"
-        )
     if (head := network_head(restored.config.stages)) != LINEAR:
         raise UserError(
             f"--format safetensors: no library builds {config.name} with a head of the kind {head}; use --format onnx, "
@@ -130,7 +125,7 @@ def export_library(run_dir: Path, checkpoint: str, overrides: Sequence[str], fol
     write_library_files(folder, config, model, content)
     logger.info(
         "%s: %s and %s; its library loads them with the same answers:\n\n%s\n", printable(folder), WEIGHTS, CONFIG,
-        loading_lines(folder, config),
+        loading_lines(folder, config, content),
     )  # fmt: skip
     if note := crop_note(config, model.preprocess):
         logger.warning("%s", note)

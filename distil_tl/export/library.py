@@ -26,6 +26,11 @@ from distil_tl.utils.outputs import check_output, replaced_output
 from distil_tl.utils.signals import removed_on_signal
 
 ROUNDING = 1e-5  # of logits in float32, relative to the largest one
+_TIMM_READOUTS: dict[str, tuple[dict[str, object], ...]] = {  # arguments of timm's models that may give a read-out
+    "avg_max": ({"global_pool": "catavgmax"},),
+    "token": tuple({"global_pool": "token", **norm} for norm in ({}, {"fc_norm": True}, {"use_fc_norm": True})),
+    "mean": tuple({"global_pool": "avg", **norm} for norm in ({}, {"fc_norm": False}, {"use_fc_norm": False})),
+}
 _TIMM_KEYS = ("first_conv", "classifier", "pool_size")  # of a published configuration
 
 
@@ -87,11 +92,13 @@ def crop_note(config: ModelConfig, preprocess: Preprocess) -> str | None:
     )
 
 
-def loading_lines(folder: Path, config: ModelConfig) -> str:
+def loading_lines(folder: Path, config: ModelConfig, content: Mapping[str, Any]) -> str:
     """The lines of Python that load what `write_library_files` wrote."""
     if config.from_timm:
+        call = content["distil_tl"].get("load")
+        by_name = f"# or in this folder, without {CONFIG}: {call}\n" if call else ""
         return (
-            f"model = timm.create_model({_literal(f'local-dir:{folder}')}, pretrained=True).eval()\n"
+            f"{by_name}model = timm.create_model({_literal(f'local-dir:{folder}')}, pretrained=True).eval()\n"
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
         )
     return (
@@ -99,6 +106,56 @@ def loading_lines(folder: Path, config: ModelConfig) -> str:
         'model = torchvision.models.get_model(config["architecture"], **config["model_args"]).eval()\n'
         f"model.load_state_dict(safetensors.torch.load_file({_literal(folder / WEIGHTS)}))"
     )
+
+
+def readout_arguments(config: ModelConfig, model: TransferModel, num_classes: int) -> dict[str, object]:
+    """Arguments with which the library builds the model with its read-out; empty for what it pools without any.
+
+    Raises:
+        UserError: there are none.
+    """
+    if config.readout == "pooled":
+        return {}
+    candidates = ({}, *(_TIMM_READOUTS.get(config.readout, ()) if config.from_timm else ()))
+    for arguments in candidates:
+        try:
+            loaded = _built(config, model, num_classes, arguments)
+            loaded.load_state_dict(model.module.state_dict())
+            if _difference(model, loaded) is None:
+                return dict(arguments)
+        except Exception:  # of many types; the classes of timm have different arguments
+            continue
+    library = "timm" if config.from_timm else "torchvision"
+    raise UserError(
+        f"--format safetensors: no argument of {library} builds {config.name} with model.readout={config.readout}; "
+        f"use --format onnx, or the run with distil_tl.load"
+    )
+
+
+def _built(
+    config: ModelConfig, model: TransferModel, num_classes: int, arguments: Mapping[str, object]
+) -> torch.nn.Module:
+    """The architecture of a trained model as its library builds it."""
+    if config.from_timm:
+        import timm
+
+        own = timm_models.arguments(config.library_name, model.image_size)
+        built: torch.nn.Module = timm.create_model(_architecture(config), num_classes=num_classes, **own, **arguments)
+        return built
+    own = torchvision_models.arguments(config.name, model.image_size, random=resolve_weights(config) == "none")
+    network: torch.nn.Module = torchvision.models.get_model(config.name, num_classes=num_classes, **own)
+    return network
+
+
+def _architecture(config: ModelConfig) -> str:
+    return config.library_name.partition(".")[0]
+
+
+def loading_call(config: ModelConfig, content: Mapping[str, Any]) -> str:
+    """The call of timm that loads the weights by the name of the architecture, without config.json."""
+    arguments = {"num_classes": content["num_classes"], **content["model_args"], "checkpoint_path": WEIGHTS}
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    return f"timm.create_model({_architecture(config)!r}, {given})"
 
 
 def _literal(text: str | Path) -> str:
@@ -110,8 +167,13 @@ def _literal(text: str | Path) -> str:
 def library_config(
     config: ModelConfig, model: TransferModel, image_size: int, classes: list[str], provenance: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The content of config.json: as timm's own `save_config_for_hf` writes it, or for torchvision's `get_model`."""
-    found: dict[str, Any] = {"architecture": config.library_name.partition(".")[0], "num_classes": len(classes)}
+    """The content of config.json: as timm's own `save_config_for_hf` writes it, or for torchvision's `get_model`.
+
+    Raises:
+        UserError: the library can't build the model with its read-out.
+    """
+    readout = readout_arguments(config, model, len(classes))
+    found: dict[str, Any] = {"architecture": _architecture(config), "num_classes": len(classes)}
     found["label_names"] = classes
     preprocess = model.preprocess
     statistics = {"interpolation": preprocess.interpolation, "mean": preprocess.mean, "std": preprocess.std}
@@ -119,7 +181,7 @@ def library_config(
         network: Any = model.module
         published: dict[str, Any] = getattr(network, "pretrained_cfg", None) or {}
         found["num_features"] = getattr(network, "num_features", None)
-        found["model_args"] = timm_models.arguments(config.library_name, model.image_size)
+        found["model_args"] = {**timm_models.arguments(config.library_name, model.image_size), **readout}
         found["pretrained_cfg"] = {
             **{key: published[key] for key in _TIMM_KEYS if published.get(key) is not None},
             "num_classes": len(classes),
@@ -140,7 +202,8 @@ def library_config(
             **({"crop_mode": "border", "fill": preprocess.fill} if preprocess.crop_mode == "border" else {}),
             **statistics,
         }
-    return {**found, "distil_tl": dict(provenance)}
+    own = {"load": loading_call(config, found)} if readout else {}
+    return {**found, "distil_tl": {**provenance, **own}}
 
 
 def crop_share(preprocess: Preprocess, image_size: int) -> float:
@@ -166,11 +229,16 @@ def _check(folder: Path, config: ModelConfig, model: TransferModel, content: Map
         raise ExportError(
             f"{library} does not load {config.name} as it was trained ({reason}). No file was written"
         ) from error
+    if (off := _difference(model, loaded)) is not None:
+        raise ExportError(
+            f"{config.name} answers otherwise when {library} loads it: logits differ by {off:.1e}. No file was written"
+        )
+
+
+def _difference(model: TransferModel, loaded: torch.nn.Module) -> float | None:
+    """The largest difference of logits, None if it is only rounding."""
     images = torch.rand(2, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected, found = (network.eval()(images) for network in (model.module, loaded))
     off = float((expected - found).abs().max())
-    if not off <= ROUNDING * max(1.0, float(expected.abs().max())):  # also if it is not a number
-        raise ExportError(
-            f"{config.name} answers otherwise when {library} loads it: logits differ by {off:.1e}. No file was written"
-        )
+    return None if off <= ROUNDING * max(1.0, float(expected.abs().max())) else off  # also if it is not a number

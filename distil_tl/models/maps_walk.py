@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,23 +12,24 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from distil_tl.models.graph.equivalence import preserve_state
+from distil_tl.models.layer_groups import LayerGroup
 from distil_tl.models.readout_parts import CannotReadOutError
 from distil_tl.models.size_trial import first_line
 
 
 @dataclass(frozen=True)
 class StageEnd:
-    """The last layer or block whose feature maps have a resolution.
+    """The last layer or block whose feature maps or tokens have a resolution.
 
     Attributes:
         path: of it.
         channels: of the maps.
-        places: the two dimensions of the maps that are not channels.
+        places: the dimensions of the maps that are not channels.
     """
 
     path: str
     channels: int
-    places: tuple[int, int]
+    places: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,18 +42,21 @@ class Walk:
 
     returned: Sequence[tuple[str, tuple[int, ...] | None]]
 
-    def stage_ends(self, blocks: Iterable[str], pool: str) -> list[StageEnd]:
-        """The ends of all stages, in order: of `blocks`, those that the layer `pool` comes after."""
-        candidates, ends = set(blocks), dict[int, StageEnd]()
-        before = [path for path, _ in self.returned].index(pool)
-        for path, shape in self.returned[:before]:
-            if path not in candidates or shape is None or len(shape) != 4:
+    def before(self, path: str) -> Walk:
+        """Those before a layer."""
+        return Walk(self.returned[: [each for each, _ in self.returned].index(path)])
+
+    def stage_ends(self, candidates: Collection[str]) -> list[StageEnd]:
+        """The ends of all stages, in order: of `candidates`."""
+        ends = dict[int, StageEnd]()
+        for path, shape in self.returned:
+            if path not in candidates or shape is None or len(shape) not in (3, 4):
                 continue
-            last = shape[1] == shape[2] != shape[3]  # channels come last
-            side, channels = shape[2], shape[3] if last else shape[1]
-            smallest = min(ends, default=side)
-            if side <= smallest:
-                ends[side] = StageEnd(path, channels, (1, 2) if last else (2, 3))
+            last = len(shape) == 3 or shape[1] == shape[2] != shape[3]  # channels come last
+            places = tuple(range(1, len(shape) - 1)) if last else (2, 3)
+            locations = math.prod(shape[place] for place in places)
+            if locations <= min(ends, default=locations):
+                ends[locations] = StageEnd(path, shape[-1] if last else shape[1], places)
         return list(ends.values())
 
     def before_head(self, module: nn.Module, head: str, inputs: int) -> tuple[str, int]:
@@ -95,3 +100,28 @@ def walk(module: nn.Module, size: int) -> Walk:
         for handle in handles:
             handle.remove()
     return Walk(returned)
+
+
+def stages_before_last(passed: Walk, module: nn.Module, groups: Iterable[LayerGroup], count: int) -> list[StageEnd]:
+    """The ends of the last `count` stages before the last one.
+
+    Raises:
+        CannotReadOutError: there are fewer.
+    """
+    groups = list(groups)
+    ends = passed.stage_ends(blocks_of(module, groups))
+    if len(ends) <= count:  # in a network that is only a sequence of layers
+        ends = passed.stage_ends([prefix for group in groups for prefix in group.prefixes])
+    if len(ends) <= count:
+        raise CannotReadOutError(f"it has no {count + 1} stages of feature maps")
+    return ends[-count - 1 : -1]
+
+
+def blocks_of(module: nn.Module, groups: Iterable[LayerGroup]) -> list[str]:
+    """Paths of the blocks of layer groups: their modules, and the children of those that are only sequences."""
+    modules, found = dict(module.named_modules()), []
+    for path in (prefix for group in groups for prefix in group.prefixes if prefix in modules):
+        children = modules[path].named_children() if type(modules[path]) is nn.Sequential else ()
+        within = [f"{path}.{name}" for name, _ in children]
+        found += [each for each in (*within, path) if any(True for _ in modules[each].children())]
+    return found

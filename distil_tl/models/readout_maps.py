@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from distil_tl.models.head import replace_head
 from distil_tl.models.layer_groups import LayerGroup
-from distil_tl.models.maps_walk import walk
+from distil_tl.models.maps_walk import stages_before_last, walk
 from distil_tl.models.readout_parts import CannotReadOutError, apply_to_parts, inputs_of
 from distil_tl.models.taps import GivesAverage, JoinsToOutput, Taps, become
 
@@ -47,36 +47,28 @@ def read_maps(
         size: of the images in pixels, for a pass that finds the stages.
 
     Raises:
-        CannotReadOutError: the network lacks one of them.
+        CannotReadOutError: the network lacks one of them; it is as it was.
     """
     own, pool = inputs_of(module, head), _average_pool(module)
     widths = {"average": own, "maximum": own}
+    earlier = [part for part in parts if part not in widths]
+    passed, taps = walk(module, size), Taps()
+    path, channels = passed.before_head(module, head, own)
+    ends = stages_before_last(passed.before(pool), module, groups, len(earlier)) if earlier else []
     if "maximum" in parts:
         _pool_average_and_max(module, pool, head)
         replace_head(module, head, num_classes, 2 * own)
-    earlier = [part for part in parts if part not in widths]
-    if not earlier:
-        return widths
-    passed, taps = walk(module, size), Taps()
-    ends = passed.stage_ends(_blocks(module, groups), pool)[-len(earlier) - 1 : -1]
-    if len(ends) < len(earlier):
-        raise CannotReadOutError(f"it has no {len(earlier) + 1} stages of feature maps")
-    path, channels = passed.before_head(module, head, inputs_of(module, head))
     for place, (part, end) in enumerate(zip(earlier, ends, strict=True)):
         become(module.get_submodule(end.path), GivesAverage, taps=taps, place=place, places=end.places)
         widths[part] = end.channels
-    become(module.get_submodule(path), JoinsToOutput, taps=taps, count=len(earlier), channels=channels)
+    if earlier:
+        become(module.get_submodule(path), JoinsToOutput, taps=taps, count=len(earlier), channels=channels)
     return widths
 
 
-def _blocks(module: nn.Module, groups: Iterable[LayerGroup]) -> list[str]:
-    """Paths of the blocks of layer groups: their modules, and the children of those that are only sequences."""
-    modules, found = dict(module.named_modules()), []
-    for path in (prefix for group in groups for prefix in group.prefixes if prefix in modules):
-        children = modules[path].named_children() if type(modules[path]) is nn.Sequential else ()
-        within = [f"{path}.{name}" for name, _ in children]
-        found += [each for each in (*within, path) if any(True for _ in modules[each].children())]
-    return found
+def has_average_pool(module: nn.Module) -> bool:
+    """Whether a layer averages feature maps."""
+    return any(_is_average(part) for part in module.modules())
 
 
 def _average_pool(module: nn.Module) -> str:

@@ -42,17 +42,20 @@ class TokenReadout(nn.Module):
         return f"{', '.join(self.parts)}, earlier={self.earlier}, others={self.others}"
 
 
+def has_tokens(module: nn.Module) -> bool:
+    """Whether a layer of the network pools tokens: torchvision's encoder, or a pooling that timm leaves to be set."""
+    is_torchvision = isinstance(module, VisionTransformer)
+    return is_torchvision or (hasattr(module, "attn_pool") and hasattr(module, "num_prefix_tokens"))
+
+
 def own_part(module: Any, *, pooled: bool) -> str:
     """The part that the pooling of the library gives: `token`, `mean`, or else `own`.
 
     Raises:
-        CannotReadOutError: the network has no tokens that can be read out, or with `pooled` this pooling can't be
-            computed beside others.
+        CannotReadOutError: with `pooled` this pooling can't be computed beside others.
     """
     if isinstance(module, VisionTransformer):
         return "token"
-    if not hasattr(module, "attn_pool") or not hasattr(module, "num_prefix_tokens"):
-        raise CannotReadOutError("its code has no tokens that can be read out")
     kind = getattr(module, "global_pool", "")
     if module.attn_pool is not None:
         return "own"

@@ -36,16 +36,17 @@ class Taps:
 
 
 class GivesAverage(TracedInto):
-    """A layer that also gives the average of its output over two dimensions, `places`."""
+    """A layer that also gives the average of its output, or of its first one, over the dimensions `places`."""
 
     taps: Taps
     place: int
-    places: tuple[int, int]
+    places: tuple[int, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        maps = super().forward(*args, **kwargs)
+        output = super().forward(*args, **kwargs)
+        maps = output[0] if isinstance(output, (tuple, list)) else output
         self.taps.put(self.place, maps.mean(self.places))
-        return maps
+        return output
 
 
 class GivesClassToken(TracedInto):
@@ -85,8 +86,8 @@ class JoinsToTokens(TracedInto):
         return super().forward(torch.cat([*(value[:, None] for value in self.taps.take(self.count)), tokens], 1))
 
 
-def become(layer: nn.Module, role: type[TracedInto], **attributes: Any) -> None:
-    """Give a layer one of the roles of this module, in place."""
+def become(layer: nn.Module, role: type[nn.Module], **attributes: Any) -> None:
+    """Give a layer a role, such as those of this module, in place."""
     changed: Any = layer
     kind: Any = type(layer)
     wanted: Any = role

@@ -153,7 +153,9 @@ def build(
         raise _size_error("data.image_size", config.name, size, first_line(error), preprocess) from error
     read = ReadOut()
     if (wanted := readouts or [config.readout]) != ["pooled"]:
-        read = set_readouts(config.name, module, _parts(config, module, head)[1], wanted, num_classes, size)
+        groups = _parts(config, module, head)[1]
+        again = functools.partial(_on_meta, config.name, size)
+        read = set_readouts(config.name, module, groups, wanted, num_classes, size, again)
     skip, groups, check_size = _parts(config, module, head)
     skip = (*skip, *read.removed)
     if config.is_own:
@@ -195,6 +197,14 @@ def _build_module(
     return module, head, torchvision_models.fixed_size(config.name)
 
 
+def _on_meta(name: str, size: int) -> tuple[nn.Module, tuple[LayerGroup, ...]]:
+    """The network without values and its layer groups."""
+    config = ModelConfig(name, "none")
+    with torch.device("meta"):
+        module, head, _ = _build_module(config, 2, size, 0, pretrained=False)
+    return module, _parts(config, module, head)[1]
+
+
 def _parts(
     config: ModelConfig, module: nn.Module, head: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[LayerGroup, ...], Callable[[int], None]]:
@@ -209,11 +219,7 @@ def _parts(
 
 
 def _size_error(key: str, name: str, size: int, reason: str, preprocess: Preprocess) -> UserError:
-    def build_at(other: int) -> nn.Module:
-        with torch.device("meta"):
-            return _build_module(ModelConfig(name, "none"), 2, other, 0, pretrained=False)[0]
-
-    return size_error(key, name, size, reason, preprocess.crop_size, build_at)
+    return size_error(key, name, size, reason, preprocess.crop_size, lambda other: _on_meta(name, other)[0])
 
 
 def _read_weights(

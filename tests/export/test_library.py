@@ -78,6 +78,53 @@ def test_torchvision_loads_it(make_run: Callable[[str], Path], tmp_path: Path) -
     assert (config["label_names"], config["preprocess"]["crop_size"]) == (list(CLASSES), SIZE)
 
 
+@pytest.mark.parametrize(
+    ("name", "readout", "size", "arguments"),
+    [
+        (SMALLEST, "avg_max", SIZE, {"global_pool": "catavgmax"}),
+        ("timm/test_vit", "mean", 160, {"global_pool": "avg", "fc_norm": False}),
+        ("timm/test_vit", "token", 160, {}),  # what timm pools
+        ("timm/vit_tiny_patch16_dinov3_qkvb", "token", SIZE, {"global_pool": "token"}),
+    ],
+)
+def test_timm_builds_a_read_out(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    name: str, readout: str, size: int, arguments: dict[str, object],
+) -> None:  # fmt: skip
+    run_dir, out = make_run(name, readout, size), tmp_path / "out"
+    assert main([str(run_dir), "-o", str(out), "--format", "safetensors"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert {key: config["model_args"].get(key) for key in arguments} == arguments
+    images = torch.rand(2, 3, size, size)
+    given = {**config["model_args"], "num_classes": len(CLASSES), "checkpoint_path": out / "model.safetensors"}
+    with torch.inference_mode():
+        expected = distil_tl.load(run_dir).model(images)
+        assert expected.abs().max() > 1e-3
+        for loaded in (
+            timm.create_model(f"local-dir:{out}", pretrained=True),
+            timm.create_model(name.removeprefix("timm/"), **given),
+        ):
+            assert torch.allclose(loaded.eval()(images), expected, atol=1e-5)
+    call = config["distil_tl"].get("load", "")
+    assert all(f"{key}={value!r}" in call for key, value in arguments.items())
+    assert bool(call) == bool(arguments) == ("without config.json: timm.create_model" in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("name", "readout", "library"),
+    [(SMALLEST, "last2", "timm"), ("timm/test_convnext", "avg_max", "timm"),
+     ("shufflenet_v2_x0_5", "avg_max", "torchvision")],
+)  # fmt: skip
+def test_a_read_out_that_no_library_builds_is_refused(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    name: str, readout: str, library: str,
+) -> None:  # fmt: skip
+    assert main([str(make_run(name, readout)), "-o", str(tmp_path / "out"), "--format", "safetensors"]) == 2
+    message = f"no argument of {library} builds {name} with model.readout={readout}; use --format onnx"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_files_of_others_are_not_replaced(
     make_run: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -118,3 +119,20 @@ def tnt(num_classes: int, image_size: int) -> Any:
         image_size, 16, num_classes=num_classes, embed_dim=32, inner_dim=8, depth=4, num_heads_inner=2,
         num_heads_outer=2, legacy=True,
     )  # fmt: skip
+
+
+class PooledInFunction(nn.Sequential):
+    """Three stages of feature maps, which are pooled in a function between them and the head."""
+
+    def forward(self, images: Any) -> Any:
+        maps = self.get_submodule("stages")(images)
+        return self.get_submodule("fc")(self.get_submodule("norm")(maps.relu().mean((2, 3))))
+
+
+def pooled_in_function(num_classes: int) -> Any:
+    def stage(before: int, after: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after))
+
+    stages = nn.Sequential(stage(3, 4), stage(4, 6), stage(6, 8))
+    parts = {"stages": stages, "norm": nn.LayerNorm(8), "fc": nn.Linear(8, num_classes)}
+    return PooledInFunction(OrderedDict(parts))

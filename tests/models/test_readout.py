@@ -172,14 +172,15 @@ def test_a_network_with_a_readout_is_cut_copied_and_trained(name: str, readout: 
     ("name", "readout", "reason"),
     [
         ("timm/test_vit", "avg_max", "no layer of it averages feature maps"),
-        ("resnet18", "mean", "its code has no tokens"),
-        ("mobilenet_v2", "avg_max", "no layer of it averages feature maps"),
-        ("squeezenet1_1", "avg_max", "its layers do not take it"),
-        ("timm/vit_base_patch32_siglip_256", "token", "it has no class token"),
+        ("resnet18", "mean", "its code has no tokens that can be read out; use pooled, avg_max, last2 or last3"),
+        ("alexnet", "avg_max", "no layer of it averages feature maps; use pooled, last2 or last3"),
+        ("squeezenet1_1", "avg_max", "its head comes before its pooling; use pooled$"),
+        ("timm/vit_base_patch32_siglip_256", "token", "it has no class token; use pooled or mean"),
         ("timm/test_vit", "last2", "no layer of it averages feature maps"),
         ("timm/test_vit2", "last4", "it has no class token"),
+        ("timm/xcit_nano_12_p8_224", "last4", "it has no 4 blocks with class tokens; use pooled, token, mean or"),
         ("timm/test_efficientnet", "last4", "its code has no tokens"),
-        ("timm/resmlp_12_224", "last2", "no layer of it averages"),
+        ("timm/resmlp_12_224", "last2", "it has no 2 stages of feature maps"),
     ],
 )
 def test_a_readout_that_a_network_has_not_is_refused(name: str, readout: str, reason: str) -> None:
@@ -208,6 +209,6 @@ def test_a_run_with_a_readout_is_loaded_and_exported(
     assert export([str(tmp_path / "run"), "-o", str(tmp_path / "model.onnx")]) == 0, "it was compared on val"
     capsys.readouterr()
     assert export([str(tmp_path / "run"), "--format", "safetensors", "-o", str(tmp_path / "library")]) == 2
-    assert "no library builds timm/test_resnet with model.readout=last3" in capsys.readouterr().err
+    assert "no argument of timm builds timm/test_resnet with model.readout=last3" in capsys.readouterr().err
     assert train([*args, "stages.full.epochs=1", "model.readout=pooled"]) == 2
     assert "model.readout: was 'last3', now 'pooled'" in capsys.readouterr().err

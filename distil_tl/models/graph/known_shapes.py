@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from distil_tl.models.graph.equivalence import preserve_state
-from distil_tl.models.graph.trace import LayerTracer, use_dropout_modules
+from distil_tl.models.graph.trace import LayerTracer, is_skipped, use_dropout_modules
 
 Values = tuple[Any, Any]  # what a node computes for the one and for the other number of images
 _FACTS = ("dtype", "device", "layout", "ndim", "is_cuda", "itemsize")  # of a tensor, that no size of it changes
@@ -59,7 +59,8 @@ class ShapeTracer(fx.Tracer):
         return self.blocks.is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        return forward(*args, **kwargs) if self.computes else super().call_module(m, forward, args, kwargs)
+        skipped = self.computes or is_skipped(m)
+        return forward(*args, **kwargs) if skipped else super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)

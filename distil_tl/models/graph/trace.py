@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -17,8 +20,24 @@ class TracedInto(nn.Module):
     """A layer that a graph must contain the operations of, as values pass beside its input and output."""
 
 
+class CalledLater(nn.Module):
+    """A layer that is called twice in a pass, the first time without its parameters. A graph lacks that call."""
+
+    @property
+    def is_first_call(self) -> bool:
+        """Whether a call now is the first one."""
+        raise NotImplementedError
+
+
 def _is_traced_into(part: nn.Module) -> bool:
-    return any(isinstance(each, TracedInto) for each in part.modules())
+    return any(
+        isinstance(each, TracedInto) or (isinstance(each, CalledLater) and each is not part) for each in part.modules()
+    )
+
+
+def is_skipped(part: nn.Module) -> bool:
+    """Whether a call of a layer is left out of a graph."""
+    return isinstance(part, CalledLater) and part.is_first_call
 
 
 class LayerTracer(fx.Tracer):
@@ -37,6 +56,9 @@ class LayerTracer(fx.Tracer):
             return False
         is_layer = isinstance(m, (nn.Conv2d, nn.Linear, _NormBase, FittedHead))
         return is_layer or not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if is_skipped(m) else super().call_module(m, forward, args, kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         for outcome in self.outcomes:
