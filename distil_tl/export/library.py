@@ -139,12 +139,21 @@ def _built(
     if config.from_timm:
         import timm
 
-        own = timm_models.arguments(config.library_name, model.image_size)
+        own = _timm_arguments(config, model)
         built: torch.nn.Module = timm.create_model(_architecture(config), num_classes=num_classes, **own, **arguments)
         return built
     own = torchvision_models.arguments(config.name, model.image_size, random=resolve_weights(config) == "none")
     network: torch.nn.Module = torchvision.models.get_model(config.name, num_classes=num_classes, **own)
     return network
+
+
+def _timm_arguments(config: ModelConfig, model: TransferModel) -> dict[str, object]:
+    """Arguments besides the number of classes, with the size of the position embeddings, which config.json changes."""
+    arguments = timm_models.arguments(config.library_name, model.image_size)
+    built_for = getattr(getattr(model.module, "patch_embed", None), "img_size", None)
+    if "dynamic_img_size" in arguments and built_for is not None and built_for[0] == built_for[1]:
+        arguments["img_size"] = built_for[0]
+    return arguments
 
 
 def _architecture(config: ModelConfig) -> str:
@@ -181,7 +190,7 @@ def library_config(
         network: Any = model.module
         published: dict[str, Any] = getattr(network, "pretrained_cfg", None) or {}
         found["num_features"] = getattr(network, "num_features", None)
-        found["model_args"] = {**timm_models.arguments(config.library_name, model.image_size), **readout}
+        found["model_args"] = {**_timm_arguments(config, model), **readout}
         found["pretrained_cfg"] = {
             **{key: published[key] for key in _TIMM_KEYS if published.get(key) is not None},
             "num_classes": len(classes),

@@ -108,10 +108,9 @@ def stages_before_last(passed: Walk, module: nn.Module, groups: Iterable[LayerGr
     Raises:
         CannotReadOutError: there are fewer.
     """
-    groups = list(groups)
-    ends = passed.stage_ends(blocks_of(module, groups))
-    if len(ends) <= count:  # in a network that is only a sequence of layers
-        ends = passed.stage_ends([prefix for group in groups for prefix in group.prefixes])
+    # VGG and AlexNet are only sequences of layers, of which those without parameters are in no group.
+    candidates = blocks_of(module, groups) or [path for path, _ in passed.returned]
+    ends = passed.stage_ends(candidates)
     if len(ends) <= count:
         raise CannotReadOutError(f"it has no {count + 1} stages of feature maps")
     return ends[-count - 1 : -1]

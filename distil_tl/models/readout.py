@@ -6,6 +6,7 @@ width, and where the pooling is followed by layers of its own, such as a norm, t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -97,16 +98,15 @@ def _set(
     module: nn.Module, groups: Sequence[LayerGroup], readouts: Sequence[str], num_classes: int, size: int
 ) -> ReadOut:
     of_tokens, several = bool(set(readouts) & set(TOKENS)), len(groups[-1].prefixes) > 1
+    found: ReadOut | None = None
     if of_tokens and has_tokens(module) and not several:
         found = _set_tokens(module, groups[-1].prefixes[0], readouts, num_classes)
-    else:
-        try:
-            if of_tokens or several or not has_average_pool(module):
-                raise CannotReadOutError("it pools in a function")
+    elif has_average_pool(module) and not of_tokens and not several:
+        with contextlib.suppress(CannotReadOutError):  # the network is then as it was
             found = _set_maps(module, groups, readouts, num_classes, size)
-        except CannotReadOutError:
-            wanted, parts, widths = read_tail(module, groups, readouts, num_classes, size)
-            found = ReadOut(columns_of(wanted, parts, widths))
+    if found is None:
+        wanted, parts, widths = read_tail(module, groups, readouts, num_classes, size)
+        found = ReadOut(columns_of(wanted, parts, widths))
     if reason := failure_at(module, size):
         raise CannotReadOutError(f"its layers do not take it ({reason})")
     return found

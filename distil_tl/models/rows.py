@@ -95,14 +95,12 @@ class ReadsOut(TracedInto):
         plan = self.plan
         inputs, averages = self.waiting.take(len(plan.heads)), self.earlier.take(plan.averages)
         logits = [
-            self._logits(self.get_submodule(path), dropouts, rows.chunk(plan.rows, 0), averages)
-            for path, dropouts, rows in zip(plan.heads, plan.dropouts, inputs, strict=True)
+            self._logits(self.get_submodule(path), dropouts, torch.unflatten(given, 0, (plan.rows, -1)), averages)
+            for path, dropouts, given in zip(plan.heads, plan.dropouts, inputs, strict=True)
         ]
         return logits[0] if len(logits) == 1 else torch.stack(logits).mean(0)
 
-    def _logits(
-        self, head: nn.Module, dropouts: Sequence[str], rows: Sequence[Tensor], averages: Sequence[Tensor]
-    ) -> Tensor:
+    def _logits(self, head: nn.Module, dropouts: Sequence[str], rows: Tensor, averages: Sequence[Tensor]) -> Tensor:
         is_convolution = isinstance(head, nn.Conv2d)
         before = [average[:, :, None, None] for average in averages] if is_convolution else averages
         joined = torch.cat([*before, *(rows[row] for row in self.plan.chosen)], 1)
@@ -153,7 +151,7 @@ class AddsRow(TracedInto):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
-        own = output.chunk(self.rows, 0)[self.rows - 1]
+        own = torch.unflatten(output, 0, (self.rows, -1))[self.rows - 1]
         if self.part == "maximum":
             value = own.amax(self.places, keepdim=True)
         else:

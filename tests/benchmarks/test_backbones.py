@@ -31,3 +31,8 @@ def test_the_sizes_are_those_that_the_code_takes() -> None:
     found = find_sizes("mobilenet_v3_small")
     assert [str(found), str(found.smallest)] == read_rows()["mobilenet_v3_small"][-3:-1]
     assert ", ".join(find_readouts("mobilenet_v3_small")) == read_rows()["mobilenet_v3_small"][-1]
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "squeezenet1_1", "timm/xcit_nano_12_p8_224"])
+def test_the_read_outs_are_those_of_the_code(name: str) -> None:
+    assert (", ".join(find_readouts(name)) or "-") == read_rows()[name][-1]
