@@ -86,4 +86,6 @@ def new_head(name: str, module: nn.Module, paths: tuple[str, ...], kind: str, se
         )
     with seeded(seed, "model", "head", paths[0]):
         head = (MlpHead if kind == "mlp" else CosineHead)(layer.in_features, layer.out_features)
+    if (hand_over := getattr(layer, "hand_over", None)) is not None:  # of a network that calls its head at the end
+        hand_over(head)
     module.set_submodule(paths[0], head)

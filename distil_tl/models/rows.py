@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distil_tl.models.graph.trace import CalledLater, TracedInto
-from distil_tl.models.taps import Taps
+from distil_tl.models.taps import Taps, become
 
 
 class Waiting(Taps):
@@ -76,7 +76,12 @@ class Waits(CalledLater):
             return values
         self.waiting.put(self.place, values)
         layer: Any = self
-        return values.flatten(1)[:, :1].expand(-1, len(layer.weight))  # of the shape that the code expects
+        classes = layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+        return values.flatten(1)[:, :1].expand(-1, classes)  # of the shape that the code expects
+
+    def hand_over(self, layer: nn.Module) -> None:
+        """Have a head that replaces this one wait in its place."""
+        become(layer, Waits, waiting=self.waiting, place=self.place)
 
 
 class ReadsOut(TracedInto):

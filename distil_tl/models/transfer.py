@@ -153,9 +153,8 @@ def build(
         raise _size_error("data.image_size", config.name, size, first_line(error), preprocess) from error
     read = ReadOut()
     if (wanted := readouts or [config.readout]) != ["pooled"]:
-        groups = _parts(config, module, head)[1]
         again = functools.partial(_on_meta, config.name, size)
-        read = set_readouts(config.name, module, groups, wanted, num_classes, size, again)
+        read = set_readouts(config.name, module, _parts(config, module, head)[1], wanted, num_classes, size, again)
     skip, groups, check_size = _parts(config, module, head)
     skip = (*skip, *read.removed)
     if config.is_own:
@@ -271,8 +270,7 @@ def missing_weights(config: ModelConfig) -> str | None:
     if weights in ("none", "package") or config.is_own or config.path is not None:
         return None
     if config.from_timm:
-        cached = timm_models.cached_file(config.library_name)
-        return None if cached else timm_models.source(config.library_name)
+        return None if timm_models.cached_file(config.library_name) else timm_models.source(config.library_name)
     if torchvision_models.cache_path(config.name, weights).is_file():
         return None
     return f"torchvision {torchvision_models.published_weights(config.name, weights).name}"
@@ -281,14 +279,12 @@ def missing_weights(config: ModelConfig) -> str | None:
 def weights_file(config: ModelConfig) -> tuple[Path | None, str | None]:
     """The file of the weights and the first characters of its SHA-256; None for what does not exist or is unknown."""
     weights = resolve_weights(config)
-    if weights == "none":
+    if weights == "none" or (config.is_own and config.path is None):
         return None, None
     if config.path is not None:
         return config.path, None
     if weights == "package":
         return PACKAGES[config.name].file(), None
-    if config.is_own:
-        return None, None
     if config.from_timm:
         return timm_models.cached_file(config.library_name), None
     path = torchvision_models.cache_path(config.name, weights)

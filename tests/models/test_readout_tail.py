@@ -185,6 +185,20 @@ def test_a_network_is_cut_copied_and_trained(name: str, readout: str) -> None:
     torch.testing.assert_close(other(inputs), module.eval()(inputs))
 
 
+@pytest.mark.parametrize("kind", ["mlp", "cosine"])
+def test_a_head_of_another_kind_gets_the_same(kind: str) -> None:
+    model = build(ModelConfig(TINY, "none", readout="avg_max"), 3, image_size=32, seed=0, head_kind=kind)
+    linear = build(ModelConfig(TINY, "none", readout="avg_max"), 3, image_size=32, seed=0)
+    (found,), (expected,) = outputs(model, ["fc"], 32), outputs(linear, ["fc"], 32)
+    torch.testing.assert_close(found, expected)
+    assert cut_frozen_prefix(apply_head_stage(model), images(32)).prefix(images(32)).shape == expected.shape
+
+
+def apply_head_stage(model: TransferModel) -> nn.Module:
+    apply_stage(model, StageConfig(unfreeze="head"))
+    return model.module
+
+
 def test_passes_in_two_threads_do_not_mix() -> None:
     module = model_with(TINY, "last3", 32).module.eval()
     inputs = [images(32), images(32).flip(0)]
