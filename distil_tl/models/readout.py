@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from distil_tl.models.head import replace_head
@@ -82,12 +83,13 @@ def set_readouts(
 
 
 def _readouts_of(module: nn.Module, groups: Sequence[LayerGroup], size: int) -> tuple[str, ...]:
-    """The read-outs that a network has."""
+    """The read-outs that a network on the device `meta` has."""
     found = []
     for readout in READOUTS:
         if readout != "pooled":
             try:
-                _set(copy.deepcopy(module), groups, [readout], 2, size)
+                with torch.device("meta"):  # a new head, too
+                    _set(copy.deepcopy(module), groups, [readout], 2, size)
             except CannotReadOutError:
                 continue
         found.append(readout)

@@ -189,6 +189,11 @@ def test_a_readout_that_a_network_has_not_is_refused(name: str, readout: str, re
         model_with(name, readout)
 
 
+def test_a_refusal_names_the_read_outs_of_a_network_that_is_built_with_values() -> None:
+    with pytest.raises(UserError, match="no tokens that can be read out; use pooled, avg_max, last2 or last3$"):
+        model_with("shufflenet_v2_x0_5", "token")
+
+
 def test_an_unknown_readout_is_refused() -> None:
     (problem,) = ModelConfig("resnet18", "none", readout="max").problems()
     assert problem == "model.readout=max: use one of pooled, avg_max, last2, last3, token, mean, token_mean, last4"
