@@ -110,7 +110,7 @@ def train(config: Config, unresolved: DictConfig) -> None:
         config, crop = settle_crop(info, config, splits.train, start.saved_state)
         classes, head = len(splits.classes), network_head(config.stages)
         model = build(config.model, classes, image_size=config.data.image_size, seed=config.seed, head_kind=head)
-        model.preprocess = start.preprocess or model.preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
+        model.preprocess = model.preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
         check_stages(model, config.stages)
         on_rank_zero(info, "teachers", lambda: refuse_unfit_teachers(config, splits.classes))
         splits = copy_to_local_disk(info, config.data, splits)  # last of what may be refused, as it may take long

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,6 @@ from distil_tl.data.augmentation import Augment, Step, augment_steps
 from distil_tl.models.preprocess import Preprocess
 
 _MIN_ASPECT_RATIO = 3 / 4  # of a crop, shorter to longer side
-_ASPECT_RATIOS = (_MIN_ASPECT_RATIO, 1 / _MIN_ASPECT_RATIO)
-_SQUARE = torch.empty(1 << 14, 1 << 14, device="meta")  # in which crops of the proportions of an image are drawn
 
 
 class ImageTransform(nn.Sequential):
@@ -86,41 +83,15 @@ def train_transform(preprocess: Preprocess, image_size: int, augment: Augment, h
     """
     steps = augment_steps(augment, hflip=hflip)
     if steps and steps[0].name == "crop":
-        least = steps[0].amount
-        kind = RandomSquashedCrop if preprocess.crop_shape == "image" else v2.RandomResizedCrop
-        crop = kind(image_size, scale=(least, 1.0), ratio=_ASPECT_RATIOS, interpolation=preprocess.mode, antialias=True)
+        least, ratio = steps[0].amount, (_MIN_ASPECT_RATIO, 1 / _MIN_ASPECT_RATIO)
+        crop = v2.RandomResizedCrop(
+            image_size, scale=(least, 1.0), ratio=ratio, interpolation=preprocess.mode, antialias=True
+        )
         base = ImageTransform([crop], min_side=math.ceil(2 * image_size / min_crop_side(augment)))
         steps = steps[1:]
     else:
         base = eval_transform(preprocess, image_size)
     return ImageTransform([*base, *(_transform(step, preprocess) for step in steps)], base.min_side)
-
-
-class RandomSquashedCrop(nn.Module):
-    """As RandomResizedCrop of the image squashed to a square, without resizing it twice.
-
-    A crop of the share `scale` of the area has the proportions of the image times `ratio`, and is resized to `size`.
-    """
-
-    def __init__(
-        self, size: int, scale: tuple[float, float], ratio: tuple[float, float], interpolation: InterpolationMode,
-        antialias: bool,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.size, self.scale, self.ratio = size, list(scale), list(ratio)
-        self.how: dict[str, Any] = {"interpolation": interpolation, "antialias": antialias}
-
-    def forward(self, image: Tensor) -> Tensor:
-        box = v2.RandomResizedCrop.get_params(_SQUARE, self.scale, self.ratio)
-        top, left, height, width = (
-            part * side / len(_SQUARE) for part, side in zip(box, 2 * image.shape[1:], strict=True)
-        )
-        bottom, right = max(1, round(top + height)), max(1, round(left + width))
-        top, left = min(round(top), bottom - 1), min(round(left), right - 1)
-        crop: Tensor = v2.functional.resized_crop(
-            image, top, left, bottom - top, right - left, [self.size, self.size], **self.how
-        )
-        return crop
 
 
 def _transform(step: Step, preprocess: Preprocess) -> nn.Module:

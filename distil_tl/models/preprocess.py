@@ -15,7 +15,6 @@ from torchvision.transforms import InterpolationMode
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_NEWER = ("crop_mode", "crop_pct", "crop_shape")  # fields that earlier code does not know
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,6 @@ class Preprocess:
             proportions change), border (the longer side; the rest is filled).
         crop_pct: side of the crop relative to the side that is resized, as in timm; None: the proportion of
             `crop_size` and `resize_size`.
-        crop_shape: of random crops in training: square, or image (that of the image, squashed to a square); both up to
-            4:3 narrower or wider.
     """
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -42,11 +39,10 @@ class Preprocess:
     resize_size: int = 256
     crop_mode: str = "center"
     crop_pct: float | None = None
-    crop_shape: str = "square"
 
     def to_json(self) -> dict[str, Any]:
         """The fields; those of the crop only where they are set, as earlier code knows none."""
-        unset = {field.name: field.default for field in fields(self) if field.name in _NEWER}
+        unset = {field.name: field.default for field in fields(self) if field.name in ("crop_mode", "crop_pct")}
         return {name: value for name, value in asdict(self).items() if name not in unset or value != unset[name]}
 
     @classmethod
@@ -59,9 +55,8 @@ class Preprocess:
         if mode == "auto":
             return self if share is None else replace(self, crop_pct=share)
         if mode == "weights":
-            return replace(self, crop_mode="center", crop_pct=share, crop_shape="square")
-        shape = "image" if mode == "squash" else "square"
-        return replace(self, crop_mode=mode, crop_pct=1.0 if share is None else share, crop_shape=shape)
+            return replace(self, crop_mode="center", crop_pct=share)
+        return replace(self, crop_mode=mode, crop_pct=1.0 if share is None else share)
 
     def resize_for(self, image_size: int) -> int:
         """Length in pixels before a centre crop of `image_size`, of the side or sides that `crop_mode` resizes."""

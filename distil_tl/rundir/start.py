@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distil_tl.models.preprocess import Preprocess
 from distil_tl.rundir.checkpoint import Checkpoints, find_damage, load_state
 from distil_tl.rundir.lock import Attempt
 from distil_tl.rundir.state import RunState, planned
@@ -44,11 +43,6 @@ class Start:
         """The state of the run in its checkpoint; empty without one."""
         state: dict[str, Any] = {} if self.saved is None else self.saved["run"]
         return state
-
-    @property
-    def preprocess(self) -> Preprocess | None:
-        """That of the checkpoint, which a resumed run keeps, also with a later version or other weights files."""
-        return None if self.saved is None else Preprocess.from_json(self.saved["preprocess"])
 
     @property
     def is_own_checkpoint(self) -> bool:

@@ -192,36 +192,6 @@ def test_the_area_of_a_crop(augment: str, least: float):
     assert max(shares) > 0.9
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 200), (200, 50), (64, 64)])
-def test_a_squashed_crop_has_the_proportions_of_the_image(height: int, width: int):
-    """The share of each side is drawn as RandomResizedCrop draws it for a square image."""
-    squash = PREPROCESS.with_crop("squash", None)
-    rows = torch.linspace(0, 255, height).byte()[:, None].expand(height, width)
-    columns = torch.linspace(0, 255, width).byte().expand(height, width)
-    crop = train_transform(squash, 64, "light", hflip=False)[0]
-    areas, shapes = [], []
-    for seed in range(80):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            cropped = crop(torch.stack([rows, columns, rows])).float() / 255
-        down, across = (float(cropped[i].max() - cropped[i].min()) for i in (0, 1))
-        areas.append(down * across)
-        shapes.append(down / across)
-    assert 0.4 < min(areas) < 0.65
-    assert max(areas) > 0.9
-    assert 0.65 < min(shapes) < 0.85
-    assert 1.15 < max(shapes) < 1.5
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 1000))
-def test_a_squashed_crop_of_any_image(height: int, width: int, seed: int):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        result = train_transform(PREPROCESS.with_crop("squash", None), 32, "strong", True)(noise(height, width))
-    assert (result.shape, result.dtype) == ((3, 32, 32), torch.uint8)
-
-
 # Lists of steps
 
 ONE_OF_EACH = [
