@@ -37,12 +37,13 @@ from distil_tl.utils.files import write_json
 
 BASE = [
     "model.name=timm/tf_efficientnet_lite0", "data.image_size=128", "data.global_batch_size=32", "precision=fp32",
+    "data.crop_mode=weights",
 ]  # fmt: skip
 SEARCH = ["stages.head.search.lr=[3e-4,1e-3,3e-3,1e-2,3e-2,1e-1]", "stages.head.search.weight_decay=[0,0.01,0.1,1]"]
 RECIPES: dict[str, list[str]] = {
     "default": [],
     # 24 heads on features of the frozen backbone; the best one trains for 15 epochs.
-    "frozen": ["data.crop_mode=weights", "data.augment=none", "stages.head.epochs=15", "stages.full.epochs=0", *SEARCH],
+    "frozen": ["data.augment=none", "stages.head.epochs=15", "stages.full.epochs=0", *SEARCH],
     "frozen-center": ["frozen", "data.crop_mode=center"],
     "frozen-squash": ["frozen", "data.crop_mode=squash"],
     "frozen-squash-0.875": ["frozen", "data.crop_mode=squash", "data.crop_pct=0.875"],

@@ -104,7 +104,9 @@ def settle_crop(
     if mode is None:
         ratio = on_rank_zero(info, "looking at the images", lambda: typical_ratio(train))
         mode = crop_for(ratio)
-        if mode != "weights":
+        if ratio is None:
+            logger.warning("auto: %s=%s, as no image that was looked at has a readable header", key, mode)
+        elif mode != "weights":
             logger.info("auto: %s=%s (longer to shorter side of the training images: %.2f)", key, mode, ratio)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, crop_mode=mode)), {key: mode}
 

@@ -25,6 +25,7 @@ from distil_tl.training.config import StageConfig
 from distil_tl.training.heads.config import network_head
 from distil_tl.training.network import Network, final_network
 from distil_tl.training.precision import default_compute
+from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.run_folders import refuse_other_than_run
 
@@ -204,7 +205,10 @@ def restore_model(
         head_kind=network_head(config.stages),
     )  # fmt: skip
     if any(argument.startswith("data.crop_") for argument in overrides or ()):
-        preprocess = preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
+        mode = config.data.crop_mode
+        if mode == AUTO:
+            mode = state["run"].get("resolved", {}).get("data.crop_mode", "weights")
+        preprocess = preprocess.with_crop(mode, config.data.crop_pct)
     model.preprocess = preprocess
     ckpt.load_weights(path, model.module)
     record = state["run"]["stages"][stage_name]

@@ -142,6 +142,19 @@ def test_the_crop_depends_on_the_proportions(tmp_path: Path, size: tuple[int, in
     assert settle_crop(ALONE, config, train, saved) == (config, {})
 
 
+def test_all_ranks_have_the_crop_that_rank_0_chose(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "images", {"train": 16, "val": 8})
+    for path in folder.rglob("*.png"):
+        Image.open(path).resize((40, 30)).save(path)
+    for ranks in (1, 2):
+        args = head_args(folder, tmp_path / str(ranks), "stages.head.epochs=1", "stages.full.epochs=0")
+        assert run_ranks(ranks, train, args) == [0] * ranks
+    one, two = (summary_of(tmp_path / name) for name in ("1", "2"))
+    assert one["resolved"] == two["resolved"] == {"data.crop_mode": "squash"}
+    assert one["best"]["top1"] == two["best"]["top1"]
+    assert one["best"]["loss"] == pytest.approx(two["best"]["loss"], rel=1e-5)
+
+
 def test_the_crop_that_auto_chose_is_that_of_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +168,7 @@ def test_the_crop_that_auto_chose_is_that_of_the_run(
     assert restore_model(run_dir).model.preprocess.crop_mode == "squash"
     changed = restore_model(run_dir, overrides=["data.crop_pct=0.5"]).model.preprocess
     assert (changed.crop_mode, changed.crop_pct) == ("squash", 0.5)
+    assert restore_model(run_dir, overrides=["data.crop_pct=null"]).model.preprocess.crop_pct == 1
 
     monkeypatch.setattr(auto_settings, "crop_for", lambda ratio: "border")
     assert main(args) == 0

@@ -70,7 +70,8 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         refuse_none_usable(found)
         splits = open_splits(info, config.data)
         settled, _ = settle_auto(checked, len(splits.train), {}, info.world_size)
-        settled, _ = settle_crop(info, settled, splits.train, {})
+        if not grid.crops:
+            settled, _ = settle_crop(info, settled, splits.train, {})
         stage = settled.stages[head[0]]
         common = Common(
             head[0], stage, model, settled.data, config.optim, config.metric, config.precision, config.seed,

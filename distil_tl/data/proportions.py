@@ -13,9 +13,11 @@ HEADERS = 256  # images looked at
 SQUASHED_FROM = 1.15  # longer to shorter side
 
 
-def typical_ratio(index: Index) -> float:
-    """The median of longer to shorter side, of images from the whole split; those without a readable header are left
-    out, and without any the ratio is 1."""
+def typical_ratio(index: Index) -> float | None:
+    """The median of longer to shorter side, of images from the whole split.
+
+    Those without a readable header are left out; None if there are no others.
+    """
     chosen = np.unique(np.linspace(0, len(index) - 1, min(HEADERS, len(index))).astype(int)).tolist()
     ratios = []
     for i in chosen:
@@ -24,9 +26,9 @@ def typical_ratio(index: Index) -> float:
         except (ImageError, OSError):
             continue
         ratios.append(max(width, height) / min(width, height))
-    return statistics.median(ratios) if ratios else 1.0
+    return statistics.median(ratios) if ratios else None
 
 
-def crop_for(ratio: float) -> str:
+def crop_for(ratio: float | None) -> str:
     """The crop mode for images of a typical ratio of longer to shorter side. docs/recipes.md has the evidence."""
-    return "squash" if ratio > SQUASHED_FROM else "weights"
+    return "squash" if ratio is not None and ratio > SQUASHED_FROM else "weights"

@@ -81,8 +81,7 @@ def new_head(name: str, module: nn.Module, paths: tuple[str, ...], kind: str, se
     if len(paths) != 1 or not isinstance(layer, nn.Linear):
         what = f"{len(paths)} layers" if len(paths) != 1 else f"a {type(layer).__name__}"
         raise UserError(
-            f"stages.NAME.head={kind}: the head of {name} is {what}, not one linear layer, so it can't be replaced; "
-            f"use head=linear"
+            f"head={kind}: the head of {name} is {what}, not one linear layer, so it can't be replaced; use head=linear"
         )
     with seeded(seed, "model", "head", paths[0]):
         head = (MlpHead if kind == "mlp" else CosineHead)(layer.in_features, layer.out_features)

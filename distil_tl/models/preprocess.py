@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
+from distil_tl.utils.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -47,7 +49,16 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Preprocess:
-        """The inverse of `to_json` after JSON, which turns tuples into lists."""
+        """The inverse of `to_json` after JSON, which turns tuples into lists.
+
+        Raises:
+            UserError: a later version of the package wrote it.
+        """
+        if unknown := tree.keys() - {field.name for field in fields(cls)}:
+            raise UserError(
+                f"the checkpoint has a preprocessing that this version of distil_tl does not know "
+                f"({', '.join(sorted(unknown))}); use the version that trained it"
+            )
         return cls(**{**tree, "mean": tuple(tree["mean"]), "std": tuple(tree["std"])})
 
     def with_crop(self, mode: str, share: float | None) -> Preprocess:

@@ -109,7 +109,7 @@ class RunState:
         )
 
 
-def planned(name: str, epochs: Any, resolved: Mapping[str, int], *, begun: bool) -> Any:
+def planned(name: str, epochs: Any, resolved: Mapping[str, Any], *, begun: bool) -> Any:
     """The epochs of a stage: as configured, or what a run recorded; `auto` if it did not yet.
 
     Args:

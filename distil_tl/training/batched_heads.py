@@ -114,6 +114,7 @@ class BatchedHeads:
     def _adamw_by_head(self, factor: float) -> None:
         """AdamW by the kernel of `AdamW(fused=True)`, which reads and writes each number once."""
         before = self.weight[..., self._decayed.shape[2] :].clone()
+        # Private, but the only call of the kernel without an optimizer for each head. A test compares both.
         for weights, gradients, first, second, (lr, weight_decay) in self._parts:
             torch._fused_adamw_(
                 weights, gradients, first, second, [], [self._steps], lr=lr * factor, beta1=BETAS[0], beta2=BETAS[1],

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from distil_tl.tracking import tracker as tracker_module
+from distil_tl.tracking.config import WandbConfig
 from distil_tl.tracking.wandb import client
 from distil_tl.tracking.wandb import process as tracking_process
 from distil_tl.tracking.wandb.state import Marks
+from distil_tl.tracking.wandb.task import wandb_task
 from distil_tl.utils.log import logger
 from distil_tl.utils.processes import descendants
 from tests.helpers.metrics_lines import line, steps, tracker
@@ -81,6 +83,19 @@ def test_training_continues_if_the_process_fails(
     message = warnings.records[0].getMessage()
     assert f"Weights & Biases does not have everything: {reason}. metrics.jsonl is complete" in message
     assert f"launch.sync {tmp_path}" in message
+
+
+def test_the_warning_names_what_the_process_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    waits = "import time; print('waits another process is sending this run', flush=True); time.sleep(1000)"
+    monkeypatch.setattr(client, "_START", waits)
+    started = client.WandbClient(wandb_task(tmp_path, WandbConfig(mode="online"), {}), quiet=True)
+    deadline = time.monotonic() + 60
+    while not started._waits_for:
+        assert time.monotonic() < deadline
+        started.poll()
+    assert not started.end("completed", 0.05)
+    expected = "the tracking process did not finish within 0.05 s (another process is sending this run)"
+    assert started.reason == expected
 
 
 def test_a_process_that_can_not_be_started(

@@ -46,6 +46,7 @@ class WandbClient:
         self._folder: str | None = None
         self._output = b""
         self._gave_up = False
+        self._waits_for = ""
         self.url: str | None = None
         self.reason: str | None = None
         self._start()
@@ -106,7 +107,8 @@ class WandbClient:
             kill_tree(self._process.pid)
             self._process.wait()
             self._remove_folder()
-            self._warn(f"the tracking process did not finish within {seconds:g} s")
+            why = f" ({self._waits_for})" if self._waits_for else ""
+            self._warn(f"the tracking process did not finish within {seconds:g} s{why}")
         return False
 
     def _exit_status(self) -> int | None:
@@ -140,6 +142,8 @@ class WandbClient:
             kind, _, text = line.decode(errors="replace").partition(" ")
             if kind == "warn":
                 self._warn(text)
+            elif kind == "waits":
+                self._waits_for = text
             elif kind == "url" and self.url is None:
                 self.url = text
                 logger.info("Weights & Biases: %s", text)

@@ -39,9 +39,14 @@ def track(task: Task, statuses: queue.Queue[str], report: Report) -> int:
     with (folder / f"{task.mode}.lock").open("w", encoding="utf-8") as lock:
         # The process of an earlier attempt may send for as long as that attempt runs on a node that was cut off. The
         # training ends this one when it can't wait any longer.
-        if not _locked(lock.fileno(), wait=task.pid is not None):
-            report("warn", "another process is sending this run")
-            return RETRY
+        busy = "another process is sending this run"
+        if not _locked(lock.fileno(), wait=False):
+            if task.pid is None:
+                report("warn", busy)
+                return RETRY
+            report("waits", busy)
+            _locked(lock.fileno(), wait=True)
+            report("waits", "")
         try:
             import wandb
         except Exception as error:

@@ -111,7 +111,7 @@ def test_random_heads_are_those_of_the_seed() -> None:
     [("squeezenet1_1", "a Conv2d"), ("timm/deit_tiny_distilled_patch16_224", "2 layers")],
 )
 def test_other_heads_cannot_be_replaced(name: str, what: str) -> None:
-    with pytest.raises(UserError, match=rf"stages.NAME.head=mlp: the head of {name} is {what}, not one linear layer"):
+    with pytest.raises(UserError, match=rf"head=mlp: the head of {name} is {what}, not one linear layer"):
         of(name, "mlp", 224)
 
 
@@ -312,4 +312,4 @@ def test_a_network_that_cannot_have_such_a_head_is_refused_before_the_images(
     monkeypatch.setattr(train_module, "open_splits", None)
     args = head_args(folder, tmp_path, "model.name=squeezenet1_1", "data.image_size=64", "stages.head.head=mlp")
     assert main(args) == 2
-    assert "stages.NAME.head=mlp: the head of squeezenet1_1 is a Conv2d" in capsys.readouterr().err
+    assert "head=mlp: the head of squeezenet1_1 is a Conv2d" in capsys.readouterr().err
