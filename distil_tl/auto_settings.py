@@ -107,7 +107,10 @@ def settle_crop(
         if ratio is None:
             logger.warning("auto: %s=%s, as no image that was looked at has a readable header", key, mode)
         elif mode != "weights":
-            logger.info("auto: %s=%s (longer to shorter side of the training images: %.2f)", key, mode, ratio)
+            logger.info(
+                "auto: %s=%s, as the longer side of the training images is %.2f times the shorter one; "
+                "%s=weights cuts out their centre", key, mode, ratio, key,
+            )  # fmt: skip
     return dataclasses.replace(config, data=dataclasses.replace(config.data, crop_mode=mode)), {key: mode}
 
 

@@ -112,6 +112,12 @@ def read(args: Sequence[str]) -> tuple[GridConfig, Config, DictConfig]:
     has_stages = "stages" in tree or "recipe" in tree or any(arg.startswith("recipe=") for arg in rest)
     others = [arg for arg in rest if arg not in files]
     config, unresolved = load([*files, *([] if has_stages else HEADS), *others])
+    name, first = next(iter(config.stages.items()))
+    if first.fits_head:
+        raise UserError(
+            f"stages.{name}.head={first.head} is the head of a run; select compares kinds of heads on the same "
+            f"features: give heads=[{first.head}] in place of it"
+        )
     refuse([problem] if (problem := balance_problem("heads", grid.heads, config.data.balance)) else [])
     return grid, config, unresolved
 

@@ -160,7 +160,8 @@ class _Selection:
         """Find out how good the best cell is, and write and print the result."""
         outcome, grid = self.outcome, self.outcome.grid
         if not grid.results:
-            reasons = [f"{cell.title}: {reason}" for cell, reason in grid.failed.items()]
+            failed = {cell.title: reason for cell, reason in grid.failed.items()}
+            reasons = [f"{name}: {reason}" for name, reason in (outcome.left_out | failed).items()]
             raise UserError(f"no backbone can be used: {'; '.join(reasons or ['the budget is too short for one'])}")
         best = grid.ranked()[0]
         saved = on_rank_zero(self.info, "looking for an estimate", lambda: saved_estimate(self.folder, best))

@@ -114,7 +114,12 @@ def headline(outcome: Outcome) -> list[str]:
     else:
         lines.append(f"{chosen_by_it(len(ranked))}; no other figure: {outcome.no_estimate}")
     if best.kind not in STARTABLE:
-        lines.append(f"best.yaml begins with {grid.title(startable(grid))}: a {best.kind} head is only compared")
+        first = startable(grid)
+        kind = first.kind if first.kind in STARTABLE else "linear"
+        lines.append(
+            f"best.yaml begins with {first.cell.title}, {kind} head, whose figure differs: a {best.kind} head is only "
+            f"compared"
+        )
     if outcome.pruning is not None:
         pruned = [score.cell.name for score in outcome.pruning.scores[outcome.pruning.keep :]]
         lines.append(f"pruned by LogME: {listed(pruned, 8)}")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from distil_tl.config.compiler import compiler_problem
 from distil_tl.config.sections import Config
+from distil_tl.data.augmentation import Augment
 from distil_tl.data.config import (
     evaluation_problems,
     fitting_world_sizes,
@@ -16,14 +17,16 @@ from distil_tl.data.config import (
 )
 from distil_tl.distributed.config import cuda_is_available
 from distil_tl.models.config import ModelConfig
+from distil_tl.models.names import BUILT_HEADS
 from distil_tl.training.config import (
     COMPILE,
     COMPILE_MODES,
     METRICS,
     PRECISIONS,
+    StageConfig,
     wants_features,
 )
-from distil_tl.training.heads.config import balance_problem, network_head_problems
+from distil_tl.training.heads.config import FITTED_HEADS, balance_problem, network_head, network_head_problems
 from distil_tl.utils.args import (
     flatten,
     refuse,
@@ -107,6 +110,17 @@ def _teacher_models(config: Config) -> Iterator[str]:
                 yield problem.replace("model.name", f"stages.{name}.distill.model", 1)
 
 
+def _unfit_for_features(key: str, stage: StageConfig, augment: Augment) -> Iterator[str]:
+    """A message for a stage that fits its head, and does not train it on features."""
+    wanted = []
+    if not stage.trains_head:
+        wanted.append(f"{key}.unfreeze=head")
+    if not wants_features(dataclasses.replace(stage, unfreeze="head"), augment):
+        wanted.append(f"{key}.features=on" + ("" if augment == "none" else f" (or {key}.augment=none)"))
+    if wanted:
+        yield f"{key}.head={stage.head} is fitted to features: set {' and '.join(wanted)}, or use {key}.head=linear"
+
+
 def _section_problems(config: Config) -> Iterator[str]:
     yield from config.data.problems()
     for name, stage in config.stages.items():
@@ -117,12 +131,9 @@ def _section_problems(config: Config) -> Iterator[str]:
                 f"stages.{name}.search needs a stage that trains on features: set unfreeze=head, and features=on or "
                 f"views=N where images are augmented; or remove the search"
             )
-        alone = stage.trains_head and wants_features(stage, stage.augment or config.data.augment)
-        if stage.fits_head and stage.epochs != 0 and not stage.mixes and not alone:
-            yield (
-                f"stages.{name}.head={stage.head} is fitted to features: set unfreeze=head, and features=on where "
-                f"images are augmented; or use stages.{name}.head=linear"
-            )
+        is_other = stage.head in BUILT_HEADS and stage.head != network_head(config.stages)  # which is refused below
+        if stage.head in FITTED_HEADS and stage.epochs != 0 and not stage.mixes and not is_other:
+            yield from _unfit_for_features(f"stages.{name}", stage, stage.augment or config.data.augment)
         if stage.epochs != 0 and (problem := balance_problem(f"stages.{name}.head", [stage.head], config.data.balance)):
             yield problem
         if searched and stage.search.prefer == "regularized" and config.metric == "loss":

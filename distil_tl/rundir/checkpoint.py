@@ -229,7 +229,11 @@ def load_weights(path: Path, module: nn.Module) -> None:
         state.__dict__["_metadata"] = {"": {"version": module._version}}
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"{path / WEIGHTS} does not fit the model: {str(error).splitlines()[0]}") from None
+        _, *details = map(str.strip, str(error).splitlines())
+        raise UserError(
+            f"{path / WEIGHTS} does not fit the model ({details[0] if details else error}): it is of another model, "
+            f"read-out or head"
+        ) from None
     except SafetensorError as error:
         raise UserError(f"{path / WEIGHTS} can't be read: {error}") from None
 

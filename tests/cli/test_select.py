@@ -453,6 +453,8 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_tried(
         (["keep=0"], "keep=0"),
         (["keep=few"], "as in keep=5"),
         (["--nosuch"], "--nosuch"),
+        (["stages.head.head=mlp"], "give heads=[mlp] in place of it"),
+        (["readouts=[token]"], "model.readout=token: not possible with"),
         (["heads=[logistic,ridge]", "data.balance=logit_adjust"], "has no effect on heads=ridge"),
     ],
 )

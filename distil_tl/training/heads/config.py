@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distil_tl.models.names import BUILT_HEADS, LINEAR
+from distil_tl.utils.errors import did_you_mean
 
 if TYPE_CHECKING:
     from distil_tl.training.config import StageConfig
@@ -25,7 +26,8 @@ def head_problems(key: str, head: str, others: Sequence[str]) -> Iterator[str]:
         others: keys that are set and concern the steps of an optimizer.
     """
     if head not in HEADS:
-        yield f"{key}.head is {head!r}; choose one of {', '.join(HEADS)}"
+        only = " (knn is only compared, by distil-tl select)" if head == "knn" else ""
+        yield f"{key}.head is {head!r}; choose one of {', '.join(HEADS)}{only}{did_you_mean(head, HEADS)}"
     elif head != LINEAR and others:
         yield (
             f"{key}.head={head} is fitted without steps of an optimizer, and its penalty is chosen on val: remove "

@@ -149,8 +149,14 @@ def test_classes_drawn_equally_often_are_weights_of_a_fit(folder: Path, tmp_path
     ("args", "message"),
     [
         (["stages.head.head=rigde"], "stages.head.head is 'rigde'; choose one of linear, logistic, ridge, lda"),
-        (["stages.head.head=ridge", "data.augment=light"], "is fitted to features: set unfreeze=head"),
-        (["stages.full.head=ridge"], "stages.full.head=ridge is fitted to features"),
+        (
+            ["stages.head.head=ridge", "data.augment=light"],
+            "is fitted to features: set stages.head.features=on (or stages.head.augment=none), or use",
+        ),
+        (
+            ["stages.full.head=ridge"],
+            "stages.full.head=ridge is fitted to features: set stages.full.unfreeze=head, or use",
+        ),
         (["stages.head.head=lda", "stages.head.features=off"], "is fitted to features"),
         (["stages.head.head=lda", "data.balance=logit_adjust"], "has no effect on stages.head.head=lda"),
         (
