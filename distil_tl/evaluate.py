@@ -67,10 +67,12 @@ def run(options: argparse.Namespace) -> None:
         if not info.is_main:
             return
         content = evaluation_json(split, index, result)
+        given = {"overrides": list(options.overrides)} if options.overrides else {}
         if options.json is not None:
             with open_output(options.json) as file:
-                file.write(json_text({"checkpoint": restored.checkpoint.name, **content}))
-        print_metrics(f"{restored.checkpoint.name} of {options.run_dir} on {split}", content)
+                file.write(json_text({"checkpoint": restored.checkpoint.name, **given, **content}))
+        title = " ".join([f"{restored.checkpoint.name} of {options.run_dir} on {split}", *options.overrides])
+        print_metrics(title, content)
 
 
 def check_json(path: Path) -> None:

@@ -68,7 +68,9 @@ def test_a_checkpoint_is_loaded_by_name(
     assert model(transform(torch.zeros(3, 40, 50, dtype=torch.uint8))[None]).shape == (1, 3)
 
 
-def test_the_crop_is_that_of_the_training_unless_another_one_is_asked_for(folder: Path, tmp_path: Path) -> None:
+def test_the_crop_is_that_of_the_training_unless_another_one_is_asked_for(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = tmp_path / "run"
     args = head_args(folder, run_dir, "stages.head.epochs=1", "stages.full.epochs=0", "data.crop_mode=squash")
     assert train(args) == 0
@@ -83,6 +85,11 @@ def test_the_crop_is_that_of_the_training_unless_another_one_is_asked_for(folder
     assert evaluate([str(run_dir), "--json", str(tmp_path / "found.json")]) == 0
     found, best = json.loads((tmp_path / "found.json").read_text()), summary_of(run_dir)["best"]
     assert [found[key] for key in ("top1", "loss")] == pytest.approx([best[key] for key in ("top1", "loss")])
+    assert "overrides" not in found
+    capsys.readouterr()
+    assert evaluate([str(run_dir), "--json", str(tmp_path / "found.json"), "data.crop_mode=center"]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["overrides"] == ["data.crop_mode=center"]
+    assert "on val data.crop_mode=center: top-1" in capsys.readouterr().out
 
 
 def test_a_path_an_image_and_a_tensor_give_the_same(tmp_path: Path) -> None:
