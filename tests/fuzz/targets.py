@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from tests.fuzz.trees import real_images
@@ -64,3 +65,9 @@ def build(root: Path, ending: str = "") -> dict[str, Path]:
     within = ("train", "train/cat", "train/cat/0.png", "train/new", "train/cat/new.csv", "new", "val/dog/0.png", "")
     places |= {f"data/{name}": root / "data" / f"{name}{ending}" for name in within}
     return places
+
+
+def read_pipe(pipe: Path) -> None:
+    """Read a pipe, in a thread; it may be gone before this begins."""
+    with suppress(OSError):
+        pipe.read_bytes()

@@ -109,7 +109,7 @@ def test_options(name: str, examples: int, place: Place) -> None:
     further = places if name == "predict" else [] if name in ("prepare", "compare", "status", "logs") else ["seed=1"]
 
     def body(line: list[str]) -> tuple[End, str, object]:
-        reader = threading.Thread(target=lambda: pipe.read_bytes(), daemon=True)
+        reader = threading.Thread(target=targets.read_pipe, args=(pipe,), daemon=True)
         if any("pipe" in arg for arg in line):
             reader.start()
         with ExitStack() as stack:

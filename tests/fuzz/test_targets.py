@@ -46,7 +46,7 @@ def each_place(tmp_path: Path, run: Callable[[Path, Path], End], *, folder: bool
         place = targets.build(root, ending)[what]
         with suppress(OSError):
             if stat.S_ISFIFO(os.stat(place).st_mode):  # noqa: PTH116 - someone reads it
-                threading.Thread(target=place.read_bytes, daemon=True).start()
+                threading.Thread(target=targets.read_pipe, args=(place,), daemon=True).start()
         before = snapshot(root)
         with mock.patch.object(os, "fsync"):  # which takes long on a busy disk
             end = run(root, place)
