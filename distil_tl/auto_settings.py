@@ -51,7 +51,7 @@ def resolve_auto(config: Config, images: int, state: Mapping[str, Any]) -> tuple
     return dataclasses.replace(config, data=data, stages=stages), found
 
 
-def describe_auto(found: Mapping[str, int], images: int) -> str:
+def describe_auto(found: Mapping[str, Any], images: int) -> str:
     """The numbers, in words."""
     return f"{', '.join(f'{key}={value}' for key, value in found.items())} ({images:,} training images)"
 

@@ -19,6 +19,7 @@ from distil_tl.data.config import DataConfig, default_workers
 from distil_tl.data.index import Index
 from distil_tl.data.loader import plan_batches
 from distil_tl.data.pixels import refuse_changed_pixels
+from distil_tl.data.proportions import crop_for, typical_ratio
 from distil_tl.data.splits import Splits
 from distil_tl.data.transforms import eval_transform
 from distil_tl.distributed.config import DistributedConfig
@@ -209,10 +210,13 @@ def judge_auto(report: Report, plan: Plan, images: ImagesFound) -> None:
     if count == 0 or plan.problems:
         return
     _, found = resolve_auto(plan.config, count, {})
+    index = images.indexes.get("train")
+    mode = "weights" if index is None or plan.config.data.crop_mode != AUTO else crop_for(typical_ratio(index))
+    shown = found if mode == "weights" else {**found, "data.crop_mode": mode}
     if problem := auto_problem(found, count, plan.world_size):
         report.fail(GROUP, "auto", problem)
-    elif found:
-        report.ok(GROUP, "auto", describe_auto(found, count))
+    elif shown:
+        report.ok(GROUP, "auto", describe_auto(shown, count))
 
 
 def _judge_model(report: Report, plan: Plan, images: ImagesFound, sizes: list[ModelFound]) -> None:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from distil_tl.cli import doctor_plan
 from distil_tl.cli.doctor import main
@@ -95,6 +96,13 @@ def test_what_auto_will_be(doctor: Doctor) -> None:
     assert (status, problems(lines)) == (0, [])
     assert "ok configuration/auto: data.global_batch_size=8, stages.head.epochs=50 (52 training images)" in lines
     assert any(line.startswith("ok model/stages.head: epochs: auto, ") for line in lines)
+
+
+def test_what_the_crop_will_be(doctor: Doctor, data: Path) -> None:
+    for path in data.rglob("*.png"):
+        Image.open(path).resize((40, 30)).save(path)
+    _, lines = doctor(data=data)
+    assert "ok configuration/auto: data.crop_mode=squash (52 training images)" in lines
 
 
 def test_a_stage_or_size_that_the_model_does_not_have(doctor: Doctor) -> None:
