@@ -14,6 +14,7 @@ from tests.helpers.arguments import SMALLEST
 
 def test_the_parts_of_a_selection_are_counted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "SECONDS", 0.0)
+    monkeypatch.setenv("DISTIL_TL_CACHE", str(tmp_path / "cache"))  # without features of other tests
     before = CellSearch.open_cell
     args = [
         f"data.root={folder}", "data.global_batch_size=8", "data.workers=0", "model.weights=none", "precision=fp32",
