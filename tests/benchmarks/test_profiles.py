@@ -31,7 +31,8 @@ def test_each_part_of_a_run_has_a_profile(small: list[str], tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert re.findall(r"^\*\*(.*)\*\*, [\d.]+ s:$", done.stdout, re.MULTILINE) == PARTS
     training = done.stdout.partition("**stage full, training**")[2].partition("**")[0]
-    assert "run_backward" in training
+    # Which of the two takes longest depends on the machine and on what else it does.
+    assert "run_backward" in training or "conv2d" in training
 
 
 def test_a_refused_configuration_has_no_profile() -> None:
