@@ -46,7 +46,7 @@ def run(folder: str, command: str, arguments: list[str]) -> int:
             content["calls"].append(["sbatch-began"])
             replace(file, content)
             fcntl.flock(lock, fcntl.LOCK_UN)
-            for _ in range(6000):  # not for ever, should a test fail
+            for _ in range(6000):  # at most a minute
                 if "go" in posix.listdir(folder):
                     break
                 time.sleep(0.01)
