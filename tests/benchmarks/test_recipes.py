@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import plain_recipe, recipes
 from benchmarks.peers.job import Events, Job, read_events
-from benchmarks.recipes import Task, interval, prepare, read_task, resolve, tables
+from benchmarks.recipes import __main__ as recipes
+from benchmarks.recipes import chart, plain_loop, runs
+from benchmarks.recipes.__main__ import resolve
+from benchmarks.recipes.tables import interval, tables
+from benchmarks.recipes.tasks import Task, prepare, read_task
 from distil_tl.utils.errors import UserError
 
 
@@ -66,7 +70,7 @@ def test_a_recipe_adds_to_another() -> None:
 
 def test_a_value_can_be_the_run_of_another_recipe(tmp_path: Path) -> None:
     given = ["data.image_size=64", "stages.full.distill.teacher=@large"]
-    found = recipes.with_runs(given, tmp_path / "letters-full" / "taught" / "seed-2")
+    found = runs.with_runs(given, tmp_path / "letters-full" / "taught" / "seed-2")
     assert found == ["data.image_size=64", f"stages.full.distill.teacher={tmp_path}/letters-full/large/seed-2"]
 
 
@@ -89,12 +93,12 @@ def test_a_matrix_is_resumed_and_refuses_other_arguments(
         trained.append(arguments)
         run_dir = Path(arguments[-1].removeprefix("run_dir="))
         (run_dir / "checkpoints").mkdir()
-        figures = dict.fromkeys(recipes.FIGURES, 0.5 + 0.25 * ("x=1" in arguments))
+        figures = dict.fromkeys(runs.FIGURES, 0.5 + 0.25 * ("x=1" in arguments))
         summary = {"status": "completed", "best": figures, "test": figures, "total_seconds": 2.0}
         (run_dir / "summary.json").write_text(json.dumps(summary))
         return 0
 
-    monkeypatch.setattr(recipes, "train", train)
+    monkeypatch.setattr(runs, "train", train)
     command = ["--task", f"t={root} y=2", "--recipe", "one=default x=1", "--recipes", "default", "one", "--seeds", "2",
                "--out", str(tmp_path / "out")]  # fmt: skip
     assert recipes.main(command) == 2
@@ -128,12 +132,12 @@ def test_tables_have_intervals_and_paired_differences() -> None:
 
 
 def test_the_plain_loop_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its own rates and crop; of its epochs the best on val counts, and test takes none of its time."""
+    """With its own rates and crop; it keeps an epoch by the rule of distil_tl, and test takes none of its time."""
     jobs: list[Job] = []
 
     def loop(job: Job, events: Events) -> None:
         jobs.append(job)
-        for epoch, top1 in enumerate((0.5, 0.75, 0.625)):
+        for epoch, top1 in enumerate((0.25, 0.75, 0.0)):  # of 4 images: 0 is outside the interval of 0.75
             events.epoch("full", epoch, top1, 1.0)
             events.epoch("full", epoch, top1 + 0.125, 1.0, "test")
 
@@ -154,10 +158,76 @@ def test_the_plain_loop_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (row, _) = json.loads((tmp_path / "out" / "recipes.json").read_text())["runs"]
     assert (row["val"]["top1"], row["test"]["top1"]) == (0.75, 0.875)
     with pytest.raises(UserError, match="the plain loop has no lr;"):
-        plain_recipe.run_plain(tmp_path, {"lr": "1"}, root, 0, hflip=True, size=32)
+        plain_loop.run_plain(tmp_path, {"lr": "1"}, root, 0, hflip=True, size=32)
     events = Events(tmp_path / "events")
     events.epoch("head", 1, 0.5, 1.0)
     events.epoch("head", 1, 0.5, 1.0, "test")
     val, test = read_events(events.path)
-    spent = plain_recipe.summary([val, {**test, "time": val["time"] + 4}], 10.0)["total_seconds"]
+    spent = plain_loop.summary([val, {**test, "time": val["time"] + 4}], 10.0, 4)["total_seconds"]
     assert spent == pytest.approx(6)
+
+
+def test_the_plain_loop_keeps_the_last_epoch_where_val_cannot_tell_it_from_the_best(tmp_path: Path) -> None:
+    events = Events(tmp_path / "events")
+    for epoch, top1 in enumerate((0.75, 0.70)):
+        events.epoch("full", epoch, top1, 1.0)
+        events.epoch("full", epoch, top1 - 0.1, 1.0, "test")
+    found = {n: plain_loop.summary(read_events(events.path), 10.0, n)["best"]["top1"] for n in (100, 10_000)}
+    assert found == {100: 0.70, 10_000: 0.75}
+
+
+def test_the_configuration_of_a_selection_is_trained_with_each_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is selected once, without the recipes' own backbone and size, and its seconds belong to each run."""
+    selected: list[list[str]] = []
+    trained: list[list[str]] = []
+
+    def select(arguments: list[str]) -> int:
+        selected.append(arguments)
+        folder = Path(arguments[-1])
+        folder.mkdir(parents=True)
+        (folder / "best.yaml").touch()
+        (folder / "select.json").write_text('{"seconds": 7}')
+        return 0
+
+    def train(arguments: list[str]) -> int:
+        trained.append(arguments)
+        figures = dict.fromkeys(runs.FIGURES, 0.5)
+        summary = {"status": "completed", "best": figures, "test": figures, "total_seconds": 2.0}
+        (Path(arguments[-1].removeprefix("run_dir=")) / "summary.json").write_text(json.dumps(summary))
+        return 0
+
+    monkeypatch.setattr(runs, "select", select)
+    monkeypatch.setattr(runs, "train", train)
+    root = make_images(tmp_path / "data", {"train": {"a": 3, "b": 3}, "val": {"a": 2, "b": 2}})
+    command = ["--task", f"t={root}", "--recipes", "select", "--seeds", "2", "--out", str(tmp_path / "out")]
+    assert recipes.main(command) == 0
+    (arguments,) = selected
+    assert "sizes=[128,192]" in arguments
+    assert not [word for word in arguments if word.startswith(("model.name", "data.image_size", "seed", "loop"))]
+    best = str(tmp_path / "out" / "t-full" / "select" / "select" / "best.yaml")
+    assert [words[:2] for words in trained] == [[best, "seed=0"], [best, "seed=1"]]
+    found = json.loads((tmp_path / "out" / "recipes.json").read_text())["runs"]
+    assert [row["seconds"] for row in found] == [9.0, 9.0]
+
+
+def test_the_picture_has_a_panel_for_each_task() -> None:
+    rows = [
+        {
+            "task": task,
+            "form": "full",
+            "recipe": recipe,
+            "seed": seed,
+            "test": {"top1": top1 + seed / 10},
+            "seconds": 9.0,
+        }
+        for task in ("a", "b")
+        for recipe, top1 in (("one", 0.5), ("two", 0.6))
+        for seed in (0, 1)
+    ]
+    svg = ElementTree.fromstring(chart.draw(rows))
+    space = "{http://www.w3.org/2000/svg}"
+    assert svg.findtext(f"{space}desc") == "; ".join(f"{task}: one 0.550 in 9 s, two 0.650 in 9 s" for task in "ab")
+    titles = [circle.findtext(f"{space}title") for circle in svg.iter(f"{space}circle")]
+    assert titles.count("one: top-1 0.550 (0.500 to 0.600), 9 s") == 2

@@ -16,6 +16,7 @@ from benchmarks.peers.job import Events, Job, Speed, Stage, read_events
 from distil_tl.data.scan import scan
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.transfer import build
+from distil_tl.training.records import near
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_json
 
@@ -39,7 +40,10 @@ def run_plain(run_dir: Path, given: Mapping[str, str], root: Path, seed: int, *,
     events.unlink(missing_ok=True)
     plain.run(job, Events(events))
     seconds = time.monotonic() - began
-    write_json(run_dir / "summary.json", summary(read_events(events), seconds))
+    write_json(
+        run_dir / "summary.json",
+        summary(read_events(events), seconds, len(scan(root / "val", scan(root / "train").classes))),
+    )
 
 
 def make_job(run_dir: Path, values: Mapping[str, str], root: Path, seed: int, *, hflip: bool, size: int) -> Job:
@@ -59,8 +63,11 @@ def make_job(run_dir: Path, values: Mapping[str, str], root: Path, seed: int, *,
     )  # fmt: skip
 
 
-def summary(events: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The best epoch by val, with its figures on val and test. The seconds are without the evaluations of test."""
+def summary(events: list[dict[str, Any]], seconds: float, n: int) -> dict[str, Any]:
+    """The epoch that is kept, with its figures on val and test. The seconds are without the evaluations of test.
+
+    It is the best one on `n` images of val, or the last one if that is within its interval, as in distil_tl.
+    """
     rows = []
     for val, test in itertools.pairwise(events):
         if val["event"] == "epoch" and test["event"] == "test":
@@ -69,4 +76,5 @@ def summary(events: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
             )
             seconds -= test["time"] - val["time"]
     best = min(rows, key=lambda row: (-row["best"]["top1"], row["best"]["loss"]))
-    return {"status": "completed", **best, "total_seconds": seconds}
+    kept = rows[-1] if near("top1", rows[-1]["best"], {**best["best"], "n": n}) else best
+    return {"status": "completed", **kept, "total_seconds": seconds}
