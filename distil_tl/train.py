@@ -35,7 +35,8 @@ from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero, once_per_node
 from distil_tl.finish import end_stage, finish
 from distil_tl.inference import restore_model
-from distil_tl.models.transfer import build, download_weights
+from distil_tl.models.transfer import build
+from distil_tl.models.weight_sources import download_weights
 from distil_tl.open_run import open_run
 from distil_tl.report import write_report
 from distil_tl.run import Run

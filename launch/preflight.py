@@ -74,9 +74,9 @@ def _cluster_problems(config: Config, slurm: SlurmConfig, cluster: str) -> Itera
 def _weights_problems(config: Config, slurm: SlurmConfig, cluster: str) -> Iterator[str]:
     if cluster != "slurm" or slurm.nodes_download or list(config.model.problems()):
         return
-    from distil_tl.models import transfer  # imports torch
+    from distil_tl.models import weight_sources  # imports torch
 
-    weights = transfer.missing_weights(config.model)
+    weights = weight_sources.missing_weights(config.model)
     if weights is not None:
         yield (
             f"the weights of {config.model.name} ({weights}) are not on this machine, and compute nodes may have no "

@@ -52,7 +52,7 @@ def prefetch(args: Sequence[str], *, check: bool = False) -> None:
 
 def fetch_weights(model: ModelConfig, *, check: bool) -> None:
     """Download the weights if they are missing or damaged, and log where they are. With `check`, raise instead."""
-    from distil_tl.models.transfer import download_weights, missing_weights, weights_file  # torch: after the checks
+    from distil_tl.models.weight_sources import download_weights, missing_weights, weights_file  # torch: after checks
 
     missing = missing_weights(model)
     if missing is not None and check:

@@ -17,7 +17,8 @@ from distil_tl.doctor.network import reach
 from distil_tl.models import torchvision_models
 from distil_tl.models.config import ModelConfig, resolve_weights
 from distil_tl.models.fitted_heads import FittedHead
-from distil_tl.models.transfer import TransferModel, build, missing_weights, weights_file
+from distil_tl.models.transfer import TransferModel, build
+from distil_tl.models.weight_sources import missing_weights, weights_file
 from distil_tl.training.config import StageConfig, wants_features
 from distil_tl.training.heads.config import network_head
 from distil_tl.training.stage import apply_stage, check_stages, count_trainable

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from distil_tl.models.graph.equivalence import preserve_state
 from distil_tl.models.layer_groups import LayerGroup
 from distil_tl.models.readout_parts import CannotReadOutError
-from distil_tl.models.size_trial import first_line
+from distil_tl.models.traced_pass import run_traced
 
 
 @dataclass(frozen=True)
@@ -78,27 +77,14 @@ class Walk:
         raise CannotReadOutError("no layer of it gives what its head gets")
 
 
-@torch.no_grad()
 def walk(module: nn.Module, size: int) -> Walk:
     """Run `module` on an image. Raises CannotReadOutError if it fails."""
     device, returned = next(module.parameters()).device, list[tuple[str, tuple[int, ...] | None]]()
-    handles = []
-    for path, part in module.named_modules():
 
-        def record(_: nn.Module, __: Any, output: Any, path: str = path) -> None:
-            returned.append((path, tuple(output.shape) if isinstance(output, Tensor) else None))
+    def ended(path: str, _: Any, output: Any) -> None:
+        returned.append((path, tuple(output.shape) if isinstance(output, Tensor) else None))
 
-        handles.append(part.register_forward_hook(record))
-    try:
-        with preserve_state(module, device):
-            module.eval()(torch.zeros(1, 3, size, size, device=device))
-    except MemoryError:
-        raise
-    except Exception as error:  # the model's code may raise anything
-        raise CannotReadOutError(f"its layers do not take it ({first_line(error)})") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_traced(module, torch.zeros(1, 3, size, size, device=device), ended)
     return Walk(returned)
 
 

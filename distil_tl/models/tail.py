@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from distil_tl.models.graph.equivalence import TOLERANCE, preserve_state
+from distil_tl.models.graph.equivalence import TOLERANCE
 from distil_tl.models.readout_parts import CannotReadOutError, inputs_of
-from distil_tl.models.size_trial import first_line
+from distil_tl.models.traced_pass import run_traced
 
 Pooling = Literal["average", "token"]
 
@@ -151,32 +151,17 @@ def find_tail(module: nn.Module, heads: Sequence[str], size: int) -> Tail:
     return Tail(tuple(sources.values()), tuple(dropouts), [(call.path, tuple(call.output.shape)) for call in before])
 
 
-@torch.no_grad()
 def _record(module: nn.Module, heads: Sequence[str], size: int) -> _Record:
-    device, handles = next(module.parameters()).device, []
+    device = next(module.parameters()).device
     record = _Record(torch.rand(1, 3, size, size, device=device, generator=_generator(device)))
 
-    def ended(path: str) -> Any:
-        def note(_: nn.Module, args: Any, output: Any) -> None:
-            record.ended(path, output)
-            if path in heads:
-                record.heads[path] = (args[0], output)
-
-        return note
-
-    for path, part in module.named_modules():
+    def ended(path: str, args: Any, output: Any) -> None:
         if path:
-            handles.append(part.register_forward_hook(ended(path)))
-    try:
-        with preserve_state(module, device), record:
-            logits = module.eval()(record.images)
-    except MemoryError:
-        raise
-    except Exception as error:  # the model's code may raise anything
-        raise CannotReadOutError(f"its layers do not take it ({first_line(error)})") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+            record.ended(path, output)
+        if path in heads:
+            record.heads[path] = (args[0], output)
+
+    logits = run_traced(module, record.images, ended, record)
     _check_heads(module, heads, record, logits)
     return record
 

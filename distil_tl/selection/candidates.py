@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from distil_tl.models import timm_models, torchvision_models
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.names import TIMM_PREFIX
-from distil_tl.models.transfer import missing_weights
 from distil_tl.models.weight_packages import PACKAGES
+from distil_tl.models.weight_sources import missing_weights
 from distil_tl.selection.config import LISTS
 from distil_tl.utils.args import refuse
 

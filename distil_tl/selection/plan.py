@@ -17,7 +17,8 @@ from distil_tl.data.splits import Splits
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.facts import count_macs
 from distil_tl.models.own_models import source_digest
-from distil_tl.models.transfer import TransferModel, build, default_preprocess, weights_file
+from distil_tl.models.transfer import TransferModel, build, default_preprocess
+from distil_tl.models.weight_sources import weights_file
 from distil_tl.selection.cells import SHARES, Cell
 from distil_tl.selection.common import Common
 from distil_tl.selection.config import GridConfig

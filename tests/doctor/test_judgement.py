@@ -17,7 +17,7 @@ from distil_tl.doctor.lines import FAIL, OK, WARN, Report
 from distil_tl.doctor.meeting import LONGEST, Meeting
 from distil_tl.doctor.weights import ModelFound
 from distil_tl.models.config import ModelConfig
-from distil_tl.models.transfer import weights_file
+from distil_tl.models.weight_sources import weights_file
 from distil_tl.training.config import OptimConfig, StageConfig
 from distil_tl.utils.errors import UserError
 from tests.helpers.doctor import found, gpu_rank

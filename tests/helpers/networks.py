@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.layer_groups import LayerGroup
 from distil_tl.models.preprocess import Preprocess
-from distil_tl.models.transfer import TransferModel, WeightsInfo, build
+from distil_tl.models.transfer import TransferModel, build
+from distil_tl.models.weight_sources import WeightsInfo
 from distil_tl.training.config import StageConfig
 from distil_tl.training.stage import apply_stage
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from distil_tl.models import transfer
+from distil_tl.models import weight_sources
 from distil_tl.rundir.lock import Attempt
 from launch import submit
 from launch.records import read_record, write_record
@@ -75,7 +75,7 @@ def test_what_is_wrong_with_devices_on_any_machine_is_refused(slurm: FakeSlurm, 
 
 
 def test_weights_that_nodes_could_not_fetch(slurm: FakeSlurm, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(transfer, "missing_weights", lambda config: "https://weights")
+    monkeypatch.setattr(weight_sources, "missing_weights", lambda config: "https://weights")
     message = refusal(capsys)
     assert "the weights of shufflenet_v2_x0_5 (https://weights) are not on this machine" in message
     assert "distil-tl prefetch" in message

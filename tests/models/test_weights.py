@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.torchvision_models import published_weights
-from distil_tl.models.transfer import TransferModel, build, download_weights
+from distil_tl.models.transfer import TransferModel, build
 from distil_tl.models.weight_packages import PACKAGES
+from distil_tl.models.weight_sources import download_weights
 from distil_tl.models.weights import match_by_position, read_state_dict
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import logger
