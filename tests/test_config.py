@@ -139,7 +139,7 @@ def test_demo_defaults_do_not_apply_to_other_data():
     named = [["data.root=."], [yaml_file("data: {root: x}", "x.yaml")], [yaml_file("seed: 1", "y.yaml"), "data.root=x"]]
     for args in (*named, ["y.yaml", "data.root=null"]):
         data = config_of(*args).data
-        assert (data.image_size, data.hflip, data.augment) == (None, True, "light")
+        assert (data.image_size, data.hflip, data.augment) == (None, True, "flip")
 
 
 def test_a_file_without_data_is_refused():
@@ -558,9 +558,9 @@ def test_changes_refused_on_resume():
     assert changes(["stages.full.epochs=9"], ["head"]) == []
     assert changes(["data.intensity=[0,4095]"], ["head"]) == ["data.intensity: was 'dtype', now [0, 4095]"]
     assert changes(["stages.full.epochs=9"], ["head", "full"]) == ["stages.full.epochs: was 5, now 9"]
-    assert changes(["stages.head.augment=none", "seed=1"], ["head"]) == [
+    assert changes(["stages.head.augment=light", "seed=1"], ["head"]) == [
         "seed: was 0, now 1",
-        "stages.head.augment: was null, now 'none'",
+        "stages.head.augment: was 'none', now 'light'",
     ]
 
 

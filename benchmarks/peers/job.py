@@ -12,7 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Stage:
-    """`augment` is none (as in evaluation) or light (a random crop of at least half the area, a horizontal flip)."""
+    """`augment` is none (as in evaluation), flip (that, mirrored at random), or light.
+
+    `light` is a random crop of at least half the area, mirrored at random. Of the peers only the plain loop has `flip`.
+    """
 
     name: str
     epochs: int

@@ -72,12 +72,13 @@ def network(job: Job) -> nn.Module:
 def transform(job: Job, augment: str) -> v2.Transform:
     """The transform of a Pillow image, as in torchvision's references."""
     mode = InterpolationMode(job.interpolation)
-    if augment == "none":
+    if augment in ("none", "flip"):
         size = [job.image_size, job.image_size] if job.squash else job.resize
         steps: list[nn.Module] = [v2.Resize(size, interpolation=mode), v2.CenterCrop(job.image_size)]
     else:
         steps = [v2.RandomResizedCrop(job.image_size, scale=(0.5, 1.0), interpolation=mode)]
-        steps += [v2.RandomHorizontalFlip()] if job.hflip else []
+    if augment != "none" and job.hflip:
+        steps.append(v2.RandomHorizontalFlip())
     to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(job.mean), list(job.std))]
     return v2.Compose([*steps, *to_float])
 

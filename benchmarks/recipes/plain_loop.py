@@ -21,7 +21,10 @@ from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_json
 
 # What a plain recipe can change, and its defaults. `crop` is that of evaluation: weights, or squash.
-KEYS = {"head_epochs": "3", "full_epochs": "5", "head_lr": "1e-2", "full_lr": "3e-4", "batch": "32", "crop": "weights"}
+KEYS = {
+    "head_epochs": "3", "full_epochs": "5", "head_lr": "1e-2", "full_lr": "3e-4", "batch": "32", "crop": "weights",
+    "augment": "light",
+}  # fmt: skip
 SPEED = Speed(workers=0, fused=True, frozen_statistics=True)
 
 
@@ -55,8 +58,8 @@ def make_job(run_dir: Path, values: Mapping[str, str], root: Path, seed: int, *,
         weights=str(save_initial_state(model, run_dir / "initial.safetensors")), resize=seen.resize_for(size),
         mean=seen.mean, std=seen.std, interpolation=seen.interpolation, hflip=hflip, batch=int(values["batch"]),
         stages=(
-            Stage("head", int(values["head_epochs"]), float(values["head_lr"]), "light"),
-            Stage("full", int(values["full_epochs"]), float(values["full_lr"]), "light"),
+            Stage("head", int(values["head_epochs"]), float(values["head_lr"]), values["augment"]),
+            Stage("full", int(values["full_epochs"]), float(values["full_lr"]), values["augment"]),
         ),
         weight_decay=0.01, warmup=0.1, clip_norm=1.0, seed=seed, threads=torch.get_num_threads(), device="cpu",
         speed=SPEED, squash=values["crop"] == "squash", test=True,

@@ -10,7 +10,11 @@ from distil_tl.utils.errors import did_you_mean
 
 Augment: TypeAlias = "str | list[str]"  # `data.augment`: none, a preset, or steps
 
-PRESETS = {"light": ["crop(0.5)", "hflip"], "strong": ["crop(0.2)", "hflip", "trivial", "erasing(0.1)"]}
+PRESETS = {
+    "flip": ["hflip"],
+    "light": ["crop(0.5)", "hflip"],
+    "strong": ["crop(0.2)", "hflip", "trivial", "erasing(0.1)"],
+}
 AUGMENTATIONS = ("none", *PRESETS)
 EXAMPLE = "[crop(0.3),hflip,trivial]"
 

@@ -86,8 +86,10 @@ NEW_KEYS: dict[str, Any] = {
 # Keys whose default has changed, with the earlier one. A run that began with it keeps it, if the command does not give
 # the key.
 EARLIER_DEFAULTS: dict[str, Any] = {
+    "data.augment": "light",
     "data.crop_mode": "weights",
     "prefer_last": False,
+    "stages.head.augment": None,
     "stages.full.lr": 3e-4,
     "stages.full.layer_decay": 0.9,
 }

@@ -224,7 +224,7 @@ def _is_unfreeze(value: Any) -> bool:
 def default_stages() -> dict[str, StageConfig]:
     """A new head on the frozen backbone, then the whole network."""
     return {
-        "head": StageConfig(unfreeze="head", epochs=3, lr=1e-2),
+        "head": StageConfig(unfreeze="head", epochs=3, lr=1e-2, augment="none"),
         "full": StageConfig(unfreeze="all", epochs=5, lr=AUTO, layer_decay=AUTO),
     }
 

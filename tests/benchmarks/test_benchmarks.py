@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import images, measure, pipeline
 from benchmarks.measure import Measured, Results, Spread, interleaved, markdown, run_process
@@ -133,6 +135,14 @@ def test_a_job_is_equal_after_saving_and_loading(job: Job, tmp_path: Path) -> No
     assert not job.tuned
     assert job.with_epochs(full=0).stage("full").epochs == 0
     assert "weights" not in peers.task(job)
+
+
+def test_the_augmentation_flip_is_the_view_of_the_evaluation_or_its_mirror_image(job: Job) -> None:
+    image = Image.effect_noise((40, 30), 50).convert("RGB")
+    evaluated = shared.transform(job, "none")(image)
+    seen = {bool(shared.transform(job, "flip")(image).equal(evaluated)) for _ in range(30)}
+    assert seen == {True, False}
+    assert shared.transform(dataclasses.replace(job, hflip=False), "flip")(image).equal(evaluated)
 
 
 def test_each_round_has_another_initial_head_for_all_packages(job: Job, folder: Path, tmp_path: Path) -> None:

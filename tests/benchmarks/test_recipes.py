@@ -147,14 +147,13 @@ def test_the_plain_loop_is_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "--task",
         f"t={root} data.hflip=false",
         "--recipe",
-        "mine=plain full_lr=1e-3 crop=squash",
+        "mine=plain full_lr=1e-3 crop=squash augment=flip",
         "--seeds",
         "1",
     ]
     assert recipes.main([*command, "--recipes", "plain", "mine", "--out", str(tmp_path / "out")]) == 0
-    assert [(job.stage("full").lr, job.squash, job.hflip, job.classes) for job in jobs] == [
-        (3e-4, False, False, 2), (1e-3, True, False, 2)
-    ]  # fmt: skip
+    found = [(job.stage("full").lr, job.stage("full").augment, job.squash, job.hflip, job.classes) for job in jobs]
+    assert found == [(3e-4, "light", False, False, 2), (1e-3, "flip", True, False, 2)]
     (row, _) = json.loads((tmp_path / "out" / "recipes.json").read_text())["runs"]
     assert (row["val"]["top1"], row["test"]["top1"]) == (0.75, 0.875)
     with pytest.raises(UserError, match="the plain loop has no lr;"):

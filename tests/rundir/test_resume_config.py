@@ -225,7 +225,7 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
         "data.image_size: was 32, now 40",
         "data.crop_mode: was 'auto', now 'squash'",
         "data.crop_pct: was null, now 0.9",
-        "data.augment: was 'light', now 'none'",
+        "data.augment: was 'flip', now 'none'",
         "data.hflip: was true, now false",
         "model.name: was 'timm/test_resnet', now 'shufflenet_v2_x1_0'",
         "optim.name: was 'sgd', now 'adamw'",
@@ -367,6 +367,10 @@ def test_a_run_keeps_a_default_of_earlier_versions(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("stages: {full: {layer_decay: 0.9}}")
     for recipe in ([], ["recipe=standard"]):
         assert load([*command, *recipe])[0].stages["full"].layer_decay == 0.9
+    (tmp_path / "config.yaml").write_text("data: {root: x, augment: light}\nstages: {head: {augment: null}, full: {}}")
+    for recipe in ([], ["recipe=standard"]):
+        config = load([*command, "data.root=x", *recipe])[0]
+        assert (config.data.augment, config.stages["head"].augment) == ("light", None)
     (tmp_path / "config.yaml").write_text("stages: {full: {lr: 3e-4}}")
     (tmp_path / "own.yaml").write_text("data: {root: null}\nstages: {head: {unfreeze: head}}")
     assert list(load([str(tmp_path / "own.yaml"), *command])[0].stages) == ["head"]
