@@ -109,7 +109,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, help="pixels")
     parser.add_argument("--batch", type=int, help="images")
     parser.add_argument("--model", help="as model.name")
-    parser.add_argument("--augment", default="light", choices=["none", "light", "strong"])
+    parser.add_argument("--augment", default="light", choices=["none", "flip", "light", "strong"])
     parser.add_argument("--precision", default="auto", help="as precision of distil_tl.train")
     parser.add_argument("--compile", default="none", choices=["none", "all"], help="as compile of distil_tl.train")
     parser.add_argument("--compile-mode", default="default", help="as compile_mode of distil_tl.train")

@@ -109,7 +109,7 @@ class Run:
             config=own,
             optim=config.optim,
             image_size=own.image_size or config.data.image_size or self.model.preprocess.crop_size,
-            augment=own.augment or config.data.augment,
+            augment=config.augment_of(own),
             seed=config.seed,
             precision=config.precision,
             compile=config.compile,

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl import config as configuration
 from distil_tl.config import Config
-from distil_tl.rundir.changes import EARLIER_DEFAULTS, NEW_KEYS, new_keys, unsafe_changes
+from distil_tl.rundir.changes import NEW_KEYS, earlier_defaults, new_keys, unsafe_changes
 from distil_tl.utils.args import flatten, is_file, overlay, plain, read_yaml, to_yaml
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import write_atomic, write_json
@@ -148,7 +148,7 @@ def _older_values(config: Path | None, folder: Path) -> list[str]:
         return []
     then, given = flatten(saved), flatten(read_yaml(config)).keys() if config is not None else set()
     older = {key: value for key, value in new_keys(saved.get("stages") or {}).items() if key not in then.keys() | given}
-    older |= {key: value for key, value in EARLIER_DEFAULTS.items() if then.get(key) == value and key not in given}
+    older |= earlier_defaults(then, given)
     return as_arguments({**older, "metric": saved.get("metric", NEW_KEYS["metric"])})
 
 

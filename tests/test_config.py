@@ -260,6 +260,26 @@ def test_a_hint_at_what_has_no_effect():
     ]
     assert list(hints(config_of("compile_mode=max-autotune", "compile=all"))) == []
     assert list(hints(config_of())) == []
+    assert list(hints(config_of("data.root=x", "data.augment=strong"))) == [], "it is that of stage full"
+    assert list(hints(config_of("data.root=x", "data.augment=strong", "stages.full.epochs=0"))) == [
+        "data.augment=strong has no effect, as each stage that is trained has an augmentation of its own; set "
+        "stages.NAME.augment"
+    ]
+    (views,) = hints(config_of("data.root=x", "stages.head.views=4"))
+    assert views.startswith("stages.head.views=4 has no effect, as nothing is augmented")
+    assert list(hints(config_of("data.root=x", "stages.head.views=4", "stages.head.augment=light"))) == []
+
+
+def test_flips_that_are_not_allowed_are_no_augmentation():
+    """So a stage that trains the head alone has features, and a search."""
+    text = "data: {root: x, hflip: false}\nstages: {head: {unfreeze: head, search: {lr: [0.1, 0.01]}}}"
+    config = config_of(yaml_file(text))
+    assert config.augment_of(config.stages["head"]) == "none"
+    check(config, 1)
+    config.data.hflip = True
+    assert config.augment_of(config.stages["head"]) == "flip"
+    with pytest.raises(UserError, match="stages.head.search needs a stage that trains on features"):
+        check(config, 1)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.measure import Results, Spread
 from benchmarks.peers.summary import OFF, OURS, SOONEST, curve, final_top1
+from benchmarks.svg_style import STYLE
 from distil_tl.report.markup import Markup, h, join
 from distil_tl.report.svg import Scale
 
@@ -14,20 +15,12 @@ LEFT, PLOT, RIGHT = 210, 480, 190  # pixels: names, bars, figures
 TOP, ROW, BAR = 66, 34, 20
 
 PARTS = {"start": "imports, data, model", "head": "head on a frozen backbone", "full": "everything", "end": "the end"}
-STYLE = """
-  .panel { fill: #ffffff; stroke: #d0d7de }
-  .ink { fill: #1f2328 }
-  .soft { fill: #59636e }
-  .grid { stroke: #d0d7de; stroke-opacity: .6 }
+COLORS = """
   .start { fill: #b1bac4 }
   .head { fill: #0a6e8a }
   .full { fill: #e8873a }
   .end { fill: #6e7781 }
   @media (prefers-color-scheme: dark) {
-    .panel { fill: #151b23; stroke: #3d444d }
-    .ink { fill: #f0f6fc }
-    .soft { fill: #9198a1 }
-    .grid { stroke: #3d444d }
     .start { fill: #57606a }
     .head { fill: #58b9d6 }
     .full { fill: #d4741c }
@@ -81,7 +74,7 @@ def draw_chart(results: Results, tuned: Sequence[str]) -> Markup:
         "svg",
         h("title", "Seconds of the same transfer-learning job, by package", id="title"),
         h("desc", "; ".join(f"{name}: {labels[name]}" for name in order), id="desc"),
-        h("style", Markup(STYLE)),
+        h("style", Markup(STYLE + COLORS)),
         h("rect", class_="panel", x=0.5, y=0.5, width=width - 1, height=height - 1, rx=8),
         _legend(),
         _axis(scale, height),

@@ -14,7 +14,7 @@ from typing import Any
 class Stage:
     """`augment` is none (as in evaluation), flip (that, mirrored at random), or light.
 
-    `light` is a random crop of at least half the area, mirrored at random. Of the peers only the plain loop has `flip`.
+    `light` is a random crop of at least half the area, mirrored at random.
     """
 
     name: str

@@ -35,6 +35,8 @@ def run(job: Job, events: Events) -> None:
 
 
 def loader(job: Job, split: str, augment: str) -> Any:
+    if augment not in ("none", "light"):
+        raise ValueError(f"only the plain loop has the augmentation {augment}")
     training = split == "train"
     batches = create_loader(
         create_dataset("", root=f"{job.root}/{split}", split="train"),

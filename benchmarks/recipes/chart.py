@@ -6,27 +6,16 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.svg_style import STYLE
 from distil_tl.report.markup import Markup, h, join
 from distil_tl.report.svg import Scale
 from distil_tl.report.text import tick
 
 WIDTH, HEIGHT = 215, 190  # pixels of a panel's plot
-LEFT, TOP, GAP, BOTTOM = 52, 84, 52, 52
+LEFT, GAP, BOTTOM = 52, 52, 52
 COLUMNS = 4
 # Differ in lightness too, for readers who do not see colours.
 COLORS = ("#0a6e8a", "#0b3c4d", "#58b9d6", "#e8873a", "#a8500c", "#7d4fb0", "#59636e", "#b1bac4")
-STYLE = """
-  .panel { fill: #ffffff; stroke: #d0d7de }
-  .ink { fill: #1f2328 }
-  .soft { fill: #59636e }
-  .grid { stroke: #d0d7de; stroke-opacity: .6 }
-  @media (prefers-color-scheme: dark) {
-    .panel { fill: #151b23; stroke: #3d444d }
-    .ink { fill: #f0f6fc }
-    .soft { fill: #9198a1 }
-    .grid { stroke: #3d444d }
-  }
-"""
 
 
 class Point(NamedTuple):
@@ -62,7 +51,8 @@ def draw(results: Sequence[dict[str, Any]]) -> str:
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     width = LEFT + columns * WIDTH + (columns - 1) * GAP + 24
-    height = TOP + lines * (HEIGHT + BOTTOM) + (lines - 1) * 24
+    legend, top = _legend(colors, width)
+    height = top + lines * (HEIGHT + BOTTOM) + (lines - 1) * 24
     described = "; ".join(
         f"{task}: " + ", ".join(f"{point.recipe} {point.top1:.3f} in {point.seconds:.0f} s" for point in found)
         for task, found in panels.items()
@@ -74,33 +64,36 @@ def draw(results: Sequence[dict[str, Any]]) -> str:
             h("desc", described, id="desc"),
             h("style", Markup(STYLE)),
             h("rect", class_="panel", x=0.5, y=0.5, width=width - 1, height=height - 1, rx=8),
-            _legend(colors),
-            [_panel(task, found, colors, *_corner(i, columns)) for i, (task, found) in enumerate(panels.items())],
+            legend,
+            [_panel(task, found, colors, *_corner(i, columns, top)) for i, (task, found) in enumerate(panels.items())],
             xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width, height=height, role="img",
             aria_labelledby="title desc", font_family="system-ui, -apple-system, 'Segoe UI', sans-serif", font_size=12,
         )
     )  # fmt: skip
 
 
-def _legend(colors: dict[str, str]) -> Markup:
-    elements, x = [], LEFT
+def _legend(colors: dict[str, str], width: int) -> tuple[Markup, int]:
+    """The names of the recipes, and the upper edge of the plots below them."""
+    elements, x, y = [], LEFT, 24
     for name, color in colors.items():
-        elements.append(h("circle", cx=x + 5, cy=24, r=5, fill=color))
-        elements.append(h("text", name, class_="ink", x=x + 16, y=28))
+        if x > LEFT and x + 16 + 7 * len(name) > width:
+            x, y = LEFT, y + 22
+        elements.append(h("circle", cx=x + 5, cy=y, r=5, fill=color))
+        elements.append(h("text", name, class_="ink", x=x + 16, y=y + 4))
         x += 36 + 7 * len(name)
-    return join(elements)
+    return join(elements), y + 60
 
 
-def _corner(i: int, columns: int) -> tuple[int, int]:
+def _corner(i: int, columns: int, top: int) -> tuple[int, int]:
     """The left and the upper edge of a panel's plot."""
-    return LEFT + i % columns * (WIDTH + GAP), TOP + i // columns * (HEIGHT + BOTTOM + 24)
+    return LEFT + i % columns * (WIDTH + GAP), top + i // columns * (HEIGHT + BOTTOM + 24)
 
 
 def _panel(task: str, found: Sequence[Point], colors: dict[str, str], left: int, top: int) -> Markup:
     fast, slow = min(point.seconds for point in found), max(point.seconds for point in found)
     low, high = min(point.low for point in found), max(point.high for point in found)
-    room = max(0.02, 0.08 * (high - low))
-    x, y = Scale(fast / 1.3, slow * 1.3, log=True), Scale(max(0.0, low - room), min(1.0, high + room))
+    margin = max(0.02, 0.08 * (high - low))
+    x, y = Scale(fast / 1.3, slow * 1.3, log=True), Scale(max(0.0, low - margin), min(1.0, high + margin))
     elements = [h("text", task, class_="ink", x=left, y=top - 14, font_weight=600)]
     for value in y.ticks(4):
         at = _round(top + HEIGHT * (1 - y(value)))

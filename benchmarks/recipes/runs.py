@@ -85,7 +85,8 @@ def own_cache(folder: Path) -> Iterator[None]:
 def train_selected(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
     """summary.json of a run with the best.yaml of distil-tl select. Its seconds contain those of the selection.
 
-    The selection is made once for all seeds of a task, in the folder `select` beside their runs.
+    The selection is made once for all seeds of a task, in the folder `select` beside their runs, which use its cached
+    features.
     """
     folder, seed = run_dir.parent / "select", next(word for word in arguments if word.startswith("seed="))
     for_select = [
@@ -93,14 +94,16 @@ def train_selected(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
     ]
     with own_cache(run_dir.parent / "cache"):
         if not (folder / "best.yaml").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # with what an interrupted one has, its seconds would be too few
+            shutil.rmtree(run_dir.parent / "cache", ignore_errors=True)
             said = io.StringIO()
             with contextlib.redirect_stdout(said):
                 status = select([*for_select, "--out", str(folder)])
             if status:
                 raise UserError(f"{folder}: the selection ended with status {status}\n{said.getvalue()[-2000:]}")
-            shutil.copyfile(folder / "select.json", run_dir.parent / "select.json")  # of the call that did the work
-        finished = train_here(run_dir, [str(folder / "best.yaml"), seed])
-    selection = json.loads((run_dir.parent / "select.json").read_text())
+        data = next(word for word in reversed(arguments) if word.startswith("data.root="))
+        finished = train_here(run_dir, [str(folder / "best.yaml"), seed, data])
+    selection = json.loads((folder / "select.json").read_text())
     return {**finished, "total_seconds": finished["total_seconds"] + selection["seconds"]}
 
 

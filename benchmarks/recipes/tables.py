@@ -38,7 +38,7 @@ def tables(results: Sequence[dict[str, Any]], figure: str) -> str:
             text += f"{figure} on {split}, less that of {recipes[0]}\n\n{markdown([split, *header], rows)}\n"
     rows = [[name, *(f"{statistics.mean(values(name, column, 'seconds').values()):.0f}" for column in columns)]
             for name in recipes]  # fmt: skip
-    return f"{text}seconds, without the computation of features that were cached\n\n{markdown(['', *header], rows)}"
+    return f"{text}seconds of a run, with the computation of its features\n\n{markdown(['', *header], rows)}"
 
 
 def interval(values: Iterable[float], sign: str = "") -> str:

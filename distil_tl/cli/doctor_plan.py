@@ -15,6 +15,7 @@ from distil_tl import config as configuration
 from distil_tl.auto_settings import auto_problem, describe_auto, resolve_auto
 from distil_tl.cli.doctor_slurm import judge_slurm
 from distil_tl.config import Config
+from distil_tl.data.augmentation import Augment
 from distil_tl.data.config import DataConfig, default_workers
 from distil_tl.data.index import Index
 from distil_tl.data.loader import plan_batches
@@ -219,12 +220,16 @@ def judge_auto(report: Report, plan: Plan, images: ImagesFound) -> None:
         report.ok(GROUP, "auto", describe_auto(shown, count))
 
 
+def _augments(config: Config) -> dict[str, Augment]:
+    return {name: config.augment_of(stage) for name, stage in config.stages.items()}
+
+
 def _judge_model(report: Report, plan: Plan, images: ImagesFound, sizes: list[ModelFound]) -> None:
     data = plan.config.data
     sizes.append(
         look_at_model(
             report, plan.config.model, plan.config.stages,
-            classes=images.classes or 2, image_size=data.image_size, augment=data.augment,
+            classes=images.classes or 2, image_size=data.image_size, augments=_augments(plan.config),
         )
     )  # fmt: skip
 
@@ -237,7 +242,7 @@ def _judge_space(
         keep = config.checkpoint.keep
         space.judge_checkpoints(report, folders["run_dir"], sizes[0], config.optim, keep, config.stages)
     if sizes and "cache" in folders:
-        space.judge_features(report, folders["cache"], sizes[0], images, config.stages, config.data.augment)
+        space.judge_features(report, folders["cache"], sizes[0], images, config.stages, _augments(config))
     if "data.stage_to" in folders and config.data.root is not None and (images.bytes or archive is not None):
         space.judge_copy(report, folders["data.stage_to"], config.data.root, images, archive)
 

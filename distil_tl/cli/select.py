@@ -23,7 +23,6 @@ from distil_tl.utils.home import path_argument
 # The heads where the configuration defines no stages; its `key=value` arguments still change them.
 HEADS = (
     f"stages.head.epochs={HEAD_EPOCHS}",
-    "stages.head.augment=none",
     f"stages.head.search.lr={list(HEAD_LR)}",
     f"stages.head.search.weight_decay={list(HEAD_WEIGHT_DECAY)}",
 )

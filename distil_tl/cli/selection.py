@@ -61,7 +61,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
     names, model = named_models(grid, config)
-    head, checked = head_stage(config.stages), without_models(config)
+    head, checked = head_stage(config.stages, config.data.augment), without_models(config)
     check(checked, launch.world_size)
     set_rounding(tf32=config.tf32, deterministic=config.deterministic)
     with StopSignal() as stop, init_distributed(launch, config.distributed) as info:
@@ -213,7 +213,7 @@ def named_models(grid: GridConfig, config: Config) -> tuple[list[str], ModelConf
 
 def without_models(config: Config) -> Config:
     """What is checked once: the models are checked one by one, and of the stages only that whose heads are compared."""
-    model, stages = ModelConfig("resnet18", "none"), dict([head_stage(config.stages)])
+    model, stages = ModelConfig("resnet18", "none"), dict([head_stage(config.stages, config.data.augment)])
     return replace(config, model=model, stages=stages, run_dir=None)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from distil_tl.config.compiler import compiler_problem
 from distil_tl.config.sections import Config
-from distil_tl.data.augmentation import Augment
+from distil_tl.data.augmentation import Augment, augment_text
 from distil_tl.data.config import (
+    DataConfig,
     evaluation_problems,
     fitting_world_sizes,
     root_problems,
@@ -126,14 +127,14 @@ def _section_problems(config: Config) -> Iterator[str]:
     for name, stage in config.stages.items():
         yield from stage.problems(name, hflip=config.data.hflip)
         searched = stage.search.wanted and stage.epochs != 0 and not stage.mixes
-        if searched and not wants_features(stage, stage.augment or config.data.augment):
+        if searched and not wants_features(stage, config.augment_of(stage)):
             yield (
-                f"stages.{name}.search needs a stage that trains on features: set unfreeze=head, and features=on or "
-                f"views=N where images are augmented; or remove the search"
+                f"stages.{name}.search needs a stage that trains on features: set unfreeze=head, and augment=none, "
+                f"features=on or views=N where images are augmented; or remove the search"
             )
         is_other = stage.head in BUILT_HEADS and stage.head != network_head(config.stages)  # which is refused below
         if stage.head in FITTED_HEADS and stage.epochs != 0 and not stage.mixes and not is_other:
-            yield from _unfit_for_features(f"stages.{name}", stage, stage.augment or config.data.augment)
+            yield from _unfit_for_features(f"stages.{name}", stage, config.augment_of(stage))
         if stage.epochs != 0 and (problem := balance_problem(f"stages.{name}.head", [stage.head], config.data.balance)):
             yield problem
         if searched and stage.search.prefer == "regularized" and config.metric == "loss":
@@ -162,3 +163,15 @@ def hints(config: Config) -> Iterator[str]:
     """Values that have no effect, where somebody may expect one."""
     if config.compile_mode != "default" and config.compile == "none":
         yield f"compile_mode={config.compile_mode} has no effect with compile=none; set compile=prefix or compile=all"
+    for name, stage in config.stages.items():
+        if stage.epochs != 0 and (stage.views or 1) > 1 and config.augment_of(stage) == "none":
+            yield (
+                f"stages.{name}.views={stage.views} has no effect, as nothing is augmented and all views are equal; "
+                f"set stages.{name}.augment, as to light"
+            )
+    trained = [stage for stage in config.stages.values() if stage.epochs != 0]
+    if config.data.augment not in ("none", DataConfig().augment) and all(stage.augment for stage in trained):
+        yield (
+            f"data.augment={augment_text(config.data.augment)} has no effect, as each stage that is trained has an "
+            f"augmentation of its own; set stages.NAME.augment"
+        )

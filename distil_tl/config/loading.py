@@ -23,7 +23,7 @@ from distil_tl.data.config import (
 )
 from distil_tl.models.config import resolve_weights
 from distil_tl.models.names import OWN_SEPARATOR, OWN_VARIABLE
-from distil_tl.rundir.changes import EARLIER_DEFAULTS, is_free_on_resume, new_keys
+from distil_tl.rundir.changes import earlier_defaults, is_free_on_resume, new_keys
 from distil_tl.training.config import (
     StageConfig,
 )
@@ -141,9 +141,8 @@ def _keep_older_values(config: Config, schema: DictConfig, older: Path, given: C
     for key, before in new_keys(config.stages).items():
         if key not in known and key not in given:
             OmegaConf.update(schema, key, before)
-    for key, before in EARLIER_DEFAULTS.items():
-        exists = not key.startswith("stages.") or key.split(".")[1] in config.stages
-        if known.get(key) == before and key not in given and exists:
+    for key, before in earlier_defaults(known, given).items():
+        if not key.startswith("stages.") or key.split(".")[1] in config.stages:
             OmegaConf.update(schema, key, before)
 
 

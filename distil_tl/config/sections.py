@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from distil_tl.data.config import (
-    DataConfig,
-)
+from distil_tl.data.augmentation import Augment, effective
+from distil_tl.data.config import DataConfig
 from distil_tl.distributed.config import DistributedConfig
 from distil_tl.models.config import ModelConfig
 from distil_tl.rundir.config import CheckpointConfig
 from distil_tl.tracking.config import TrackingConfig
-from distil_tl.training.config import (
-    OptimConfig,
-    StageConfig,
-    default_stages,
-)
+from distil_tl.training.config import OptimConfig, StageConfig, default_stages
 
 
 @dataclass
@@ -39,3 +34,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def augment_of(self, stage: StageConfig) -> Augment:
+        """The augmentation of a stage, `none` if nothing is left of it."""
+        return effective(stage.augment or self.data.augment, hflip=self.data.hflip)

@@ -61,6 +61,11 @@ def augment_steps(augment: Augment, *, hflip: bool) -> list[Step]:
     return sorted(map(_parse, augment), key=lambda step: step.name != "crop")
 
 
+def effective(augment: Augment, *, hflip: bool) -> Augment:
+    """The augmentation, or `none` where it has no step, as `flip` has none without `data.hflip`."""
+    return "none" if isinstance(augment, str) and not augment_steps(augment, hflip=hflip) else augment
+
+
 def augment_text(augment: Any) -> str:
     """An augmentation as a person writes it."""
     return f"[{','.join(map(str, augment))}]" if isinstance(augment, list) else str(augment)

@@ -78,7 +78,7 @@ class DataConfig:
     image_size: int | None = None  # pixels; null: that of the pretrained weights
     workers: int | None = None  # loader processes per rank; null: from the number of available CPUs
     prefetch_mib: int = 2048  # MiB of batches that a rank loads ahead, for training and again for evaluation
-    crop_mode: str = "auto"  # from an image to a square, not augmented: auto | weights | center | squash | border
+    crop_mode: str = "auto"  # to a square, without a random crop: auto | weights | center | squash | border
     crop_pct: float | None = None  # share of the resized sides that is kept; null: as for the weights, else 1
     augment: Any = "flip"  # none | flip | light | strong | a list of steps, as in [crop(0.3),hflip,trivial,erasing]
     hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class

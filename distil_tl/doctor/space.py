@@ -56,11 +56,15 @@ def judge_features(
     model: ModelFound,
     images: ImagesFound,
     stages: Mapping[str, StageConfig],
-    augment: Augment,
+    augments: Mapping[str, Augment],
 ) -> None:
-    """A line about the space for cached features of the stages that train the head alone; others need more."""
+    """A line about the space for cached features of the stages that train the head alone; others need more.
+
+    Args:
+        augments: the augmentation of each stage.
+    """
     for name, stage in stages.items():
-        wanted = stage.epochs != 0 and wants_features(stage, stage.augment or augment)
+        wanted = stage.epochs != 0 and wants_features(stage, augments[name])
         if not wanted or stage.unfreeze not in ("head", 1) or not images.images:
             continue
         count = images.images.get("train", 0) * (stage.views or 1) + images.images.get("val", 0)

@@ -57,7 +57,7 @@ def look_at_model(
     *,
     classes: int,
     image_size: int | None,
-    augment: Augment,
+    augments: Mapping[str, Augment],
 ) -> ModelFound:
     """Build the model without memory for its weights, and check the stages against it.
 
@@ -84,7 +84,7 @@ def look_at_model(
     for name, stage in stages.items():
         if stage.epochs == 0:
             continue
-        features = ", on cached features if possible" if wants_features(stage, stage.augment or augment) else ""
+        features = ", on cached features if possible" if wants_features(stage, augments[name]) else ""
         report.ok(
             GROUP, f"stages.{name}", f"{'epochs: auto' if stage.epochs == AUTO else f'{stage.epochs} epochs'}, "
             f"{trainable[name] / 1e6:.2f} million parameters{features}",

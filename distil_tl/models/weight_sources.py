@@ -38,7 +38,19 @@ class WeightsInfo:
 def load_weights(
     config: ModelConfig, module: nn.Module, head: tuple[str, ...], skip: tuple[str, ...], seed: int
 ) -> WeightsInfo:
-    """Load the weights into all layers but those at `skip`, unless they are there already. Returns their source."""
+    """Load the weights, unless they are there already.
+
+    Args:
+        head: paths of the layers that are the new head.
+        skip: paths of the layers that keep what they have: the head and auxiliary classifiers.
+        seed: of random numbers that a network draws while it gets its weights.
+
+    Returns:
+        Their source.
+
+    Raises:
+        UserError: they can't be read, or don't fit the network.
+    """
     state, info = _read_weights(config, module, head)
     if state is None:
         return info

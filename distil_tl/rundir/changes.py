@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,17 @@ EARLIER_DEFAULTS: dict[str, Any] = {
     "stages.full.lr": 3e-4,
     "stages.full.layer_decay": 0.9,
 }
+
+
+def earlier_defaults(then: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The values of keys with another default now that a configuration has, and that are not given anew.
+
+    Args:
+        then: its values by dotted key.
+        given: dotted keys.
+    """
+    return {key: value for key, value in EARLIER_DEFAULTS.items()
+            if key in then and then[key] == value and key not in given}  # fmt: skip
 
 
 def new_keys(stages: Iterable[str]) -> dict[str, Any]:

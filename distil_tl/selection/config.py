@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from distil_tl.data.augmentation import Augment
 from distil_tl.data.config import CROP_MODES
 from distil_tl.models.names import READOUTS
 from distil_tl.training.auto_rules import auto_layer_decay, auto_lr
@@ -116,17 +117,20 @@ def trains_head(stage: StageConfig) -> bool:
     return stage.epochs != 0 and stage.trains_head
 
 
-def head_stage(stages: dict[str, StageConfig]) -> tuple[str, StageConfig]:
+def head_stage(stages: dict[str, StageConfig], augment: Augment = "none") -> tuple[str, StageConfig]:
     """The stage whose heads are compared, with its name: the first one if it trains the head alone, else a new one.
 
     It trains on features, with a grid of settings if it has none.
+
+    Args:
+        augment: of its views, if the stage names no augmentation.
     """
     name, first = next(iter(stages.items()))
     if not trains_head(first):
         name = "head" if "head" not in stages else "selected_head"
         first = StageConfig(unfreeze="head", epochs=HEAD_EPOCHS)
     search = first.search if first.search.wanted else SearchConfig(list(HEAD_LR), list(HEAD_WEIGHT_DECAY))
-    augment = "none" if first.views is None else first.augment
+    augment = "none" if first.views is None else first.augment or augment
     lr = auto_lr(None, 0) if first.lr == AUTO else first.lr  # as for a first stage that is trained
     decay = auto_layer_decay(None, 0) if first.layer_decay == AUTO else first.layer_decay
     return name, replace(

@@ -200,14 +200,17 @@ def test_the_configuration_of_a_selection_is_trained_with_each_seed(
     monkeypatch.setattr(runs, "select", select)
     monkeypatch.setattr(runs, "train", train)
     root = make_images(tmp_path / "data", {"train": {"a": 3, "b": 3}, "val": {"a": 2, "b": 2}})
-    command = ["--task", f"t={root}", "--recipes", "select", "--seeds", "2", "--out", str(tmp_path / "out")]
+    out = tmp_path / "out"
+    command = ["--task", f"t={root}", "--recipes", "select", "--seeds", "2", "--forms", "small", "--out", str(out)]
     assert recipes.main(command) == 0
     (arguments,) = selected
     assert "sizes=[128,192]" in arguments
     assert not [word for word in arguments if word.startswith(("model.name", "data.image_size", "seed", "loop"))]
-    best = str(tmp_path / "out" / "t-full" / "select" / "select" / "best.yaml")
-    assert [words[:2] for words in trained] == [[best, "seed=0"], [best, "seed=1"]]
-    found = json.loads((tmp_path / "out" / "recipes.json").read_text())["runs"]
+    best = str(out / "t-small" / "select" / "select" / "best.yaml")
+    assert [words[:3] for words in trained] == [
+        [best, f"seed={seed}", f"data.root={out}/data/t-small-{seed}"] for seed in (0, 1)
+    ], "each seed has its own images"
+    found = json.loads((out / "recipes.json").read_text())["runs"]
     assert [row["seconds"] for row in found] == [9.0, 9.0]
 
 

@@ -62,13 +62,13 @@ def test_space_for_features_and_checkpoints(tmp_path: Path) -> None:
     folder, images = FolderFacts(str(tmp_path), str(tmp_path), None, 10 << 20), ImagesFound(3, {"train": 10_000})
     head = StageConfig(unfreeze="head", features="on")
     report = Report()
-    space.judge_features(report, folder, MODEL, images, {"head": head}, "none")
+    space.judge_features(report, folder, MODEL, images, {"head": head}, {"head": "none"})
     assert found(report, FAIL)[0].startswith("disk/stages.head: 10 MiB free for 19.5 MiB of features in ")
     report = Report()
-    space.judge_features(report, folder, MODEL, images, {"head": StageConfig(unfreeze="head")}, "none")
+    space.judge_features(report, folder, MODEL, images, {"head": StageConfig(unfreeze="head")}, {"head": "none"})
     assert "else the frozen part runs in each epoch" in found(report, WARN)[0]
     report = Report()
-    space.judge_features(report, folder, MODEL, images, {"head": StageConfig(unfreeze="head")}, "light")
+    space.judge_features(report, folder, MODEL, images, {"head": StageConfig(unfreeze="head")}, {"head": "light"})
     assert report.lines == []
 
     space.judge_checkpoints(report, folder, MODEL, OptimConfig(), 2, {})

@@ -355,6 +355,12 @@ def test_a_stage_that_has_not_begun_may_change_freely(run_dir: Path, small: list
     same_result(run_dir, tmp_path / "whole")
 
 
+def test_only_what_a_configuration_has_is_an_earlier_default() -> None:
+    then = {"stages.full.lr": 3e-4, "prefer_last": True, "data.augment": "light"}
+    assert earlier_defaults(then, ["data.augment"]) == {"stages.full.lr": 3e-4}, "it has no stage head"
+    assert earlier_defaults({"stages.head.augment": None}, []) == {"stages.head.augment": None}
+
+
 def test_a_run_keeps_a_default_of_earlier_versions(tmp_path: Path) -> None:
     """Unless the command gives the key, or the run had another value."""
     command = ["model.name=resnet18", "model.weights=none", f"run_dir={tmp_path}"]
@@ -371,6 +377,8 @@ def test_a_run_keeps_a_default_of_earlier_versions(tmp_path: Path) -> None:
     for recipe in ([], ["recipe=standard"]):
         config = load([*command, "data.root=x", *recipe])[0]
         assert (config.data.augment, config.stages["head"].augment) == ("light", None)
+    (tmp_path / "config.yaml").write_text("stages: {full: {}}")
+    assert load(command)[0].stages["head"].augment == "none", "the run had no such stage"
     (tmp_path / "config.yaml").write_text("stages: {full: {lr: 3e-4}}")
     (tmp_path / "own.yaml").write_text("data: {root: null}\nstages: {head: {unfreeze: head}}")
     assert list(load([str(tmp_path / "own.yaml"), *command])[0].stages) == ["head"]

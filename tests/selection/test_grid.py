@@ -81,6 +81,7 @@ def test_the_heads_are_those_of_the_first_stage_if_it_trains_the_head_alone() ->
     assert (name, stage.epochs, stage.search.lr, stage.image_size) == ("probe", 4, [0.5], None)
     assert (stage.features, stage.augment) == ("on", "none")
     assert head_stage({"probe": replace(own, views=2)})[1].augment == "light"
+    assert head_stage({"probe": replace(own, views=2, augment=None)}, "strong")[1].augment == "strong"
     assert head_stage({"probe": replace(own, lr="auto")})[1].lr == 3e-4, "a number, for a grid of weight decays"
     for stages in ({"full": StageConfig()}, {"head": replace(own, epochs=0)}):
         name, stage = head_stage(stages)

@@ -117,9 +117,8 @@ def test_other_heads_cannot_be_replaced(name: str, what: str) -> None:
 
 def test_doctor_counts_such_a_head() -> None:
     stages = {"head": StageConfig(unfreeze="head", head="mlp")}
-    found = look_at_model(
-        Report(), ModelConfig(SMALLEST, "none"), stages, classes=3, image_size=32, augment="none"
-    )  # fmt: skip
+    model = ModelConfig(SMALLEST, "none")
+    found = look_at_model(Report(), model, stages, classes=3, image_size=32, augments={"head": "none"})
     assert (found.head_width, found.trainable) == (96, 97 * HIDDEN + (HIDDEN + 1) * 3)
 
 
