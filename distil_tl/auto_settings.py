@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from distil_tl.data.augmentation import auto_augment
 from distil_tl.data.config import auto_batch_size
 from distil_tl.data.index import Index
 from distil_tl.data.proportions import crop_for, typical_ratio
@@ -87,31 +88,43 @@ def settle_auto(
     return config, found
 
 
-def settle_crop(
+def settle_views(
     info: DistInfo, config: Config, train: Index, state: Mapping[str, Any]
 ) -> tuple[Config, dict[str, str]]:
-    """The configuration with a mode in place of `data.crop_mode=auto`, and the mode by key. A collective.
+    """The configuration with values in place of `auto` for `data.crop_mode` and `data.augment`, and these by key.
 
-    It depends on the proportions of the training images, which rank 0 looks at. A run that is resumed keeps its mode.
+    They depend on the proportions of the training images, which rank 0 looks at. A run that is resumed keeps its own.
+    A collective.
 
     Args:
         state: of the run that is resumed, as in state.json; empty if there is none.
     """
-    key = "data.crop_mode"
-    if config.data.crop_mode != AUTO:
-        return config, {}
-    mode = state.get("resolved", {}).get(key)
-    if mode is None:
-        ratio = on_rank_zero(info, "looking at the images", lambda: typical_ratio(train))
-        mode = crop_for(ratio)
-        if ratio is None:
-            logger.warning("auto: %s=%s, as no image that was looked at has a readable header", key, mode)
-        elif mode != "weights":
-            logger.info(
-                "auto: %s=%s, as the longer side of the training images is %.2f times the shorter one; "
-                "%s=weights cuts out their centre", key, mode, ratio, key,
-            )  # fmt: skip
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, crop_mode=mode)), {key: mode}
+    data, saved, found = config.data, state.get("resolved", {}), dict[str, str]()
+    if data.crop_mode == AUTO:
+        key = "data.crop_mode"
+        found[key] = saved[key] if key in saved else _crop(info, train)
+        data = dataclasses.replace(data, crop_mode=found[key])
+    if data.augment == AUTO:
+        key = "data.augment"
+        found[key] = saved[key] if key in saved else auto_augment(data.crop_mode)
+        data = dataclasses.replace(data, augment=found[key])
+        if found[key] == "flip" and key not in saved:
+            logger.info("auto: %s=flip, without random crops, as data.crop_mode=%s", key, data.crop_mode)
+    return dataclasses.replace(config, data=data), found
+
+
+def _crop(info: DistInfo, train: Index) -> str:
+    """The mode by the proportions of the images, with a line that says why it is another one than `weights`."""
+    ratio = on_rank_zero(info, "looking at the images", lambda: typical_ratio(train))
+    mode = crop_for(ratio)
+    if ratio is None:
+        logger.warning("auto: data.crop_mode=%s, as no image that was looked at has a readable header", mode)
+    elif mode != "weights":
+        logger.info(
+            "auto: data.crop_mode=%s, as the longer side of the training images is %.2f times the shorter one; "
+            "data.crop_mode=weights cuts out their centre", mode, ratio,
+        )  # fmt: skip
+    return mode
 
 
 def _is_fit(config: Config, key: str) -> bool:

@@ -14,7 +14,7 @@ from PIL import Image
 from distil_tl import auto_settings
 from distil_tl import run as run_module
 from distil_tl import train as train_module
-from distil_tl.auto_settings import auto_problem, resolve_auto, settle_auto, settle_crop
+from distil_tl.auto_settings import auto_problem, resolve_auto, settle_auto, settle_views
 from distil_tl.config import load, problems
 from distil_tl.data.config import DataConfig, auto_batch_size
 from distil_tl.data.scan import scan
@@ -113,7 +113,9 @@ def test_a_run_on_other_ranks_keeps_the_numbers_of_its_beginning(
         assert main(args) == 1
     assert "auto: data.global_batch_size=8, stages.head.epochs=2 (52 training images)" in capsys.readouterr().out
     state = json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())
-    resolved = {"data.global_batch_size": 8, "stages.head.epochs": 2, "data.crop_mode": "weights"}
+    resolved = {
+        "data.global_batch_size": 8, "stages.head.epochs": 2, "data.crop_mode": "weights", "data.augment": "light"
+    }  # fmt: skip
     assert state["run"]["resolved"] == resolved
 
     monkeypatch.setattr(auto_settings, "auto_batch_size", lambda images: 4)  # a newer version with another rule
@@ -134,12 +136,15 @@ def test_the_crop_depends_on_the_proportions(tmp_path: Path, size: tuple[int, in
     (tmp_path / "images/train/0/damaged.png").write_bytes(b"not an image")
     config, _ = load(["model.name=resnet18", "model.weights=none", f"data.root={tmp_path}/images"])
     train = scan(tmp_path / "images" / "train")
-    assert settle_crop(ALONE, config, train, {})[1] == {"data.crop_mode": mode}
-    saved = {"resolved": {"data.crop_mode": "border"}}
-    now, found = settle_crop(ALONE, config, train, saved)
-    assert (now.data.crop_mode, found) == ("border", {"data.crop_mode": "border"})
-    config.data.crop_mode = "center"
-    assert settle_crop(ALONE, config, train, saved) == (config, {})
+    augment = "flip" if mode == "squash" else "light"
+    assert settle_views(ALONE, config, train, {})[1] == {"data.crop_mode": mode, "data.augment": augment}
+    saved = {"resolved": {"data.crop_mode": "border", "data.augment": "strong"}}
+    now, found = settle_views(ALONE, config, train, saved)
+    assert (now.data.crop_mode, now.data.augment, found) == ("border", "strong", saved["resolved"])
+    config.data.crop_mode = "squash"
+    assert settle_views(ALONE, config, train, {})[1] == {"data.augment": "flip"}
+    config.data.augment = "light"
+    assert settle_views(ALONE, config, train, saved) == (config, {})
 
 
 def test_all_ranks_have_the_crop_that_rank_0_chose(tmp_path: Path) -> None:
@@ -164,7 +169,7 @@ def test_the_crop_that_auto_chose_is_that_of_the_run(
     monkeypatch.setattr(auto_settings, "crop_for", lambda ratio: "squash")
     assert main([*args, "stages.full.epochs=0"]) == 0
     assert "auto: data.crop_mode=squash" in capsys.readouterr().out
-    assert summary_of(run_dir)["resolved"] == {"data.crop_mode": "squash"}
+    assert summary_of(run_dir)["resolved"]["data.crop_mode"] == "squash"
     assert restore_model(run_dir).model.preprocess.crop_mode == "squash"
     changed = restore_model(run_dir, overrides=["data.crop_pct=0.5"]).model.preprocess
     assert (changed.crop_mode, changed.crop_pct) == ("squash", 0.5)

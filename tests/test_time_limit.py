@@ -77,7 +77,8 @@ def test_a_limited_run_is_the_same_as_one_with_these_epochs(small: list[str], tm
     stages = summary_of(run_dir)["stages"]
     assert {name: stage["epochs"] for name, stage in stages.items()} == {"head": 4, "full": 2}
     assert stages["full"]["limit"]["configured"] == 6
-    resolved = {"stages.head.epochs": 4, "stages.full.epochs": 2, "data.crop_mode": "weights"}
+    views = {"data.crop_mode": "weights", "data.augment": "light"}
+    resolved = {"stages.head.epochs": 4, "stages.full.epochs": 2, **views}
     assert summary_of(run_dir)["resolved"] == resolved
     given = [*small, *LONG, "stages.head.epochs=4", "stages.full.epochs=2", f"run_dir={tmp_path}/given"]
     assert run_ranks(2, train, given) == [0, 0]

@@ -44,7 +44,6 @@ RECIPES: dict[str, list[str]] = {
     "mixup": ["default", "stages.full.mixup=0.2"],
     "cutmix": ["default", "stages.full.cutmix=1"],
     "mixup-and-cutmix": ["default", "stages.full.mixup=0.2", "stages.full.cutmix=1", "stages.full.mix_off_epochs=1"],
-    "flip": ["default", "stages.head.augment=none", "data.augment=flip"],
     "strong": ["default", "stages.full.augment=strong"],
     "erasing": ["default", "stages.full.augment=[crop(0.5),hflip,erasing(0.25)]"],
     "color": ["default", "stages.full.augment=[crop(0.5),hflip,color(0.4)]"],

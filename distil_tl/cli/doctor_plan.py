@@ -15,7 +15,7 @@ from distil_tl import config as configuration
 from distil_tl.auto_settings import auto_problem, describe_auto, resolve_auto
 from distil_tl.cli.doctor_slurm import judge_slurm
 from distil_tl.config import Config
-from distil_tl.data.augmentation import Augment
+from distil_tl.data.augmentation import Augment, auto_augment
 from distil_tl.data.config import DataConfig, default_workers
 from distil_tl.data.index import Index
 from distil_tl.data.loader import plan_batches
@@ -212,8 +212,13 @@ def judge_auto(report: Report, plan: Plan, images: ImagesFound) -> None:
         return
     _, found = resolve_auto(plan.config, count, {})
     index = images.indexes.get("train")
-    mode = "weights" if index is None or plan.config.data.crop_mode != AUTO else crop_for(typical_ratio(index))
-    shown = found if mode == "weights" else {**found, "data.crop_mode": mode}
+    data, shown = plan.config.data, dict[str, Any](found)
+    mode = data.crop_mode
+    if mode == AUTO:
+        mode = "weights" if index is None else crop_for(typical_ratio(index))
+        shown |= {} if mode == "weights" else {"data.crop_mode": mode}
+    if data.augment == AUTO and auto_augment(mode) == "flip":
+        shown["data.augment"] = "flip"
     if problem := auto_problem(found, count, plan.world_size):
         report.fail(GROUP, "auto", problem)
     elif shown:

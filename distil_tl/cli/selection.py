@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.auto_settings import settle_auto, settle_crop
+from distil_tl.auto_settings import settle_auto, settle_views
 from distil_tl.cli.selection_table import Live, headline, result_table
 from distil_tl.config import Config, check
 from distil_tl.data.splits import copy_to_local_disk, open_splits
@@ -43,6 +43,7 @@ from distil_tl.selection.pruning import prune
 from distil_tl.training.config import rank_by
 from distil_tl.training.precision import set_rounding
 from distil_tl.utils.args import plain
+from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import PreemptedError, UserError, listed
 from distil_tl.utils.files import write_atomic, write_json, writing
 from distil_tl.utils.job_outcome import SAVED, note
@@ -71,7 +72,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         splits = open_splits(info, config.data)
         settled, _ = settle_auto(checked, len(splits.train), {}, info.world_size)
         if not grid.crops:
-            settled, _ = settle_crop(info, settled, splits.train, {})
+            settled, _ = settle_views(info, settled, splits.train, {})
         stage = settled.stages[head[0]]
         common = Common(
             head[0], stage, model, settled.data, config.optim, config.metric, config.precision, config.seed,
@@ -214,7 +215,10 @@ def named_models(grid: GridConfig, config: Config) -> tuple[list[str], ModelConf
 def without_models(config: Config) -> Config:
     """What is checked once: the models are checked one by one, and of the stages only that whose heads are compared."""
     model, stages = ModelConfig("resnet18", "none"), dict([head_stage(config.stages, config.data.augment)])
-    return replace(config, model=model, stages=stages, run_dir=None)
+    data = config.data
+    if data.augment == AUTO:
+        data = replace(data, augment="none")  # the stage has its own
+    return replace(config, model=model, data=data, stages=stages, run_dir=None)
 
 
 def find_models(grid: GridConfig, config: Config) -> Found:

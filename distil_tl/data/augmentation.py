@@ -56,14 +56,24 @@ def augment_steps(augment: Augment, *, hflip: bool) -> list[Step]:
         hflip: `data.hflip`; without it, a preset does not mirror images.
     """
     if isinstance(augment, str):
-        steps = [_parse(text) for text in PRESETS.get(augment, [])]
+        steps = [] if augment == "none" else [_parse(text) for text in PRESETS[augment]]
         return [step for step in steps if hflip or step.name != "hflip"]
     return sorted(map(_parse, augment), key=lambda step: step.name != "crop")
 
 
 def effective(augment: Augment, *, hflip: bool) -> Augment:
     """The augmentation, or `none` where it has no step, as `flip` has none without `data.hflip`."""
-    return "none" if isinstance(augment, str) and not augment_steps(augment, hflip=hflip) else augment
+    is_preset = isinstance(augment, str) and augment in PRESETS
+    return "none" if is_preset and not augment_steps(augment, hflip=hflip) else augment
+
+
+def auto_augment(crop_mode: str) -> str:
+    """What `data.augment=auto` is for a resolved `data.crop_mode`.
+
+    Random crops show parts of images in their own proportions. Where evaluation squashes whole images, these are no
+    views of the same kind, and cost accuracy (docs/recipes.md).
+    """
+    return "flip" if crop_mode == "squash" else "light"
 
 
 def augment_text(augment: Any) -> str:
@@ -77,10 +87,11 @@ def augment_problem(augment: Any, key: str, *, hflip: bool = True) -> str | None
     Args:
         hflip: `data.hflip`.
     """
-    if isinstance(augment, str) and augment in AUGMENTATIONS:
+    named = (*(["auto"] if key == "data.augment" else []), *AUGMENTATIONS)
+    if isinstance(augment, str) and augment in named:
         return None
     if not isinstance(augment, list):
-        choices = f"choose one of {', '.join(AUGMENTATIONS)}, or a list of steps such as {EXAMPLE}"
+        choices = f"choose one of {', '.join(named)}, or a list of steps such as {EXAMPLE}"
         if isinstance(augment, str) and augment.partition("(")[0] in KINDS:
             choices = f"a step is written in a list: {key}=[{augment}]"
         return f"{key} is {augment!r}; {choices}"

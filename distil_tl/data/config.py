@@ -80,7 +80,7 @@ class DataConfig:
     prefetch_mib: int = 2048  # MiB of batches that a rank loads ahead, for training and again for evaluation
     crop_mode: str = "auto"  # to a square, without a random crop: auto | weights | center | squash | border
     crop_pct: float | None = None  # share of the resized sides that is kept; null: as for the weights, else 1
-    augment: Any = "flip"  # none | flip | light | strong | a list of steps, as in [crop(0.3),hflip,trivial,erasing]
+    augment: Any = AUTO  # auto | none | flip | light | strong | a list of steps, as in [crop(0.3),hflip,trivial]
     hflip: bool = True  # whether augmentation may mirror an image; false if that changes its class
     balance: str = "none"  # of classes of unequal size: none | sampler | weights | logit_adjust | effective_number
     on_bad_image: str = "error"  # error: stop with an error | skip: do not train on it, and list it in summary.json

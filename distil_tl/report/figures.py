@@ -75,7 +75,7 @@ def settings(run: Run) -> list[tuple[str, str]]:
     config = run.settings
     data, model, optim = (mapping(config, key) for key in ("data", "model", "optim"))
     resolved = mapping(run.summary, "resolved")
-    crop = resolved.get("data.crop_mode", data.get("crop_mode"))
+    crop, augment = (resolved.get(f"data.{key}", data.get(key)) for key in ("crop_mode", "augment"))
     shown = [
         ("Model", model.get("name")),
         ("Weights", str(model.get("weights", "")).rpartition("/")[2]),
@@ -84,7 +84,7 @@ def settings(run: Run) -> list[tuple[str, str]]:
         ("Crop", crop if crop != "weights" else None),
         ("Kept of the sides", data.get("crop_pct")),
         ("Batch", resolved.get("data.global_batch_size", data.get("global_batch_size"))),
-        ("Augmentation", data.get("augment") and augment_text(data["augment"])),
+        ("Augmentation", augment and augment_text(augment)),
         ("Balance", data.get("balance") if data.get("balance") != "none" else None),
         ("Optimizer", optim.get("name")),
         ("Weight decay", optim.get("weight_decay")),

@@ -130,7 +130,7 @@ def head_stage(stages: dict[str, StageConfig], augment: Augment = "none") -> tup
         name = "head" if "head" not in stages else "selected_head"
         first = StageConfig(unfreeze="head", epochs=HEAD_EPOCHS)
     search = first.search if first.search.wanted else SearchConfig(list(HEAD_LR), list(HEAD_WEIGHT_DECAY))
-    augment = "none" if first.views is None else first.augment or augment
+    augment = "none" if first.views is None else first.augment or ("light" if augment == AUTO else augment)
     lr = auto_lr(None, 0) if first.lr == AUTO else first.lr  # as for a first stage that is trained
     decay = auto_layer_decay(None, 0) if first.layer_decay == AUTO else first.layer_decay
     return name, replace(

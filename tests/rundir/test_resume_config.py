@@ -20,6 +20,7 @@ from distil_tl.config import load
 from distil_tl.data import pixels
 from distil_tl.data.scan import scan
 from distil_tl.data.splits import Splits
+from distil_tl.rundir.changes import earlier_defaults
 from distil_tl.rundir.opening import look_for_start
 from distil_tl.rundir.start import Start
 from distil_tl.train import main
@@ -225,7 +226,7 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
         "data.image_size: was 32, now 40",
         "data.crop_mode: was 'auto', now 'squash'",
         "data.crop_pct: was null, now 0.9",
-        "data.augment: was 'flip', now 'none'",
+        "data.augment: was 'auto', now 'none'",
         "data.hflip: was true, now false",
         "model.name: was 'timm/test_resnet', now 'shufflenet_v2_x1_0'",
         "optim.name: was 'sgd', now 'adamw'",
@@ -239,7 +240,7 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
         "stages.head.unfreeze: was 'head', now 2",
         "stages.head.layer_decay: was 1.0, now 0.5",
         "stages.head.batch_norm: was 'frozen', now 'train'",
-        "stages.head.augment: was null, now 'none'",
+        "stages.head.augment: was 'none', now 'light'",
         "stages.head.image_size: was null, now 40",
     ],
 )
@@ -287,7 +288,7 @@ def test_more_epochs_are_refused_with_the_way_that_exists(
 
 
 STAGES = {
-    "head": "head: {unfreeze: head, epochs: 1, lr: 0.01, layer_decay: 1.0}",
+    "head": "head: {unfreeze: head, epochs: 1, lr: 0.01, layer_decay: 1.0, augment: none}",
     "full": "full: {unfreeze: 2, epochs: 2, lr: 0.001, layer_decay: 0.9}",
     "warm": "warm: {unfreeze: head, epochs: 1}",
     "idle": "idle: {unfreeze: head, epochs: 0}",
