@@ -197,7 +197,9 @@ def test_fewer_images_than_a_batch(tmp_path: Path, small: list[str], capsys: pyt
 
 def test_the_learning_rate_follows_from_the_accuracy_before() -> None:
     assert auto_lr(None, 10) == auto_lr(0.99, 10) == auto_lr(0.73, 10) == 3e-4, "nothing is known, or much was learned"
-    assert auto_lr(0.1, 10) == auto_lr(0.55, 10) == auto_lr(0.0, 10) == 1e-3
+    assert auto_lr(0.28, 10) == auto_lr(0.4, 10) == auto_lr(0.55, 10) == 1e-3
+    assert auto_lr(0.19, 10) == auto_lr(0.1, 10) == auto_lr(0.0, 10) == 5e-4, "next to nothing was learned"
+    assert 5e-4 < auto_lr(0.235, 10) < 1e-3
     middle = auto_lr(0.64, 10)
     assert middle == pytest.approx((3e-4 * 1e-3) ** 0.5, rel=0.01), "halfway, geometrically"
     assert auto_lr(0.8, 2) == middle, "of two classes a random choice gets half"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
+
 AUTO_STEPS, MIN_AUTO_EPOCHS, MAX_AUTO_EPOCHS = 600, 2, 50  # of a stage with `epochs: auto`
-# `auto`: the lowest and the highest, and the skill (0: as a random choice, 1: no error) at which they hold.
-AUTO_LR, AUTO_LAYER_DECAY, AUTO_SKILL = (3e-4, 1e-3), (0.9, 1.0), (0.7, 0.5)
+# What `auto` is by skill (0: as a random choice, 1: no error), with straight lines between; for `lr`, of its logarithm.
+AUTO_LR = ((0.1, 5e-4), (0.2, 1e-3), (0.5, 1e-3), (0.7, 3e-4))
+AUTO_LAYER_DECAY = ((0.5, 1.0), (0.7, 0.9))
 
 
 def auto_epochs(steps_per_epoch: int) -> int:
@@ -15,23 +20,26 @@ def auto_epochs(steps_per_epoch: int) -> int:
 def auto_lr(top1: float | None, classes: int) -> float:
     """What `lr: auto` is after a stage that reached `top1` on val (None: there was none). See docs/recipes.md.
 
-    The better the classes are told apart already, the less the layers below should change.
+    The better the classes are told apart already, the less the layers below should change. After a head that has
+    learned next to nothing the highest rate can end in a network with the same output for all images.
     """
-    low, high = AUTO_LR
-    share = _share(top1, classes)
-    return float(f"{low ** (1 - share) * high**share:.3g}")
+    return float(f"{math.exp(_at(_skill(top1, classes), [(skill, math.log(lr)) for skill, lr in AUTO_LR])):.3g}")
 
 
 def auto_layer_decay(top1: float | None, classes: int) -> float:
     """What `layer_decay: auto` is, in the same way: 1 where the lower layers have to change as much as the others."""
-    low, high = AUTO_LAYER_DECAY
-    return round(low + _share(top1, classes) * (high - low), 3)
+    return round(_at(_skill(top1, classes), AUTO_LAYER_DECAY), 3)
 
 
-def _share(top1: float | None, classes: int) -> float:
-    """From 0, where much was learned, to 1. A random choice has skill 0, so the number of classes does not matter."""
-    if top1 is None or classes < 2:
-        return 0.0
-    skill = (top1 - 1 / classes) / (1 - 1 / classes)
-    high, low = AUTO_SKILL
-    return min(1.0, max(0.0, (high - skill) / (high - low)))
+def _skill(top1: float | None, classes: int) -> float:
+    """A random choice has skill 0, so the number of classes does not matter; 1 if nothing is known."""
+    return 1.0 if top1 is None or classes < 2 else (top1 - 1 / classes) / (1 - 1 / classes)
+
+
+def _at(x: float, points: Sequence[tuple[float, float]]) -> float:
+    """The value at `x` on straight lines between points, in order of x; beyond them, that of the first or the last."""
+    for (left, before), (right, after) in itertools.pairwise(points):
+        if x < right:
+            share = max(0.0, (x - left) / (right - left))
+            return before + share * (after - before)
+    return points[-1][1]
