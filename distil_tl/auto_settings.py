@@ -104,9 +104,9 @@ def settle_views(
         key = "data.crop_mode"
         found[key] = saved[key] if key in saved else _crop(info, train)
         data = dataclasses.replace(data, crop_mode=found[key])
-    if data.augment == AUTO:
+    if data.augment == AUTO and any(stage.epochs != 0 and stage.augment is None for stage in config.stages.values()):
         key = "data.augment"
-        found[key] = saved[key] if key in saved else auto_augment(data.crop_mode)
+        found[key] = saved[key] if key in saved else auto_augment(data.crop_mode, hflip=data.hflip)
         data = dataclasses.replace(data, augment=found[key])
         if found[key] == "flip" and key not in saved:
             logger.info("auto: %s=flip, without random crops, as data.crop_mode=%s", key, data.crop_mode)

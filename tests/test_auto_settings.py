@@ -143,6 +143,10 @@ def test_the_crop_depends_on_the_proportions(tmp_path: Path, size: tuple[int, in
     assert (now.data.crop_mode, now.data.augment, found) == ("border", "strong", saved["resolved"])
     config.data.crop_mode = "squash"
     assert settle_views(ALONE, config, train, {})[1] == {"data.augment": "flip"}
+    config.data.hflip = False
+    assert settle_views(ALONE, config, train, {})[1] == {"data.augment": "light"}, "else nothing would be augmented"
+    config.stages["full"].augment = "strong"
+    assert settle_views(ALONE, config, train, {})[1] == {}, "no stage has it"
     config.data.augment = "light"
     assert settle_views(ALONE, config, train, saved) == (config, {})
 

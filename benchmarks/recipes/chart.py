@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 215, 190  # pixels of a panel's plot
 LEFT, GAP, BOTTOM = 52, 52, 52
 COLUMNS = 4
 COLORS = ("#1f9bb8", "#3fa34d", "#8a63d2", "#3b6fd4", "#e8873a", "#b5541a", "#7a8590", "#d46ab0")  # on light and dark
-NOTE = "Top-1 on test images against seconds of training; a line joins the lowest and the highest seed."
+NOTES = ("Top-1 on test images, by seconds of a run.", "Lines: the lowest to the highest seed.")
 
 
 class Point(NamedTuple):
@@ -52,7 +52,7 @@ def draw(results: Sequence[dict[str, Any]]) -> str:
     lines = -(-len(panels) // columns)
     width = LEFT + columns * WIDTH + (columns - 1) * GAP + 24
     legend, top = _legend(colors, width)
-    height = top + lines * (HEIGHT + BOTTOM) + (lines - 1) * 24 + 20
+    height = top + lines * (HEIGHT + BOTTOM) + (lines - 1) * 24 + 36
     described = "; ".join(
         f"{task}: " + ", ".join(f"{point.recipe} {point.top1:.3f} in {point.seconds:.0f} s" for point in found)
         for task, found in panels.items()
@@ -65,7 +65,7 @@ def draw(results: Sequence[dict[str, Any]]) -> str:
             h("style", Markup(STYLE)),
             h("rect", class_="panel", x=0.5, y=0.5, width=width - 1, height=height - 1, rx=8),
             legend,
-            h("text", NOTE, class_="soft", x=LEFT, y=height - 16),
+            [h("text", note, class_="soft", x=LEFT, y=height - 32 + 18 * i) for i, note in enumerate(NOTES)],
             [_panel(task, found, colors, *_corner(i, columns, top)) for i, (task, found) in enumerate(panels.items())],
             xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width, height=height, role="img",
             aria_labelledby="title desc", font_family="system-ui, -apple-system, 'Segoe UI', sans-serif", font_size=12,

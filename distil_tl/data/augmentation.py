@@ -67,13 +67,14 @@ def effective(augment: Augment, *, hflip: bool) -> Augment:
     return "none" if is_preset and not augment_steps(augment, hflip=hflip) else augment
 
 
-def auto_augment(crop_mode: str) -> str:
-    """What `data.augment=auto` is for a resolved `data.crop_mode`.
+def auto_augment(crop_mode: str, *, hflip: bool) -> str:
+    """What `data.augment=auto` is for a resolved `data.crop_mode`, and `data.hflip`.
 
     Random crops show parts of images in their own proportions. Where evaluation squashes whole images, these are no
-    views of the same kind, and cost accuracy (docs/recipes.md).
+    views of the same kind, and cost accuracy (docs/recipes.md). Where images may not be mirrored, flips are no
+    augmentation.
     """
-    return "flip" if crop_mode == "squash" else "light"
+    return "flip" if crop_mode == "squash" and hflip else "light"
 
 
 def augment_text(augment: Any) -> str:
@@ -92,9 +93,11 @@ def augment_problem(augment: Any, key: str, *, hflip: bool = True) -> str | None
         return None
     if not isinstance(augment, list):
         choices = f"choose one of {', '.join(named)}, or a list of steps such as {EXAMPLE}"
+        choices += "" if key == "data.augment" else ", or null for that of data.augment"
         if isinstance(augment, str) and augment.partition("(")[0] in KINDS:
             choices = f"a step is written in a list: {key}=[{augment}]"
-        return f"{key} is {augment!r}; {choices}"
+        hint = did_you_mean(augment, named) if isinstance(augment, str) else ""
+        return f"{key} is {augment!r}{hint}; {choices}"
     if not augment:
         return f"{key} is an empty list; write {key}=none"
     names = [str(item).partition("(")[0] for item in augment]

@@ -70,6 +70,15 @@ def _images(run: Run) -> str:
     return ", ".join(filter(None, (root.name, table)))
 
 
+def _augmentation(stages: dict[str, Any], general: Any) -> str | None:
+    """That of all stages, or of each by name if they differ."""
+    own = {name: stage.get("augment") or general for name, stage in stages.items() if stage.get("epochs") != 0}
+    texts = {name: augment_text(augment) for name, augment in own.items() if augment}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{name} {text}" for name, text in texts.items()) or None
+
+
 def settings(run: Run) -> list[tuple[str, str]]:
     """The settings that matter most, by name."""
     config = run.settings
@@ -84,7 +93,7 @@ def settings(run: Run) -> list[tuple[str, str]]:
         ("Crop", crop if crop != "weights" else None),
         ("Kept of the sides", data.get("crop_pct")),
         ("Batch", resolved.get("data.global_batch_size", data.get("global_batch_size"))),
-        ("Augmentation", augment and augment_text(augment)),
+        ("Augmentation", _augmentation(mapping(config, "stages"), augment)),
         ("Balance", data.get("balance") if data.get("balance") != "none" else None),
         ("Optimizer", optim.get("name")),
         ("Weight decay", optim.get("weight_decay")),

@@ -183,6 +183,8 @@ class StageConfig:
             found.append(
                 f"{key} trains the whole network, so it can't use features; remove {key}.features and {key}.views"
             )
+        elif self.views is not None and self.features == "off":
+            found.append(f"{key}.views are of features, and {key}.features=off; remove one of them")
         found += self._mixing_problems(key)
         steps = {
             "search": self.search.wanted, "distill.teacher": self.distill.teacher, "mixup": self.mixup,

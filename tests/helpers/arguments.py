@@ -19,6 +19,7 @@ def small_args(folder: Path) -> list[str]:
         f"model.name={SMALLEST}",
         "model.weights=none",
         "stages.head.epochs=1",
+        "stages.head.augment=null",  # as data.augment; by default it trains on features
         "stages.full.epochs=2",
         "stages.head.lr=0.01",
         "stages.full.lr=0.001",

@@ -240,7 +240,7 @@ def test_another_value_from_the_environment_is_refused_and_none_is_written(
         "stages.head.unfreeze: was 'head', now 2",
         "stages.head.layer_decay: was 1.0, now 0.5",
         "stages.head.batch_norm: was 'frozen', now 'train'",
-        "stages.head.augment: was 'none', now 'light'",
+        "stages.head.augment: was null, now 'none'",
         "stages.head.image_size: was null, now 40",
     ],
 )
@@ -288,7 +288,7 @@ def test_more_epochs_are_refused_with_the_way_that_exists(
 
 
 STAGES = {
-    "head": "head: {unfreeze: head, epochs: 1, lr: 0.01, layer_decay: 1.0, augment: none}",
+    "head": "head: {unfreeze: head, epochs: 1, lr: 0.01, layer_decay: 1.0}",
     "full": "full: {unfreeze: 2, epochs: 2, lr: 0.001, layer_decay: 0.9}",
     "warm": "warm: {unfreeze: head, epochs: 1}",
     "idle": "idle: {unfreeze: head, epochs: 0}",
