@@ -342,8 +342,8 @@ def test_the_regularized_choice_is_the_same_on_any_number_of_ranks(folder: Path,
         (["stages.head.search.weight_decay=[-1]"], "stages.head.search.weight_decay must hold numbers of 0 or more"),
         (["stages.full.search.lr=[0.1]"], "stages.full.search needs a stage that trains on features"),
         (
-            ["stages.head.search.lr=[0.1]", "data.augment=light"],
-            "set unfreeze=head, and features=on or views=N where images are augmented",
+            ["stages.head.search.lr=[0.1]", "stages.head.augment=light"],
+            "set unfreeze=head, and augment=none, features=on or views=N where images are augmented",
         ),
         (
             [

@@ -150,7 +150,7 @@ def test_classes_drawn_equally_often_are_weights_of_a_fit(folder: Path, tmp_path
     [
         (["stages.head.head=rigde"], "stages.head.head is 'rigde'; choose one of linear, logistic, ridge, lda"),
         (
-            ["stages.head.head=ridge", "data.augment=light"],
+            ["stages.head.head=ridge", "stages.head.augment=light"],
             "is fitted to features: set stages.head.features=on (or stages.head.augment=none), or use",
         ),
         (
