@@ -102,7 +102,7 @@ def test_what_the_crop_will_be(doctor: Doctor, data: Path) -> None:
     for path in data.rglob("*.png"):
         Image.open(path).resize((40, 30)).save(path)
     _, lines = doctor(data=data)
-    assert "ok configuration/auto: data.crop_mode=squash (52 training images)" in lines
+    assert "ok configuration/auto: data.crop_mode=squash, data.augment=flip (52 training images)" in lines
 
 
 def test_a_stage_or_size_that_the_model_does_not_have(doctor: Doctor) -> None:

@@ -44,7 +44,7 @@ def test_imports_are_not_searched_for_cycles() -> None:
     assert gc.get_freeze_count() >= frozen + len(imported)
     frozen = gc.get_freeze_count()
     assert run_command("test", lambda: None) == 0
-    assert gc.get_freeze_count() == frozen, "only what was imported is never searched"
+    assert gc.get_freeze_count() <= frozen, "only what was imported is never searched"
 
 
 def test_a_current_folder_that_was_deleted(
