@@ -68,6 +68,13 @@ def auto_problem(found: Mapping[str, int], images: int, world_size: int) -> str 
     )
 
 
+def settle(info: DistInfo, config: Config, train: Index, state: Mapping[str, Any]) -> tuple[Config, dict[str, Any]]:
+    """`settle_auto`, then `settle_views`, with what both found. A collective; raises as the first one."""
+    config, numbers = settle_auto(config, len(train), state, info.world_size)
+    config, views = settle_views(info, config, train, state)
+    return config, {**numbers, **views}
+
+
 def settle_auto(
     config: Config, images: int, state: Mapping[str, Any], world_size: int
 ) -> tuple[Config, dict[str, int]]:
@@ -104,7 +111,7 @@ def settle_views(
         key = "data.crop_mode"
         found[key] = saved[key] if key in saved else _crop(info, train)
         data = dataclasses.replace(data, crop_mode=found[key])
-    if data.augment == AUTO and any(stage.epochs != 0 and stage.augment is None for stage in config.stages.values()):
+    if data.augment == AUTO and config.uses_data_augment:
         key = "data.augment"
         found[key] = saved[key] if key in saved else auto_augment(data.crop_mode, hflip=data.hflip)
         data = dataclasses.replace(data, augment=found[key])

@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from distil_tl import arguments
-from distil_tl.auto_settings import settle_auto, settle_views
+from distil_tl.auto_settings import settle
 from distil_tl.config import Config, check, load
 from distil_tl.utils.command import exit_process, run_command
 
@@ -107,8 +107,7 @@ def train(config: Config, unresolved: DictConfig) -> None:
         on_rank_zero(info, "stages", lambda: refuse_unfit_stages(config.model, config.stages, config.data.image_size))
         once_per_node(info, "weights", lambda: download_weights(config.model))
         splits = open_splits(info, config.data, start.saved_run_dir or split_of_teacher(config))
-        config, resolved = settle_auto(config, len(splits.train), start.saved_state, info.world_size)
-        config, views = settle_views(info, config, splits.train, start.saved_state)
+        config, resolved = settle(info, config, splits.train, start.saved_state)
         classes, head = len(splits.classes), network_head(config.stages)
         model = build(config.model, classes, image_size=config.data.image_size, seed=config.seed, head_kind=head)
         model.preprocess = model.preprocess.with_crop(config.data.crop_mode, config.data.crop_pct)
@@ -117,7 +116,7 @@ def train(config: Config, unresolved: DictConfig) -> None:
         splits = copy_to_local_disk(info, config.data, splits)  # last of what may be refused, as it may take long
         stop.defer()
         run = open_run(info, config, unresolved, start, splits, model, stop)
-        run.state.resolved = {**resolved, **views}
+        run.state.resolved = resolved
         try:
             try:
                 for name in config.stages:

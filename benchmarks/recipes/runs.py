@@ -7,9 +7,10 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.measure import log
 from benchmarks.recipes.plain_loop import run_plain
@@ -57,29 +58,26 @@ def run(run_dir: Path, arguments: list[str], *, keep: bool) -> dict[str, Any]:
     return {**found, "seconds": finished["total_seconds"]}
 
 
-def train_here(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
-    """summary.json of a run of distil_tl. Raises UserError if it failed."""
+def quietly(command: Callable[[list[str]], int], arguments: list[str], folder: Path) -> None:
+    """Run a command of distil_tl that writes to `folder`. Raises UserError with its output if it failed."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        status = train([*arguments, f"run_dir={run_dir}"])
+        status = command(arguments)
+    if status:
+        raise UserError(f"{folder}: {command.__module__} ended with status {status}\n{said.getvalue()[-2000:]}")
+
+
+def train_here(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
+    """summary.json of a run of distil_tl. Raises UserError if it failed."""
+    quietly(train, [*arguments, f"run_dir={run_dir}"], run_dir)
     finished = read_summary(run_dir)
-    if status or finished is None:
-        raise UserError(f"{run_dir}: training ended with status {status}\n{said.getvalue()[-2000:]}")
+    assert finished is not None
     return finished
 
 
-@contextlib.contextmanager
-def own_cache(folder: Path) -> Iterator[None]:
-    """Features are computed in each run, as its seconds shall contain them."""
-    before = os.environ.get("DISTIL_TL_CACHE")
-    os.environ["DISTIL_TL_CACHE"] = str(folder)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["DISTIL_TL_CACHE"]
-        else:
-            os.environ["DISTIL_TL_CACHE"] = before
+def own_cache(folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """A context in which features are computed anew, as the seconds of a run shall contain them."""
+    return mock.patch.dict(os.environ, DISTIL_TL_CACHE=str(folder))
 
 
 def train_selected(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
@@ -96,11 +94,7 @@ def train_selected(run_dir: Path, arguments: list[str]) -> dict[str, Any]:
         if not (folder / "best.yaml").is_file():
             shutil.rmtree(folder, ignore_errors=True)  # with what an interrupted one has, its seconds would be too few
             shutil.rmtree(run_dir.parent / "cache", ignore_errors=True)
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said):
-                status = select([*for_select, "--out", str(folder)])
-            if status:
-                raise UserError(f"{folder}: the selection ended with status {status}\n{said.getvalue()[-2000:]}")
+            quietly(select, [*for_select, "--out", str(folder)], folder)
         data = next(word for word in reversed(arguments) if word.startswith("data.root="))
         finished = train_here(run_dir, [str(folder / "best.yaml"), seed, data])
     selection = json.loads((folder / "select.json").read_text())

@@ -217,8 +217,7 @@ def judge_auto(report: Report, plan: Plan, images: ImagesFound) -> None:
     if mode == AUTO:
         mode = "weights" if index is None else crop_for(typical_ratio(index))
         shown |= {} if mode == "weights" else {"data.crop_mode": mode}
-    used = any(stage.epochs != 0 and stage.augment is None for stage in plan.config.stages.values())
-    if data.augment == AUTO and used and auto_augment(mode, hflip=data.hflip) == "flip":
+    if data.augment == AUTO and plan.config.uses_data_augment and auto_augment(mode, hflip=data.hflip) == "flip":
         shown["data.augment"] = "flip"
     if problem := auto_problem(found, count, plan.world_size):
         report.fail(GROUP, "auto", problem)

@@ -43,7 +43,6 @@ from distil_tl.selection.pruning import prune
 from distil_tl.training.config import rank_by
 from distil_tl.training.precision import set_rounding
 from distil_tl.utils.args import plain
-from distil_tl.utils.auto import AUTO
 from distil_tl.utils.errors import PreemptedError, UserError, listed
 from distil_tl.utils.files import write_atomic, write_json, writing
 from distil_tl.utils.job_outcome import SAVED, note
@@ -216,8 +215,8 @@ def without_models(config: Config) -> Config:
     """What is checked once: the models are checked one by one, and of the stages only that whose heads are compared."""
     model, stages = ModelConfig("resnet18", "none"), dict([head_stage(config.stages, config.data.augment)])
     data = config.data
-    if data.augment == AUTO:
-        data = replace(data, augment="none")  # the stage has its own
+    if not data.problems():
+        data = replace(data, augment="none")  # the stage has its own; the other one is for later stages of best.yaml
     return replace(config, model=model, data=data, stages=stages, run_dir=None)
 
 

@@ -169,8 +169,7 @@ def hints(config: Config) -> Iterator[str]:
                 f"stages.{name}.views={stage.views} has no effect, as nothing is augmented and all views are equal; "
                 f"set stages.{name}.augment, as to light"
             )
-    trained = [stage for stage in config.stages.values() if stage.epochs != 0]
-    if config.data.augment not in ("none", DataConfig().augment) and all(stage.augment for stage in trained):
+    if config.data.augment not in ("none", DataConfig().augment) and not config.uses_data_augment:
         yield (
             f"data.augment={augment_text(config.data.augment)} has no effect, as each stage that is trained has an "
             f"augmentation of its own; set stages.NAME.augment"

@@ -35,6 +35,11 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    @property
+    def uses_data_augment(self) -> bool:
+        """Whether a stage that is trained has no augmentation of its own."""
+        return any(stage.epochs != 0 and stage.augment is None for stage in self.stages.values())
+
     def augment_of(self, stage: StageConfig) -> Augment:
         """The augmentation of a stage, `none` if nothing is left of it."""
         return effective(stage.augment or self.data.augment, hflip=self.data.hflip)

@@ -102,7 +102,7 @@ def test_a_matrix_is_resumed_and_refuses_other_arguments(
     command = ["--task", f"t={root} y=2", "--recipe", "one=default x=1", "--recipes", "default", "one", "--seeds", "2",
                "--out", str(tmp_path / "out")]  # fmt: skip
     assert recipes.main(command) == 2
-    assert "training ended with status 1" in capsys.readouterr().err
+    assert "ended with status 1" in capsys.readouterr().err
     fails = False
     assert recipes.main(command) == 0
     assert len(trained) == 4, "what was finished is not trained again"

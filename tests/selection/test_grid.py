@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from distil_tl.cli.selection import _Selection
+from distil_tl.cli.select import read
+from distil_tl.cli.selection import _Selection, without_models
+from distil_tl.config import hints
 from distil_tl.data.config import DataConfig
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.process_group import DistInfo
@@ -87,6 +89,15 @@ def test_the_heads_are_those_of_the_first_stage_if_it_trains_the_head_alone() ->
         name, stage = head_stage(stages)
         assert name not in stages
         assert (stage.epochs, len(stage.search.lr) * len(stage.search.weight_decay)) == (20, 50)
+
+
+def test_the_augmentation_of_later_stages_is_kept_and_checked_without_a_hint() -> None:
+    """No stage of the selection has it, but best.yaml does."""
+    _, config, _ = read(["data.root=x", "data.augment=strong"])
+    assert list(hints(without_models(config))) == []
+    assert config.data.augment == "strong"
+    config.data.augment = "strng"
+    assert any("data.augment is 'strng'" in problem for problem in without_models(config).data.problems())
 
 
 # Names.
