@@ -38,19 +38,18 @@ def run_plain(run_dir: Path, given: Mapping[str, str], root: Path, seed: int, *,
         raise UserError(f"the plain loop has no {', '.join(sorted(unknown))}; it has {', '.join(KEYS)}")
     began = time.monotonic()
     torch.manual_seed(seed)
-    job = make_job(run_dir, {**KEYS, **given}, root, seed, hflip=hflip, size=size)
+    classes = scan(root / "train").classes
+    job = make_job(run_dir, {**KEYS, **given}, root, len(classes), seed, hflip=hflip, size=size)
     events = run_dir / "events.jsonl"
     events.unlink(missing_ok=True)
     plain.run(job, Events(events))
     seconds = time.monotonic() - began
-    write_json(
-        run_dir / "summary.json",
-        summary(read_events(events), seconds, len(scan(root / "val", scan(root / "train").classes))),
-    )
+    write_json(run_dir / "summary.json", summary(read_events(events), seconds, len(scan(root / "val", classes))))
 
 
-def make_job(run_dir: Path, values: Mapping[str, str], root: Path, seed: int, *, hflip: bool, size: int) -> Job:
-    classes = len(scan(root / "train").classes)
+def make_job(
+    run_dir: Path, values: Mapping[str, str], root: Path, classes: int, seed: int, *, hflip: bool, size: int
+) -> Job:
     model = build(ModelConfig(name="timm/tf_efficientnet_lite0"), classes, image_size=size, seed=seed)
     seen = model.preprocess
     return Job(

@@ -113,6 +113,8 @@ def augment_problem(augment: Any, key: str, *, hflip: bool = True) -> str | None
 
 def _step_problem(item: Any, name: str) -> str | None:
     kind = KINDS.get(name) if isinstance(item, str) else None
+    if isinstance(item, str) and item in PRESETS:
+        return f"{item} is not a step but a list of steps: write {','.join(PRESETS[item])} in place of it"
     if kind is None:
         return f"there is no step {item!r}{did_you_mean(name, list(KINDS))} (steps are {', '.join(KINDS)})"
     try:

@@ -41,9 +41,13 @@ class StopSignal:
     (Ctrl-C), TERM (preemption, scancel), USR2 (submitit's warning before a time limit), HUP (a lost connection), unless
     it is ignored, as after nohup. A signal that was blocked before, as in a batch job, is ignored afterwards:
     it must not end the process, or squeue, while the job is requeued.
+
+    Args:
+        before: what has not started yet, in the message of a signal that comes before `defer`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: str = "training") -> None:
+        self._before = before
         self.name: str | None = None
         self._deferred = False
         self._former: dict[int, signal._HANDLER] = {}
@@ -63,13 +67,16 @@ class StopSignal:
         """
         self._deferred = True
         if self._lost is not None:
-            raise _before_training(self._lost)
+            raise self._too_early(self._lost)
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         repeated, self.name = self.name is not None, signal.Signals(number).name
         note_stop(self.name)
         if not self._deferred and not repeated:
-            raise _before_training(self.name)
+            raise self._too_early(self.name)
+
+    def _too_early(self, name: str) -> PreemptedError:
+        return PreemptedError(f"stopped by {name} before {self._before} started; run the same command to start again")
 
     def _ignored(self, event: sys.UnraisableHookArgs) -> None:
         """Print nothing for a signal in a destructor, where Python ignores exceptions: the run ends a little later."""
@@ -98,10 +105,6 @@ class StopSignal:
             signal.signal(number, _note if restarts else after)
         sys.unraisablehook = self._former_hook
         note_stop(None)
-
-
-def _before_training(name: str) -> PreemptedError:
-    return PreemptedError(f"stopped by {name} before training started; run the same command to start again")
 
 
 def _note(number: int, frame: types.FrameType | None) -> None:

@@ -76,6 +76,14 @@ def test_a_lost_connection_is_like_term_unless_it_is_ignored(ignored: bool) -> N
         signal.signal(signal.SIGHUP, former)
 
 
+def test_a_signal_before_a_selection_names_it() -> None:
+    with (
+        StopSignal("the selection"),
+        pytest.raises(PreemptedError, match="stopped by SIGTERM before the selection started"),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_a_signal_that_was_blocked_before_ends_nothing_afterwards() -> None:
     """A batch job blocks it from the start; another one may come while the job is requeued."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])

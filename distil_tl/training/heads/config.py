@@ -61,7 +61,7 @@ def network_head_problems(stages: Mapping[str, StageConfig]) -> Iterator[str]:
                 f"{key}.head={stage.head} fits a linear layer, and the head is the {kind} head of the first stage: use "
                 f"{key}.head={kind} to fit it again, or {key}.head=linear to train it"
             )
-        elif kind != LINEAR and stage.search.wanted:
+        elif kind != LINEAR and stage.search.wanted and not stage.fits_head:  # of which StageConfig complains itself
             yield f"{key}.search is for linear heads, and the first stage fits a {kind} head: remove {key}.search"
 
 

@@ -299,6 +299,12 @@ def test_heads_of_two_kinds_are_refused_at_once(args: tuple[str, ...], message: 
     assert message in str(caught.value)
 
 
+def test_a_search_with_another_head_is_reported_once(folder: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        check(load(["stages.head.head=mlp", "stages.head.search.lr=[0.1]", f"data.root={folder}"])[0], 1)
+    assert str(caught.value).count("stages.head.search") == 1
+
+
 def test_a_skipped_stage_does_not_count(folder: Path) -> None:
     config = load(["data.augment=none", "stages.head.head=mlp", "stages.head.epochs=0", f"data.root={folder}"])[0]
     check(config, 1)
