@@ -92,6 +92,7 @@ EARLIER_DEFAULTS: dict[str, Any] = {
     "stages.head.augment": None,
     "stages.full.lr": 3e-4,
     "stages.full.layer_decay": 0.9,
+    "stages.full.wise_ft": False,
 }
 
 

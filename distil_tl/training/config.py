@@ -227,7 +227,7 @@ def default_stages() -> dict[str, StageConfig]:
     """A new head on the frozen backbone, then the whole network."""
     return {
         "head": StageConfig(unfreeze="head", epochs=3, lr=1e-2, augment="none"),
-        "full": StageConfig(unfreeze="all", epochs=5, lr=AUTO, layer_decay=AUTO),
+        "full": StageConfig(unfreeze="all", epochs=5, lr=AUTO, layer_decay=AUTO, wise_ft=True),
     }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distil_tl.training.config import rank_by
 
-ALPHAS = tuple(tenths / 10 for tenths in range(10, 0, -1))  # share of the best weights; the first are they themselves
+ALPHAS = (1.0, 0.8, 0.6, 0.4, 0.2)  # share of the best weights; the first are they themselves
 
 
 class Interpolation:

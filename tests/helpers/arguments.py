@@ -24,6 +24,7 @@ def small_args(folder: Path) -> list[str]:
         "stages.head.lr=0.01",
         "stages.full.lr=0.001",
         "stages.full.unfreeze=2",
+        "stages.full.wise_ft=false",  # its evaluations take longer than the training
         "optim.name=sgd",
         "tracking.log_every=1",
         "distributed.timeout_seconds=60",
@@ -35,4 +36,5 @@ def head_args(folder: Path, run_dir: Path, *more: str) -> list[str]:
     """Three epochs of the head without augmentation, then one of everything."""
     general = [arg for arg in small_args(folder) if not arg.startswith("stages.")]
     stages = ["stages.head.epochs=3", "stages.head.lr=0.01", "stages.full.epochs=1", "stages.full.lr=0.001"]
+    stages.append("stages.full.wise_ft=false")
     return [*general, *stages, "data.augment=none", f"run_dir={run_dir}", *more]
