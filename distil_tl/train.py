@@ -283,7 +283,8 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
     seconds = time.monotonic() - began
     is_last = run.is_last(stage, position.epoch)
     is_best = run.records.add_evaluation(moment, result.metrics, seconds, result.waited, is_last=is_last)
-    training.weights.offer(run.state.final, stage.metric)
+    preferred = run.records.prefers_last(stage.name, stage.config.epochs)
+    training.weights.offer(run.state.final, stage.metric, preferred=preferred)
     if is_best:
         run.best_evaluation = result if in_full else None
     record = run.state.stages[stage.name]

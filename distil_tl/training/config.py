@@ -126,7 +126,7 @@ class StageConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     ema: float | None = None  # decay of a moving average of the weights, which is evaluated and kept; null: none
-    wise_ft: bool = False  # at the end, interpolate between the first and the best weights of the stage
+    wise_ft: bool = False  # at the end, interpolate between the first weights of the stage and its last or best ones
 
     def __post_init__(self) -> None:
         self.epochs = whole_number(self.epochs)

@@ -89,6 +89,12 @@ class Records:
             record.best = final
         return self._keep(is_last=is_last)
 
+    def prefers_last(self, stage: str, epochs: int) -> bool:
+        """Whether the last evaluation of a stage of so many epochs is that of its end, and preferred to its best."""
+        final, record = self._state.final, self._state.stages[stage]
+        is_end = self._prefer_last and record.epochs == epochs
+        return is_end and final is not None and record.best is not None and near(self._metric, final, record.best)
+
     def add_interpolation(
         self,
         stage: str,
@@ -116,8 +122,9 @@ class Records:
         record.seconds += seconds
         self._state.final = {**last, **{key: figures[alpha][key] for key in FIGURES}, "alpha": alpha}
         best = self._state.best
-        # Alpha 1 is the best epoch of this stage itself, so only one of another stage can be preferred to.
-        return self._keep(is_last=is_last and best is not None and best["stage"] != stage)
+        is_of_last = figures[1.0].get("epoch") == last["epoch"]
+        # Else alpha 1 is the best epoch of this stage itself, so only one of another stage can be preferred to.
+        return self._keep(is_last=is_last and best is not None and (is_of_last or best["stage"] != stage))
 
     def _keep(self, *, is_last: bool) -> bool:
         """Keep the last evaluation if it is the best of the run so far, or preferred to it. Returns whether it is."""

@@ -20,7 +20,7 @@ class StageWeights:
 
     Attributes:
         average: over the steps, which is evaluated instead of the raw weights.
-        interpolation: the first and the best weights of the stage.
+        interpolation: the first weights of the stage, and those of its last or best epoch.
     """
 
     average: WeightAverage | None = None
@@ -54,11 +54,11 @@ class StageWeights:
         """The state dict of the model with the weights that are evaluated."""
         return module.state_dict() if self.average is None else self.average.state_dict(module)
 
-    def offer(self, figures: Mapping[str, Any] | None, metric: str) -> None:
-        """Keep the weights that were evaluated for the interpolation, if they are the best of the stage so far."""
+    def offer(self, figures: Mapping[str, Any] | None, metric: str, *, preferred: bool) -> None:
+        """Keep the weights that were evaluated for the interpolation, if they are the best so far, or preferred."""
         if self.interpolation is not None and figures is not None:
             with self.evaluated():
-                self.interpolation.offer(figures, metric)
+                self.interpolation.offer(figures, metric, preferred=preferred)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs besides the weights that are evaluated."""

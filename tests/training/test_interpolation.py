@@ -50,6 +50,11 @@ def test_weights_lie_on_the_line_and_at_its_ends() -> None:
         assert alpha != 0.0 or torch.equal(weight, first)
     assert torch.equal(model.module.get_parameter("stem.conv.weight"), frozen)
     assert again.figures == figures(0.6)
+    weight.data.copy_(torch.ones_like(best))
+    again.offer(figures(0.5), "top1", preferred=True)
+    again.apply(1.0)
+    assert torch.equal(weight, torch.ones_like(best))
+    assert again.figures == figures(0.5)
 
 
 def test_the_best_alpha_and_of_equal_ones_the_nearest_to_1() -> None:

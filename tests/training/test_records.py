@@ -79,6 +79,28 @@ def test_interpolated_weights_are_preferred_to_another_stage_only(
     assert (state.best["stage"], state.best["top1"], "instead_of" in state.best) == expected
 
 
+def test_interpolated_weights_of_a_preferred_last_epoch_are_preferred_too() -> None:
+    state = RunState(stages={"full": StageRecord()})
+    records = Records(state, None, 8, prefer_last=True)
+    for epoch, right in enumerate((80, 78)):
+        records.add_evaluation(Moment("full", epoch, 0.1), counted(right), 1.0, 0.0)
+    assert (records.prefers_last("full", 2), records.prefers_last("full", 3)) == (True, False)
+    figures = {1.0: dict(state.final or {}), 0.6: counted(79).compute()}
+    records.add_interpolation("full", figures, 0.6, 1.0, is_last=True)
+    assert state.best is not None
+    assert (state.best["alpha"], state.best["top1"], state.best["instead_of"]["top1"]) == (0.6, 0.79, 0.80)
+
+
+@pytest.mark.parametrize(("right", "prefer_last"), [((80, 40), True), ((80, 78), False)])
+def test_a_last_epoch_is_not_preferred_far_below_the_best_one_or_by_another_rule(
+    right: tuple[int, int], prefer_last: bool
+) -> None:
+    records = Records(RunState(stages={"full": StageRecord()}), None, 8, prefer_last=prefer_last)
+    for epoch, count in enumerate(right):
+        records.add_evaluation(Moment("full", epoch, 0.1), counted(count), 1.0, 0.0)
+    assert not records.prefers_last("full", 2)
+
+
 def test_a_last_evaluation_that_is_the_best_is_in_place_of_none() -> None:
     best, kept = evaluations(70, 80)
     assert (best["epoch"], kept, "instead_of" in best) == (2, [True, True], False)
