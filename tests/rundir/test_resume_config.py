@@ -359,7 +359,8 @@ def test_a_stage_that_has_not_begun_may_change_freely(run_dir: Path, small: list
 def test_only_what_a_configuration_has_is_an_earlier_default() -> None:
     then = {"stages.full.lr": 3e-4, "prefer_last": True, "data.augment": "light"}
     assert earlier_defaults(then, ["data.augment"]) == {"stages.full.lr": 3e-4}, "it has no stage head"
-    assert earlier_defaults({"stages.head.augment": None}, []) == {"stages.head.augment": None}
+    for one in ({"stages.head.augment": None}, {"stages.full.wise_ft": False}):
+        assert earlier_defaults(one, []) == one
 
 
 def test_a_run_keeps_a_default_of_earlier_versions(tmp_path: Path) -> None:
