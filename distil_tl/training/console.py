@@ -138,9 +138,9 @@ def print_interpolation(info: DistInfo, name: str, state: RunState) -> None:
     metric, rows = result["metric"], result["figures"]
     figures = {row["alpha"]: row[metric] for row in rows}
     logger.info(
-        "%s: between its first and its last or best weights alpha %g is chosen: %s %.4f on val, %.4f with alpha 1%s  "
-        "(%d evaluations in %.1f s)", name, result["alpha"], metric.replace("_", " "), figures[result["alpha"]],
-        figures[1.0], best_or_kept(state), len(rows) - 1, result["seconds"],
+        "%s: wise_ft chooses alpha %g, between its first weights and its last or best ones: %s %.4f on val, "
+        "%.4f with alpha 1%s  (%d evaluations in %.1f s)", name, result["alpha"], metric.replace("_", " "),
+        figures[result["alpha"]], figures[1.0], best_or_kept(state), len(rows) - 1, result["seconds"],
     )  # fmt: skip
 
 
