@@ -163,7 +163,8 @@ def run_one(task: Task) -> dict[str, Any]:
     args = [
         f"data.root={task.root}", f"run_dir={task.run_dir}", f"data.global_batch_size={task.batch}",
         f"data.image_size={task.image_size}", f"data.workers={task.workers}", "model.name=shufflenet_v2_x0_5",
-        "model.weights=none", "stages.head.epochs=0", f"stages.full.epochs={task.epochs}", "precision=fp32",
+        "model.weights=none", "stages.head.epochs=0", f"stages.full.epochs={task.epochs}",
+        "stages.full.wise_ft=false", "precision=fp32",
         "distributed.device=cpu", "checkpoint.every_minutes=null",
     ]  # fmt: skip
     status = train.main(args)

@@ -80,6 +80,7 @@ class Task:
             f"data.root={self.root}", f"data.global_batch_size={self.batch}", f"data.image_size={self.image_size}",
             f"data.workers={self.workers}", f"data.augment={self.augment}", f"model.name={self.model}",
             "model.weights=none", "stages.head.epochs=0", f"stages.full.epochs={self.epochs}",
+            "stages.full.wise_ft=false",
             f"precision={self.precision}", f"compile={self.compile}", f"compile_mode={self.compile_mode}",
             f"distributed.device={self.device}",
             "checkpoint.every_minutes=null", f"run_dir={run_dir}",

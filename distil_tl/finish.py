@@ -36,10 +36,11 @@ def interpolate(run: Run, training: StageTraining, interpolation: Interpolation)
     info, stage, began = run.info, training.stage, time.monotonic()
     assert interpolation.figures is not None
     figures, chosen, kept = {ALPHAS[0]: interpolation.figures}, ALPHAS[0], None
+    console.print_alphas(info, stage.name, len(ALPHAS) - 1)
     in_full = isinstance(training.inner, ImageNetwork)  # as after an epoch
     try:
         for alpha in ALPHAS[1:]:
-            info.phase = f"the evaluation of stage {stage.name} with alpha {alpha:g}"
+            info.phase = f"the evaluation with alpha {alpha:g} of stage {stage.name}"
             interpolation.apply(alpha)
             result = evaluate(
                 info, training.inner, training.batches.val_sampler.turns, training.batches.evaluation(),

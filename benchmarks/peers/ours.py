@@ -26,6 +26,7 @@ def command(job: Job, run_dir: Path, extra: tuple[str, ...] = ()) -> list[str]:
         "optim.warmup": job.warmup,
         "optim.clip_norm": job.clip_norm,
         "stages.full.layer_decay": 1.0,
+        "stages.full.wise_ft": "false",
     }
     for stage in job.stages:
         keys |= {

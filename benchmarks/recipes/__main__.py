@@ -33,7 +33,12 @@ LITE = [f"timm/tf_efficientnet_lite{size}" for size in (0, 1, 2)]
 SEARCH = ["stages.head.search.lr=[3e-4,1e-3,3e-3,1e-2,3e-2,1e-1]", "stages.head.search.weight_decay=[0,0.01,0.1,1]"]
 RECIPES: dict[str, list[str]] = {
     # Earlier defaults, with which most tables of docs/recipes.md were measured.
-    "default": ["data.crop_mode=weights", "data.augment=light", "stages.head.augment=null"],
+    "default": [
+        "data.crop_mode=weights",
+        "data.augment=light",
+        "stages.head.augment=null",
+        "stages.full.wise_ft=false",
+    ],
     # 24 heads on features of the frozen backbone; the best one trains for 15 epochs.
     "frozen": ["data.crop_mode=weights", "data.augment=none", "stages.head.epochs=15", "stages.full.epochs=0", *SEARCH],
     "frozen-center": ["frozen", "data.crop_mode=center"],

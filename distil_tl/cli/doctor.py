@@ -85,7 +85,7 @@ def examine(args: Sequence[str], *, as_json: bool = False, seconds: float = TIME
         from distil_tl.doctor.lines import Report
         from distil_tl.doctor.meeting import LONGEST, Meeting
 
-        with StopSignal():  # a signal raises an exception, so that files are removed
+        with StopSignal("the checks ended"):  # a signal raises an exception, so that files are removed
             report = Report(show=os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0")
             launch = launch_of(report, os.environ)
             meeting = Meeting(launch, seconds)

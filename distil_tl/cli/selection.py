@@ -64,7 +64,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
     head, checked = head_stage(config.stages, config.data.augment), without_models(config)
     check(checked, launch.world_size)
     set_rounding(tf32=config.tf32, deterministic=config.deterministic)
-    with StopSignal("the selection") as stop, init_distributed(launch, config.distributed) as info:
+    with StopSignal("the selection started") as stop, init_distributed(launch, config.distributed) as info:
         on_rank_zero(info, "checking the output", lambda: check_folder(out))
         found = Found(**_located(on_rank_zero(info, "looking for weights", lambda: asdict(locate(names, model)))))
         refuse_none_usable(found)

@@ -102,7 +102,7 @@ def augment_problem(augment: Any, key: str, *, hflip: bool = True) -> str | None
         return f"{key} is an empty list; write {key}=none"
     names = [str(item).partition("(")[0] for item in augment]
     for item, name in zip(augment, names, strict=True):
-        if problem := _step_problem(item, name):
+        if problem := _step_problem(item, name, hflip=hflip):
             return f"{key}: {problem}"
         if names.count(name) > 1:
             return f"{key} has the step {name} twice; remove one"
@@ -111,10 +111,12 @@ def augment_problem(augment: Any, key: str, *, hflip: bool = True) -> str | None
     return None
 
 
-def _step_problem(item: Any, name: str) -> str | None:
+def _step_problem(item: Any, name: str, *, hflip: bool) -> str | None:
     kind = KINDS.get(name) if isinstance(item, str) else None
     if isinstance(item, str) and item in PRESETS:
-        return f"{item} is not a step but a list of steps: write {','.join(PRESETS[item])} in place of it"
+        steps = [step for step in PRESETS[item] if hflip or step != "hflip"]
+        mend = f"write {','.join(steps)} in place of it" if steps else "remove it"
+        return f"{item} is not a step but a list of steps: {mend}"
     if kind is None:
         return f"there is no step {item!r}{did_you_mean(name, list(KINDS))} (steps are {', '.join(KINDS)})"
     try:

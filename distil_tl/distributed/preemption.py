@@ -43,10 +43,10 @@ class StopSignal:
     it must not end the process, or squeue, while the job is requeued.
 
     Args:
-        before: what has not started yet, in the message of a signal that comes before `defer`.
+        before: what has not happened yet, in the message of a signal that comes before `defer`.
     """
 
-    def __init__(self, before: str = "training") -> None:
+    def __init__(self, before: str = "training started") -> None:
         self._before = before
         self.name: str | None = None
         self._deferred = False
@@ -76,7 +76,7 @@ class StopSignal:
             raise self._too_early(self.name)
 
     def _too_early(self, name: str) -> PreemptedError:
-        return PreemptedError(f"stopped by {name} before {self._before} started; run the same command to start again")
+        return PreemptedError(f"stopped by {name} before {self._before}; run the same command to start again")
 
     def _ignored(self, event: sys.UnraisableHookArgs) -> None:
         """Print nothing for a signal in a destructor, where Python ignores exceptions: the run ends a little later."""

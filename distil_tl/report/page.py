@@ -69,7 +69,7 @@ def _body(run: Run) -> Markup:
         section("Fitted heads", "On val, by setting. The one with a star was chosen.", fit_tables(run)),
         section(
             "Interpolated weights",
-            "Between the first weights of a stage (alpha 0) and its best ones (alpha 1).",
+            "Between the first weights of a stage (alpha 0) and those of its last or best epoch (alpha 1).",
             tables.interpolation_tables(run),
         ),
         section("Evaluation", "The best checkpoint on val.", overview.evaluation(run.evaluation, confusion)),

@@ -130,6 +130,12 @@ def print_epoch(
             )  # fmt: skip
 
 
+def print_alphas(info: DistInfo, name: str, count: int) -> None:
+    """What follows the last epoch of a stage, as it may take minutes."""
+    if info.is_main:
+        logger.info("%s: wise_ft evaluates %d averages of its first weights and those of an epoch", name, count)
+
+
 def print_interpolation(info: DistInfo, name: str, state: RunState) -> None:
     """The result of the interpolation at the end of a stage."""
     result = state.stages[name].wise_ft
@@ -138,9 +144,10 @@ def print_interpolation(info: DistInfo, name: str, state: RunState) -> None:
     metric, rows = result["metric"], result["figures"]
     figures = {row["alpha"]: row[metric] for row in rows}
     logger.info(
-        "%s: wise_ft chooses alpha %g, between its first weights and its last or best ones: %s %.4f on val, "
-        "%.4f with alpha 1%s  (%d evaluations in %.1f s)", name, result["alpha"], metric.replace("_", " "),
-        figures[result["alpha"]], figures[1.0], best_or_kept(state), len(rows) - 1, result["seconds"],
+        "%s: wise_ft chooses alpha %g, between its first weights and those of epoch %d: %s %.4f on val, "
+        "%.4f with alpha 1%s  (%d evaluations in %.1f s)", name, result["alpha"], result["epoch"],
+        metric.replace("_", " "), figures[result["alpha"]], figures[1.0], best_or_kept(state), len(rows) - 1,
+        result["seconds"],
     )  # fmt: skip
 
 
@@ -212,14 +219,14 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     logger.info(
         "best: %s%s on val (stage %s, %s); %.0f s on %d %s",
         _with_intervals(best, summary.get("intervals")), further_metric(best, ", "), best["stage"],
-        f"alpha {best['alpha']:g}" if "alpha" in best else f"epoch {best['epoch']}",
+        _which(best),
         summary["total_seconds"], summary["world_size"], "rank" if summary["world_size"] == 1 else "ranks",
     )  # fmt: skip
     if other := best.get("instead_of"):
         metric = best["metric"]
         logger.info(
-            "  kept as the last epoch: stage %s, epoch %d had a %s of %.4f, which %d images can't tell from it",
-            other["stage"], other["epoch"], metric.replace("_", " "), other[metric], best["n"],
+            "  kept at the end of the run: stage %s, %s had a %s of %.4f, which %d images can't tell from it",
+            other["stage"], _which(other), metric.replace("_", " "), other[metric], best["n"],
         )  # fmt: skip
     if test:
         logger.info("test: %s", _with_intervals(test, test.get("intervals")))
@@ -230,6 +237,11 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
     logger.info("export:   distil-tl export %s -o model.onnx", quoted)
     if not test:
         logger.info("evaluate: distil-tl evaluate %s --split test data.root=FOLDER", quoted)
+
+
+def _which(evaluated: dict[str, Any]) -> str:
+    """Which weights of a stage an evaluation is of."""
+    return f"alpha {evaluated['alpha']:g}" if "alpha" in evaluated else f"epoch {evaluated['epoch']}"
 
 
 def _with_intervals(figures: dict[str, Any], intervals: dict[str, Any] | None) -> str:

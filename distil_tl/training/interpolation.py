@@ -10,11 +10,17 @@ from torch import Tensor
 
 from distil_tl.training.config import rank_by
 
-ALPHAS = (1.0, 0.8, 0.6, 0.4, 0.2)  # share of the last or best weights; the first are they themselves
+ALPHAS = (
+    1.0,
+    0.8,
+    0.6,
+    0.4,
+    0.2,
+)  # share of the last or best weights; 1.0, which has been evaluated already, comes first
 
 
 class Interpolation:
-    """The weights with which a stage began, and those of its end: of one evaluation. Both are on the host.
+    """The weights with which a stage began, and those of one of its epochs. Both are in the memory of the host.
 
     Args:
         tensors: of the model, by their names in it, at the beginning of the stage.
@@ -28,7 +34,7 @@ class Interpolation:
         self.figures: dict[str, Any] | None = None
 
     @torch.no_grad()
-    def offer(self, figures: Mapping[str, Any], metric: str, *, preferred: bool = False) -> None:
+    def offer(self, figures: Mapping[str, Any], metric: str, *, preferred: bool) -> None:
         """Keep the weights that the model holds, if their evaluation is the best of the stage so far, or preferred."""
         if preferred or self.figures is None or rank_by(metric, figures) < rank_by(metric, self.figures):
             self.figures = dict(figures)
@@ -43,7 +49,7 @@ class Interpolation:
 
     def state(self) -> dict[str, Any]:
         """Both weights, for a checkpoint."""
-        tensors = {"start": self._start, "best": self._end}  # "best": the name in checkpoints
+        tensors = {"start": self._start, "best": self._end}  # "best": as in earlier checkpoints
         return {
             **{which: dict(zip(self._names, held, strict=True)) for which, held in tensors.items()},
             "figures": self.figures,

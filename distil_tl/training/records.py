@@ -90,10 +90,10 @@ class Records:
         return self._keep(is_last=is_last)
 
     def prefers_last(self, stage: str, epochs: int) -> bool:
-        """Whether the last evaluation of a stage of so many epochs is that of its end, and preferred to its best."""
+        """Whether a stage has trained all its `epochs`, and val can't tell the last evaluation from its best one."""
         final, record = self._state.final, self._state.stages[stage]
-        is_end = self._prefer_last and record.epochs == epochs
-        return is_end and final is not None and record.best is not None and near(self._metric, final, record.best)
+        all_trained = self._prefer_last and record.epochs == epochs
+        return all_trained and final is not None and record.best is not None and near(self._metric, final, record.best)
 
     def add_interpolation(
         self,
@@ -107,7 +107,7 @@ class Records:
         """Record the evaluations of interpolated weights at the end of a stage, after that of its last epoch.
 
         Args:
-            figures: by alpha.
+            figures: by alpha; for alpha 1 those of an epoch of the stage, with `epoch`.
             alpha: the one chosen.
             is_last: of the run.
 
@@ -118,13 +118,15 @@ class Records:
         assert last is not None
         shown = dict.fromkeys(("top1", "loss", self._metric))
         rows = [{"alpha": each, **{key: found[key] for key in shown}} for each, found in figures.items()]
-        record.wise_ft = {"alpha": alpha, "metric": self._metric, "seconds": seconds, "figures": rows}
+        epoch = figures[1.0]["epoch"]
+        record.wise_ft = {
+            "alpha": alpha, "epoch": epoch, "metric": self._metric, "seconds": seconds, "figures": rows,
+        }  # fmt: skip
         record.seconds += seconds
         self._state.final = {**last, **{key: figures[alpha][key] for key in FIGURES}, "alpha": alpha}
         best = self._state.best
-        is_of_last = figures[1.0].get("epoch") == last["epoch"]
-        # Else alpha 1 is the best epoch of this stage itself, so only one of another stage can be preferred to.
-        return self._keep(is_last=is_last and best is not None and (is_of_last or best["stage"] != stage))
+        is_other = best is not None and (best["stage"], best["epoch"]) != (stage, epoch)  # than alpha 1
+        return self._keep(is_last=is_last and is_other)
 
     def _keep(self, *, is_last: bool) -> bool:
         """Keep the last evaluation if it is the best of the run so far, or preferred to it. Returns whether it is."""

@@ -82,7 +82,7 @@ def begin_stage(
         weights=StageWeights.of(stage.config, model.module),
     )
     if stage.config.wise_ft:
-        batches.more_evaluations = len(ALPHAS) - 1  # the best weights were evaluated already
+        batches.more_evaluations = len(ALPHAS) - 1  # those of alpha 1 have been evaluated already
     if plan.accumulation > 1 or training.part_size.images is not None:
         training.stop_cuda_graphs()
     count = 2

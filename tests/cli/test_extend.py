@@ -70,6 +70,16 @@ def test_the_same_command_resumes_an_extension_that_was_interrupted(
     assert summary_of(run_dir)["final"]["step"] == 5 * before
 
 
+def test_an_extension_that_was_stopped_before_its_interpolation_is_resumed(tmp_path: Path) -> None:
+    stage = {"unfreeze": "all", "epochs": 2, "wise_ft": True}
+    (tmp_path / "config.yaml").write_text(json.dumps({"stages": {"full": stage, "full_2": {**stage, "search": {}}}}))
+    (tmp_path / "checkpoints" / "last").mkdir(parents=True)
+    for result, expected in ((None, ["full", "full_2"]), ({"alpha": 1.0}, ["full", "full_2", "full_3"])):
+        state = {"run": {"stages": {"full_2": {"epochs": 2, "wise_ft": result}}}}
+        (tmp_path / "checkpoints" / "last" / "state.json").write_text(json.dumps(state))
+        assert list(extended(tmp_path, ["stages.full.epochs=+2"])[0]["stages"]) == expected
+
+
 def step_and_signal(*args: Any) -> None:
     optimizer_step(*args)
     os.kill(os.getpid(), signal.SIGTERM)

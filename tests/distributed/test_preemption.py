@@ -78,7 +78,7 @@ def test_a_lost_connection_is_like_term_unless_it_is_ignored(ignored: bool) -> N
 
 def test_a_signal_before_a_selection_names_it() -> None:
     with (
-        StopSignal("the selection"),
+        StopSignal("the selection started"),
         pytest.raises(PreemptedError, match="stopped by SIGTERM before the selection started"),
     ):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distil_tl.training.interpolation import Interpolation
 from tests.helpers.arguments import small_args
 from tests.helpers.devices import NEEDS_GPU, StageOnDevice, limited_memory
 from tests.helpers.networks import random_model
@@ -55,3 +56,14 @@ def test_one_image_that_does_not_fit_is_refused(
     assert status == 2, output.err
     assert "too little memory for" in output.err
     assert "Traceback" not in output.err + output.out
+
+
+def test_weights_of_an_interpolation_are_in_the_memory_of_the_host() -> None:
+    weight = torch.arange(6.0, device="cuda")
+    line = Interpolation({"weight": weight})
+    weight.fill_(3)
+    line.offer({"top1": 0.5, "loss": 1.0}, "top1", preferred=False)
+    assert all(held.device.type == "cpu" for which in ("start", "best") for held in line.state()[which].values())
+    for alpha, expected in ((0.0, torch.arange(6.0)), (1.0, torch.full((6,), 3.0))):
+        line.apply(alpha)
+        assert torch.equal(weight.cpu(), expected)

@@ -40,7 +40,7 @@ def test_weights_lie_on_the_line_and_at_its_ends() -> None:
     best = torch.randn(first.shape, generator=torch.Generator().manual_seed(1))
     for values, found in ((best, figures(0.6)), (torch.zeros_like(best), figures(0.5)), (first, figures(0.6))):
         weight.data.copy_(values)
-        line.offer(found, "top1")
+        line.offer(found, "top1", preferred=False)
     again = Interpolation(trained_tensors(model.module))
     again.load_state(line.state())
     for alpha in (1.0, 0.3, 0.0):
@@ -97,6 +97,22 @@ def test_a_run_ends_with_the_alpha_that_is_best_on_val(finished: Path, tmp_path:
         weights = load_file(finished / "checkpoints" / "last" / "weights.safetensors")
         loaded = distil_tl.load(finished).model.state_dict()
         assert all(torch.equal(weights[name], loaded[name]) for name in weights)
+
+
+@pytest.mark.parametrize("preferred", [True, False])
+def test_the_line_ends_at_the_last_epoch_where_it_is_preferred(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preferred: bool
+) -> None:
+    """With a rate that is much too high, which makes the last epoch a bad one."""
+    monkeypatch.setattr(importlib.import_module("distil_tl.training.records"), "near", lambda *_: preferred)
+    args = [*small, *WISE, "stages.full.epochs=3", "optim.schedule=constant", "seed=0", f"run_dir={tmp_path}/run"]
+    assert train(args) == 0
+    losses = [line["loss"] for line in lines(tmp_path / "run", split="val", stage="full")]
+    assert losses[-1] > min(losses)
+    summary = summary_of(tmp_path / "run")
+    result = summary["stages"]["full"]["wise_ft"]
+    assert result["epoch"] == (3 if preferred else losses.index(min(losses)) + 1)
+    assert result["figures"][0]["loss"] == losses[result["epoch"] - 1]
 
 
 def signal_at_an_alpha(number: int, evaluation: int) -> None:

@@ -56,39 +56,33 @@ def test_the_best_evaluation_is_kept_otherwise(right: tuple[int, ...], given: di
 
 
 @pytest.mark.parametrize(
-    ("first", "alphas", "expected"),
+    ("epochs", "end", "alphas", "expected"),
     [
-        pytest.param(
-            "full", {1.0: 80, 0.5: 80}, ("full", 0.80, False), id="no better than the best epoch of the stage"
-        ),
-        pytest.param("full", {1.0: 80, 0.5: 85}, ("full", 0.85, False), id="better than every epoch"),
-        pytest.param("head", {1.0: 75, 0.5: 78}, ("full", 0.78, True), id="near the best epoch of another stage"),
-        pytest.param("head", {1.0: 60, 0.5: 61}, ("head", 0.80, False), id="far below it"),
+        pytest.param("full:80 full:40", 1, {1.0: 80, 0.6: 78}, (0.80, None, None), id="no better than the best epoch"),
+        pytest.param("full:80 full:40", 1, {1.0: 80, 0.6: 85}, (0.85, 0.6, None), id="better than every epoch"),
+        pytest.param("full:70 full:80", 2, {1.0: 80, 0.6: 75}, (0.80, None, None), id="the best epoch is the last one"),
+        pytest.param("full:80 full:78", 2, {1.0: 78, 0.6: 70}, (0.78, 1.0, 0.80), id="the last epoch is near the best"),
+        pytest.param("full:80 full:78", 2, {1.0: 78, 0.6: 79}, (0.79, 0.6, 0.80), id="better than the last epoch"),
+        pytest.param("head:80 full:75", 1, {1.0: 75, 0.6: 78}, (0.78, 0.6, 0.80), id="near another stage"),
+        pytest.param("head:80 full:60", 1, {1.0: 60, 0.6: 61}, (0.80, None, None), id="far below another stage"),
     ],
 )
-def test_interpolated_weights_are_preferred_to_another_stage_only(
-    first: str, alphas: dict[float, int], expected: tuple[str, float, bool]
+def test_which_interpolated_weights_are_kept(
+    epochs: str, end: int, alphas: dict[float, int], expected: tuple[float, float | None, float | None]
 ) -> None:
+    """Top-1 on val, alpha, and the top-1 in whose place it is kept."""
     state = RunState(stages={name: StageRecord() for name in ("head", "full")})
     records = Records(state, None, 8, prefer_last=True)
-    records.add_evaluation(Moment(first, 0, 0.1), counted(80), 1.0, 0.0)
-    records.add_evaluation(Moment("full", 1, 0.1), counted(alphas[1.0] - 2), 1.0, 0.0)
+    for stage, right in (epoch.split(":") for epoch in epochs.split()):
+        moment = Moment(stage, state.stages[stage].epochs, 0.1)
+        records.add_evaluation(moment, counted(int(right)), 1.0, 0.0)
     figures = {alpha: counted(right).compute() for alpha, right in alphas.items()}
-    records.add_interpolation("full", figures, 0.5, 1.0, is_last=True)
-    assert state.best is not None
-    assert (state.best["stage"], state.best["top1"], "instead_of" in state.best) == expected
-
-
-def test_interpolated_weights_of_a_preferred_last_epoch_are_preferred_too() -> None:
-    state = RunState(stages={"full": StageRecord()})
-    records = Records(state, None, 8, prefer_last=True)
-    for epoch, right in enumerate((80, 78)):
-        records.add_evaluation(Moment("full", epoch, 0.1), counted(right), 1.0, 0.0)
-    assert (records.prefers_last("full", 2), records.prefers_last("full", 3)) == (True, False)
-    figures = {1.0: dict(state.final or {}), 0.6: counted(79).compute()}
-    records.add_interpolation("full", figures, 0.6, 1.0, is_last=True)
-    assert state.best is not None
-    assert (state.best["alpha"], state.best["top1"], state.best["instead_of"]["top1"]) == (0.6, 0.79, 0.80)
+    figures[1.0]["epoch"] = end
+    kept = records.add_interpolation("full", figures, max(alphas, key=lambda a: alphas[a]), 1.0, is_last=True)
+    best = state.best
+    assert best is not None
+    assert (best["top1"], best.get("alpha"), best.get("instead_of", {}).get("top1")) == expected
+    assert kept == ("alpha" in best)
 
 
 @pytest.mark.parametrize(("right", "prefer_last"), [((80, 40), True), ((80, 78), False)])
@@ -99,6 +93,13 @@ def test_a_last_epoch_is_not_preferred_far_below_the_best_one_or_by_another_rule
     for epoch, count in enumerate(right):
         records.add_evaluation(Moment("full", epoch, 0.1), counted(count), 1.0, 0.0)
     assert not records.prefers_last("full", 2)
+
+
+def test_the_last_epoch_of_a_stage_is_preferred_only_at_its_end() -> None:
+    records = Records(RunState(stages={"full": StageRecord()}), None, 8, prefer_last=True)
+    for epoch, count in enumerate((80, 78)):
+        records.add_evaluation(Moment("full", epoch, 0.1), counted(count), 1.0, 0.0)
+    assert (records.prefers_last("full", 2), records.prefers_last("full", 3)) == (True, False)
 
 
 def test_a_last_evaluation_that_is_the_best_is_in_place_of_none() -> None:
