@@ -13,7 +13,7 @@ from distil_tl.report.text import tick
 
 WIDTH, HEIGHT = 215, 190  # pixels of a panel's plot
 LEFT, GAP, BOTTOM = 52, 52, 52
-COLUMNS = 4
+COLUMNS = 3
 COLORS = ("#1f9bb8", "#3fa34d", "#8a63d2", "#3b6fd4", "#e8873a", "#b5541a", "#7a8590", "#d46ab0")  # on light and dark
 NOTES = ("Top-1 on test images, by seconds of a run.", "Lines: the lowest to the highest seed.")
 
