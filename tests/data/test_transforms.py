@@ -258,7 +258,7 @@ def test_a_model_that_resizes_bicubically_is_augmented_too(augment: Any):
         ("trivial", "a step is written in a list: data.augment=[trivial]"),
         ("lite", "choose one of auto, none, flip, light, strong, or a list of steps such as [crop(0.3),hflip,trivial]"),
         ([], "is an empty list; write data.augment=none"),
-        (["light", "erasing"], "light is not a step but a list of steps: write crop(0.5),hflip in place of it"),
+        (["light", "erasing"], "light is not a step but a list of steps: write crop(0.5) in place of it"),
         (["croop"], "there is no step 'croop', did you mean `crop`"),
         (["crop(0)"], "the number of 'crop(0)' must be from 0.01 to 1: the least share of the area"),
         (["crop(x)"], "the number of 'crop(x)' must be"),
@@ -273,6 +273,7 @@ def test_a_model_that_resizes_bicubically_is_augmented_too(augment: Any):
 def test_what_is_no_augmentation_is_refused(augment: Any, message: str):
     assert message in (augment_problem(augment, "data.augment", hflip=False) or "")
     assert augment_problem(ONE_OF_EACH, "data.augment") is None
+    assert "write crop(0.5),hflip in" in (augment_problem(["light"], "data.augment") or "")
 
 
 # The required size of an image
