@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,13 @@ class Candidate:
         path: its folder.
         config: of its run.
         state: its state.json.
+        run: the name of its run in messages.
     """
 
     path: Path
     config: Config
     state: Mapping[str, Any]
+    run: str
 
     @property
     def run_dir(self) -> Path:
@@ -36,7 +39,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return f"{self.run_dir.name}/{self.path.name}"
+        return f"{self.run}/{self.path.name}"
 
     @property
     def figures(self) -> Mapping[str, Any]:
@@ -75,7 +78,7 @@ def find_candidates(paths: Sequence[Path], overrides: Sequence[str]) -> list[Can
         resolved = folder.resolve()
         if resolved not in found and (candidate := _read(folder, overrides)) is not None:
             found[resolved] = candidate
-    candidates = list(found.values())
+    candidates = named(list(found.values()))
     refuse([problem for candidate in candidates[1:] for problem in _differences(candidate, candidates[0])])
     if len(candidates) < 2:
         given = listed([str(path) for path in paths], 3)
@@ -90,6 +93,18 @@ def find_candidates(paths: Sequence[Path], overrides: Sequence[str]) -> list[Can
     if lacking:
         raise UserError(f"{listed(lacking, 3)}: its figures lack {metric}; choose another one, such as metric=top1")
     return sorted(candidates, key=lambda candidate: rank_by(metric, candidate.figures))  # stable
+
+
+def named(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates with the name of each run: of its path, as few of the last folders as tell the runs apart."""
+    paths = {candidate.run_dir.resolve() for candidate in candidates}
+    count = 1
+    while len({path.parts[-count:] for path in paths}) < len(paths):
+        count += 1
+    return [
+        dataclasses.replace(candidate, run="/".join(candidate.run_dir.resolve().parts[-count:]))
+        for candidate in candidates
+    ]
 
 
 def _folders_at(path: Path) -> list[Path]:
@@ -113,7 +128,7 @@ def _read(folder: Path, overrides: Sequence[str]) -> Candidate | None:
     if position.get("consumed", 0) or final.get("step") != position.get("step"):
         logger.warning("%s is left out, as it was not evaluated: it was saved within an epoch", folder)
         return None
-    return Candidate(folder, load_saved(run_dir, overrides), state)
+    return Candidate(folder, load_saved(run_dir, overrides), state, run_dir.name)
 
 
 def _differences(one: Candidate, first: Candidate) -> Iterator[str]:

@@ -17,6 +17,8 @@ import distil_tl
 from distil_tl.cli import soups
 from distil_tl.cli.predict import main as predict
 from distil_tl.cli.soup import main as soup
+from distil_tl.cli.soup_candidates import Candidate, named
+from distil_tl.config import Config
 from distil_tl.rundir.checkpoint import Checkpoints, load_state
 from tests.helpers.arguments import small_args
 from tests.helpers.images import make_folder
@@ -171,3 +173,13 @@ def test_wrong_arguments(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
         found = capsys.readouterr()
         assert said in found.err + found.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "single", "unfinished"]
+
+
+@pytest.mark.parametrize(
+    ("runs", "names"), [(("a/seed-0", "b/seed-0"), ["a/seed-0", "b/seed-0"]), (("a/x", "a/y", "a/x"), ["x", "y", "x"])]
+)
+def test_runs_are_named_by_as_few_folders_as_tell_them_apart(
+    tmp_path: Path, runs: tuple[str, ...], names: list[str]
+) -> None:
+    found = [Candidate(tmp_path / run / "checkpoints" / "last", Config(), {}, "") for run in runs]
+    assert [candidate.name for candidate in named(found)] == [f"{name}/last" for name in names]
