@@ -100,9 +100,11 @@ def augment_problem(augment: Any, key: str, *, hflip: bool = True) -> str | None
         return f"{key} is {augment!r}{hint}; {choices}"
     if not augment:
         return f"{key} is an empty list; write {key}=none"
+    if preset := next((item for item in augment if isinstance(item, str) and item in PRESETS), None):
+        return f"{key}: {preset} is not a step but a list of steps: write {key}={_spelled_out(augment, hflip=hflip)}"
     names = [str(item).partition("(")[0] for item in augment]
     for item, name in zip(augment, names, strict=True):
-        if problem := _step_problem(item, name, hflip=hflip):
+        if problem := _step_problem(item, name):
             return f"{key}: {problem}"
         if names.count(name) > 1:
             return f"{key} has the step {name} twice; remove one"
@@ -111,12 +113,16 @@ def augment_problem(augment: Any, key: str, *, hflip: bool = True) -> str | None
     return None
 
 
-def _step_problem(item: Any, name: str, *, hflip: bool) -> str | None:
+def _spelled_out(augment: list[Any], *, hflip: bool) -> str:
+    """A list of steps with those of its presets in their place, each step once."""
+    steps = [step for item in map(str, augment) for step in PRESETS.get(item, [item])]
+    named = {step.partition("(")[0]: step for step in reversed(steps)}  # the first of a name
+    found = [step for name, step in reversed(named.items()) if hflip or name != "hflip"]
+    return f"[{','.join(found)}]" if found else "none"
+
+
+def _step_problem(item: Any, name: str) -> str | None:
     kind = KINDS.get(name) if isinstance(item, str) else None
-    if isinstance(item, str) and item in PRESETS:
-        steps = [step for step in PRESETS[item] if hflip or step != "hflip"]
-        mend = f"write {','.join(steps)} in place of it" if steps else "remove it"
-        return f"{item} is not a step but a list of steps: {mend}"
     if kind is None:
         return f"there is no step {item!r}{did_you_mean(name, list(KINDS))} (steps are {', '.join(KINDS)})"
     try:

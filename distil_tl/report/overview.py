@@ -75,6 +75,8 @@ def cards(run: Run, confusion: Confusion | None) -> Markup:
     seconds, seconds_hint = _total_seconds(run)
     speed, speed_hint = _speed(run)
     when = f"val, {best.stage}" + (f" epoch {best.epoch}" if best.epoch is not None else "") if best else ""
+    alpha = number(mapping(run.summary, "best").get("alpha"))
+    when += f", alpha {alpha:g}" if alpha is not None else ""
     when += ", kept at the end" if best and "instead_of" in mapping(run.summary, "best") else ""
     world = number(run.summary.get("world_size"))
     world = number(run.env.get("world_size")) if world is None else world

@@ -143,11 +143,12 @@ def print_interpolation(info: DistInfo, name: str, state: RunState) -> None:
         return
     metric, rows = result["metric"], result["figures"]
     figures = {row["alpha"]: row[metric] for row in rows}
+    alpha, epoch, label = result["alpha"], result["epoch"], metric.replace("_", " ")
+    weights = f"{1 - alpha:g} of its first weights and {alpha:g} of those of epoch {epoch}" if alpha != 1 else ""
     logger.info(
-        "%s: wise_ft chooses alpha %g, between its first weights and those of epoch %d: %s %.4f on val, "
-        "%.4f with alpha 1%s  (%d evaluations in %.1f s)", name, result["alpha"], result["epoch"],
-        metric.replace("_", " "), figures[result["alpha"]], figures[1.0], best_or_kept(state), len(rows) - 1,
-        result["seconds"],
+        "%s: wise_ft chooses alpha %g, %s: %s %.4f on val, %.4f with alpha 1%s  (%d evaluations in %.1f s)", name,
+        alpha, weights or f"the weights of epoch {epoch}", label, figures[alpha], figures[1.0], best_or_kept(state),
+        len(rows) - 1, result["seconds"],
     )  # fmt: skip
 
 

@@ -258,7 +258,7 @@ def test_a_model_that_resizes_bicubically_is_augmented_too(augment: Any):
         ("trivial", "a step is written in a list: data.augment=[trivial]"),
         ("lite", "choose one of auto, none, flip, light, strong, or a list of steps such as [crop(0.3),hflip,trivial]"),
         ([], "is an empty list; write data.augment=none"),
-        (["light", "erasing"], "light is not a step but a list of steps: write crop(0.5) in place of it"),
+        (["light", "erasing"], "light is not a step but a list of steps: write data.augment=[crop(0.5),erasing]"),
         (["croop"], "there is no step 'croop', did you mean `crop`"),
         (["crop(0)"], "the number of 'crop(0)' must be from 0.01 to 1: the least share of the area"),
         (["crop(x)"], "the number of 'crop(x)' must be"),
@@ -273,7 +273,21 @@ def test_a_model_that_resizes_bicubically_is_augmented_too(augment: Any):
 def test_what_is_no_augmentation_is_refused(augment: Any, message: str):
     assert message in (augment_problem(augment, "data.augment", hflip=False) or "")
     assert augment_problem(ONE_OF_EACH, "data.augment") is None
-    assert "write crop(0.5),hflip in" in (augment_problem(["light"], "data.augment") or "")
+
+
+@pytest.mark.parametrize(
+    ("augment", "hflip", "steps"),
+    [
+        (["light", "hflip", "trivial"], True, "[crop(0.5),hflip,trivial]"),
+        (["crop(0.3)", "strong"], True, "[crop(0.3),hflip,trivial,erasing(0.1)]"),
+        (["flip"], False, "none"),
+    ],
+)
+def test_a_preset_in_a_list_is_answered_with_a_list_that_works(augment: list[str], hflip: bool, steps: str) -> None:
+    found = augment_problem(augment, "data.augment", hflip=hflip) or ""
+    assert found.endswith(f"write data.augment={steps}")
+    given = steps if steps == "none" else steps.strip("[]").split(",")
+    assert augment_problem(given, "data.augment", hflip=hflip) is None
 
 
 # The required size of an image
