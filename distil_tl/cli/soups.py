@@ -240,7 +240,7 @@ def write_run(info: DistInfo, folder: Path, output: Path, soup: Soup, overrides:
     }  # fmt: skip
     write_json(folder / "summary.json", summary)
     try:
-        write_report(folder)
+        write_report(folder, output.name)
     except Exception as error:  # the run is complete without its report
         logger.warning("can't write report.html: %s", error)
 

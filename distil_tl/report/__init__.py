@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +18,19 @@ from distil_tl.utils.outputs import check_output
 __all__ = ["main", "write_report"]
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, name: str | None = None) -> Path:
     """Write `run_dir/report.html` from the files of the run and return its path. The run may be in progress or failed.
+
+    Args:
+        name: of the run on the page; that of the folder, unless it will be renamed.
 
     Raises:
         UserError: there is no metrics.jsonl.
         WriteError: the report can't be written.
     """
     path = Path(run_dir) / "report.html"
-    page = str(render(load_run(Path(run_dir))))
+    run = load_run(Path(run_dir))
+    page = str(render(run if name is None else dataclasses.replace(run, name=name)))
     with writing(path):
         write_atomic(path, page)
     return path

@@ -72,6 +72,9 @@ def _body(run: Run) -> Markup:
             "Between the first weights of a stage (alpha 0) and those of its last or best epoch (alpha 1).",
             tables.interpolation_tables(run),
         ),
+        section(
+            "Average of checkpoints", "Each was added if it made the average better on val.", tables.soup_table(run)
+        ),
         section("Evaluation", "The best checkpoint on val.", overview.evaluation(run.evaluation, confusion)),
         section("Classes", "On val, sorted by F1, lowest first.", classes),
         section("Test", "The best checkpoint on test, class by class.", _test(run)),

@@ -12,6 +12,7 @@ from distil_tl.report.load import Band, Metric, Run, mapping
 from distil_tl.report.markup import Child, Markup, h, join
 from distil_tl.report.text import number
 from distil_tl.utils.data_wait import wait_share
+from distil_tl.utils.log import printable
 
 MAX_STACKED = 100  # rows
 WORST_CLASSES = 25  # shown at once; the others unfold
@@ -103,6 +104,24 @@ def interpolation_tables(run: Run) -> list[Markup]:
                 h("div", h("h3", f"Stage {name}"), table(["Alpha", "Val top-1", "Val loss"], rows, label=label))
             )
     return found
+
+
+def soup_table(run: Run) -> Markup | None:
+    """The checkpoints of an average, and those that were left out; None for a run that was trained."""
+    parts, rows = run.summary.get("soup"), list[list[Child]]()
+    for part in parts if isinstance(parts, list) else []:
+        if isinstance(part, dict):
+            shown = [number(part.get(key)) for key in ("alone", "average")]
+            figures = [text.MISSING if value is None else f"{value:.4f}" for value in shown]
+            rows.append(
+                [
+                    printable(f"{part.get('run')} {part.get('checkpoint')}"),
+                    *figures,
+                    "yes" if part.get("added") else "no",
+                ]
+            )
+    head = ["Checkpoint", f"Val {run.metric.replace('_', ' ')} alone", "Average with it", "Added"]
+    return table(head, rows, label="Checkpoints of the average") if rows else None
 
 
 def peak_memory(run: Run) -> Markup | None:

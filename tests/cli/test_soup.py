@@ -89,7 +89,10 @@ def test_two_runs_on_two_sides_of_a_better_one(
     assert summary["intervals"]["top1"][0] < summary["best"]["top1"] < summary["intervals"]["top1"][1]
     assert json.loads((out / "checkpoints/best/calibration.json").read_text())["reason"].startswith("val has 31 images")
     assert summary["test"]["loss"] == mine["loss"]
-    assert "<h1" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "<title>average \u00b7 distil_tl</title>" in page
+    assert "Average of checkpoints" in page
+    assert f"{runs[1]} step-00000012" in page
 
     model, transform, classes = distil_tl.load(out)
     image = next((trained.parent / "images" / "val").rglob("*.png"))
