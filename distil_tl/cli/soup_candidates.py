@@ -16,6 +16,9 @@ from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError, listed
 from distil_tl.utils.log import logger, printable
 
+# Keys with which the figures that the runs recorded would be others.
+VIEW = ("data.image_size", "data.crop_mode", "data.crop_pct", "data.intensity")
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -73,6 +76,11 @@ def find_candidates(paths: Sequence[Path], overrides: Sequence[str]) -> list[Can
         UserError: all problems together: a path that is neither, fewer than two checkpoints, or other classes, another
             model, preprocessing or images of val.
     """
+    refuse([
+        f"{argument}: the checkpoints were evaluated otherwise, and these figures say what is added; remove it, and "
+        f"give it to `distil-tl evaluate` of the average"
+        for argument in overrides if argument.partition("=")[0] in VIEW or argument.startswith("stages.")
+    ])  # fmt: skip
     found: dict[Path, Candidate] = {}
     for folder in (folder for path in paths for folder in _folders_at(path)):
         resolved = folder.resolve()

@@ -170,6 +170,11 @@ def test_wrong_arguments(trained: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ([trained], "none/average", "there is no folder"),
         ([trained, single], "single", "is one of the inputs"),
         ([trained, single], "average metric=top7", "metric is 'top7'"),
+        (
+            [trained, single],
+            "average data.image_size=64",
+            "data.image_size=64: the checkpoints were evaluated otherwise",
+        ),
     ):
         output, *more = out.split()
         assert soup([*map(str, paths), "-o", str(tmp_path / output), *more]) == 2, said
