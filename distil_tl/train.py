@@ -270,8 +270,7 @@ def evaluate_epoch(run: Run, training: StageTraining, position: Position) -> Pos
     bad_images.refuse_none_usable(trained.count, "train", run.source.index("train"))
     info.phase = f"the evaluation after epoch {position.epoch + 1} of stage {stage.name}"
     began = time.monotonic()
-    # Collect mistakes now, so that the best epoch needs no second evaluation. A network of which only a part trains is
-    # evaluated as a whole at the end.
+    # With mistakes, so that the best epoch needs no second evaluation. Where a part trains, that comes at the end.
     in_full = isinstance(training.inner, ImageNetwork)
     with training.weights.evaluated():
         result = evaluate(

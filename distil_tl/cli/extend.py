@@ -70,9 +70,9 @@ def extended(run_dir: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], l
     last = list(stages)[-1]
     is_same = last.startswith(f"{name}_") and stages[last] == overlay(stages[last], added)
     state = mapping(done, last)
-    is_done = (integer(state.get("epochs")) or 0) >= epochs or bool(state.get("stopped_early", False))
-    is_done = is_done and not (stages[last].get("wise_ft") and state.get("wise_ft") is None)
-    if not is_same or is_done:
+    has_trained = (integer(state.get("epochs")) or 0) >= epochs or bool(state.get("stopped_early", False))
+    interpolates = stages[last].get("wise_ft") and state.get("wise_ft") is None  # still, after its last epoch
+    if not is_same or (has_trained and not interpolates):
         stages[_free_name(name, stages)] = added
     tree["run_dir"] = str(run_dir)
     if tree.get("max_minutes") is not None:  # the run has used them up

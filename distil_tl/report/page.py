@@ -52,7 +52,7 @@ def _body(run: Run) -> Markup:
     confusion = read_confusion(run)
     classes = tables.class_table(run, run.evaluation, confusion.confused_with() if confusion else {})
     charts = h("div", curves.loss_chart(run), curves.accuracy_chart(run), class_="pair")
-    environment, uncertain = tables.environment_table(run), images.uncertain_table(run)
+    uncertain = images.uncertain_table(run)
     is_large = confusion is not None and len(confusion.rows) > MAX_DRAWN
     return h(
         "main",
@@ -99,17 +99,22 @@ def _body(run: Run) -> Markup:
             tables.data_waits(run),
             tables.peak_memory(run),
         ),
-        h(
-            "section",
-            h("h2", "Environment and configuration"),
-            h("details", h("summary", "Environment"), environment) if environment else None,
-            h("details", h("summary", "config.yaml"), h("pre", run.config)) if run.config else None,
-            h("p", "The run directory has no env.json and no config.yaml.", class_="empty")
-            if not environment and not run.config
-            else None,
-        ),
+        _environment(run),
         section("Next", "", overview.next_commands(run)),
         _footer(run),
+    )
+
+
+def _environment(run: Run) -> Markup:
+    environment = tables.environment_table(run)
+    return h(
+        "section",
+        h("h2", "Environment and configuration"),
+        h("details", h("summary", "Environment"), environment) if environment else None,
+        h("details", h("summary", "config.yaml"), h("pre", run.config)) if run.config else None,
+        h("p", "The run directory has no env.json and no config.yaml.", class_="empty")
+        if not environment and not run.config
+        else None,
     )
 
 

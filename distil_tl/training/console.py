@@ -144,11 +144,11 @@ def print_interpolation(info: DistInfo, name: str, state: RunState) -> None:
     metric, rows = result["metric"], result["figures"]
     figures = {row["alpha"]: row[metric] for row in rows}
     alpha, epoch, label = result["alpha"], result["epoch"], metric.replace("_", " ")
-    weights = f"{1 - alpha:g} of its first weights and {alpha:g} of those of epoch {epoch}" if alpha != 1 else ""
+    mixed = f"{1 - alpha:g} of its first weights and {alpha:g} of those of epoch {epoch}"
+    chosen = f"the weights of epoch {epoch}" if alpha == 1 else mixed
     logger.info(
         "%s: wise_ft chooses alpha %g, %s: %s %.4f on val, %.4f with alpha 1%s  (%d evaluations in %.1f s)", name,
-        alpha, weights or f"the weights of epoch {epoch}", label, figures[alpha], figures[1.0], best_or_kept(state),
-        len(rows) - 1, result["seconds"],
+        alpha, chosen, label, figures[alpha], figures[1.0], best_or_kept(state), len(rows) - 1, result["seconds"],
     )  # fmt: skip
 
 

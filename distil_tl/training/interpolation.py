@@ -10,13 +10,8 @@ from torch import Tensor
 
 from distil_tl.training.config import rank_by
 
-ALPHAS = (
-    1.0,
-    0.8,
-    0.6,
-    0.4,
-    0.2,
-)  # share of the last or best weights; 1.0, which has been evaluated already, comes first
+# Shares of the last or best weights. 1.0 comes first, as it has been evaluated already.
+ALPHAS = (1.0, 0.8, 0.6, 0.4, 0.2)
 
 
 class Interpolation:
