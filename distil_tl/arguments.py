@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from distil_tl.config import Config, load
+from distil_tl.config.checks import values_out_of_range
 from distil_tl.data.config import SPLITS
-from distil_tl.utils.args import explain, to_yaml
+from distil_tl.utils.args import explain, refuse, to_yaml
 from distil_tl.utils.command import quick_imports, run_command
 from distil_tl.utils.home import path_argument
 from distil_tl.utils.run_folders import refuse_other_than_run
@@ -33,8 +34,9 @@ def check_arguments(program: str, argv: Sequence[str]) -> None:
     shows = "--print-config" in argv
 
     def read() -> None:
-        schema = load([arg for arg in argv if arg != "--print-config"])[1]
+        config, schema = load([arg for arg in argv if arg != "--print-config"])
         if shows:
+            refuse(list(values_out_of_range(config, without_model=True)))  # checks of models import torch
             sys.stdout.write(to_yaml(schema))
 
     status = run_command(program, read)

@@ -86,8 +86,9 @@ def test_the_configuration_is_printed_and_can_be_read_again(tmp_path: Path, caps
     assert loaded(str(tmp_path / "again.yaml")) == loaded("recipe=quick", "seed=5")
 
 
-def test_a_configuration_that_is_wrong_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("wrong", ["sed=5", "data.augment=lihgt", "stages.head.lr=-1", "metric=top7"])
+def test_a_configuration_that_is_wrong_is_not_printed(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        check_arguments("distil_tl.train", ["--print-config", "sed=5"])
+        check_arguments("distil_tl.train", ["--print-config", wrong])
     assert ended.value.code == 2
     assert capsys.readouterr().out == ""
