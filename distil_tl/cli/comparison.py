@@ -230,6 +230,8 @@ def as_text(content: dict[str, Any], images: int) -> str:
         f"difference {content['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, "
         f"p = {content['p_value']:.3g} (McNemar, exact): {_verdict(content)}",
     ]
+    if content["split"] == "val":
+        lines.append("val chose the epoch of both runs: images that played no part in that are those of --split test")
     flipped = content["flipped"]
     if flipped and images:
         rows = [[printable(row[key]) for key in ("path", "class", "first", "second")] for row in flipped[:images]]

@@ -55,6 +55,9 @@ def test_two_runs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"2 of {len(flipped)} images that only one gets right" in printed.out
     assert flipped[1]["path"] in printed.out
     assert flipped[2]["path"] not in printed.out
+    assert "--split test" in printed.out
+    assert main([*map(str, runs), "--split", "train"]) == 0
+    assert "--split test" not in capsys.readouterr().out
 
 
 def test_the_split_that_was_made_for_a_run_is_compared(
