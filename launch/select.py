@@ -55,13 +55,13 @@ def submit(args: Sequence[str], out: Path | None, budget: str | None, how: How) 
     folder = (out or default_folder(config)).absolute()
     if "%" in str(folder):
         raise UserError(f"--out {folder} contains %, which Slurm replaces in file names; {ELSEWHERE}")
-    from distil_tl.cli.selection import (  # imports torch
-        check_folder,
+    from distil_tl.cli.selection_checks import (  # imports torch
         find_models,
         prefetch_command,
         refuse_none_usable,
         without_models,
     )
+    from distil_tl.selection.outcome import check_folder
 
     check_submission(without_models(config), slurm, how.cluster)
     found = find_models(grid, config)

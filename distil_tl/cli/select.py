@@ -13,7 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.config import Config, load
 from distil_tl.data.config import data_name
-from distil_tl.selection.config import HEAD_EPOCHS, HEAD_LR, HEAD_WEIGHT_DECAY, GridConfig, read_budget
+from distil_tl.selection.config import (
+    HEAD_EPOCHS,
+    HEAD_LR,
+    HEAD_WEIGHT_DECAY,
+    GridConfig,
+    read_budget,
+    trains_head,
+)
 from distil_tl.training.heads.config import balance_problem
 from distil_tl.utils.args import apply, explain, is_file, parse_overrides, read_yaml, refuse, to_object
 from distil_tl.utils.command import run_command
@@ -27,6 +34,7 @@ HEADS = (
     f"stages.head.search.weight_decay={list(HEAD_WEIGHT_DECAY)}",
 )
 _KEYS = [key.name for key in fields(GridConfig)]
+_OF_RUNS = {"model.name": "candidates", "data.image_size": "sizes"}  # keys of a run, of which a grid has several
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -109,13 +117,23 @@ def read(args: Sequence[str]) -> tuple[GridConfig, Config, DictConfig]:
     files = [arg for arg in rest if is_file(arg)]
     tree = read_yaml(Path(files[0])) if len(files) == 1 and not files[0].startswith("-") else {}
     has_stages = "stages" in tree or "recipe" in tree or any(arg.startswith("recipe=") for arg in rest)
+    refuse(
+        [f"{key} is no key of a configuration file: give {key}=... on the command line" for key in _KEYS if key in tree]
+    )
     others = [arg for arg in rest if arg not in files]
     config, unresolved = load([*files, *([] if has_stages else HEADS), *others])
     name, first = next(iter(config.stages.items()))
+    if not has_stages and not trains_head(first):  # the settings of HEADS are for a stage that trains the head alone
+        config, unresolved = load([*files, *others])
     if first.fits_head:
         raise UserError(
             f"stages.{name}.head={first.head} is the head of a run; select compares kinds of heads on the same "
             f"features: give heads=[{first.head}] in place of it"
+        )
+    if trains_head(first) and first.ema is not None:
+        raise UserError(
+            f"stages.{name}.ema={first.ema}: heads are compared without an average, so the first stage of best.yaml "
+            f"would differ from its figure; remove it"
         )
     refuse([problem] if (problem := balance_problem("heads", grid.heads, config.data.balance)) else [])
     return grid, config, unresolved
@@ -127,6 +145,8 @@ def _misspelled(args: Sequence[str]) -> Iterator[str]:
     for key in dict.fromkeys(arg.partition("=")[0] for arg in args if "=" in arg and not arg.startswith("-")):
         if key.startswith("slurm."):
             yield f"{key} is of a job: add --submit"
+        elif key in _OF_RUNS:
+            yield f"{key} is of a run: give {_OF_RUNS[key]}=[...], with one value or several"
         elif "." not in key and key not in known and (hint := did_you_mean(key, known)):
             yield f"unknown key `{key}`{hint}"
 

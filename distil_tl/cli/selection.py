@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.auto_settings import settle_auto, settle_views
+from distil_tl.cli.selection_checks import (
+    named_models,
+    prefetch_command,
+    refuse_later_stages,
+    refuse_none_usable,
+    without_models,
+)
 from distil_tl.cli.selection_table import Live, headline, result_table
 from distil_tl.config import Config, check
 from distil_tl.data.splits import copy_to_local_disk, open_splits
@@ -22,16 +28,18 @@ from distil_tl.distributed.process_group import DistInfo, init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.models.config import ModelConfig
 from distil_tl.report.selection import render_selection
-from distil_tl.selection.best_config import RESOLVED_WEIGHTS, best_config, to_text
-from distil_tl.selection.candidates import Found, expand, locate
+from distil_tl.rundir.lock import Attempt
+from distil_tl.selection.best_config import best_config, later_stages, to_text
+from distil_tl.selection.candidates import Found, locate
 from distil_tl.selection.cell_search import CellSearch, UnfitError
 from distil_tl.selection.cells import Cell, Estimate, Grid, Result, startable
 from distil_tl.selection.common import Common
 from distil_tl.selection.config import GridConfig, head_stage
 from distil_tl.selection.estimate import NoEstimateError, estimate
 from distil_tl.selection.outcome import (
-    CELLS,
+    LOCK,
     Outcome,
+    claim,
     read_result,
     save_cell,
     save_estimate,
@@ -41,6 +49,7 @@ from distil_tl.selection.outcome import (
 from distil_tl.selection.plan import plan_cells
 from distil_tl.selection.pruning import prune
 from distil_tl.training.config import rank_by
+from distil_tl.training.features import FeaturesNeededError
 from distil_tl.training.precision import set_rounding
 from distil_tl.utils.args import plain
 from distil_tl.utils.errors import PreemptedError, UserError, listed
@@ -65,9 +74,14 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
     check(checked, launch.world_size)
     set_rounding(tf32=config.tf32, deterministic=config.deterministic)
     with StopSignal("the selection started") as stop, init_distributed(launch, config.distributed) as info:
-        on_rank_zero(info, "checking the output", lambda: check_folder(out))
+        lock = Attempt(out, LOCK)
+        on_rank_zero(info, "checking the output", lambda: claim(out, lock))
         found = Found(**_located(on_rank_zero(info, "looking for weights", lambda: asdict(locate(names, model)))))
         refuse_none_usable(found)
+        on_rank_zero(
+            info, "checking best.yaml",
+            lambda: refuse_later_stages(config, unresolved, found.usable[0], info.world_size),
+        )  # fmt: skip
         splits = open_splits(info, config.data)
         settled, _ = settle_auto(checked, len(splits.train), {}, info.world_size)
         if not grid.crops:
@@ -75,11 +89,13 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         stage = settled.stages[head[0]]
         common = Common(
             head[0], stage, model, settled.data, config.optim, config.metric, config.precision, config.seed,
-            tf32=config.tf32, deterministic=config.deterministic,
+            tf32=config.tf32, deterministic=config.deterministic, later=later_stages(config.stages),
         )  # fmt: skip
         planned = on_rank_zero(
             info, "planning the cells",
-            lambda: _planned(*plan_cells(found.usable, grid, common, splits, info.device.type), out, grid.heads),
+            lambda: _planned(
+                *plan_cells(found.usable, grid, common, splits, info.device.type), out, grid.heads, config.metric
+            ),
         )  # fmt: skip
         cells = [Cell(**cell) for cell in planned["cells"]]
         splits = copy_to_local_disk(info, config.data, splits)
@@ -97,6 +113,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
                 outcome.pruning = prune(search, work, grid.keep, out)
             selection.run(budget)
             selection.finish((config, unresolved), (head[0], stage))
+            on_rank_zero(info, "releasing the folder", lock.end)
         except AllRanksStopError:
             info.leave(orderly=True, seconds=None)
             raise PreemptedError(
@@ -133,6 +150,9 @@ class _Selection:
                     continue
                 grid.results += results
                 grid.failed_heads |= {(cell, kind): reason for kind, reason in reasons.items()}
+                if not results:
+                    live.failed(cell, "; ".join(dict.fromkeys(reasons.values())))
+                    continue
                 self.timed.append(replace(results[0], seconds=sum(result.seconds for result in results)))
                 self.save(results)
                 live.end(min(results, key=lambda result: rank_by(grid.metric, result.head)))
@@ -160,8 +180,7 @@ class _Selection:
         """Find out how good the best cell is, and write and print the result."""
         outcome, grid = self.outcome, self.outcome.grid
         if not grid.results:
-            failed = {cell.title: reason for cell, reason in grid.failed.items()}
-            reasons = [f"{name}: {reason}" for name, reason in (outcome.left_out | failed).items()]
+            reasons = [f"{name}: {reason}" for name, reason in (outcome.left_out | grid.reasons()).items()]
             raise UserError(f"no backbone can be used: {'; '.join(reasons or ['the budget is too short for one'])}")
         best = grid.ranked()[0]
         saved = on_rank_zero(self.info, "looking for an estimate", lambda: saved_estimate(self.folder, best))
@@ -169,13 +188,9 @@ class _Selection:
             outcome.estimate = Estimate(**saved)
         else:
             logger.info("\nestimate for %s", grid.title(best))
-            try:
-                opened = self.search.open_cell(best.cell)
-                outcome.estimate = found = estimate(self.info, opened, best, self.search.agreement)
-                on_rank_zero(self.info, "saving it", lambda: save_estimate(self.folder, best, found))
-            except NoEstimateError as error:
-                outcome.no_estimate = str(error)
-        outcome.seconds = time.monotonic() - self.began
+            outcome.no_estimate = "it was not computed yet"
+            on_rank_zero(self.info, "writing the result so far", lambda: self.write(given, head))
+            outcome.estimate, outcome.no_estimate = self.estimate(best)
         on_rank_zero(self.info, "writing the result", lambda: self.write(given, head))
         if self.info.is_main:
             logger.info("\n%s\n", result_table(grid))
@@ -187,8 +202,23 @@ class _Selection:
                 "\nresults are in %s: open select.html\ntrain: distil-tl train %s", printable(self.folder), quoted
             )
 
+    def estimate(self, best: Result) -> tuple[Estimate | None, str | None]:
+        """How good the best cell is, which is saved; or why that can't be told. Raises as `estimate` does else."""
+        try:
+            opened = self.search.open_cell(best.cell)
+            found = estimate(self.info, opened, best, self.search.agreement)
+        except NoEstimateError as error:
+            return None, str(error)
+        except UserError as error:  # features that are not there any more, and no space for new ones
+            if not self.search.is_of_cell(error):
+                raise
+            return None, str(error.reason if isinstance(error, FeaturesNeededError) else error)
+        on_rank_zero(self.info, "saving an estimate", lambda: save_estimate(self.folder, best, found))
+        return found, None
+
     def write(self, given: tuple[Config, DictConfig], head: tuple[str, Any]) -> None:
         """Write select.json, select.html and best.yaml."""
+        self.outcome.seconds = time.monotonic() - self.began
         config, unresolved = given
         defaults = plain(OmegaConf.structured(Config))
         tree = best_config(plain(unresolved), defaults, config.stages, head, startable(self.outcome.grid))
@@ -200,57 +230,6 @@ class _Selection:
             write_json(self.folder / "select.json", content)
             write_atomic(self.folder / "select.html", str(page))
             write_atomic(self.folder / "best.yaml", to_text(tree, "\n".join(lines)))
-
-
-def named_models(grid: GridConfig, config: Config) -> tuple[list[str], ModelConfig]:
-    """The names of the candidates, and the settings that they share. Raises UserError for unknown names."""
-    weights = "auto" if config.model.weights in RESOLVED_WEIGHTS else config.model.weights
-    names, model = expand(grid.candidates, pretrained=weights != "none"), replace(config.model, weights=weights)
-    if model.path is not None and len(names) > 1:
-        raise UserError(f"model.weights={model.weights} is of one model: give that one as candidates=[NAME]")
-    return names, model
-
-
-def without_models(config: Config) -> Config:
-    """What is checked once: the models are checked one by one, and of the stages only that whose heads are compared."""
-    model, stages = ModelConfig("resnet18", "none"), dict([head_stage(config.stages, config.data.augment)])
-    data = config.data
-    if not data.problems():
-        data = replace(data, augment="none")  # the stage has its own; the other one is for later stages of best.yaml
-    return replace(config, model=model, data=data, stages=stages, run_dir=None)
-
-
-def find_models(grid: GridConfig, config: Config) -> Found:
-    """Which candidates can be used on this machine. Raises UserError for unknown names."""
-    return locate(*named_models(grid, config))
-
-
-def check_folder(folder: Path) -> None:
-    """Create the folder. Raises UserError if it can't be, or has other files than those of an earlier selection."""
-    shown = f"--out {printable(folder)}"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{shown} is not a folder; name another one")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CELLS).is_dir():
-        raise UserError(f"{shown} has other files than those of an earlier selection; name another folder")
-    try:
-        (folder / CELLS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{shown} can't be created: {error.strerror or error}; name another folder") from None
-
-
-def refuse_none_usable(found: Found) -> None:
-    """Raises UserError if there is no backbone to try, with the command that downloads weights."""
-    if found.usable:
-        return
-    reasons = [f"{name}: {reason}" for name, reason in found.unusable.items()]
-    if found.missing:
-        reasons.append(
-            f"the weights of {listed(list(found.missing), 8)} are not on this machine; run on one with network that "
-            f"shares its caches:\n{prefetch_command(found.missing)}"
-        )
-    raise UserError(
-        f"no backbone can be used: {'; '.join(reasons) or 'candidates has no model of an installed library'}"
-    )
 
 
 def print_missing(outcome: Outcome) -> None:
@@ -265,20 +244,14 @@ def print_missing(outcome: Outcome) -> None:
         )  # fmt: skip
 
 
-def prefetch_command(missing: Collection[str]) -> str:
-    """The shell command that downloads the weights of some models."""
-    names = list(missing)
-    if len(names) == 1:
-        return f"  distil-tl prefetch model.name={shlex.quote(names[0])}"
-    return f"  for name in {shlex.join(names)}; do distil-tl prefetch model.name=$name; done"
-
-
 def _located(tree: dict[str, Any]) -> dict[str, Any]:
     """`Found` after JSON."""
     return {**tree, "usable": [ModelConfig(**model) for model in tree["usable"]]}
 
 
-def _planned(cells: list[Cell], left_out: dict[str, str], folder: Path, heads: list[str]) -> dict[str, Any]:
+def _planned(
+    cells: list[Cell], left_out: dict[str, str], folder: Path, heads: list[str], metric: str
+) -> dict[str, Any]:
     """What rank 0 plans, for JSON."""
-    saved = saved_cells(folder, cells, heads)
+    saved = saved_cells(folder, cells, heads, metric)
     return {"cells": [asdict(cell) for cell in cells], "left_out": left_out, "saved": saved}

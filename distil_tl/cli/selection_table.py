@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from types import TracebackType
 
@@ -14,6 +15,7 @@ from distil_tl.utils.errors import listed
 from distil_tl.utils.log import duration, logger, table
 
 LIVE_ROWS = 15
+OTHER_LINES = 6  # of the live table: its header, what runs now, and the cursor
 
 
 class Live:
@@ -43,7 +45,8 @@ class Live:
 
     def begin(self, cell: Cell) -> None:
         if self.redraws:
-            self._draw(f"{result_table(self.grid, LIVE_ROWS)}\n\n{self._count} done, now {cell.title}\n")
+            rows = max(1, min(LIVE_ROWS, shutil.get_terminal_size().lines - OTHER_LINES))
+            self._draw(f"{result_table(self.grid, rows)}\n\n{self._count} done, now {cell.title}\n")
         elif self.shows:
             logger.info("\n%s done, now %s", self._count, cell.title)
 
@@ -60,9 +63,10 @@ class Live:
             logger.info("left out: %s: %s", cell.title, reason)
 
     def _draw(self, text: str) -> None:
-        """Replace what was drawn before."""
+        """Replace what was drawn before. Lines are cut to the width of the terminal, where they would be wrapped."""
         up = f"\x1b[{self._lines}A\x1b[J" if self._lines else ""
-        sys.stdout.write(up + text)
+        width = shutil.get_terminal_size().columns
+        sys.stdout.write(up + "\n".join(line[:width] for line in text.split("\n")))
         sys.stdout.flush()
         self._lines = text.count("\n")
 
@@ -105,6 +109,13 @@ def headline(outcome: Outcome) -> list[str]:
         f"best: {grid.title(best)}, {metric} {best.value(grid.metric):.4f} on {best.n} images of val"
         f"{near if len(ranked) > 1 else ''}"
     ]
+    used = {"train": best.trained, "val": best.n}
+    if left_out := [
+        f"{len(index) - (used[split] or 0)} of {split}"
+        for split, index in outcome.splits.as_dict().items()
+        if used.get(split) is not None and used[split] != len(index)
+    ]:
+        lines.append(f"left out, as they can't be used: {' and '.join(left_out)} images")
     estimate = outcome.estimate
     if estimate is not None:
         between = (

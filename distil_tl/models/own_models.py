@@ -160,9 +160,10 @@ def _heads(name: str, module: nn.Module, num_classes: int, *, given_classes: boo
         return paths
     sizes = [layer.weight.shape[0] if isinstance(layer, (nn.Linear, nn.Conv2d)) else None for layer in layers]
     if set(sizes) != {num_classes}:
+        last = " ".join(["its last layer", *([", ".join(paths)] if any(paths) else [])])
         raise UserError(
-            f"model.name={name}: it was called with num_classes={num_classes}, but its last layer {', '.join(paths)} "
-            f"has {', '.join(map(str, sizes))} outputs; {remedy}"
+            f"model.name={name}: it was called with num_classes={num_classes}, but {last} has "
+            f"{', '.join(map(str, sizes))} outputs; {remedy}"
         )
     return paths
 

@@ -191,18 +191,22 @@ def _source(record: _Record, given: Tensor, module: nn.Module) -> Source | None:
     value = given
     while (step := record.steps.get(id(value))) is not None and len(step.inputs) == 1:
         maps = step.inputs[0]
-        if (pooled := _pooled(step, maps, value)) is not None:
+        if (pooled := _pooled(step, maps, value, max(1, int(getattr(module, "num_prefix_tokens", 1))))) is not None:
             return _layer_of(record, maps, *pooled, step.order, module)
         value = maps
     return None
 
 
-def _pooled(step: _Step, maps: Tensor, result: Tensor) -> tuple[Pooling, tuple[int, ...]] | None:
-    """The kind of pooling of a step, and the dimensions that it pools; None if it is none."""
+def _pooled(step: _Step, maps: Tensor, result: Tensor, prefixed: int) -> tuple[Pooling, tuple[int, ...]] | None:
+    """The kind of pooling of a step, and the dimensions that it pools; None if it is none.
+
+    Args:
+        prefixed: tokens before those of the patches.
+    """
     places: tuple[int, ...]
     if step.name == "__getitem__" and maps.ndim == 3 and isinstance(step.args[1], tuple) and len(step.args[1]) > 1:
         rows, token = step.args[1][:2]
-        return ("token", (1,)) if rows == slice(None) and isinstance(token, int) else None
+        return ("token", (1,)) if rows == slice(None) and type(token) is int and 0 <= token < prefixed else None
     if step.name not in _AVERAGES or maps.ndim not in (3, 4):
         return None
     places = (2, 3)[: maps.ndim - 2]

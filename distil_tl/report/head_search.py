@@ -1,9 +1,9 @@
-"""Results of the head search: val top-1 of each head, by learning rate and weight decay."""
+"""Results of the head search: the metric on val of each head, by learning rate and weight decay."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from distil_tl.report import text
 from distil_tl.report.load import Run, mapping
@@ -16,7 +16,7 @@ LISTED = 15
 WIDTH, HEIGHT = 52, 28  # of a cell, in pixels
 LEFT, TOP = 74, 40  # space for the labels, in pixels
 
-Cells = dict[tuple[float, float], float | None]  # (learning rate, weight decay): top-1, None if not finite
+Cells = dict[tuple[float, float], float | None]  # (learning rate, weight decay): the metric, None if not finite
 
 
 def search_maps(run: Run) -> list[Markup]:
@@ -25,10 +25,11 @@ def search_maps(run: Run) -> list[Markup]:
     maps = []
     for name in stages:
         search = mapping(mapping(stages, name), "search")
-        cells = _cells(search.get("heads"))
-        if cells:
-            chosen = (number(search.get("lr")), number(search.get("weight_decay")))
-            maps.append(h("div", h("h3", f"Stage {name}"), _heat_map(cells, chosen), _choice(search)))
+        chosen = (number(search.get("lr")), number(search.get("weight_decay")))
+        # Heads of earlier versions have no other figure than top-1.
+        metric = run.metric if number(search.get(run.metric)) is not None else "top1"
+        if cells := _cells(search.get("heads"), metric):
+            maps.append(h("div", h("h3", f"Stage {name}"), _heat_map(cells, chosen, metric), _choice(search)))
     return maps
 
 
@@ -46,23 +47,23 @@ def fit_tables(run: Run) -> list[Markup]:
 
 def head_map(heads: object, chosen: tuple[float, float], metric: str) -> Markup:
     """A heat map of a metric, or a list of the best heads, for the heads of a search."""
-    return _heat_map(_cells(heads, metric), chosen)
+    return _heat_map(_cells(heads, metric), chosen, metric)
 
 
 def path_table(heads: object, chosen: dict[str, Any], metric: str) -> Markup:
     """The settings of fitted heads with their figures; a star for the chosen one."""
     found = [head for head in heads if isinstance(head, dict)] if isinstance(heads, list) else []
     star, own = h("span", "*", class_="tag"), text.settings_of(chosen)
+    shown = list(dict.fromkeys([metric, "loss"]))
     rows: Sequence[Sequence[Child]] = [
         [
             [text.settings_of(head), star if text.settings_of(head) == own else None],
-            text.decimal(number(head.get(metric))) if metric == "loss" else text.percent(number(head.get(metric))),
-            text.decimal(number(head.get("loss"))),
+            *(text.figure(each, number(head.get(each))) for each in shown),
         ]
         for head in found
     ]
-    name = text.METRIC_NAMES.get(metric, metric)
-    return table(["Setting", f"Val {name}", "Val loss"], rows, label="Settings of the head")
+    names = [f"Val {text.METRIC_NAMES.get(each, each)}" for each in shown]
+    return table(["Setting", *names], rows, label="Settings of the head")
 
 
 def _choice(search: dict[str, Any]) -> Markup | None:
@@ -79,7 +80,7 @@ def _choice(search: dict[str, Any]) -> Markup | None:
     )
 
 
-def _cells(heads: object, metric: str = "top1") -> Cells:
+def _cells(heads: object, metric: str) -> Cells:
     cells: Cells = {}
     for head in heads if isinstance(heads, list) else []:
         if isinstance(head, dict):
@@ -89,25 +90,30 @@ def _cells(heads: object, metric: str = "top1") -> Cells:
     return cells
 
 
-def _heat_map(cells: Cells, chosen: tuple[float | None, float | None]) -> Markup:
+def _heat_map(cells: Cells, chosen: tuple[float | None, float | None], metric: str) -> Markup:
     rates, decays = (list(dict.fromkeys(column)) for column in zip(*cells, strict=True))
     if max(len(rates), len(decays)) > MAX_DRAWN:
-        return _best_heads(cells)
+        return _best_heads(cells, metric)
     scores = [value for value in cells.values() if value is not None] or [0.0]
-    span = min(scores), max(scores)
+    span = (max(scores), min(scores)) if metric == "loss" else (min(scores), max(scores))
+    name = text.METRIC_NAMES.get(metric, metric)
     columns, height = len(decays) * WIDTH, TOP + len(rates) * HEIGHT + 4
     width = LEFT + max(columns + 8, columns // 2 + 44)  # with one column the title is wider
     best = f"{text.tick(chosen[0] or 0)} with weight decay {text.tick(chosen[1] or 0)}"
     picture = h(
         "svg",
         h("title", "Head search"),
-        h("desc", f"Top-1 on val; rows are learning rates, columns weight decays. Chosen: learning rate {best}."),
+        h(
+            "desc",
+            f"{name[0].upper()}{name[1:]} on val; rows are learning rates, columns weight decays. Chosen: learning "
+            f"rate {best}.",
+        ),
         h("text", "lr", x=LEFT - 8, y=32, class_="tick y"),
         h("text", "weight decay", x=LEFT + len(decays) * WIDTH / 2, y=14, class_="tick x"),
         [h("text", text.tick(d), x=LEFT + (j + 0.5) * WIDTH, y=32, class_="tick x") for j, d in enumerate(decays)],
         [h("text", text.tick(r), x=LEFT - 8, y=TOP + i * HEIGHT + 18, class_="tick y") for i, r in enumerate(rates)],
         [
-            _cell(cells, span, (rate, decay), LEFT + j * WIDTH, TOP + i * HEIGHT, (rate, decay) == chosen)
+            _cell(_Head((rate, decay), cells.get((rate, decay)), (rate, decay) == chosen), metric, span, i, j)
             for i, rate in enumerate(rates)
             for j, decay in enumerate(decays)
         ],
@@ -120,18 +126,30 @@ def _heat_map(cells: Cells, chosen: tuple[float | None, float | None]) -> Markup
     return h("div", picture, class_="scroll", tabindex="0", role="region", aria_label="Head search")
 
 
-def _cell(
-    cells: Cells, span: tuple[float, float], settings: tuple[float, float], x: int, y: int, is_chosen: bool
-) -> list[Markup]:
-    top1 = cells.get(settings)
-    # Colours range from the worst to the best top-1, which may be close; the square emphasises the best ones.
-    share = 0.0 if top1 is None else ((top1 - span[0]) / ((span[1] - span[0]) or 1.0)) ** 2
-    shown = text.MISSING if top1 is None else f"{top1 * 100:.1f}"
-    title = f"lr {text.tick(settings[0])}, weight decay {text.tick(settings[1])}: top-1 {text.percent(top1)}"
+class _Head(NamedTuple):
+    """Learning rate and weight decay of a head, its figure, and whether it was chosen."""
+
+    settings: tuple[float, float]
+    value: float | None
+    is_chosen: bool
+
+
+def _cell(head: _Head, metric: str, span: tuple[float, float], row: int, column: int) -> list[Markup]:
+    """A square of the map.
+
+    Args:
+        span: the worst and the best figure.
+    """
+    value, x, y = head.value, LEFT + column * WIDTH, TOP + row * HEIGHT
+    # Colours range from the worst to the best figure, which may be close; the square emphasises the best ones.
+    share = 0.0 if value is None else ((value - span[0]) / ((span[1] - span[0]) or 1.0)) ** 2
+    shown = text.MISSING if value is None else f"{value:.3g}" if metric == "loss" else f"{value * 100:.1f}"
+    rate, decay = map(text.tick, head.settings)
+    title = f"lr {rate}, weight decay {decay}: {text.METRIC_NAMES.get(metric, metric)} {text.figure(metric, value)}"
     square = h(
         "rect",
         h("title", title),
-        class_="right chosen" if is_chosen else "right",
+        class_="right chosen" if head.is_chosen else "right",
         x=x + 1, y=y + 1, width=WIDTH - 2, height=HEIGHT - 2, rx="2",
         fill_opacity=round(0.06 + 0.94 * share, 3),
     )  # fmt: skip
@@ -139,9 +157,11 @@ def _cell(
     return [square, label]
 
 
-def _best_heads(cells: Cells) -> Markup:
-    scored = sorted(((top1, pair) for pair, top1 in cells.items() if top1 is not None), key=lambda each: -each[0])
+def _best_heads(cells: Cells, metric: str) -> Markup:
+    known = [(value, pair) for pair, value in cells.items() if value is not None]
+    scored = sorted(known, key=lambda each: each[0] if metric == "loss" else -each[0])
     rows: Sequence[Sequence[Child]] = [
-        [text.tick(rate), text.tick(decay), text.percent(top1)] for top1, (rate, decay) in scored[:LISTED]
+        [text.tick(rate), text.tick(decay), text.figure(metric, value)] for value, (rate, decay) in scored[:LISTED]
     ]
-    return table(["Learning rate", "Weight decay", "Val top-1"], rows, label=f"The best {LISTED} of {len(cells)} heads")
+    name = f"Val {text.METRIC_NAMES.get(metric, metric)}"
+    return table(["Learning rate", "Weight decay", name], rows, label=f"The best {LISTED} of {len(cells)} heads")

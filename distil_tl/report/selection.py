@@ -76,7 +76,7 @@ def _named(metric: str) -> str:
 
 
 def _shown(metric: str, value: object) -> str:
-    return text.decimal(number(value)) if metric == "loss" else text.percent(number(value))
+    return text.figure(metric, number(value))
 
 
 def _titled(cell: dict[str, Any]) -> str:
@@ -164,7 +164,7 @@ def cost_plane(content: Content) -> Child:
     return scatter(
         Plane(
             title=f"{_named(metric)} on val",
-            describe=f"{len(rows)} cells; the best is {_titled(content['best'])}.",
+            describe=f"{len(rows)} rows; the best is {_titled(content['best'])}.",
             dots=dots,
             x=Scale(min(costs) / 1.3, max(costs) * 1.3, log=True),
             y=fit_scale([row[metric] for row in rows], log_from=float("inf")),

@@ -48,6 +48,11 @@ def decimal(value: float | None, digits: int = 3) -> str:
     return MISSING if value is None else f"{value:.{digits}f}"
 
 
+def figure(metric: str, value: float | None) -> str:
+    """A loss as a number, other metrics in percent."""
+    return decimal(value) if metric == "loss" else percent(value)
+
+
 def chosen_by_it(candidates: int) -> str:
     """What is to be said of the figure of the best one of several candidates."""
     one = f"the best of {candidates} candidates" if candidates > 1 else "the head"

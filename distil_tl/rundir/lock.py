@@ -58,8 +58,8 @@ class Attempt:
         requeued = job is not None and other["slurm_job_id"] == job and other["restarts"] != restarts
         if not requeued and is_alive(other):
             raise UserError(
-                f"{self.path.parent} is in use: process {other['pid']} on this machine has been training there since "
-                f"{other['started_at']}. Wait for it, end it with `kill {other['pid']}`, or choose another run_dir"
+                f"{self.path.parent} is in use: process {other['pid']} on this machine has been working there since "
+                f"{other['started_at']}. Wait for it, end it with `kill {other['pid']}`, or choose another folder"
             )
 
     def begin(self, step: int, environ: Mapping[str, str] = os.environ) -> None:

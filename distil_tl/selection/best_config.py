@@ -59,13 +59,17 @@ def best_config(
             "lr": result.head["lr"],
             "search": {"weight_decay": [result.head["weight_decay"]]},  # of this stage alone
         }
-    others = dict(stages)
-    if trains_head(next(iter(stages.values()))):
-        del others[next(iter(stages))]
+    others = later_stages(stages)
     if list(network_head_problems({name: stage, **others})):
         others = {key: _with_head(other, stage.head) for key, other in others.items()}
     tree["stages"] = {name: first, **{key: _differing(other) for key, other in others.items()}}
     return tree
+
+
+def later_stages(stages: Mapping[str, StageConfig]) -> dict[str, StageConfig]:
+    """Those after the one whose heads are compared: all, if the first one does not train the head alone."""
+    first = next(iter(stages))
+    return {name: stage for name, stage in stages.items() if name != first or not trains_head(stage)}
 
 
 def _with_head(stage: StageConfig, kind: str) -> StageConfig:

@@ -7,7 +7,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import plan_batches
@@ -24,7 +24,7 @@ from distil_tl.selection.costs import images_per_second
 from distil_tl.selection.heads import HeadSearches
 from distil_tl.selection.open_cell import OpenCell
 from distil_tl.selection.shared_images import ImageMemory, SharedImages, image_memory
-from distil_tl.training.features import FeaturesUnavailableError, refuse_without_features
+from distil_tl.training.features import FeaturesNeededError, FeaturesUnavailableError, refuse_without_features
 from distil_tl.training.head_search import prepare_search
 from distil_tl.training.stage_setup import set_up_stage
 from distil_tl.utils.errors import NonFiniteError, UserError, listed
@@ -58,11 +58,10 @@ class CellSearch:
         self._speed: tuple[tuple[str, int], float | None] | None = None  # of the last network
 
     def search(self, cell: Cell, kinds: Sequence[str]) -> Found:
-        """The results of a cell, one for each kind of head; and why other kinds have none.
+        """The results of a cell, one for each kind of head; and why other kinds, or all, have none.
 
         Raises:
-            UnfitError: the weights don't fit the network, it has no frozen part, its head is no linear
-                layer, or all kinds of heads failed.
+            UnfitError: the weights don't fit the network, it has no frozen part, or its head is no linear layer.
             UserError: an image can't be used, or some ranks can't build the network.
             AllRanksStopError: on all ranks alike. Features that are complete are kept.
         """
@@ -91,12 +90,8 @@ class CellSearch:
                     chosen[kind][metric], f"with {settings_of(chosen[kind])}".removesuffix("with "),
                 )  # fmt: skip
         except UserError as error:
-            if self.is_of_cell(error):
-                raise UnfitError(str(error)) from error
-            raise
-        if not chosen:
-            raise UnfitError("; ".join(dict.fromkeys(failed.values())))
-        return self._results(cell, found, chosen, seconds), failed
+            self.refuse_cell(error)
+        return self._results(cell, found, chosen, seconds) if chosen else [], failed
 
     def _results(
         self, cell: Cell, found: OpenCell, chosen: dict[str, dict[str, Any]], seconds: dict[str, float]
@@ -119,6 +114,7 @@ class CellSearch:
                 images_per_second=speed,
                 seconds=seconds[kind],
                 kind=kind,
+                trained=len(features.train) - len(features.train.bad()),
                 other_interval=None if metric in SHARES else metric_interval(metric, head, n),
             )
             for kind, head in chosen.items()
@@ -126,8 +122,15 @@ class CellSearch:
 
     @staticmethod
     def is_of_cell(error: UserError) -> bool:
-        """Whether an error is of a network, and not of an image, of memory or of a node."""
+        """Whether an error is of a network or of all ranks alike, so that others may be tried."""
         return not (error.one_rank or isinstance(error, RanksDifferError))
+
+    def refuse_cell(self, error: UserError) -> NoReturn:
+        """Raises UnfitError with its reason if it is of the cell, else the error itself."""
+        if not self.is_of_cell(error):
+            raise error
+        reason = f"no features: {error.reason}" if isinstance(error, FeaturesNeededError) else str(error)
+        raise UnfitError(reason) from error
 
     def open_cell(self, cell: Cell) -> OpenCell:
         """The model of a cell, and the features of train and val. Raises UserError as `set_up_stage` does.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,7 @@ class Result:
         seconds: for features and heads; of several kinds of heads the first one has those for features.
         kind: of the head, as in `heads`.
         other_interval: 95 %, of a metric that is no share of images; None where there are too many classes for one.
+        trained: usable images of train; None in results of earlier versions.
     """
 
     cell: Cell
@@ -89,6 +91,7 @@ class Result:
     seconds: float
     kind: str = "linear"
     other_interval: Interval | None = None
+    trained: int | None = None
 
     def value(self, metric: str) -> float:
         return float(self.head[metric])
@@ -162,22 +165,32 @@ class Grid:
     results: list[Result] = field(default_factory=list)
     failed: dict[Cell, str] = field(default_factory=dict)
     heads: Sequence[str] = ("linear",)
-    failed_heads: dict[tuple[Cell, str], str] = field(default_factory=dict)  # of cells that have other results
+    failed_heads: dict[tuple[Cell, str], str] = field(default_factory=dict)
 
     @property
     def left(self) -> list[Cell]:
-        return [cell for cell in self.cells if cell not in self.failed and self.missing(cell)]
+        done = self._done()
+        return [cell for cell in self.cells if cell not in self.failed and not done[cell].issuperset(self.heads)]
 
     @property
     def complete(self) -> int:
         """Cells that have all their results."""
-        return sum(not self.missing(cell) for cell in self.cells)
+        done = self._done()
+        return sum(done[cell].issuperset(self.heads) for cell in self.cells)
 
     def missing(self, cell: Cell) -> list[str]:
         """The kinds of heads of a cell that have no result and have not failed."""
-        done = {result.kind for result in self.results if result.cell == cell}
-        done |= {kind for each, kind in self.failed_heads if each == cell}
+        done = self._done()[cell]
         return [kind for kind in self.heads if kind not in done]
+
+    def _done(self) -> dict[Cell, set[str]]:
+        """By cell, the kinds of heads that have a result or have failed."""
+        done = defaultdict[Cell, set[str]](set)
+        for result in self.results:
+            done[result.cell].add(result.kind)
+        for cell, kind in self.failed_heads:
+            done[cell].add(kind)
+        return done
 
     def title(self, result: Result) -> str:
         """The cell of a result, with its head where several are compared."""
@@ -195,7 +208,7 @@ class Grid:
                 return beside[0]
         if not left:
             return None
-        tried = {cell.name for cell in self.failed}
+        tried = {cell.name for cell in (*self.failed, *(cell for cell, _ in self.failed_heads))}
         best: dict[str, tuple[float, float]] = {}
         for result in self.results:
             rank = rank_by(self.metric, result.head)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from distil_tl.data.config import DataConfig
 from distil_tl.models.config import ModelConfig
@@ -20,6 +21,7 @@ class Common:
         config: of the stage whose heads are compared.
         model: as configured, with any name.
         data, optim, metric, precision, seed, tf32, deterministic: of the configuration.
+        later: stages of best.yaml after this one.
     """
 
     stage: str
@@ -32,6 +34,7 @@ class Common:
     seed: int
     tf32: bool
     deterministic: bool
+    later: Mapping[str, StageConfig] = field(default_factory=dict)
 
     def model_of(self, cell: Cell) -> ModelConfig:
         return replace(self.model, name=cell.name, weights=cell.weights, readout=cell.readout)

@@ -65,6 +65,7 @@ class GridConfig:
 
     def __post_init__(self) -> None:
         self.candidates, self.sizes, self.crops = (_list(value) for value in (self.candidates, self.sizes, self.crops))
+        self.sizes = [int(size) if isinstance(size, str) and size.isdecimal() else size for size in self.sizes]
         self.readouts = list(READOUTS) if _list(self.readouts) == [ALL] else _list(self.readouts)
         self.heads = list(HEADS) if _list(self.heads) == [ALL] else _list(self.heads)
 

@@ -78,8 +78,8 @@ def by_cross_validation(
     smallest = min(int((~np.isin(fold, (k, (k + 1) % folds))).sum()) for k in range(folds))
     if kind == "linear" and smallest < found.source.config.global_batch_size:
         raise NoEstimateError(
-            f"a cross-validation would train on {smallest} images, fewer than one global batch of "
-            f"{found.source.config.global_batch_size}"
+            f"a cross-validation would train on {smallest} images, fewer than one global batch: set "
+            f"data.global_batch_size to at most {smallest}"
         )
     whole = prepare_search(info, stage, found.setup, found.source)
 

@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from distil_tl.data.splits import Splits
+from distil_tl.rundir.lock import Attempt
 from distil_tl.selection.cells import Cell, Estimate, Grid, Pruning, Result, Score, near_best, pareto, startable
 from distil_tl.selection.config import STARTABLE
+from distil_tl.training.config import rank_by
+from distil_tl.utils.errors import UserError
 from distil_tl.utils.files import read_json, write_json, writing
+from distil_tl.utils.log import printable
 
 CELLS = "cells"  # folder of the results of cells, also of earlier grids
-TIMES = ("seconds", "images_per_second", "ranks", "budget_seconds")  # fields that differ from call to call
+LOCK = "lock.json"  # the process that uses the folder
+# Versions of what a file has, increased where it is computed differently. The first one is not in its name.
+VERSIONS = dict.fromkeys(("logistic", "ridge", "lda", "prototypes", "cosine", "knn", "mlp", "logme"), 2)
 
 
 @dataclass
@@ -115,6 +121,7 @@ def row(result: Result, metric: str, near: Iterable[Result], front: Iterable[Res
         "features": result.features,
         "precision": result.precision,
         "n": result.n,
+        "n_train": result.trained,
         **result.head,
         "interval": result.interval(metric),
         "near_best": result in near,
@@ -145,6 +152,26 @@ def effects(results: Sequence[Result], grid: Grid) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
+def check_folder(folder: Path) -> None:
+    """Create the folder. Raises UserError if it can't be, or has other files than those of an earlier selection."""
+    shown = f"--out {printable(folder)}"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{shown} is not a folder; name another one")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CELLS).is_dir():
+        raise UserError(f"{shown} has other files than those of an earlier selection; name another folder")
+    try:
+        (folder / CELLS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{shown} can't be created: {error.strerror or error}; name another folder") from None
+
+
+def claim(folder: Path, lock: Attempt) -> None:
+    """Take the folder for this process. Raises UserError as `check_folder`, or if another process is using it."""
+    check_folder(folder)
+    lock.refuse_if_in_use()
+    lock.begin(sum(1 for _ in (folder / CELLS).iterdir()))
+
+
 def save_cell(folder: Path, result: Result) -> None:
     """Write the result of a cell, for calls to come. Raises WriteError."""
     path = folder / CELLS / _file(result.cell, result.kind)
@@ -155,12 +182,13 @@ def save_cell(folder: Path, result: Result) -> None:
 
 def _file(cell: Cell, kind: str, what: str = "") -> str:
     """The name of a file of a cell. Linear heads are not named in it: earlier versions had no others."""
-    return ".".join([cell.digest, *([] if kind == "linear" else [kind]), *([what] if what else []), "json"])
+    parts = [] if kind == "linear" else [kind if VERSIONS[kind] == 1 else f"{kind}{VERSIONS[kind]}"]
+    return ".".join([cell.digest, *parts, *([what] if what else []), "json"])
 
 
 def save_score(folder: Path, cell: Cell, score: Score) -> None:
     """Write the LogME of a cell, for calls to come. Raises WriteError."""
-    path = folder / CELLS / f"{cell.digest}.logme.json"
+    path = folder / CELLS / _file(cell, "logme")
     with writing(path):
         write_json(path, asdict(score))
 
@@ -168,7 +196,7 @@ def save_score(folder: Path, cell: Cell, score: Score) -> None:
 def saved_score(folder: Path, cell: Cell) -> dict[str, Any] | None:
     """The saved LogME of a cell; None if there is none that can be read."""
     try:
-        tree: dict[str, Any] = read_json(folder / CELLS / f"{cell.digest}.logme.json")
+        tree: dict[str, Any] = read_json(folder / CELLS / _file(cell, "logme"))
         math.isfinite(Score(**tree).value)
     except (OSError, ValueError, TypeError):
         return None
@@ -186,20 +214,26 @@ def saved_estimate(folder: Path, result: Result) -> dict[str, Any] | None:
     """The saved estimate for a result; None if there is none that can be read."""
     try:
         tree: dict[str, Any] = read_json(folder / CELLS / _file(result.cell, result.kind, "estimate"))
-        Estimate(**tree)
+        found = Estimate(**tree)
+        valid = math.isfinite(found.value) and found.n >= 1
     except (OSError, ValueError, TypeError):
         return None
-    return tree
+    return tree if valid else None
 
 
-def saved_cells(folder: Path, cells: Iterable[Cell], heads: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def saved_cells(
+    folder: Path, cells: Iterable[Cell], heads: Sequence[str], metric: str
+) -> dict[str, list[dict[str, Any]]]:
     """The saved results of these cells and kinds of heads, by digest; what can't be read is left out."""
     found: dict[str, list[dict[str, Any]]] = {}
     for cell in cells:
         for kind in heads:
             try:
                 tree = read_json(folder / CELLS / _file(cell, kind))
-                read_result(cell, tree).interval("top1")
+                result = read_result(cell, tree)
+                result.interval("top1")
+                if result.n < 1 or not all(map(math.isfinite, rank_by(metric, result.head))):
+                    continue
             except (OSError, ValueError, TypeError, KeyError):
                 continue
             found.setdefault(cell.digest, []).append(tree)

@@ -6,11 +6,12 @@ import hashlib
 import json
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from distil_tl.data.pixels import unusual_pixels
 from distil_tl.data.splits import Splits
@@ -19,9 +20,13 @@ from distil_tl.models.facts import count_macs
 from distil_tl.models.own_models import source_digest
 from distil_tl.models.transfer import TransferModel, build, default_preprocess
 from distil_tl.models.weight_sources import weights_file
+from distil_tl.rundir.checkpoint import weights_hash
 from distil_tl.selection.cells import SHARES, Cell
 from distil_tl.selection.common import Common
 from distil_tl.selection.config import GridConfig
+from distil_tl.training.config import StageConfig
+from distil_tl.training.stage import stage_problems
+from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError
 
 FORMAT = 1  # of the results; increased when cells are computed differently
@@ -42,14 +47,16 @@ def plan_cells(
     for model in models:
         for size in grid.sizes or [default_preprocess(model).crop_size]:
             with torch.device("meta"):
-                fitting, reasons = _networks(model, size, grid.readouts or [model.readout], len(splits.classes))
+                readouts, classes = grid.readouts or [model.readout], len(splits.classes)
+                fitting, reasons = _networks(model, size, readouts, classes, common.later)
             left_out |= {f"{model.name} {size} px{name}": reason for name, reason in reasons.items()}
+            own = _own_weights(model, size, len(splits.classes)) if fitting and model.is_own else None
             for crop in grid.crops or [common.data.crop_mode]:
                 for readout, network in fitting.items():
                     cell = Cell(
                         model.name, model.weights, size, crop, network.parameters, network.macs, readout=readout
                     )  # fmt: skip
-                    cells.append(replace(cell, digest=_digest(cell, common, splits, network.model, device)))
+                    cells.append(replace(cell, digest=_digest(cell, common, splits, network.model, device, own)))
     return cells, left_out
 
 
@@ -63,17 +70,21 @@ class _Network:
 
 
 def _networks(
-    model: ModelConfig, size: int, readouts: Sequence[str], classes: int
+    model: ModelConfig, size: int, readouts: Sequence[str], classes: int, later: Mapping[str, StageConfig]
 ) -> tuple[dict[str, _Network], dict[str, str]]:
     """The network with each read-out that it has; and why it lacks others. Called for the device `meta`.
 
     The reasons are by the name of the read-out, after a space; by the empty name if it lacks all of them.
+
+    Args:
+        later: stages that the network must be able to train after the head.
     """
     found, reasons = dict[str, _Network](), dict[str, str]()
     for readout in readouts:
         try:
             built = build(replace(model, readout=readout), classes, image_size=size, seed=0, pretrained=False)
             built.check_size(size)
+            refuse([*_head_problems(built), *stage_problems(built, later)])
             macs = count_macs(built.module, size)
             if macs is None:  # else that was the trial image
                 built.try_size(size, "sizes")
@@ -91,6 +102,14 @@ def _networks(
     return found, {f" {name}": reason for name, reason in reasons.items()}
 
 
+def _head_problems(model: TransferModel) -> Iterator[str]:
+    """Why heads can't be compared on the features of a network."""
+    heads = [model.module.get_submodule(path) for path in model.heads]
+    if len(heads) != 1 or not isinstance(heads[0], nn.Linear):
+        kinds = " and ".join(type(head).__name__ for head in heads)
+        yield f"its head is no single linear layer, but {kinds}, so heads can't be compared"
+
+
 def _not_beside(model: ModelConfig, size: int, readouts: list[str], classes: int) -> dict[str, str]:
     """Why some read-outs are not computed beside those before them: they give the same, or they can't be."""
     try:
@@ -104,14 +123,30 @@ def _not_beside(model: ModelConfig, size: int, readouts: list[str], classes: int
     return reasons
 
 
+def _own_weights(model: ModelConfig, size: int, classes: int) -> str | None:
+    """A digest of the weights that a function of the user loads, which may be any; None if it loads none."""
+    if model.weights == "none":
+        return None
+    try:
+        return weights_hash(build(model, classes, image_size=size, seed=0).module)
+    except UserError:  # the search says why
+        return secrets.token_hex(8)
+
+
 def _without_newer(section: str, tree: dict[str, Any]) -> dict[str, Any]:
     """The settings but those of `NEWER` that have the earlier value, so that results of earlier versions are used."""
     absent = object()
     return {key: value for key, value in tree.items() if NEWER.get(f"{section}.{key}", absent) != value}
 
 
-def _digest(cell: Cell, common: Common, splits: Splits, network: TransferModel, device: str) -> str:
-    """Of everything that the result of a cell depends on, other than the number of ranks."""
+def _digest(
+    cell: Cell, common: Common, splits: Splits, network: TransferModel, device: str, own: str | None = None
+) -> str:
+    """Of everything that the result of a cell depends on, other than the number of ranks.
+
+    Args:
+        own: as `_own_weights` gives it.
+    """
     data, config = common.data, common.model_of(cell)
     file = weights_file(config)[0]
     status = None if file is None else file.stat()
@@ -124,7 +159,7 @@ def _digest(cell: Cell, common: Common, splits: Splits, network: TransferModel, 
         "image_size": cell.image_size,
         "crop": [cell.crop_mode, data.crop_pct],
         "stage": [common.stage, _without_newer("stage", asdict(common.config))],
-        "optim": asdict(common.optim),
+        "optim": _without_newer("optim", asdict(common.optim)),
         "batch": data.global_batch_size,
         "balance": data.balance,
         "hflip": data.hflip,
@@ -136,8 +171,7 @@ def _digest(cell: Cell, common: Common, splits: Splits, network: TransferModel, 
         "pixels": unusual_pixels(data),
         "on_bad_image": data.on_bad_image,
         "device": device,
-        # A function of the user may load any weights: its results are not used again.
-        "call": secrets.token_hex(8) if config.is_own and config.weights != "none" else None,
+        "call": own,
         "source": source_digest(network.module) if config.is_own else None,
         "versions": [torch.__version__, getattr(library, "__version__", "")],
     }

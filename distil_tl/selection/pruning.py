@@ -27,6 +27,7 @@ from distil_tl.utils.job_outcome import SAVED, note
 from distil_tl.utils.log import logger
 
 PER_CLASS, MOST = 20, 2000  # images of train of each class, and in all
+LEAST = 5  # of each class: of one image the score can't tell what its class has in common
 
 
 def prune(search: CellSearch, grid: Grid, keep: int, folder: Path) -> Pruning | None:
@@ -76,15 +77,16 @@ def first_cells(grid: Grid) -> list[Cell]:
 
 
 def some_of_each(targets: np.ndarray, seed: int) -> np.ndarray:
-    """Which images are used, bool [N]: as many of each class, where it has them."""
-    classes = len(np.unique(targets))
-    each = max(1, min(PER_CLASS, MOST // max(1, classes)))
+    """Which images are used, bool [N]: as many of each class, where it has them. Of many classes some are drawn."""
+    classes = np.unique(targets)
+    each = max(LEAST, min(PER_CLASS, MOST // max(1, len(classes))))
     order = epoch_order(len(targets), seed, "logme", 0)
     by_class = order[np.argsort(targets[order], kind="stable")]
     sorted_targets = targets[by_class]
     position = np.arange(len(targets)) - np.searchsorted(sorted_targets, sorted_targets)  # within its class
+    drawn = classes[epoch_order(len(classes), seed, "logme classes", 0)[: MOST // LEAST]]
     chosen = np.zeros(len(targets), dtype=bool)
-    chosen[by_class[position < each][:MOST]] = True
+    chosen[by_class[(position < each) & np.isin(sorted_targets, drawn)]] = True
     return chosen
 
 
@@ -94,9 +96,7 @@ def _score(scorer: CellSearch, cell: Cell) -> Score:
         opened = scorer.open_cell(cell)
         layers, _ = dropout_and_head(opened.setup.network, opened.stage)
     except UserError as error:
-        if scorer.is_of_cell(error):
-            raise UnfitError(str(error)) from error
-        raise
+        scorer.refuse_cell(error)
     features = opened.setup.features
     assert features is not None
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distil_tl.training.config import OptimConfig
 from distil_tl.training.losses import Loss
+from distil_tl.training.metrics import in_top_five
 from distil_tl.training.spread import count_spread
 
 # A smaller slope counts as 0. It is far below what float32 resolves here, and its square is a slow denormal on CPUs.
@@ -155,9 +156,9 @@ def count_predictions(logits: Tensor, targets: Tensor, valid: Tensor, *, spread:
     predicted, own = logits.argmax(dim=2), targets[:, None].expand(logits.shape[:2])
     losses = F.cross_entropy(logits.transpose(1, 2), own, reduction="none")
     right = (predicted == own) * valid[:, None]
-    above = (logits > logits.gather(2, own[..., None])).sum(dim=2)
+    in_top = in_top_five(logits, own)
     counted = valid[:, None].expand(right.shape).double()
-    columns = ((losses * valid[:, None]).double(), counted, right.double(), (above < 5) * counted)
+    columns = ((losses * valid[:, None]).double(), counted, right.double(), in_top * counted)
     sums = torch.stack([column.sum(dim=0) for column in columns], dim=1)
     by_class = sums.new_zeros(3, len(sums), logits.shape[2])
     for total, index, values in zip(by_class, (own, predicted, own), (right.double(), counted, counted), strict=True):

@@ -24,6 +24,7 @@ BINS = 15  # of equal width, as in Guo et al., "On Calibration of Modern Neural 
 MIN_IMAGES = 100  # to fit a temperature
 MAX_ERROR = 0.3  # standard error of a temperature, as a share of it
 LOWEST, HIGHEST = 0.05, 20.0  # temperatures
+ALMOST_ALL = 0.95  # share of images that are right, from which on there are almost no mistakes
 KEPT = 1 << 23  # logits of a split, over all ranks, to which a temperature is fitted
 _PART = 1 << 22  # logits that are converted to float64 at once
 _UNIT = 2.0**-32
@@ -241,7 +242,9 @@ def best_temperature(kept: Logits, split: str) -> tuple[float, float] | str:
     slopes = functools.partial(_slopes, logits, targets)
     low, high = 1 / HIGHEST, 1 / LOWEST
     if slopes(high)[0] <= 0:
-        return f"the lower the temperature, the lower the loss: {split} has almost no mistakes"
+        few = float((kept.predicted == kept.targets).double().mean()) >= ALMOST_ALL
+        why = f"{split} has almost no mistakes" if few else "the logits differ too little"
+        return f"the lower the temperature, the lower the loss: {why}"
     if slopes(low)[0] >= 0:
         return f"the higher the temperature, the lower the loss: on {split} the probabilities say nothing"
     inverse, curvature = 1.0, 0.0

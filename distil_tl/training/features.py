@@ -38,6 +38,18 @@ class FeaturesUnavailableError(Exception):
     """A stage can't train on features, on all ranks alike. The text is the reason."""
 
 
+class FeaturesNeededError(UserError):
+    """A stage can't train on features and is configured to do so.
+
+    Attributes:
+        reason: without the key that asks for them.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Features:
     """The training and validation images of a stage, as features."""
@@ -104,13 +116,13 @@ def refuse_without_features(stage: Stage, reason: str) -> None:
     """Log why a stage does not use features.
 
     Raises:
-        UserError: its configuration asks for them.
+        FeaturesNeededError: its configuration asks for them.
     """
     key, config = f"stages.{stage.name}", stage.config
     if config.search.wanted:
-        raise UserError(f"{key}.search needs features: {reason}; remove the search")
+        raise FeaturesNeededError(f"{key}.search needs features: {reason}; remove the search", reason)
     if config.fits_head:
-        raise UserError(f"{key}.head={config.head} needs features: {reason}; use {key}.head=linear")
+        raise FeaturesNeededError(f"{key}.head={config.head} needs features: {reason}; use {key}.head=linear", reason)
     if config.features == "on" or config.views is not None:
-        raise UserError(f"{key}.features: {reason}; use {key}.features=off and views=null")
+        raise FeaturesNeededError(f"{key}.features: {reason}; use {key}.features=off and views=null", reason)
     logger.info("stage %s: the frozen part runs in each epoch: %s", stage.name, reason)

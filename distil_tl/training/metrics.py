@@ -20,6 +20,19 @@ def counts(classes: int) -> int:
     return 4 + 3 * classes
 
 
+def in_top_five(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether each target is among the five largest logits; of equal ones the first classes are. bool [...].
+
+    Args:
+        logits: [..., C].
+        targets: int64 [...].
+    """
+    own = logits.gather(-1, targets[..., None])
+    before = torch.arange(logits.shape[-1], device=logits.device) < targets[..., None]
+    ahead = ((logits > own) | ((logits == own) & before)).sum(dim=-1)
+    return (ahead < 5) & ~own[..., 0].isnan()
+
+
 class ClassificationMetrics:
     """Counts of predictions, kept on the device without synchronising.
 
@@ -45,11 +58,10 @@ class ClassificationMetrics:
             The predicted classes, int64 [N].
         """
         c = self.num_classes
-        top = logits.topk(min(5, c), dim=1).indices
-        predicted = top[:, 0]
+        predicted = logits.argmax(dim=1)
         counted = valid.double()
         hits = (predicted == targets) * counted
-        in_top = (top == targets[:, None]).any(dim=1) * counted
+        in_top = in_top_five(logits, targets) * counted
         self._sums[0] += (losses.double() * counted).sum()
         self._sums[1] += counted.sum()
         self._sums[2] += hits.sum()

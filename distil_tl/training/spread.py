@@ -86,7 +86,7 @@ class Spread:
                 return None
             mean = row[0] / n
             half = Z * math.sqrt(max(0.0, row[first] / n - mean**2) / (n - 1))
-            return float(mean - half), float(mean + half)
+            return max(0.0, float(mean - half)), float(mean + half)
         if len(row) == first + 1:
             return None
         return bootstrap(row[first + 1 :].reshape(self.classes, self.classes).tolist()).get(metric)

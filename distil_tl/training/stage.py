@@ -112,7 +112,7 @@ def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> Non
             "learns that way. Use pretrained weights, or stages.%s.batch_norm=train",
             ", ".join(frozen), frozen[0],
         )  # fmt: skip
-    refuse([problem for name, stage in stages.items() for problem in _stage_problems(model, name, stage)])
+    refuse(list(stage_problems(model, stages)))
     sizes: dict[int, str] = {}
     for name, stage in stages.items():
         if stage.epochs != 0:
@@ -122,16 +122,18 @@ def check_stages(model: TransferModel, stages: Mapping[str, StageConfig]) -> Non
         model.try_size(size, key)
 
 
-def _stage_problems(model: TransferModel, name: str, stage: StageConfig) -> Iterator[str]:
-    try:
-        trainable_groups(stage.unfreeze, list(model.group_names), f"stages.{name}.unfreeze")
-    except UserError as error:
-        yield str(error)
-    if model.fixed_image_size and stage.image_size not in (None, model.image_size):
-        yield (
-            f"stages.{name}.image_size={stage.image_size}, but this model is built for {model.image_size} px; "
-            f"remove it there and set data.image_size"
-        )
+def stage_problems(model: TransferModel, stages: Mapping[str, StageConfig]) -> Iterator[str]:
+    """Groups that the model does not have, and image sizes for which it is not built."""
+    for name, stage in stages.items():
+        try:
+            trainable_groups(stage.unfreeze, list(model.group_names), f"stages.{name}.unfreeze")
+        except UserError as error:
+            yield str(error)
+        if model.fixed_image_size and stage.image_size not in (None, model.image_size):
+            yield (
+                f"stages.{name}.image_size={stage.image_size}, but this model is built for {model.image_size} px; "
+                f"remove it there and set data.image_size"
+            )
 
 
 def apply_stage(model: TransferModel, stage: StageConfig) -> None:

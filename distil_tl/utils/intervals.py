@@ -27,7 +27,8 @@ def wilson(correct: float, n: float) -> Interval | None:
 def bootstrap(rows: Sequence[Sequence[float]]) -> dict[str, Interval]:
     """Percentile intervals of macro_f1 and balanced_accuracy: the images of a confusion matrix are drawn repeatedly.
 
-    Empty without images, or with too many classes.
+    Empty without images, or with too many classes. Where all images are right, or none is, each draw is the same; both
+    then have the interval of top-1.
     """
     import numpy as np  # not needed for a report without an evaluation
 
@@ -35,6 +36,8 @@ def bootstrap(rows: Sequence[Sequence[float]]) -> dict[str, Interval]:
     cells, n = np.flatnonzero(matrix), matrix.sum()
     if n <= 0 or len(cells) > MAX_CELLS or len(matrix) > MAX_CLASSES:
         return {}
+    if (correct := float(np.trace(matrix))) in (0.0, n) and (ends := wilson(correct, float(n))) is not None:
+        return {"macro_f1": ends, "balanced_accuracy": ends}
     drawn = np.random.default_rng(0).multinomial(int(n), matrix.flat[cells] / n, size=DRAWS).astype(np.float64)
     target, predicted = np.divmod(cells, len(matrix))
     hits, targets, predictions = np.zeros((3, len(matrix), DRAWS))

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from distil_tl import train as train_module
 from distil_tl.cli import select as command
 from distil_tl.cli.selection import _Selection
 from distil_tl.models.transfer import build
+from distil_tl.rundir import lock
+from distil_tl.rundir.lock import Attempt
 from distil_tl.selection import cell_search, costs, pruning
 from distil_tl.selection.cell_search import CellSearch, Found
 from distil_tl.selection.cells import Cell
 from distil_tl.selection.config import HEADS
-from distil_tl.selection.outcome import TIMES
+from distil_tl.selection.estimate import NoEstimateError
+from distil_tl.selection.outcome import LOCK
 from distil_tl.training import feature_extraction, stage_setup
 from distil_tl.training.heads import search as head_fits
 from distil_tl.utils.errors import NonFiniteError, UserError
@@ -68,6 +73,9 @@ def test_what_should_be_submitted_does_not_run_here(
 def content(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "select.json").read_text())
     return found
+
+
+TIMES = ("seconds", "images_per_second", "ranks", "budget_seconds")  # fields that differ from call to call
 
 
 def without_times(tree: Any) -> Any:
@@ -399,7 +407,7 @@ def test_too_few_images_for_a_cross_validation_are_said(
     more = (f"candidates={SMALLEST}", "sizes=32", "data.global_batch_size=48")
     assert select(arguments(folder, tmp_path / "out", *more)) == 0
     assert content(tmp_path / "out")["estimate"] is None
-    assert "30 images, fewer than one global batch of 48" in capsys.readouterr().out
+    assert "30 images, fewer than one global batch: set data.global_batch_size to at most 30" in capsys.readouterr().out
 
 
 def test_a_budget_ends_it_with_the_best_so_far(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,6 +460,11 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_tried(
         (["slurm.nodes=2"], "slurm.nodes is of a job: add --submit"),
         (["keep=0"], "keep=0"),
         (["keep=few"], "as in keep=5"),
+        (["data.image_size=64"], "give sizes=[...]"),
+        (["stages.head.ema=0.9"], "heads are compared without an average"),
+        (["stages.full.search.lr=[0.1,0.2]"], "stages.full.search"),
+        (["stages.full.distill.teacher=nowhere"], "nowhere"),
+        (["model.name=resnet50"], "give candidates=[...]"),
         (["--nosuch"], "--nosuch"),
         (["stages.head.head=mlp"], "give heads=[mlp] in place of it"),
         (["readouts=[token]"], "model.readout=token: not possible with"),
@@ -463,6 +476,76 @@ def test_wrong_arguments_are_refused(
 ) -> None:
     assert select(arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", *more)) == 2
     assert named in capsys.readouterr().err
+
+
+def test_a_stage_that_trains_more_than_the_head_gets_no_search_of_ours(folder: Path, tmp_path: Path) -> None:
+    args = arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", "sizes=32", "stages.head.unfreeze=2")
+    assert select([arg for arg in args if "search" not in arg]) == 0
+    stages = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())["stages"]
+    assert list(stages) == ["selected_head", "head", "full"]
+    assert "search" not in stages["head"]
+
+
+def test_a_backbone_without_the_groups_of_a_later_stage_is_left_out(folder: Path, tmp_path: Path) -> None:
+    more = (f"candidates=[{SMALLEST},timm/test_vit]", "sizes=32", "stages.full.unfreeze=[blocks.1,head]")
+    assert select(arguments(folder, tmp_path / "out", *more)) == 0
+    found = content(tmp_path / "out")
+    assert {row["model"] for row in found["rows"]} == {"timm/test_vit"}
+    assert "stages.full.unfreeze names blocks.1" in found["left_out"][f"{SMALLEST} 32 px"]
+
+
+def test_a_folder_in_use_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "cells").mkdir()
+    Attempt(tmp_path, LOCK).begin(0)
+    signed = json.loads((tmp_path / LOCK).read_text())
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        process = lock._process(other.pid)
+        (tmp_path / LOCK).write_text(json.dumps({**signed, "pid": other.pid, "process": process}))
+        args = arguments(folder, tmp_path, f"candidates={SMALLEST}", "sizes=32")
+        assert select(args) == 2
+        assert f"is in use: process {other.pid}" in capsys.readouterr().err
+    finally:
+        other.communicate(b"\n")
+    assert select(args) == 0
+    assert "ended_at" in json.loads((tmp_path / LOCK).read_text())
+
+
+def test_images_that_are_skipped_are_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder, tmp_path / "data")
+    next((tmp_path / "data" / "train").rglob("*.png")).write_bytes(b"\x89PNG")
+    args = arguments(
+        tmp_path / "data", tmp_path / "out", f"candidates={SMALLEST}", "sizes=32", "data.on_bad_image=skip"
+    )
+    for _ in range(2):
+        assert select(args) == 0
+        assert "left out, as they can't be used: 1 of train images" in capsys.readouterr().out
+        found = content(tmp_path / "out")
+        assert found["rows"][0]["n_train"] == found["images"]["train"] - 1
+
+
+def test_results_that_were_edited_are_computed_again(folder: Path, tmp_path: Path) -> None:
+    args = arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", "sizes=32", "heads=[ridge]")
+    assert select(args) == 0
+    before = without_times(content(tmp_path / "out"))
+    for file, key in ((f, k) for f in (tmp_path / "out" / "cells").iterdir() for k in ("head", "n", "value")):
+        tree = json.loads(file.read_text())
+        if key in tree:
+            file.write_text(json.dumps({**tree, key: {"top1": 1.0} if key == "head" else 0 if key == "n" else "abc"}))
+            assert select(args) == 0
+            assert without_times(content(tmp_path / "out")) == before
+
+
+def test_the_files_are_there_while_the_estimate_is_computed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def estimated(*args: Any) -> None:
+        assert content(tmp_path / "out")["no_estimate"] == "it was not computed yet"
+        raise NoEstimateError("none")
+
+    monkeypatch.setattr("distil_tl.cli.selection.estimate", estimated)
+    assert select(arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", "sizes=32")) == 0
+    assert content(tmp_path / "out")["no_estimate"] == "none"
 
 
 def test_a_folder_with_other_files_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

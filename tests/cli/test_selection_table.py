@@ -32,6 +32,21 @@ def test_the_table_has_the_best_first_with_its_costs() -> None:
     assert "*" not in lines[3]
 
 
+def test_a_narrow_terminal_gets_no_line_that_wraps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("LINES", "8")
+    grid = Grid(cells(), "top1")
+    grid.results = [result(cell, top1) for cell, top1 in zip(grid.cells, (0.5, 0.8), strict=True)]
+    with Live(grid, show=True) as live:
+        live.begin(grid.cells[0])
+        shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown)) == 40
+    assert len(shown) < 8
+
+
 def test_on_a_terminal_each_table_replaces_the_one_before(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -226,7 +226,7 @@ def test_onnx_gives_the_same(tmp_path: Path, readout: str) -> None:
 
 def test_a_selection_of_all_read_outs_has_them() -> None:
     with torch.device("meta"):
-        found, reasons = _networks(ModelConfig("mobilenet_v2", "none"), 64, READOUTS, 3)
+        found, reasons = _networks(ModelConfig("mobilenet_v2", "none"), 64, READOUTS, 3, {})
     assert list(found) == ["pooled", "avg_max", "last2", "last3"]
     assert list(reasons) == [" token", " mean", " token_mean", " last4"]
 

@@ -64,9 +64,9 @@ def test_a_run_directory_in_use_is_refused_by_name(small: list[str], tmp_path: P
         assert main(args) == 2
         message = capsys.readouterr().err
         assert (
-            f"{tmp_path}/run is in use: process {first.pid} on this machine has been training there since 20" in message
+            f"{tmp_path}/run is in use: process {first.pid} on this machine has been working there since 20" in message
         )
-        assert f"end it with `kill {first.pid}`, or choose another run_dir" in message
+        assert f"end it with `kill {first.pid}`, or choose another folder" in message
     finally:
         first.kill()
         first.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from distil_tl.cli.select import read
-from distil_tl.cli.selection import _Selection, without_models
+from distil_tl.cli.selection import _Selection
+from distil_tl.cli.selection_checks import without_models
 from distil_tl.config import hints
 from distil_tl.data.config import DataConfig
 from distil_tl.distributed.launch_env import Launch
@@ -168,6 +170,16 @@ def test_a_network_that_fails_is_left_out_with_every_crop_of_its_size() -> None:
     assert grid.following() == cells[2]
 
 
+def test_a_cell_whose_heads_fail_leaves_the_other_crops_and_read_outs() -> None:
+    cells = [replace(cell("a", 32, crop), readout=readout) for crop in ("weights", "squash") for readout in "xy"]
+    grid = Grid(cells, "top1")
+    grid.results.append(result(cells[0], 0.5))
+    grid.failed_heads[cells[1], "linear"] = "no memory"
+    assert grid.left == cells[2:]
+    assert grid.complete == 2
+    assert grid.reasons() == {"a 32 px weights y, linear head": "no memory"}
+
+
 def test_the_best_is_ahead_by_its_figure_then_its_loss_then_its_cost() -> None:
     rows = [
         result(cell("dear", gmacs=3), 0.8, 0.5), result(cell("cheap", gmacs=1), 0.8, 0.5),
@@ -295,9 +307,41 @@ def test_a_network_whose_operations_were_counted_needs_no_other_trial(monkeypatc
     monkeypatch.setattr(TransferModel, "try_size", fails)
     model = ModelConfig(SMALLEST, "none")
     with torch.device("meta"):
-        found, reasons = plan._networks(model, 32, ["pooled"], 3)
+        found, reasons = plan._networks(model, 32, ["pooled"], 3, {})
     assert found["pooled"].macs
     assert not reasons
     monkeypatch.setattr(plan, "count_macs", lambda module, size: None)
     with torch.device("meta"):
-        assert plan._networks(model, 32, ["pooled"], 3) == ({}, {"": "sizes=32 does not fit"})
+        assert plan._networks(model, 32, ["pooled"], 3, {}) == ({}, {"": "sizes=32 does not fit"})
+
+
+def test_results_of_a_network_of_ones_own_depend_on_the_weights_that_it_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.body, self.fc = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, classes)
+
+    def forward(self, images):
+        return self.fc(self.body(images).mean((2, 3)))
+
+def build(num_classes, *, pretrained=False):
+    net = Net(num_classes)
+    if pretrained:
+        net.body.weight.data.fill_(VALUE)
+    return net
+
+VALUE = 0.5
+"""
+    (tmp_path / "mine_with_weights.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = ModelConfig("mine_with_weights:build", "auto")
+    first, again = (plan._own_weights(model, 16, 2) for _ in range(2))
+    assert first == again
+    monkeypatch.setattr(importlib.import_module("mine_with_weights"), "VALUE", 0.75)
+    assert plan._own_weights(model, 16, 2) != first
+    assert plan._own_weights(replace(model, weights="none"), 16, 2) is None

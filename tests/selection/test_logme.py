@@ -10,7 +10,7 @@ import pytest
 from distil_tl.selection.cells import Cell, Grid, Pruning, Result, Score
 from distil_tl.selection.logme import logme
 from distil_tl.selection.outcome import pruning_fields
-from distil_tl.selection.pruning import MOST, PER_CLASS, first_cells, some_of_each
+from distil_tl.selection.pruning import LEAST, MOST, PER_CLASS, first_cells, some_of_each
 
 RNG = np.random.default_rng(0)
 
@@ -80,9 +80,18 @@ def test_some_images_of_each_class() -> None:
     assert np.bincount(targets[chosen]).tolist() == [PER_CLASS, 7, PER_CLASS]
     assert (some_of_each(targets, 0) == chosen).all()
     assert (some_of_each(targets, 1) != chosen).any()
-    many = np.repeat(np.arange(1500), 3)
-    assert np.bincount(many[some_of_each(many, 0)]).tolist() == [1] * 1500
-    assert some_of_each(np.repeat(np.arange(3000), 2), 0).sum() == MOST
+    many = np.repeat(np.arange(1500), 7)
+    drawn = np.bincount(many[some_of_each(many, 0)], minlength=1500)
+    assert sorted(drawn.tolist()) == [0] * (1500 - MOST // LEAST) + [LEAST] * (MOST // LEAST)
+    assert 0.4 < np.flatnonzero(drawn).mean() / 1500 < 0.6, "not the first ones by name"
+
+
+def test_labels_matter_with_more_classes_than_images_are_used() -> None:
+    targets = np.repeat(np.arange(1200), 6)
+    chosen = some_of_each(targets, 0)
+    features = RNG.normal(size=(len(targets), 64)) + 2 * RNG.normal(size=(1200, 64))[targets]
+    right, wrong = (logme(features[chosen], labels) for labels in (targets[chosen], RNG.permutation(targets[chosen])))
+    assert right > wrong
 
 
 def test_the_cheapest_cell_of_a_backbone_is_scored() -> None:

@@ -140,6 +140,8 @@ def test_no_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     right, wrong = given._replace(targets=given.predicted), given._replace(targets=given.logits.argmin(1))
     assert str(best_temperature(right, "val")).endswith("val has almost no mistakes")
+    tiny = given._replace(logits=given.logits * 1e-4)
+    assert str(best_temperature(tiny, "val")).endswith("the logits differ too little")
     assert str(best_temperature(wrong, "val")).endswith("on val the probabilities say nothing")
     assert best_temperature(Logits(given.logits[:, :1], *given[1:]), "val") == "there is one class"
     assert best_temperature(given._replace(logits=given.logits / 0), "val") == "a logit is not finite"

@@ -16,6 +16,7 @@ from torch import Tensor
 from distil_tl.distributed.launch_env import Launch
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.training import metrics as metrics_module
+from distil_tl.training.batched_heads import count_predictions
 from distil_tl.training.metrics import ClassificationMetrics, Meter
 
 sk = pytest.importorskip("sklearn.metrics")
@@ -41,6 +42,26 @@ def counted(logits: Tensor, targets: Tensor, *, confusion: bool = True) -> Class
     metrics = ClassificationMetrics(logits.shape[1], CPU, confusion=confusion)
     add(metrics, logits, targets)
     return metrics
+
+
+def test_of_equal_logits_the_first_classes_are_the_top_five() -> None:
+    targets = torch.arange(10)
+    for found in (counted(torch.zeros(10, 10), targets), of_heads(torch.zeros(10, 10), targets)):
+        assert found.compute()["top5"] == 0.5
+        assert found.compute()["top1"] == 0.1
+    assert counted(torch.full((10, 10), torch.nan), targets).compute()["top5"] == 0.0
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_heads_of_a_search_are_counted_like_a_network(classes: int) -> None:
+    logits, targets = random_batch(200, classes, 1)
+    logits = logits.round()  # with equal ones
+    assert of_heads(logits, targets).compute() == pytest.approx(counted(logits, targets).compute())
+
+
+def of_heads(logits: Tensor, targets: Tensor) -> ClassificationMetrics:
+    valid = torch.ones(len(targets), dtype=torch.bool)
+    return ClassificationMetrics.of(count_predictions(logits[:, None], targets, valid)[0], logits.shape[1])
 
 
 def names(classes: int) -> list[str]:

@@ -34,6 +34,11 @@ def test_the_bootstrap_draws_images_again() -> None:
     assert bootstrap([[0, 0], [0, 0]]) == {}
 
 
+def test_where_all_images_are_right_an_interval_still_has_a_width() -> None:
+    for matrix, correct in (([[12, 0], [0, 3]], 15), ([[0, 12], [3, 0]], 0)):
+        assert bootstrap(matrix) == dict.fromkeys(("macro_f1", "balanced_accuracy"), wilson(correct, 15))
+
+
 def test_intervals_of_an_evaluation() -> None:
     figures: dict[str, Any] = {"n": 20, "top1": 0.75, "top5": 1.0, "loss": 0.4}
     assert of_counts(figures) == {"top1": wilson(15, 20), "top5": wilson(20, 20)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distil_tl.training.heads.fitted import Fitted, Settings, stacked
+from distil_tl.training.heads.fitted import SCALES, Fitted, Settings, stacked
 from distil_tl.training.heads.problem import Problem
 from distil_tl.training.heads.rows import Group
 from distil_tl.utils.errors import NonFiniteError
@@ -15,10 +15,8 @@ from distil_tl.utils.errors import NonFiniteError
 # Penalties of the squared weights, relative to the mean squared error.
 RIDGE_PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.5, 0.3, 0.1, 0.03, 0.01)
 SHRINKAGES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.03, 0.01)
-RIDGE_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-LDA_SCALES = (1 / 256, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
-PROTOTYPE_SCALES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # for distances divided by the number of features
 NEVER = -1e4  # logit of a class without images
+NO_SPREAD = 1e-9  # share of all squares below which the spread within classes is rounding
 
 
 def fit_ridge(problem: Problem, penalties: Sequence[float] = RIDGE_PENALTIES) -> Fitted:
@@ -28,7 +26,7 @@ def fit_ridge(problem: Problem, penalties: Sequence[float] = RIDGE_PENALTIES) ->
     cross = (moments.class_sum - moments.class_weight[:, None] * moments.mean) / moments.weight
     solved = _solve_path(problem, None, [(1.0, penalty) for penalty in penalties], cross)
     layers = [(weight, moments.class_weight / moments.weight - weight @ moments.mean) for weight in solved]
-    return Fitted.of_linear([{"penalty": penalty} for penalty in penalties], RIDGE_SCALES, *stacked(layers))
+    return Fitted.of_linear([{"penalty": penalty} for penalty in penalties], SCALES, *stacked(layers))
 
 
 def fit_lda(problem: Problem, shrinkages: Sequence[float] = SHRINKAGES) -> Fitted:
@@ -36,12 +34,12 @@ def fit_lda(problem: Problem, shrinkages: Sequence[float] = SHRINKAGES) -> Fitte
     moments, width = problem.moments, problem.width
     means = moments.class_mean
     trace = _trace_within(problem) / width
-    trace = trace if trace > 0 else torch.ones_like(trace)
-    pairs = [(1 - shrinkage, shrinkage * float(trace)) for shrinkage in shrinkages]
+    pairs = [(1 - shrinkage, shrinkage * trace) for shrinkage in shrinkages]
     layers = []
     for weight in _solve_path(problem, means, pairs, means):
-        layers.append((weight, moments.shares.log() - (weight * means).sum(dim=1) / 2))
-    return Fitted.of_linear([{"shrinkage": shrinkage} for shrinkage in shrinkages], LDA_SCALES, *stacked(layers))
+        bias = moments.shares.log() - (weight * means).sum(dim=1) / 2
+        layers.append((weight, torch.where(moments.class_weight > 0, bias, NEVER)))
+    return Fitted.of_linear([{"shrinkage": shrinkage} for shrinkage in shrinkages], SCALES, *stacked(layers))
 
 
 def fit_prototypes(problem: Problem) -> Fitted:
@@ -50,15 +48,16 @@ def fit_prototypes(problem: Problem) -> Fitted:
     means = moments.class_mean
     bias = torch.where(moments.class_weight > 0, -means.square().sum(dim=1) / 2 / width, NEVER)
     settings: list[Settings] = [{}]
-    return Fitted.of_linear(settings, PROTOTYPE_SCALES, *stacked([(means / width, bias)]))
+    return Fitted.of_linear(settings, SCALES, *stacked([(means / width, bias)]))
 
 
-def _trace_within(problem: Problem) -> Tensor:
-    """The trace of the covariance within the classes."""
+def _trace_within(problem: Problem) -> float:
+    """The trace of the covariance within the classes; the width, as of an identity, if features don't vary there."""
     moments = problem.moments
     squares = problem.rows.total((1,), lambda part: (part.features.double().square().sum(1) * part.weights).sum()[None])
     between = (moments.class_weight * moments.class_mean.square().sum(dim=1)).sum()
-    return ((squares[0] - between) / moments.weight).clamp(min=0)
+    within = problem.group.share(squares[0] - between)
+    return float(within / moments.weight) if within > NO_SPREAD * squares[0] else float(problem.width)
 
 
 def _solve_path(

@@ -8,21 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distil_tl.data.sampler import epoch_order
+from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.models.fitted_heads import HIDDEN
 from distil_tl.models.head import seeded
-from distil_tl.training.heads.fitted import Fitted, Settings
+from distil_tl.training.heads.fitted import SCALES, Fitted, Settings
 from distil_tl.training.heads.problem import Problem
-from distil_tl.training.heads.rows import Standard
+from distil_tl.training.heads.rows import TOO_LITTLE_MEMORY, Part, Standard
 from distil_tl.training.losses import Loss
+from distil_tl.training.memory import is_out_of_memory
 from distil_tl.training.optim import lr_factor
+from distil_tl.utils.errors import UserError
 
-COSINE_SCALES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 # The published evaluation of DINO (Caron et al., 2021): this temperature, and k of 10 to 200.
 NEIGHBOURS, TEMPERATURE = (200, 100, 50, 20, 10, 5, 1), 0.07
 UNIFORM = 0.01  # share of equal votes for all classes, so that no probability is 0
 MOST = 1 << 24  # similarities, and votes, at once
-DECAYS = (0.1,)
-EPOCHS, BATCH, LR, WARMUP = 12, 64, 1e-3, 0.1
+EPOCHS, BATCH, LR, DECAY, WARMUP = 12, 64, 1e-3, 0.1, 0.1
 
 
 def fit_cosine(problem: Problem) -> Fitted:
@@ -36,25 +37,27 @@ def fit_cosine(problem: Problem) -> Fitted:
     sums = rows.total(
         shape, lambda part: (part.one_hot(classes) * part.weights[:, None]).T @ of(part.features)
     )  # fmt: skip
-    directions = F.normalize(sums, dim=1).float().T.contiguous()
+    directions, seen = F.normalize(sums, dim=1), problem.counts > 0
+    directions[~seen] = directions[seen].mean(dim=0)  # a class without images: its logit is never the largest
+    directions = directions.float().T.contiguous()
     settings: list[Settings] = [{}]
 
     def built(_: int, scale: float, standard: Standard) -> dict[str, Tensor]:
         return {"weight": scale * directions.T.double(), "mean": standard.mean, "deviation": standard.deviation}
 
-    return Fitted(
-        settings, COSINE_SCALES, lambda features: (F.normalize(features, dim=1) @ directions)[:, None], built=built
-    )
+    return Fitted(settings, SCALES, lambda features: (F.normalize(features, dim=1) @ directions)[:, None], built=built)
 
 
 def fit_knn(problem: Problem, neighbours: tuple[int, ...] = NEIGHBOURS) -> Fitted:
     """Votes of the nearest training images by cosine, for several numbers of them."""
     rows, classes = problem.everything, problem.classes
+    if not bool((rows.weights > 0).all()):  # images without a vote
+        rows = Part(*(column[rows.weights > 0] for column in rows))
     fitting = [k for k in neighbours if k <= len(rows.targets)] or [len(rows.targets)]
-    columns = F.normalize(rows.features, dim=1).T.contiguous()
+    lengths = torch.linalg.vector_norm(rows.features, dim=1).clamp(min=1e-12)
 
     def votes(features: Tensor) -> Tensor:
-        nearest = (F.normalize(features, dim=1) @ columns).topk(max(fitting), dim=1)
+        nearest = (F.normalize(features, dim=1) @ rows.features.T / lengths).topk(max(fitting), dim=1)
         weight = ((nearest.values - nearest.values[:, :1]) / TEMPERATURE).double().exp() * rows.weights[nearest.indices]
         of_class = F.one_hot(rows.targets[nearest.indices], classes) * weight[..., None]
         found = torch.stack([of_class[:, :k].sum(dim=1) for k in fitting], dim=1)
@@ -69,34 +72,43 @@ def fit_knn(problem: Problem, neighbours: tuple[int, ...] = NEIGHBOURS) -> Fitte
     return Fitted([{"k": float(k)} for k in fitting], (1.0,), logits)
 
 
-def fit_mlp(problem: Problem, decays: tuple[float, ...] = DECAYS) -> Fitted:
-    """A network with one hidden layer for each weight decay, trained by AdamW. Each is trained by one rank."""
-    info, rows = problem.group.info, problem.everything
-    networks = [_network(problem) for _ in decays]
-    steps = EPOCHS * max(1, -(-len(rows.targets) // BATCH))
-    for first in range(0, len(decays), info.world_size):
-        own = first + info.rank
-        training = _Training(problem, networks[own], decays[own], steps) if own < len(decays) else None
-        for step in range(steps):
-            problem.group.agreement.raise_if_stopping()
+def fit_mlp(problem: Problem, decay: float = DECAY) -> Fitted:
+    """A network with one hidden layer, trained by AdamW on rank 0. The others wait for it.
+
+    Raises:
+        UserError: the memory does not suffice. On all ranks alike.
+        AllRanksStopError: on all ranks alike.
+    """
+    info, rows = problem.group.info, problem.everything_on_main
+    network = _network(problem)
+    steps = EPOCHS * max(1, -(-problem.count // BATCH))
+    failed, training = False, _Training(problem, network, rows, decay, steps) if info.is_main else None
+    for step in range(steps):
+        problem.group.agreement.raise_if_stopping()
+        try:
             if training is not None:
                 training.step(step)
-    for number, network in enumerate(networks):
-        for parameter in network.parameters() if info.store is not None else ():
-            dist.broadcast(parameter.detach(), src=number % info.world_size)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed, training = True, None
+    if max_over_ranks(info, float(failed)):
+        raise UserError(f"{TOO_LITTLE_MEMORY} to train a small network: use another head")
+    for parameter in network.parameters() if info.store is not None else ():
+        dist.broadcast(parameter.detach(), src=0)
 
     @torch.no_grad()
     def logits(features: Tensor) -> Tensor:
-        return torch.stack([network(features) for network in networks], dim=1)
+        return network(features)[:, None]  # type: ignore[no-any-return]
 
-    def built(number: int, scale: float, standard: Standard) -> dict[str, Tensor]:
-        found = {name: tensor.double() for name, tensor in networks[number].state_dict().items()}
+    def built(_: int, scale: float, standard: Standard) -> dict[str, Tensor]:
+        found = {name: tensor.double() for name, tensor in network.state_dict().items()}
         first = standard.folded_into(found["0.weight"], found["0.bias"])
         last = {"weight": scale * found["2.weight"], "bias": scale * found["2.bias"]}
         layers = {"hidden": first, "output": last}
         return {f"{layer}.{name}": tensor for layer, pair in layers.items() for name, tensor in pair.items()}
 
-    return Fitted([{"weight_decay": decay} for decay in decays], (1.0,), logits, built=built)
+    return Fitted([{"weight_decay": decay}], (1.0,), logits, built=built)
 
 
 def _network(problem: Problem) -> nn.Sequential:
@@ -108,8 +120,8 @@ def _network(problem: Problem) -> nn.Sequential:
 class _Training:
     """The training of a small network on all rows."""
 
-    def __init__(self, problem: Problem, network: nn.Sequential, decay: float, steps: int) -> None:
-        self.rows, self.network, self.steps, self.seed = problem.everything, network, steps, problem.seed
+    def __init__(self, problem: Problem, network: nn.Sequential, rows: Part, decay: float, steps: int) -> None:
+        self.rows, self.network, self.steps, self.seed = rows, network, steps, problem.seed
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=decay, fused=True)
         offsets = None if problem.offsets is None else problem.offsets.float()
         self.loss = Loss(problem.smoothing, offsets=offsets)

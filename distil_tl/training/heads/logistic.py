@@ -15,9 +15,10 @@ from distil_tl.training.heads.problem import Problem
 from distil_tl.training.heads.rows import Part
 
 # Half of the penalty of the squared weights, relative to the mean loss. 1 / (n C) in scikit-learn.
-PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+ALWAYS = 1e-3  # tried with any number of images; smaller ones down to one image's share of the loss
 HISTORY, ITERATIONS = 10, 60
-TOLERANCE = 2e-4  # of the largest element of the gradient
+TOLERANCE = 5e-4  # of the largest element of the gradient, relative to that of a network without weights
 SUFFICIENT = 1e-4  # share of the expected decrease that a step must reach (Armijo)
 MAX_HALVINGS = 12
 SMALLEST_GAIN = 1e-8  # relative; float32 products do not resolve a smaller one
@@ -25,20 +26,28 @@ SMALLEST_GAIN = 1e-8  # relative; float32 products do not resolve a smaller one
 Objective = Callable[[Tensor], "tuple[Tensor, Tensor]"]  # a point to the value and its gradient
 
 
-def fit_logistic(problem: Problem, penalties: Sequence[float] = PENALTIES, last: int = 0) -> Fitted:
+def fit_logistic(problem: Problem, penalties: Sequence[float] | None = None, last: int = 0) -> Fitted:
     """Multinomial logistic regression for each penalty, each starting from the solution of the one before.
 
     Args:
+        penalties: None: those of `path_of`.
         last: how many of the penalties are wanted, from the last on; 0: all.
     """
+    penalties = path_of(problem.count) if penalties is None else penalties
     point = torch.zeros(problem.classes * (problem.width + 1), dtype=torch.float64, device=problem.counts.device)
-    layers = []
+    _, gradient = _objective(problem, 0.0, point)
+    tolerance, layers = TOLERANCE * float(gradient.abs().max()), []
     for penalty in penalties:
-        point = minimize(functools.partial(_objective, problem, penalty), point, problem.group.share)
+        point = minimize(functools.partial(_objective, problem, penalty), point, problem.group.share, tolerance)
         weight = point.view(problem.classes, -1)
         layers.append((weight[:, :-1].clone(), weight[:, -1].clone()))
     wanted = [{"penalty": penalty} for penalty in penalties][-last:]
     return Fitted.of_linear(wanted, (1.0,), *stacked(layers[-last:]))
+
+
+def path_of(images: int) -> list[float]:
+    """The penalties that are tried: the more training images, the smaller is the best one."""
+    return [each for each in PENALTIES if each >= min(ALWAYS, 1 / images)]
 
 
 def path_to(penalty: float) -> list[float]:
@@ -72,7 +81,7 @@ def _objective(problem: Problem, penalty: float, point: Tensor) -> tuple[Tensor,
     return sums[0], sums[1:]
 
 
-def minimize(objective: Objective, point: Tensor, share: Callable[[Tensor], Tensor]) -> Tensor:
+def minimize(objective: Objective, point: Tensor, share: Callable[[Tensor], Tensor], tolerance: float) -> Tensor:
     """The minimum of a smooth convex function, found from `point`.
 
     All decisions are by values that are equal on all ranks, so that they call `objective` equally often.
@@ -80,11 +89,12 @@ def minimize(objective: Objective, point: Tensor, share: Callable[[Tensor], Tens
     Args:
         objective: gives the same on all ranks.
         share: the values of rank 0, on all ranks.
+        tolerance: of the largest element of the gradient.
     """
     value, gradient = objective(point)
     pairs: collections.deque[tuple[Tensor, Tensor]] = collections.deque(maxlen=HISTORY)
     for _ in range(ITERATIONS):
-        if float(gradient.abs().max()) <= TOLERANCE or not bool(value.isfinite()):
+        if float(gradient.abs().max()) <= tolerance or not bool(value.isfinite()):
             break
         direction = _direction(gradient, pairs)
         shared = share(torch.cat([direction, torch.stack([gradient @ direction, gradient.norm()])]))

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distil_tl.training.heads.rows import Group, Part, Rows, Standard
+from distil_tl.training.heads.rows import TOO_LITTLE_MEMORY, Group, Part, Rows, Standard
 from distil_tl.utils.errors import NonFiniteError, UserError
 
-TOO_LITTLE_MEMORY = "a rank has too little memory"
-CONSTANT = 1e-6  # a smaller deviation, relative to the largest one, counts as none
+CONSTANT = 1e-6  # a smaller deviation, relative to the largest one or to the mean, counts as none
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,15 @@ class Problem:
     @functools.cached_property
     def everything(self) -> Part:
         """All rows on every rank. A collective. Raises UserError on all ranks alike if memory does not suffice."""
-        found = self.rows.everything()
+        return self._all_rows(on_all=True)
+
+    @functools.cached_property
+    def everything_on_main(self) -> Part:
+        """The same on rank 0 alone; without rows on the others."""
+        return self.__dict__.get("everything") or self._all_rows(on_all=False)
+
+    def _all_rows(self, *, on_all: bool) -> Part:
+        found = self.rows.everything(on_all=on_all)
         if found is None:
             raise UserError(f"{TOO_LITTLE_MEMORY} for the features of all training images: use a linear head")
         return found
@@ -135,7 +142,8 @@ def open_problem(
         raise NonFiniteError("features of train are not finite: use another precision")
     mean = sums[:width] / counts.sum()
     deviation = (sums[width : 2 * width] / counts.sum() - mean.square()).clamp(min=0).sqrt()
-    deviation = torch.where(deviation > CONSTANT * deviation.max(), deviation, 1.0)
+    # Features are float32, so a deviation that is tiny beside the mean is rounding.
+    deviation = torch.where(deviation > CONSTANT * torch.maximum(deviation.max(), mean.abs()), deviation, 1.0)
     standard = Standard(mean, deviation)
     rows = raw.standardized(standard)
     if not rows.load_own():

@@ -6,6 +6,7 @@ over all rows is the same on any number of ranks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -20,7 +21,10 @@ from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.training.memory import is_out_of_memory
+from distil_tl.utils.errors import UserError
+from distil_tl.utils.memory import available_memory
 
+TOO_LITTLE_MEMORY = "a rank has too little memory"
 SMALLEST_BLOCK, MAX_BLOCKS = 256, 16  # rows of a block, except the last one; and blocks of a split
 AT_ONCE = 1 << 22  # numbers that the ranks exchange in one collective
 PART = 2048  # rows that are computed at once
@@ -119,35 +123,62 @@ class Rows:
     def load_own(self) -> bool:
         """Read the blocks of this rank. Returns whether the memory of all ranks suffices. A collective."""
         info = self.group.info
+        own = range(info.rank, len(self.blocks), info.world_size)
 
         def load() -> None:
-            self._kept = {number: self.block(number) for number in range(info.rank, len(self.blocks), info.world_size)}
+            self._kept = {number: self.block(number) for number in own}
 
-        if self._unless_out_of_memory(load):
+        if self._unless_out_of_memory(load, sum(len(self.blocks[number]) for number in own)):
             return True
         self._kept = {}
         return False
 
-    def everything(self) -> Part | None:
-        """All usable images, on every rank; None if the memory of a rank does not suffice. A collective."""
-        found: list[Part] = []
+    def everything(self, *, on_all: bool = True) -> Part | None:
+        """All usable images, on every rank or on rank 0 alone; without images on the others. A collective.
+
+        Returns:
+            None, on all ranks, if the memory of one does not suffice.
+        """
+        info, found = self.group.info, list[Part]()
+        count = len(self.dataset) if on_all or info.is_main else 0
 
         def load() -> None:
-            parts = [self.block(number) for number in range(len(self.blocks))]
-            found.append(Part(*(torch.cat(columns) for columns in zip(*parts, strict=True))))
+            features, targets, weights = self._empty(count)
+            first = 0
+            for part in (self.block(number) for number in range(len(self.blocks) if count else 0)):
+                last = first + len(part.targets)
+                features[first:last], targets[first:last], weights[first:last] = part
+                first = last
+            found.append(Part(features[:first], targets[:first], weights[:first]))
 
-        return found[0] if self._unless_out_of_memory(load) else None
+        return found[0] if self._unless_out_of_memory(load, count) else None
 
-    def _unless_out_of_memory(self, load: Callable[[], None]) -> bool:
-        """Whether no rank runs out of memory in `load`."""
-        failed = False
+    def _empty(self, count: int) -> Part:
+        """Room for so many images."""
+        device = self.group.info.device
+        features = torch.empty(count, self.width, device=device)
+        return Part(
+            features,
+            torch.empty(count, dtype=torch.int64, device=device),
+            torch.empty(count, dtype=torch.float64, device=device),
+        )
+
+    def _unless_out_of_memory(self, load: Callable[[], None], count: int) -> bool:
+        """Whether no rank runs out of memory in `load`, which reads `count` images.
+
+        On a CPU the system would end a process that takes more than there is, so the size is compared before.
+        """
+        info = self.group.info
+        needed, free = 4 * count * self.width, available_memory() / info.launch.local_world_size
+        failed = info.device.type == "cpu" and needed > free
         try:
-            load()
+            if not failed:
+                load()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             failed = True
-        return not max_over_ranks(self.group.info, float(failed))
+        return not max_over_ranks(info, float(failed))
 
     def block(self, number: int) -> Part:
         """A block, standardised, of usable images only."""
@@ -176,16 +207,29 @@ class Rows:
         """The sum of `of` over all parts, float64 [shape], on all ranks alike. A collective.
 
         Raises:
+            UserError: the memory of a rank does not suffice. On all ranks alike.
             AllRanksStopError: on all ranks alike.
         """
         info = self.group.info
         self.group.agreement.raise_if_stopping()
-        sums = torch.zeros(shape, dtype=torch.float64, device=info.device)
+        sums = torch.zeros(math.prod(shape) + 1, dtype=torch.float64, device=info.device)  # the last one: out of memory
         for first in range(0, len(self.blocks), info.world_size):
             own = torch.zeros_like(sums)
             if first + info.rank < len(self.blocks):
-                for part in self.parts(first + info.rank):
-                    own += of(part)
+                self._add_block(own, first + info.rank, of)
             for found in _of_ranks(info, own, min(info.world_size, len(self.blocks) - first)):
                 sums += found
-        return sums
+        if sums[-1] > 0:
+            raise UserError(f"{TOO_LITTLE_MEMORY} to fit this kind of head to these features: use a linear head")
+        return sums[:-1].view(shape)
+
+    def _add_block(self, own: Tensor, number: int, of: Callable[[Part], Tensor]) -> None:
+        """Add `of` the parts of a block to all but the last number; that counts a lack of memory."""
+        try:
+            for part in self.parts(number):
+                own[:-1] += of(part).flatten()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            own.zero_()
+            own[-1] = 1.0

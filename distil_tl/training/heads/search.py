@@ -44,7 +44,7 @@ def fit(kind: str, problem: Problem, settings: Settings | None = None) -> Fitted
     if kind == "knn":
         return fit_knn(problem, (int(wanted["k"]),)) if wanted else fit_knn(problem)
     if kind == "mlp":
-        return fit_mlp(problem, (wanted["weight_decay"],)) if wanted else fit_mlp(problem)
+        return fit_mlp(problem, wanted["weight_decay"]) if wanted else fit_mlp(problem)
     return fit_prototypes(problem) if kind == "prototypes" else fit_cosine(problem)
 
 

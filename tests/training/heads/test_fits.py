@@ -24,10 +24,11 @@ from distil_tl.training.heads import rows as rows_module
 from distil_tl.training.heads.closed_form import _solve, fit_lda, fit_prototypes, fit_ridge
 from distil_tl.training.heads.comparison import TEMPERATURE, UNIFORM, fit_cosine, fit_knn, fit_mlp
 from distil_tl.training.heads.config import FITTED_HEADS
-from distil_tl.training.heads.logistic import fit_logistic
+from distil_tl.training.heads.fitted import SCALES
+from distil_tl.training.heads.logistic import fit_logistic, path_of, path_to
 from distil_tl.training.heads.problem import Problem, open_problem
-from distil_tl.training.heads.rows import Group, Rows
-from distil_tl.training.heads.search import choose
+from distil_tl.training.heads.rows import Group, Part, Rows
+from distil_tl.training.heads.search import choose, fit
 from distil_tl.utils.errors import NonFiniteError, UserError
 from tests.helpers.ranks import run_ranks
 
@@ -194,14 +195,115 @@ def test_the_choice_is_by_the_metric_and_one_candidate_can_be_fitted_again(tmp_p
         assert again.chosen["loss"] == pytest.approx(chosen["loss"], rel=1e-6)
 
 
-def test_a_class_without_images_is_not_predicted(tmp_path: Path) -> None:
-    features, targets = images(40, 12)
+@pytest.mark.parametrize("width", [12, 300])
+def test_a_class_without_images_is_not_predicted(tmp_path: Path, width: int) -> None:
+    features, targets = images(40, width)
     found = open_problem(Rows(group(), dataset(tmp_path, features, targets)), CLASSES + 1)
-    inputs = found.standard.apply(features)
-    for fitted in (fit_ridge(found), fit_lda(found), fit_logistic(found), fit_prototypes(found), fit_knn(found)):
-        logits = fitted.logits(inputs)
+    others = found.standard.apply(images(400, width, seed=5)[0])
+    for kind in (*FITTED_HEADS, *COMPARED_HEADS):
+        logits = fit(kind, found).logits(others)
         assert logits.isfinite().all()
-        assert not (logits.argmax(2) == CLASSES).any()
+        assert not (logits.argmax(2) == CLASSES).any() or kind == "mlp", kind
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+@pytest.mark.parametrize("kind", ["ridge", "lda", "prototypes", "cosine"])
+def test_the_scale_of_logits_is_no_end_of_its_path(tmp_path: Path, kind: str, classes: int) -> None:
+    targets = np.arange(classes * 12) % classes
+    centres = torch.randn(classes, 40, generator=torch.Generator().manual_seed(2))
+    found, val = None, None
+    for seed in (0, 1):
+        noise = torch.randn(len(targets), 40, generator=torch.Generator().manual_seed(seed))
+        rows = Rows(group(), dataset(tmp_path / str(seed), centres[targets] + 0.7 * noise, targets))
+        found, val = found or open_problem(rows, classes), rows
+    assert found is not None
+    assert val is not None
+    chosen = choose(kind, found, val.standardized(found.standard), "top1").chosen
+    assert SCALES[0] < chosen["scale"] < SCALES[-1]
+    assert chosen["loss"] < 0.5 * np.log(classes)
+
+
+def test_the_path_of_logistic_regression_is_longer_for_more_images() -> None:
+    assert path_of(800)[-1] == 1e-3
+    assert path_of(1_300_000)[-1] == 1e-6
+    assert path_to(1e-4) == path_of(10_000)
+
+
+def test_logistic_regression_is_that_of_scikit_learn_with_many_classes(tmp_path: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    targets = np.arange(1200) % 100
+    centres = torch.randn(100, 20, generator=torch.Generator().manual_seed(2))
+    features = centres[targets] + torch.randn(1200, 20, generator=torch.Generator().manual_seed(3))
+    found = open_problem(Rows(group(), dataset(tmp_path, features, targets)), 100)
+    weight, bias = fit_logistic(found, [0.01, 0.001]).linear or pytest.fail("it is linear")
+    scaled = found.standard.apply(features).double().numpy()
+    model = LogisticRegression(C=1 / (0.001 * 1200), tol=1e-8, max_iter=2000).fit(scaled, targets)
+    logits = scaled @ weight[1].numpy().T + bias[1].numpy()
+    same = (logits.argmax(1) == model.predict(scaled)).mean()
+    assert same > 0.99
+    losses = [-np.log(p[np.arange(1200), targets]).mean() for p in (softmax(logits), model.predict_proba(scaled))]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).softmax(1).numpy()
+
+
+def test_images_of_weight_0_have_no_vote(tmp_path: Path) -> None:
+    found, _, targets = problem(tmp_path, weigh=lambda targets, positions: (positions % 2 == 0).double())
+    others = torch.from_numpy(images(7, 12, seed=4)[0].numpy()).float()
+    half = Rows(group(), dataset(tmp_path / "half", images(40, 12)[0][::2], targets[::2]), None, found.standard)
+    kept = Problem(half, found.standard, torch.bincount(torch.from_numpy(targets[::2])))
+    torch.testing.assert_close(fit_knn(found, (5, 1)).logits(others), fit_knn(kept, (5, 1)).logits(others))
+
+
+def test_a_feature_that_varies_by_rounding_alone_is_constant(tmp_path: Path) -> None:
+    features, targets = images(3000, 4)
+    features[:, 2] = 123.456
+    found = open_problem(Rows(group(), dataset(tmp_path, features, targets)), CLASSES)
+    assert float(found.standard.deviation[2]) == 1.0
+
+
+def test_lda_of_features_without_spread_within_classes(tmp_path: Path) -> None:
+    centres, targets = torch.randn(CLASSES, 30, generator=torch.Generator().manual_seed(1)), np.arange(60) % CLASSES
+    found = open_problem(Rows(group(), dataset(tmp_path, centres[targets], targets)), CLASSES)
+    assert (fit_lda(found).logits(found.standard.apply(centres[targets])).argmax(2).numpy() == targets[:, None]).all()
+
+
+def without_memory(folder: str, kind: str) -> str:
+    """The message of a choice during which one rank has no memory."""
+    with init_distributed(read_launch(os.environ), DistributedConfig(device="cpu", timeout_seconds=60)) as info:
+        features, targets = images(600, 20)
+        data = dataset(Path(folder) / str(info.rank), features, targets)
+        found = open_problem(Rows(group(info), data), CLASSES)
+        val = Rows(group(info), data).standardized(found.standard)
+        if info.rank == info.world_size - 1:
+
+            def block(self: Rows, number: int) -> Part:
+                raise torch.OutOfMemoryError("out of memory")
+
+            Rows.block = block  # type: ignore[method-assign]
+        with pytest.raises(UserError) as raised:
+            choose(kind, found, val, "top1")
+        return str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["ridge", "logistic", "knn", "mlp"])
+def test_a_rank_without_memory_ends_the_fit_on_all(tmp_path: Path, kind: str) -> None:
+    first, second = run_ranks(2, without_memory, str(tmp_path), kind)
+    assert first == second
+    assert "too little memory" in first
+
+
+def test_more_features_than_memory_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the system would end the process."""
+    found, *_ = problem(tmp_path)
+    monkeypatch.setattr(rows_module, "available_memory", lambda: 40 * 12 * 4 - 1)
+    with pytest.raises(UserError, match="too little memory"):
+        fit_knn(found)
+    monkeypatch.setattr(rows_module, "available_memory", lambda: 40 * 12 * 4)
+    fit_knn(found)
 
 
 def test_nothing_to_fit_is_said(tmp_path: Path) -> None:
