@@ -30,6 +30,7 @@ from distil_tl.selection.config import HEADS
 from distil_tl.selection.estimate import NoEstimateError
 from distil_tl.selection.outcome import LOCK
 from distil_tl.training import feature_extraction, stage_setup
+from distil_tl.training.features import FeaturesUnavailableError
 from distil_tl.training.heads import search as head_fits
 from distil_tl.utils.errors import NonFiniteError, UserError
 from tests.helpers.arguments import SMALLEST
@@ -442,6 +443,22 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_tried(
     missing = [*arguments(folder, tmp_path / "none", "candidates=[resnet18,resnet34]"), "model.weights=auto"]
     assert select(missing) == 2
     assert "for name in resnet18 resnet34; do distil-tl prefetch model.name=$name; done" in capsys.readouterr().err
+
+
+def test_features_that_can_not_be_kept_are_the_reason(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def open_all(self: Any) -> None:
+        raise FeaturesUnavailableError("they can't be written to CACHE: No space left on device")
+
+    args = arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", "sizes=[32,40]")
+    with monkeypatch.context() as patch:
+        patch.setattr(feature_extraction.FeatureExtractor, "open_all", open_all)
+        assert select(args) == 2
+    said = capsys.readouterr().err
+    assert f"{SMALLEST} 32 px: no features: they can't be written to CACHE" in said
+    assert "remove the search" not in said
+    assert select(args) == 0
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,27 @@ def pooled_in_function(num_classes: int) -> Any:
     stages = nn.Sequential(stage(3, 4), stage(4, 6), stage(6, 8))
     parts = {"stages": stages, "norm": nn.LayerNorm(8), "fc": nn.Linear(8, num_classes)}
     return PooledInFunction(OrderedDict(parts))
+
+
+class TokenAt(nn.Module):
+    """A transformer without a name for its tokens, whose head reads one of them."""
+
+    def __init__(self, num_classes: int, place: int) -> None:
+        super().__init__()
+        self.place = place
+        self.cut, self.token = nn.Conv2d(3, 8, 8, 8), nn.Parameter(torch.randn(1, 1, 8))
+        self.mix, self.fc = nn.Linear(8, 8), nn.Linear(8, num_classes)
+
+    def forward(self, images: Any) -> Any:
+        patches = self.cut(images).flatten(2).transpose(1, 2)
+        token = self.token.expand(len(images), -1, -1)
+        tokens = self.mix(torch.cat([token, patches] if self.place == 0 else [patches, token], 1))
+        return self.fc(tokens[:, self.place])
+
+
+def first_token(num_classes: int) -> Any:
+    return TokenAt(num_classes, 0)
+
+
+def last_token(num_classes: int) -> Any:
+    return TokenAt(num_classes, -1)

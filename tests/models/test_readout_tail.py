@@ -21,6 +21,7 @@ from distil_tl.models.transfer import TransferModel, build
 from distil_tl.selection.plan import _networks
 from distil_tl.training.config import StageConfig
 from distil_tl.training.stage import apply_stage
+from distil_tl.utils.errors import UserError
 from tests.helpers.arguments import WITHOUT_TIMM, small_args
 from tests.helpers.ranks import train
 from tests.helpers.runs import summary_of
@@ -183,6 +184,14 @@ def test_a_network_is_cut_copied_and_trained(name: str, readout: str) -> None:
             assert isinstance(cut.suffix[-1], nn.Linear)
     other = copy.deepcopy(module).eval()
     torch.testing.assert_close(other(inputs), module.eval()(inputs))
+
+
+def test_a_token_that_is_not_the_first_is_no_class_token() -> None:
+    first, plain = (model_with(SMALL + "first_token", readout, 32) for readout in ("mean", "pooled"))
+    (tokens,) = outputs(plain, ["mix"], 32)
+    torch.testing.assert_close(outputs(first, ["fc"], 32)[0], tokens[:, 1:].mean(1))
+    with pytest.raises(UserError, match="its code has no tokens that can be read out"):
+        model_with(SMALL + "last_token", "mean", 32)
 
 
 @pytest.mark.parametrize("kind", ["mlp", "cosine"])
