@@ -142,27 +142,24 @@ class _Selection:
                     logger.info("the budget is spent; not tried: %d of %d cells", len(grid.left), len(grid.cells))
                     return
                 live.begin(cell)
+                before = len(grid.results)
                 try:
-                    results, reasons = self.search.search(cell, grid.missing(cell))
+                    reasons = self.search.search(cell, grid.missing(cell), self.keep)
                 except UnfitError as error:
                     grid.fail(cell, str(error))
                     live.failed(cell, str(error))
                     continue
-                grid.results += results
                 grid.failed_heads |= {(cell, kind): reason for kind, reason in reasons.items()}
-                if not results:
+                if not (results := grid.results[before:]):
                     live.failed(cell, "; ".join(dict.fromkeys(reasons.values())))
                     continue
                 self.timed.append(replace(results[0], seconds=sum(result.seconds for result in results)))
-                self.save(results)
                 live.end(min(results, key=lambda result: rank_by(grid.metric, result.head)))
 
-    def save(self, results: list[Result]) -> None:
-        def work() -> None:
-            for result in results:
-                save_cell(self.folder, result)
-
-        on_rank_zero(self.info, "saving a result", work)
+    def keep(self, result: Result) -> None:
+        """Add a result, and save it."""
+        self.outcome.grid.results.append(result)
+        on_rank_zero(self.info, "saving a result", lambda: save_cell(self.folder, result))
         if self.info.is_main:
             note(SAVED)  # the job has made progress
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 from distil_tl.data.bad_images import BadImages
 from distil_tl.data.loader import plan_batches
@@ -29,8 +29,6 @@ from distil_tl.training.head_search import prepare_search
 from distil_tl.training.stage_setup import set_up_stage
 from distil_tl.utils.errors import NonFiniteError, UserError, listed
 from distil_tl.utils.log import logger
-
-Found: TypeAlias = "tuple[list[Result], dict[str, str]]"  # a result for each kind of head; why other kinds failed
 
 
 class UnfitError(Exception):
@@ -57,68 +55,63 @@ class CellSearch:
         self._images = image_memory(info) if len({cell.name for cell in cells}) > 1 else ImageMemory(0)
         self._speed: tuple[tuple[str, int], float | None] | None = None  # of the last network
 
-    def search(self, cell: Cell, kinds: Sequence[str]) -> Found:
-        """The results of a cell, one for each kind of head; and why other kinds, or all, have none.
+    def search(self, cell: Cell, kinds: Sequence[str], keep: Callable[[Result], None]) -> dict[str, str]:
+        """Search heads of several kinds on the features of a cell. Returns why some kinds have no result.
+
+        Args:
+            keep: gets the result of each kind as soon as it is there.
 
         Raises:
             UnfitError: the weights don't fit the network, it has no frozen part, or its head is no linear layer.
             UserError: an image can't be used, or some ranks can't build the network.
-            AllRanksStopError: on all ranks alike. Features that are complete are kept.
+            AllRanksStopError: on all ranks alike. Features and results that are complete are kept.
         """
-        began = time.monotonic()
-        chosen, seconds, failed = dict[str, dict[str, Any]](), dict[str, float](), dict[str, str]()
+        began, failed = time.monotonic(), dict[str, str]()
         try:
             found = self.open_cell(cell)
-            searches = HeadSearches(
-                self.info, prepare_search(self.info, found.stage, found.setup, found.source), self.agreement
-            )
-            for kind in kinds:
-                self.info.phase = f"the search of the {kind} head"
-                try:
-                    chosen[kind] = searches.result(kind)
-                except (UserError, NonFiniteError) as error:  # on all ranks alike
-                    if isinstance(error, UserError) and not self.is_of_cell(error):
-                        raise
-                    failed[kind] = str(error)
-                    logger.info("%s head: left out: %s", kind, error)
-                    continue
-                seconds[kind] = time.monotonic() - began
-                began += seconds[kind]
-                tried, metric = chosen[kind]["heads"], found.stage.metric
-                logger.info(
-                    "%s head: %d tried in %.1f s, %s %.4f on val %s", kind, len(tried), seconds[kind], metric,
-                    chosen[kind][metric], f"with {settings_of(chosen[kind])}".removesuffix("with "),
-                )  # fmt: skip
+            search = prepare_search(self.info, found.stage, found.setup, found.source)
         except UserError as error:
             self.refuse_cell(error)
-        return self._results(cell, found, chosen, seconds) if chosen else [], failed
+        searches, metric = HeadSearches(self.info, search, self.agreement), found.stage.metric
+        for kind in kinds:
+            self.info.phase = f"the search of the {kind} head"
+            try:
+                chosen = searches.result(kind)
+            except (UserError, NonFiniteError) as error:  # on all ranks alike
+                if isinstance(error, UserError) and not self.is_of_cell(error):
+                    raise
+                failed[kind] = str(error)
+                logger.info("%s head: left out: %s", kind, error)
+                continue
+            seconds = time.monotonic() - began
+            logger.info(
+                "%s head: %d tried in %.1f s, %s %.4f on val %s", kind, len(chosen["heads"]), seconds, metric,
+                chosen[metric], f"with {settings_of(chosen)}".removesuffix("with "),
+            )  # fmt: skip
+            keep(self._result(cell, found, kind, chosen, seconds))
+            began = time.monotonic()
+        return failed
 
-    def _results(
-        self, cell: Cell, found: OpenCell, chosen: dict[str, dict[str, Any]], seconds: dict[str, float]
-    ) -> list[Result]:
-        """The results of a cell from those of its searches, by kind. A collective."""
+    def _result(self, cell: Cell, found: OpenCell, kind: str, chosen: dict[str, Any], seconds: float) -> Result:
+        """The result of a cell from that of a search. A collective."""
         features = found.setup.features
         assert features is not None
-        self.bad_images.refuse_none_usable(len(features.val) - len(features.val.bad()), "val", self.splits.val)
-        speed = self._images_per_second(cell, found)
         n, metric = len(features.val) - len(features.val.bad()), self.common.metric
-        return [
-            Result(
-                cell=cell,
-                source=found.model.weights.source,
-                n=n,
-                head={key: value for key, value in head.items() if key not in ("heads", "best", "spread")},
-                heads=head["heads"],
-                precision=str(found.record.prefix_precision),
-                features=features.train.example(1)[0].numel(),
-                images_per_second=speed,
-                seconds=seconds[kind],
-                kind=kind,
-                trained=len(features.train) - len(features.train.bad()),
-                other_interval=None if metric in SHARES else metric_interval(metric, head, n),
-            )
-            for kind, head in chosen.items()
-        ]
+        self.bad_images.refuse_none_usable(n, "val", self.splits.val)
+        return Result(
+            cell=cell,
+            source=found.model.weights.source,
+            n=n,
+            head={key: value for key, value in chosen.items() if key not in ("heads", "best", "spread")},
+            heads=chosen["heads"],
+            precision=str(found.record.prefix_precision),
+            features=features.train.example(1)[0].numel(),
+            images_per_second=self._images_per_second(cell, found),
+            seconds=seconds,
+            kind=kind,
+            other_interval=None if metric in SHARES else metric_interval(metric, chosen, n),
+            trained=len(features.train) - len(features.train.bad()),
+        )
 
     @staticmethod
     def is_of_cell(error: UserError) -> bool:

@@ -24,10 +24,11 @@ from distil_tl.models.transfer import build
 from distil_tl.rundir import lock
 from distil_tl.rundir.lock import Attempt
 from distil_tl.selection import cell_search, costs, pruning
-from distil_tl.selection.cell_search import CellSearch, Found
+from distil_tl.selection.cell_search import CellSearch
 from distil_tl.selection.cells import Cell
 from distil_tl.selection.config import HEADS
 from distil_tl.selection.estimate import NoEstimateError
+from distil_tl.selection.heads import HeadSearches
 from distil_tl.selection.outcome import LOCK
 from distil_tl.training import feature_extraction, stage_setup
 from distil_tl.training.features import FeaturesUnavailableError
@@ -197,11 +198,11 @@ def test_read_outs_and_crops_share_a_network_and_read_outs_its_passes(
     counted(feature_extraction, "_compute_chunk")
     searched, original = list[Cell](), CellSearch.search
 
-    def search(self: CellSearch, cell: Cell, kinds: list[str]) -> Found:
+    def search(self: CellSearch, cell: Cell, kinds: list[str], keep: Any) -> dict[str, str]:
         if len(searched) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         searched.append(cell)
-        return original(self, cell, kinds)
+        return original(self, cell, kinds, keep)
 
     # A network with a class token lacks last2, and its token is what is pooled.
     names = f"candidates=[{SMALLEST},timm/test_vit]"
@@ -283,11 +284,11 @@ def test_an_interrupted_selection_resumes(
     args, searched = arguments(folder, tmp_path / "out", *grid), list[str]()
     original = CellSearch.search
 
-    def search(self: CellSearch, cell: Cell, kinds: list[str]) -> Found:
+    def search(self: CellSearch, cell: Cell, kinds: list[str], keep: Any) -> dict[str, str]:
         if searched:
             os.kill(os.getpid(), signal.SIGTERM)
         searched.append(cell.name)
-        return original(self, cell, kinds)
+        return original(self, cell, kinds, keep)
 
     with monkeypatch.context() as patch:
         patch.setattr(CellSearch, "search", search)
@@ -298,14 +299,35 @@ def test_an_interrupted_selection_resumes(
     assert len(searched) == 2
     again: list[str] = []
 
-    def record(self: CellSearch, cell: Cell, kinds: list[str]) -> Found:
+    def record(self: CellSearch, cell: Cell, kinds: list[str], keep: Any) -> dict[str, str]:
         again.append(cell.name)
-        return original(self, cell, kinds)
+        return original(self, cell, kinds, keep)
 
     with monkeypatch.context() as patch:
         patch.setattr(CellSearch, "search", record)
         assert select(args) == 0
     assert again == searched[1:]
+    assert select(arguments(folder, tmp_path / "whole", *grid)) == 0
+    assert without_times(content(tmp_path / "out")) == without_times(content(tmp_path / "whole"))
+
+
+def test_heads_of_an_interrupted_cell_are_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = (f"candidates={SMALLEST}", "sizes=32", "heads=[linear,ridge,logistic]")
+    args, asked, original = arguments(folder, tmp_path / "out", *grid), list[str](), HeadSearches.result
+
+    def result(self: HeadSearches, kind: str, chosen: Any = None) -> Any:
+        if asked == ["linear", "ridge"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(kind)
+        return original(self, kind, chosen)
+
+    monkeypatch.setattr(HeadSearches, "result", result)
+    assert select(args) == 3
+    assert "0 of 1 cells are saved" in capsys.readouterr().err
+    assert select(args) == 0
+    assert asked[2:4] == ["logistic", "logistic"], "the others are there"
     assert select(arguments(folder, tmp_path / "whole", *grid)) == 0
     assert without_times(content(tmp_path / "out")) == without_times(content(tmp_path / "whole"))
 
@@ -318,9 +340,9 @@ def test_heads_that_are_added_use_the_features_and_leave_the_results(
     (linear,) = content(tmp_path / "out")["rows"]
     original = CellSearch.search
 
-    def record(self: CellSearch, cell: Cell, kinds: list[str]) -> Found:
+    def record(self: CellSearch, cell: Cell, kinds: list[str], keep: Any) -> dict[str, str]:
         asked.append(list(kinds))
-        return original(self, cell, kinds)
+        return original(self, cell, kinds, keep)
 
     monkeypatch.setattr(CellSearch, "search", record)
     heads = ["linear", "ridge", "lda", "prototypes", "knn"]
