@@ -23,6 +23,7 @@ from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.process_group import init_distributed
 from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.inference import restore_model
+from distil_tl.report.text import METRIC_NAMES
 from distil_tl.training.console import evaluation_json, print_calibration
 from distil_tl.training.evaluation import evaluate
 from distil_tl.utils.files import json_text
@@ -95,12 +96,10 @@ def print_metrics(title: str, content: dict[str, Any]) -> None:
         for row in content["per_class"]
     ]
     logger.info("\n%s\n", table(rows, ["class", "n", "recall", "precision", "F1"]))
-    top1, top5, macro_f1 = (
-        plus_minus(content[name], content["intervals"].get(name)) for name in ("top1", "top5", "macro_f1")
-    )
+    shown = [f"{name} {plus_minus(content[key], content['intervals'].get(key))}" for key, name in METRIC_NAMES.items()]
     logger.info(
-        "%s: top-1 %s, top-5 %s, macro-F1 %s, loss %.4f, n %d (\u00b1: half the width of the 95 %% interval)",
-        title, top1, top5, macro_f1, content["loss"], content["n"],
+        "%s: %s, loss %.4f, n %d (\u00b1: half the width of the 95 %% interval)",
+        title, ", ".join(shown), content["loss"], content["n"],
     )  # fmt: skip
     print_calibration(content["calibration"])
 

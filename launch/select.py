@@ -58,6 +58,7 @@ def submit(args: Sequence[str], out: Path | None, budget: str | None, how: How) 
     from distil_tl.cli.selection_checks import (  # imports torch
         find_models,
         prefetch_command,
+        refuse_later_stages,
         refuse_none_usable,
         without_models,
     )
@@ -66,6 +67,7 @@ def submit(args: Sequence[str], out: Path | None, budget: str | None, how: How) 
     check_submission(without_models(config), slurm, how.cluster)
     found = find_models(grid, config)
     refuse_none_usable(found)
+    refuse_later_stages(config, unresolved, found.usable[0])
     if found.missing:
         print_line(f"the weights of these are not here, and they will be left out:\n{prefetch_command(found.missing)}")
     refuse_used(folder, how, ELSEWHERE)

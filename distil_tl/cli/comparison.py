@@ -126,7 +126,7 @@ def compare(
     if json_file is not None:
         with open_output(json_file) as file:
             file.write(json_text(content))
-    sys.stdout.write(as_text(content, images))
+    sys.stdout.write(as_text(content, images, own=data is None and checkpoint == "best"))
 
 
 def images_of(model: RestoredModel, run_dir: Path, split: str, data: Path | None) -> Index:
@@ -203,8 +203,13 @@ def comparison(index: Index, first: np.ndarray, second: np.ndarray, readable: np
     }
 
 
-def as_text(content: dict[str, Any], images: int) -> str:
-    """The comparison as it is printed, with at most `images` flipped images."""
+def as_text(content: dict[str, Any], images: int, *, own: bool) -> str:
+    """The comparison as it is printed.
+
+    Args:
+        images: the most flipped images to list.
+        own: whether the images and the checkpoints are those by which the runs were judged.
+    """
     low, high = content["interval"]
     lines = [
         f"first:  {printable(content['first'])}",
@@ -230,8 +235,8 @@ def as_text(content: dict[str, Any], images: int) -> str:
         f"difference {content['difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}, "
         f"p = {content['p_value']:.3g} (McNemar, exact): {_verdict(content)}",
     ]
-    if content["split"] == "val":
-        lines.append("val chose the epoch of both runs: images that played no part in that are those of --split test")
+    if content["split"] == "val" and own:
+        lines.append("val chose the epochs of both runs; if there is a test split, --split test is fairer")
     flipped = content["flipped"]
     if flipped and images:
         rows = [[printable(row[key]) for key in ("path", "class", "first", "second")] for row in flipped[:images]]

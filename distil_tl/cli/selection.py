@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from distil_tl.cli.selection_checks import (
     refuse_none_usable,
     without_models,
 )
-from distil_tl.cli.selection_table import Live, headline, result_table
+from distil_tl.cli.selection_table import SHOWN_ROWS, Live, effect_table, headline, result_table
 from distil_tl.config import Config, check
-from distil_tl.data.splits import copy_to_local_disk, open_splits
+from distil_tl.data.splits import Splits, copy_to_local_disk, open_splits
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.preemption import Agreement, AllRanksStopError, Request, StopSignal
 from distil_tl.distributed.process_group import DistInfo, init_distributed
@@ -34,12 +34,11 @@ from distil_tl.selection.candidates import Found, locate
 from distil_tl.selection.cell_search import CellSearch, UnfitError
 from distil_tl.selection.cells import Cell, Estimate, Grid, Result, startable
 from distil_tl.selection.common import Common
-from distil_tl.selection.config import GridConfig, head_stage
+from distil_tl.selection.config import GridConfig
 from distil_tl.selection.estimate import NoEstimateError, estimate
 from distil_tl.selection.outcome import (
-    LOCK,
     Outcome,
-    claim,
+    claimed,
     read_result,
     save_cell,
     save_estimate,
@@ -70,12 +69,14 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
     launch = read_launch(os.environ)
     setup_console(launch.rank == 0)
     names, model = named_models(grid, config)
-    head, checked = head_stage(config.stages, config.data.augment), without_models(config)
+    checked = without_models(config)
     check(checked, launch.world_size)
     set_rounding(tf32=config.tf32, deterministic=config.deterministic)
-    with StopSignal("the selection started") as stop, init_distributed(launch, config.distributed) as info:
-        lock = Attempt(out, LOCK)
-        on_rank_zero(info, "checking the output", lambda: claim(out, lock))
+    with (
+        StopSignal("the selection started") as stop,
+        init_distributed(launch, config.distributed) as info,
+        claimed(info, out) as lock,
+    ):
         found = Found(**_located(on_rank_zero(info, "looking for weights", lambda: asdict(locate(names, model)))))
         refuse_none_usable(found)
         on_rank_zero(
@@ -83,14 +84,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
             lambda: refuse_later_stages(config, unresolved, found.usable[0], info.world_size),
         )  # fmt: skip
         splits = open_splits(info, config.data)
-        settled, _ = settle_auto(checked, len(splits.train), {}, info.world_size)
-        if not grid.crops:
-            settled, _ = settle_views(info, settled, splits.train, {})
-        stage = settled.stages[head[0]]
-        common = Common(
-            head[0], stage, model, settled.data, config.optim, config.metric, config.precision, config.seed,
-            tf32=config.tf32, deterministic=config.deterministic, later=later_stages(config.stages),
-        )  # fmt: skip
+        common = _common(info, config, checked, model, splits, settles_crop=not grid.crops)
         planned = on_rank_zero(
             info, "planning the cells",
             lambda: _planned(
@@ -107,13 +101,12 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         stop.defer()
         agreement = Agreement(info, lambda: Request.STOP if stop else Request.CONTINUE)
         search = CellSearch(info, common, splits, agreement, cells)
-        selection = _Selection(info, out, outcome, search, began)
+        selection = _Selection(info, out, lock, outcome, search, began)
         try:
             if grid.keep is not None:
                 outcome.pruning = prune(search, work, grid.keep, out)
             selection.run(budget)
-            selection.finish((config, unresolved), (head[0], stage))
-            on_rank_zero(info, "releasing the folder", lock.end)
+            selection.finish((config, unresolved), (common.stage, common.config))
         except AllRanksStopError:
             info.leave(orderly=True, seconds=None)
             raise PreemptedError(
@@ -122,16 +115,36 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
             ) from None
 
 
+def _common(
+    info: DistInfo, config: Config, checked: Config, model: ModelConfig, splits: Splits, *, settles_crop: bool
+) -> Common:
+    """The settings of all cells, with values in place of `auto`.
+
+    Args:
+        checked: as `without_models` gives it.
+        settles_crop: whether the crop is the configured one.
+    """
+    settled, _ = settle_auto(checked, len(splits.train), {}, info.world_size)
+    if settles_crop:
+        settled, _ = settle_views(info, settled, splits.train, {})
+    ((name, stage),) = settled.stages.items()
+    return Common(
+        name, stage, model, settled.data, config.optim, config.metric, config.precision, config.seed,
+        tf32=config.tf32, deterministic=config.deterministic, later=later_stages(config.stages),
+    )  # fmt: skip
+
+
 @dataclass
 class _Selection:
     """A selection in progress. Only rank 0 writes."""
 
     info: DistInfo
     folder: Path
+    lock: Attempt
     outcome: Outcome
     search: CellSearch
     began: float
-    timed: list[Result] = field(default_factory=list)  # one of each cell of this call, with the seconds of all
+    timed: list[tuple[Cell, float]] = field(default_factory=list)  # the seconds of the cells of this call
 
     def run(self, budget: float | None) -> None:
         """Search the cells that are left. Raises as `CellSearch.search`, but for networks that can't be used."""
@@ -142,34 +155,38 @@ class _Selection:
                     logger.info("the budget is spent; not tried: %d of %d cells", len(grid.left), len(grid.cells))
                     return
                 live.begin(cell)
-                before = len(grid.results)
+                began, before = time.monotonic(), len(grid.results)
                 try:
                     reasons = self.search.search(cell, grid.missing(cell), self.keep)
                 except UnfitError as error:
                     grid.fail(cell, str(error))
                     live.failed(cell, str(error))
                     continue
+                self.timed.append((cell, time.monotonic() - began))
                 grid.failed_heads |= {(cell, kind): reason for kind, reason in reasons.items()}
-                if not (results := grid.results[before:]):
+                if results := grid.results[before:]:
+                    live.end(min(results, key=lambda result: rank_by(grid.metric, result.head)))
+                else:
                     live.failed(cell, "; ".join(dict.fromkeys(reasons.values())))
-                    continue
-                self.timed.append(replace(results[0], seconds=sum(result.seconds for result in results)))
-                live.end(min(results, key=lambda result: rank_by(grid.metric, result.head)))
 
     def keep(self, result: Result) -> None:
         """Add a result, and save it."""
+
+        def save() -> None:
+            self.lock.check()
+            save_cell(self.folder, result)
+
         self.outcome.grid.results.append(result)
-        on_rank_zero(self.info, "saving a result", lambda: save_cell(self.folder, result))
+        on_rank_zero(self.info, "saving a result", save)
         if self.info.is_main:
             note(SAVED)  # the job has made progress
 
     def fits(self, cell: Cell, budget: float) -> bool:
         """Whether a cell would probably end within the budget, by the costliest one so far; equal on all ranks."""
-        counted = [result for result in self.timed if result.cell.multiply_adds is not None] or self.timed
-        known = max(counted, key=lambda result: (result.cell.cost, result.seconds))
-        expected = known.seconds
-        if cell.multiply_adds is not None and known.cell.multiply_adds:
-            expected *= max(1.0, cell.multiply_adds / known.cell.multiply_adds)
+        counted = [timed for timed in self.timed if timed[0].multiply_adds is not None] or self.timed
+        known, expected = max(counted, key=lambda timed: (timed[0].cost, timed[1]))
+        if cell.multiply_adds is not None and known.multiply_adds:
+            expected *= max(1.0, cell.multiply_adds / known.multiply_adds)
         spent = time.monotonic() - self.began
         return bool(on_rank_zero(self.info, "checking the budget", lambda: spent + expected <= budget))
 
@@ -179,7 +196,7 @@ class _Selection:
         if not grid.results:
             reasons = [f"{name}: {reason}" for name, reason in (outcome.left_out | grid.reasons()).items()]
             raise UserError(f"no backbone can be used: {'; '.join(reasons or ['the budget is too short for one'])}")
-        best = grid.ranked()[0]
+        best = startable(grid)
         saved = on_rank_zero(self.info, "looking for an estimate", lambda: saved_estimate(self.folder, best))
         if saved is not None:
             outcome.estimate = Estimate(**saved)
@@ -187,10 +204,14 @@ class _Selection:
             logger.info("\nestimate for %s", grid.title(best))
             outcome.no_estimate = "it was not computed yet"
             on_rank_zero(self.info, "writing the result so far", lambda: self.write(given, head))
-            outcome.estimate, outcome.no_estimate = self.estimate(best)
+            outcome.estimate, outcome.no_estimate = self.estimated(best)
         on_rank_zero(self.info, "writing the result", lambda: self.write(given, head))
         if self.info.is_main:
-            logger.info("\n%s\n", result_table(grid))
+            logger.info("\n%s\n", result_table(grid, SHOWN_ROWS))
+            if len(grid.results) > SHOWN_ROWS:
+                logger.info("and %d more rows, in select.html\n", len(grid.results) - SHOWN_ROWS)
+            if found := effect_table(outcome):
+                logger.info("%s\n", found)
             for line in headline(outcome):
                 logger.info("%s", line)
             print_missing(outcome)
@@ -199,8 +220,8 @@ class _Selection:
                 "\nresults are in %s: open select.html\ntrain: distil-tl train %s", printable(self.folder), quoted
             )
 
-    def estimate(self, best: Result) -> tuple[Estimate | None, str | None]:
-        """How good the best cell is, which is saved; or why that can't be told. Raises as `estimate` does else."""
+    def estimated(self, best: Result) -> tuple[Estimate | None, str | None]:
+        """The estimate for the best cell, which is saved; or the reason why there is none."""
         try:
             opened = self.search.open_cell(best.cell)
             found = estimate(self.info, opened, best, self.search.agreement)
@@ -215,6 +236,7 @@ class _Selection:
 
     def write(self, given: tuple[Config, DictConfig], head: tuple[str, Any]) -> None:
         """Write select.json, select.html and best.yaml."""
+        self.lock.check()
         self.outcome.seconds = time.monotonic() - self.began
         config, unresolved = given
         defaults = plain(OmegaConf.structured(Config))

@@ -58,11 +58,12 @@ def refuse_none_usable(found: Found) -> None:
     )
 
 
-def refuse_later_stages(config: Config, unresolved: DictConfig, model: ModelConfig, world_size: int) -> None:
+def refuse_later_stages(config: Config, unresolved: DictConfig, model: ModelConfig, world_size: int = 1) -> None:
     """Raises UserError with the problems of best.yaml that do not depend on what is chosen.
 
     Args:
         model: one of the candidates.
+        world_size: 1 if that is checked elsewhere.
     """
     cell = Cell(model.name, model.weights, 224, "squash", 0, 0)
     result = Result(cell, "", 1, {"lr": 1e-3, "weight_decay": 0.0}, [], "fp32", 1, None, 0.0)
@@ -71,7 +72,8 @@ def refuse_later_stages(config: Config, unresolved: DictConfig, model: ModelConf
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "best.yaml"
         path.write_text(to_text(tree, ""), encoding="utf-8")
-        refuse(list(problems(load([str(path)])[0], world_size)))
+        later = replace(load([str(path)])[0], run_dir=None)
+    refuse(list(problems(later, world_size)))
 
 
 def prefetch_command(missing: Collection[str]) -> str:

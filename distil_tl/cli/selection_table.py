@@ -10,11 +10,11 @@ from types import TracebackType
 from distil_tl.report.text import METRIC_NAMES, chosen_by_it, settings_of
 from distil_tl.selection.cells import Cell, Grid, Result, near_best, startable
 from distil_tl.selection.config import STARTABLE
-from distil_tl.selection.outcome import Outcome
+from distil_tl.selection.outcome import Outcome, effects
 from distil_tl.utils.errors import listed
 from distil_tl.utils.log import duration, logger, table
 
-LIVE_ROWS = 15
+LIVE_ROWS, SHOWN_ROWS = 15, 30  # while it runs, and at the end
 OTHER_LINES = 6  # of the live table: its header, what runs now, and the cursor
 
 
@@ -98,6 +98,17 @@ def result_table(grid: Grid, rows: int | None = None) -> str:
     return table(lines, header)
 
 
+def effect_table(outcome: Outcome) -> str:
+    """What sizes, crops, read-outs and heads add to the first one, in the mean; empty if there is one of each."""
+    metric = METRIC_NAMES.get(outcome.grid.metric, outcome.grid.metric)
+    rows = [
+        [f"{each['value']}{' px' if each['key'] == 'image_size' else ''}", str(each["compared_with"]),
+         str(each["pairs"]), f"{each['mean']:+.4f}"]
+        for each in effects(outcome.grid.ranked(), outcome.grid)
+    ]  # fmt: skip
+    return table(rows, ["everything else equal", "compared with", "pairs", metric]) if rows else ""
+
+
 def headline(outcome: Outcome) -> list[str]:
     """The result in sentences."""
     grid = outcome.grid
@@ -110,20 +121,10 @@ def headline(outcome: Outcome) -> list[str]:
         f"{near if len(ranked) > 1 else ''}"
     ]
     used = {"train": best.trained, "val": best.n}
-    if left_out := [
-        f"{len(index) - (used[split] or 0)} of {split}"
-        for split, index in outcome.splits.as_dict().items()
-        if used.get(split) is not None and used[split] != len(index)
-    ]:
-        lines.append(f"left out, as they can't be used: {' and '.join(left_out)} images")
-    estimate = outcome.estimate
-    if estimate is not None:
-        between = (
-            "" if estimate.interval is None else f", 95 % {estimate.interval[0]:.3f} to {estimate.interval[1]:.3f}"
-        )
-        lines.append(f"to expect: {metric} {estimate.value:.4f}{between}, by {estimate.n} {estimate.method}")
-    else:
-        lines.append(f"{chosen_by_it(len(ranked))}; no other figure: {outcome.no_estimate}")
+    given = {split: len(index) for split, index in outcome.splits.as_dict().items()}
+    bad = {split: given[split] - n for split, n in used.items() if n is not None and n != given[split]}
+    if bad:
+        lines.append(f"images that can't be used: {', '.join(f'{n} of {split}' for split, n in bad.items())}")
     if best.kind not in STARTABLE:
         first = startable(grid)
         kind = first.kind if first.kind in STARTABLE else "linear"
@@ -131,6 +132,14 @@ def headline(outcome: Outcome) -> list[str]:
             f"best.yaml begins with {first.cell.title}, {kind} head, whose figure differs: a {best.kind} head is only "
             f"compared"
         )
+    estimate = outcome.estimate
+    if estimate is not None:
+        between = (
+            "" if estimate.interval is None else f", 95 % {estimate.interval[0]:.3f} to {estimate.interval[1]:.3f}"
+        )
+        lines.append(f"to expect: {metric} {estimate.value:.4f}{between}, by {estimate.n} {estimate.method}")
+    else:
+        lines.append(f"{chosen_by_it(len(ranked), grid.metric)}; no other figure: {outcome.no_estimate}")
     if outcome.pruning is not None:
         pruned = [score.cell.name for score in outcome.pruning.scores[outcome.pruning.keep :]]
         lines.append(f"pruned by LogME: {listed(pruned, 8)}")

@@ -188,10 +188,11 @@ def _check_heads(module: nn.Module, heads: Sequence[str], record: _Record, logit
 
 def _source(record: _Record, given: Tensor, module: nn.Module) -> Source | None:
     """What the input of a head is pooled from; None if its code is not known to pool so."""
-    value = given
+    value, prefixed = given, getattr(module, "num_prefix_tokens", 1)
+    prefixed = max(1, prefixed) if isinstance(prefixed, int) else 1
     while (step := record.steps.get(id(value))) is not None and len(step.inputs) == 1:
         maps = step.inputs[0]
-        if (pooled := _pooled(step, maps, value, max(1, int(getattr(module, "num_prefix_tokens", 1))))) is not None:
+        if (pooled := _pooled(step, maps, value, prefixed)) is not None:
             return _layer_of(record, maps, *pooled, step.order, module)
         value = maps
     return None

@@ -38,9 +38,9 @@ def _body(content: Content, name: str, best_yaml: str) -> Markup:
         "main",
         h("header", h("div", h("h1", name), class_="name"), h("p", " \u00b7 ".join(facts), class_="facts")),
         _cards(content),
-        section("Accuracy and cost", _COST, cost_plane(content)),
-        section("All results", "The best first. A star: within the 95 % interval of the best.", _rows(content)),
-        section("What sizes, crops, read-outs and heads add", _EFFECTS, _effects(content)),
+        section(f"{_titled_metric(metric)} and cost", _COST, cost_plane(content)),
+        section("What sizes, crops, read-outs and heads add", _LESS[metric == "loss"] + _EFFECTS, _effects(content)),
+        section("All results", _ROWS, _rows(content)),
         section(
             "Settings of the best head",
             f"{_named(metric)} on val. {_MARK[is_map]} was chosen.",
@@ -59,10 +59,14 @@ _COST = (
     "band is the 95 % interval of the best, which is outlined."
 )
 _MARK = {True: "The outlined one", False: "The one with a star"}
+_ROWS = (
+    "The best first. A star: within the 95 % interval of the best. Of a network with several read-outs or heads the "
+    "first one has the time of the features."
+)
+_LESS = {True: "Differences of the loss (below 0 is better)", False: "Differences, in points,"}
 _EFFECTS = (
-    "Differences, of shares in points, to the first size, crop, read-out or head, everything else equal; the mean, the "
-    "lowest and the highest. They are of val, and of single heads: differences of a few points are noise on a few "
-    "hundred images."
+    " to the first size, crop, read-out or head, everything else equal; the mean, the lowest and the highest. They are "
+    "of val, and of single heads: small differences are noise on a few hundred images."
 )
 
 _PRUNED = (
@@ -73,6 +77,11 @@ _PRUNED = (
 
 def _named(metric: str) -> str:
     return text.METRIC_NAMES.get(metric, metric)
+
+
+def _titled_metric(metric: str) -> str:
+    name = _named(metric)
+    return f"{name[0].upper()}{name[1:]}"
 
 
 def _shown(metric: str, value: object) -> str:
@@ -118,29 +127,35 @@ def _cards(content: Content) -> Markup:
         (
             "to expect",
             _shown(metric, estimate["value"]),
-            f"{_between(metric, estimate)}, {estimate['n']:,} {estimate['method']}",
+            f"{_between(metric, estimate)}, {estimate['n']:,} {estimate['method']}. {_begins_with(content)}".rstrip(
+                ". "
+            ),
         )
         if estimate
         else ("to expect", text.MISSING, content["no_estimate"] or "")
     )
-    near, rows = content["near_best"], len(content["rows"])
+    near, candidates = content["near_best"], len(content["rows"])
     gmacs, speed = number(best["gmacs"]), number(best["images_per_second"])
     cards = [
-        ("best", _settings(best), f"{best['model']}{_with_head(best)}"),
+        ("best", best["model"], f"{_settings(best)}{_with_head(best)}"),
         expected,
         (
             f"{_named(metric)} on val",
             _shown(metric, best[metric]),
-            f"{_between(metric, best)}; {chosen_by_it(rows)}",
+            f"{_between(metric, best)}; {chosen_by_it(candidates, metric)}",
         ),
-        ("within its interval", f"{near} of {rows}", "val can't tell these apart"),
+        ("within its interval", f"{near} of {candidates}", "val can't tell these apart"),
         (
             "cost",
             f"{text.decimal(gmacs, 2)} GMACs",
             f"{text.compact(best['parameters'])} parameters, {text.rate(speed)} images/s",
         ),
     ]
-    return h("dl", [h("div", h("dt", a), h("dd", b), h("dd", c, class_="sub")) for a, b, c in cards], class_="cards")
+    rows = [
+        h("div", h("dt", a), h("dd", b, class_="long" if a == "best" else None), h("dd", c, class_="sub"))
+        for a, b, c in cards
+    ]
+    return h("dl", rows, class_="cards")
 
 
 def cost_plane(content: Content) -> Child:
@@ -186,11 +201,11 @@ def _rows(content: Content) -> Markup:
     lines: list[Sequence[Child]] = [
         [
             [row["model"], star if row["near_best"] else None],
-            h("span", _settings(row), class_="settings"),
+            h("span", _settings(row), class_="narrow"),
             [_shown(metric, row[metric]), h("div", _between(metric, row), class_="below")],
             f"{text.compact(number(row['parameters']))}, {text.decimal(number(row['gmacs']), 2)}",
             text.rate(number(row["images_per_second"])),
-            h("span", f"{row.get('head', 'linear')} {text.settings_of(row)}".rstrip(), class_="settings"),
+            h("span", f"{row.get('head', 'linear')} {text.settings_of(row)}".rstrip(), class_="narrow"),
             text.duration(number(row["seconds"])),
         ]
         for row in content["rows"]

@@ -53,10 +53,10 @@ def figure(metric: str, value: float | None) -> str:
     return decimal(value) if metric == "loss" else percent(value)
 
 
-def chosen_by_it(candidates: int) -> str:
+def chosen_by_it(candidates: int, metric: str) -> str:
     """What is to be said of the figure of the best one of several candidates."""
     one = f"the best of {candidates} candidates" if candidates > 1 else "the head"
-    return f"{one} is chosen by this figure, so it is too high"
+    return f"{one} is chosen by this figure, so it is rather too {'low' if metric == 'loss' else 'high'}"
 
 
 SETTINGS = {"lr": "lr", "weight_decay": "decay", "penalty": "penalty", "shrinkage": "shrinkage", "k": "k"}

@@ -53,7 +53,7 @@ class CellSearch:
         self.cells = cells
         self._opened: OpenCell | None = None  # the last one, with all read-outs: cells with other ones or crops follow
         self._images = image_memory(info) if len({cell.name for cell in cells}) > 1 else ImageMemory(0)
-        self._speed: tuple[tuple[str, int], float | None] | None = None  # of the last network
+        self._speeds: dict[tuple[str, int], float | None] = {}  # by network
 
     def search(self, cell: Cell, kinds: Sequence[str], keep: Callable[[Result], None]) -> dict[str, str]:
         """Search heads of several kinds on the features of a cell. Returns why some kinds have no result.
@@ -165,10 +165,10 @@ class CellSearch:
 
     def _images_per_second(self, cell: Cell, found: OpenCell) -> float | None:
         """The speed of a network, measured once."""
-        if self._speed is None or self._speed[0] != cell.network:
+        if cell.network not in self._speeds:
             assert found.setup.prefix is not None
-            self._speed = cell.network, images_per_second(self.info, found.setup.prefix, cell.image_size)
-        return self._speed[1]
+            self._speeds[cell.network] = images_per_second(self.info, found.setup.prefix, cell.image_size)
+        return self._speeds[cell.network]
 
     def _readouts(self, cell: Cell) -> list[str]:
         """The read-outs of all cells of a network, in their order; of a cell that is not planned its own."""

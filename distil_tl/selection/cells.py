@@ -174,9 +174,9 @@ class Grid:
 
     @property
     def complete(self) -> int:
-        """Cells that have all their results."""
-        done = self._done()
-        return sum(done[cell].issuperset(self.heads) for cell in self.cells)
+        """Cells that have results, and none is missing."""
+        saved = {result.cell for result in self.results}
+        return len(saved.difference(self.left).intersection(self.cells))
 
     def missing(self, cell: Cell) -> list[str]:
         """The kinds of heads of a cell that have no result and have not failed."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distil_tl.data.splits import Splits
+from distil_tl.distributed.process_group import DistInfo
+from distil_tl.distributed.rank_zero import on_rank_zero
 from distil_tl.rundir.lock import Attempt
 from distil_tl.selection.cells import Cell, Estimate, Grid, Pruning, Result, Score, near_best, pareto, startable
 from distil_tl.selection.config import STARTABLE
 from distil_tl.training.config import rank_by
-from distil_tl.utils.errors import UserError
+from distil_tl.utils.errors import SupersededError, UserError
 from distil_tl.utils.files import read_json, write_json, writing
 from distil_tl.utils.log import printable
 
@@ -165,11 +168,26 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{shown} can't be created: {error.strerror or error}; name another folder") from None
 
 
-def claim(folder: Path, lock: Attempt) -> None:
-    """Take the folder for this process. Raises UserError as `check_folder`, or if another process is using it."""
-    check_folder(folder)
-    lock.refuse_if_in_use()
-    lock.begin(sum(1 for _ in (folder / CELLS).iterdir()))
+@contextmanager
+def claimed(info: DistInfo, folder: Path) -> Iterator[Attempt]:
+    """The folder is used by this process in the block. A collective.
+
+    Raises:
+        UserError: as `check_folder`, or another process of this machine is using it.
+    """
+    lock = Attempt(folder, LOCK)
+
+    def claim() -> None:
+        check_folder(folder)
+        lock.refuse_if_in_use()
+        lock.begin(0, {})  # that a job makes progress is checked where it is requeued
+
+    on_rank_zero(info, "checking the output", claim)
+    try:
+        yield lock
+    finally:
+        with suppress(SupersededError, OSError):
+            lock.end()
 
 
 def save_cell(folder: Path, result: Result) -> None:

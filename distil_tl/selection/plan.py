@@ -8,6 +8,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from distil_tl.data.pixels import unusual_pixels
 from distil_tl.data.splits import Splits
 from distil_tl.models.config import ModelConfig
 from distil_tl.models.facts import count_macs
+from distil_tl.models.names import OWN_SEPARATOR
 from distil_tl.models.own_models import source_digest
 from distil_tl.models.transfer import TransferModel, build, default_preprocess
 from distil_tl.models.weight_sources import weights_file
 from distil_tl.rundir.checkpoint import weights_hash
-from distil_tl.selection.cells import SHARES, Cell
+from distil_tl.selection.cells import Cell
 from distil_tl.selection.common import Common
 from distil_tl.selection.config import GridConfig
 from distil_tl.training.config import StageConfig
@@ -30,6 +32,7 @@ from distil_tl.utils.args import refuse
 from distil_tl.utils.errors import UserError
 
 FORMAT = 1  # of the results; increased when cells are computed differently
+METRICS = 2  # the same for metrics other than top-1, with their intervals
 # Keys that are newer than some results, with the value for the behaviour before, which is no part of a digest.
 NEWER: dict[str, Any] = {"model.readout": "pooled", "stage.head": "linear"}
 
@@ -50,7 +53,7 @@ def plan_cells(
                 readouts, classes = grid.readouts or [model.readout], len(splits.classes)
                 fitting, reasons = _networks(model, size, readouts, classes, common.later)
             left_out |= {f"{model.name} {size} px{name}": reason for name, reason in reasons.items()}
-            own = _own_weights(model, size, len(splits.classes)) if fitting and model.is_own else None
+            own = _own_digest(model, size, classes, next(iter(fitting))) if fitting and model.is_own else None
             for crop in grid.crops or [common.data.crop_mode]:
                 for readout, network in fitting.items():
                     cell = Cell(
@@ -123,14 +126,17 @@ def _not_beside(model: ModelConfig, size: int, readouts: list[str], classes: int
     return reasons
 
 
-def _own_weights(model: ModelConfig, size: int, classes: int) -> str | None:
-    """A digest of the weights that a function of the user loads, which may be any; None if it loads none."""
+def _own_digest(model: ModelConfig, size: int, classes: int, readout: str) -> str | None:
+    """Of the weights that a function of the user loads, which may be any, and of its file; None if it loads none."""
     if model.weights == "none":
         return None
     try:
-        return weights_hash(build(model, classes, image_size=size, seed=0).module)
+        built = build(replace(model, readout=readout), classes, image_size=size, seed=0)
     except UserError:  # the search says why
         return secrets.token_hex(8)
+    file = getattr(sys.modules.get(model.name.partition(OWN_SEPARATOR)[0]), "__file__", None)
+    code = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else ""
+    return weights_hash(built.module) + code
 
 
 def _without_newer(section: str, tree: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def _digest(
     """Of everything that the result of a cell depends on, other than the number of ranks.
 
     Args:
-        own: as `_own_weights` gives it.
+        own: as `_own_digest` gives it.
     """
     data, config = common.data, common.model_of(cell)
     file = weights_file(config)[0]
@@ -164,7 +170,7 @@ def _digest(
         "balance": data.balance,
         "hflip": data.hflip,
         "intensity": data.intensity,
-        "metric": common.metric if common.metric in SHARES else [common.metric, "with interval"],
+        "metric": common.metric if common.metric == "top1" else [common.metric, METRICS],
         "precision": [common.precision, common.tf32, common.deterministic],
         "seed": common.seed,
         "images": {split: [index.fingerprint, index.times] for split, index in splits.as_dict().items()},

@@ -230,7 +230,8 @@ def print_result(run_dir: Path, summary: dict[str, Any]) -> None:
             other["stage"], _which(other), metric.replace("_", " "), other[metric], best["n"],
         )  # fmt: skip
     if test:
-        logger.info("test: %s", _with_intervals(test, test.get("intervals")))
+        further = further_metric({**test, "metric": best.get("metric", "top1")}, ", ")
+        logger.info("test: %s%s", _with_intervals(test, test.get("intervals")), further)
     print_calibration((summary.get("calibration") or {}).get("test" if test else "val"))
     quoted = shlex.quote(str(run_dir))
     logger.info("\nresults are in %s: open report.html", run_dir)

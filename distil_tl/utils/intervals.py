@@ -27,8 +27,8 @@ def wilson(correct: float, n: float) -> Interval | None:
 def bootstrap(rows: Sequence[Sequence[float]]) -> dict[str, Interval]:
     """Percentile intervals of macro_f1 and balanced_accuracy: the images of a confusion matrix are drawn repeatedly.
 
-    Empty without images, or with too many classes. Where all images are right, or none is, each draw is the same; both
-    then have the interval of top-1.
+    Empty without images, or with too many classes. Where all images are right, or none is, each draw is the same: then
+    as `_of_equal_draws`.
     """
     import numpy as np  # not needed for a report without an evaluation
 
@@ -36,8 +36,8 @@ def bootstrap(rows: Sequence[Sequence[float]]) -> dict[str, Interval]:
     cells, n = np.flatnonzero(matrix), matrix.sum()
     if n <= 0 or len(cells) > MAX_CELLS or len(matrix) > MAX_CLASSES:
         return {}
-    if (correct := float(np.trace(matrix))) in (0.0, n) and (ends := wilson(correct, float(n))) is not None:
-        return {"macro_f1": ends, "balanced_accuracy": ends}
+    if (correct := float(np.trace(matrix))) in (0.0, n):
+        return dict.fromkeys(("macro_f1", "balanced_accuracy"), _of_equal_draws(correct > 0, matrix.sum(axis=1)))
     drawn = np.random.default_rng(0).multinomial(int(n), matrix.flat[cells] / n, size=DRAWS).astype(np.float64)
     target, predicted = np.divmod(cells, len(matrix))
     hits, targets, predictions = np.zeros((3, len(matrix), DRAWS))
@@ -55,6 +55,21 @@ def bootstrap(rows: Sequence[Sequence[float]]) -> dict[str, Interval]:
         low, high = np.quantile(scores, [0.025, 0.975])
         found[name] = (float(low), float(high))
     return found
+
+
+def _of_equal_draws(all_right: bool, images: Sequence[float]) -> Interval:
+    """The interval of a mean over classes whose images are all right, or all wrong.
+
+    Its width is that of top-1, or of the mean if the smallest class alone is at the end of its interval, whichever is
+    larger.
+
+    Args:
+        images: of each class.
+    """
+    counted = [n for n in images if n > 0]
+    of_all, of_smallest = (wilson(0, n) or (0.0, 1.0) for n in (sum(counted), min(counted)))
+    width = float(max(of_all[1], of_smallest[1] / len(counted)))
+    return (1.0 - width, 1.0) if all_right else (0.0, width)
 
 
 def of_counts(figures: Mapping[str, Any]) -> dict[str, Interval]:

@@ -558,7 +558,7 @@ def test_images_that_are_skipped_are_counted(folder: Path, tmp_path: Path, capsy
     )
     for _ in range(2):
         assert select(args) == 0
-        assert "left out, as they can't be used: 1 of train images" in capsys.readouterr().out
+        assert "images that can't be used: 1 of train" in capsys.readouterr().out
         found = content(tmp_path / "out")
         assert found["rows"][0]["n_train"] == found["images"]["train"] - 1
 

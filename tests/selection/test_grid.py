@@ -176,7 +176,7 @@ def test_a_cell_whose_heads_fail_leaves_the_other_crops_and_read_outs() -> None:
     grid.results.append(result(cells[0], 0.5))
     grid.failed_heads[cells[1], "linear"] = "no memory"
     assert grid.left == cells[2:]
-    assert grid.complete == 2
+    assert grid.complete == 1, "what failed is not saved"
     assert grid.reasons() == {"a 32 px weights y, linear head": "no memory"}
 
 
@@ -201,7 +201,7 @@ def test_unknown_multiply_adds_are_last_and_spend_no_budget() -> None:
     info = DistInfo(Launch(), torch.device("cpu"), 60)
 
     def fits(timed: Cell, following: Cell) -> bool:
-        known: Any = SimpleNamespace(timed=[result(timed, 0.5)], began=time.monotonic(), info=info)
+        known: Any = SimpleNamespace(timed=[(timed, 1.0)], began=time.monotonic(), info=info)
         return _Selection.fits(known, following, 100.0)
 
     for pair in ((unknown("a"), cell("b")), (cell("b"), unknown("a")), (cell("b"), cell("c", gmacs=9))):
@@ -340,8 +340,12 @@ VALUE = 0.5
     (tmp_path / "mine_with_weights.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     model = ModelConfig("mine_with_weights:build", "auto")
-    first, again = (plan._own_weights(model, 16, 2) for _ in range(2))
+    first, again = (plan._own_digest(model, 16, 2, "pooled") for _ in range(2))
     assert first == again
     monkeypatch.setattr(importlib.import_module("mine_with_weights"), "VALUE", 0.75)
-    assert plan._own_weights(model, 16, 2) != first
-    assert plan._own_weights(replace(model, weights="none"), 16, 2) is None
+    assert plan._own_digest(model, 16, 2, "pooled") != first
+    monkeypatch.undo()
+    with (tmp_path / "mine_with_weights.py").open("a") as file:
+        file.write("# changed\n")
+    assert plan._own_digest(model, 16, 2, "pooled") != first
+    assert plan._own_digest(replace(model, weights="none"), 16, 2, "pooled") is None

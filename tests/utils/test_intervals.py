@@ -35,8 +35,13 @@ def test_the_bootstrap_draws_images_again() -> None:
 
 
 def test_where_all_images_are_right_an_interval_still_has_a_width() -> None:
-    for matrix, correct in (([[12, 0], [0, 3]], 15), ([[0, 12], [3, 0]], 0)):
-        assert bootstrap(matrix) == dict.fromkeys(("macro_f1", "balanced_accuracy"), wilson(correct, 15))
+    for matrix, low, high in (
+        ([[15, 0], [0, 15]], 1 - 0.2039 / 2, 1),
+        ([[0, 15], [15, 0]], 0, 0.2039 / 2),
+        ([[1000, 0], [0, 1]], 1 - 0.7935 / 2, 1),
+    ):
+        for interval in bootstrap(matrix).values():
+            assert interval == pytest.approx((low, high), abs=0.012)
 
 
 def test_intervals_of_an_evaluation() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distil_tl.training.heads.fitted import SCALES, Fitted, Settings, stacked
+from distil_tl.training.heads.fitted import GAP, SCALES, Fitted, Settings, below_others, stacked
 from distil_tl.training.heads.problem import Problem
 from distil_tl.training.heads.rows import Group
 from distil_tl.utils.errors import NonFiniteError
@@ -15,7 +15,6 @@ from distil_tl.utils.errors import NonFiniteError
 # Penalties of the squared weights, relative to the mean squared error.
 RIDGE_PENALTIES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.5, 0.3, 0.1, 0.03, 0.01)
 SHRINKAGES = (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.03, 0.01)
-NEVER = -1e4  # logit of a class without images
 NO_SPREAD = 1e-9  # share of all squares below which the spread within classes is rounding
 
 
@@ -37,8 +36,8 @@ def fit_lda(problem: Problem, shrinkages: Sequence[float] = SHRINKAGES) -> Fitte
     pairs = [(1 - shrinkage, shrinkage * trace) for shrinkage in shrinkages]
     layers = []
     for weight in _solve_path(problem, means, pairs, means):
-        bias = moments.shares.log() - (weight * means).sum(dim=1) / 2
-        layers.append((weight, torch.where(moments.class_weight > 0, bias, NEVER)))
+        bias = moments.class_weight.log() - moments.weight.log() - (weight * means).sum(dim=1) / 2
+        layers.append(_below_others(weight, bias, moments.class_weight))
     return Fitted.of_linear([{"shrinkage": shrinkage} for shrinkage in shrinkages], SCALES, *stacked(layers))
 
 
@@ -46,9 +45,15 @@ def fit_prototypes(problem: Problem) -> Fitted:
     """The nearest class mean, by the squared distance divided by the number of features."""
     moments, width = problem.moments, problem.width
     means = moments.class_mean
-    bias = torch.where(moments.class_weight > 0, -means.square().sum(dim=1) / 2 / width, NEVER)
+    layer = _below_others(means / width, -means.square().sum(dim=1) / 2 / width, moments.class_weight)
     settings: list[Settings] = [{}]
-    return Fitted.of_linear(settings, SCALES, *stacked([(means / width, bias)]))
+    return Fitted.of_linear(settings, SCALES, *stacked([layer]))
+
+
+def _below_others(weight: Tensor, bias: Tensor, class_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer [C, D], [C] in which classes without images are as in `below_others`."""
+    columns, lower = below_others(torch.cat([weight, bias[:, None]], dim=1), class_weight, GAP)
+    return columns[:, :-1], columns[:, -1] + lower
 
 
 def _trace_within(problem: Problem) -> float:

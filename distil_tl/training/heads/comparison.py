@@ -11,7 +11,7 @@ from distil_tl.data.sampler import epoch_order
 from distil_tl.distributed.collectives import max_over_ranks
 from distil_tl.models.fitted_heads import HIDDEN
 from distil_tl.models.head import seeded
-from distil_tl.training.heads.fitted import SCALES, Fitted, Settings
+from distil_tl.training.heads.fitted import GAP, SCALES, Fitted, Settings, below_others
 from distil_tl.training.heads.problem import Problem
 from distil_tl.training.heads.rows import TOO_LITTLE_MEMORY, Part, Standard
 from distil_tl.training.losses import Loss
@@ -37,15 +37,19 @@ def fit_cosine(problem: Problem) -> Fitted:
     sums = rows.total(
         shape, lambda part: (part.one_hot(classes) * part.weights[:, None]).T @ of(part.features)
     )  # fmt: skip
-    directions, seen = F.normalize(sums, dim=1), problem.counts > 0
-    directions[~seen] = directions[seen].mean(dim=0)  # a class without images: its logit is never the largest
+    directions, lower = below_others(F.normalize(sums, dim=1), problem.moments.class_weight, GAP)
     directions = directions.float().T.contiguous()
     settings: list[Settings] = [{}]
 
     def built(_: int, scale: float, standard: Standard) -> dict[str, Tensor]:
         return {"weight": scale * directions.T.double(), "mean": standard.mean, "deviation": standard.deviation}
 
-    return Fitted(settings, SCALES, lambda features: (F.normalize(features, dim=1) @ directions)[:, None], built=built)
+    return Fitted(
+        settings,
+        SCALES,
+        lambda features: (F.normalize(features, dim=1) @ directions + lower.float())[:, None],
+        built=built,
+    )
 
 
 def fit_knn(problem: Problem, neighbours: tuple[int, ...] = NEIGHBOURS) -> Fitted:
@@ -79,7 +83,7 @@ def fit_mlp(problem: Problem, decay: float = DECAY) -> Fitted:
         UserError: the memory does not suffice. On all ranks alike.
         AllRanksStopError: on all ranks alike.
     """
-    info, rows = problem.group.info, problem.everything_on_main
+    info, rows = problem.group.info, problem.everything_on_main()
     network = _network(problem)
     steps = EPOCHS * max(1, -(-problem.count // BATCH))
     failed, training = False, _Training(problem, network, rows, decay, steps) if info.is_main else None

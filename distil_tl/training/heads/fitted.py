@@ -14,6 +14,7 @@ Settings = dict[str, float]
 
 # Factors of logits. The best one of ridge regression is near 2,000 with 1,000 classes, that of LDA near 1/100 with few.
 SCALES = tuple(2.0**power for power in range(-8, 17))
+GAP = 1e-3  # of logits
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,20 @@ class Fitted:
         assert self.linear is not None
         weight, bias = (column[number] * scale for column in self.linear)
         return standard.folded_into(weight, bias)
+
+
+def below_others(weight: Tensor, class_weight: Tensor, gap: float) -> tuple[Tensor, Tensor]:
+    """Weights by which classes without images have the mean logit of the others less `gap`: never the largest one.
+
+    Args:
+        weight: [C, D].
+        class_weight: of the images of each class, [C].
+
+    Returns:
+        The weights, and what is to be added to the logits, [C].
+    """
+    seen = class_weight > 0
+    return torch.where(seen[:, None], weight, weight[seen].mean(dim=0)), torch.where(seen, 0.0, -gap)
 
 
 def stacked(layers: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -38,11 +38,6 @@ class Moments:
         """[C, D]; 0 for a class without images."""
         return self.class_sum / self.class_weight.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
 
-    @property
-    def shares(self) -> Tensor:
-        """The share of each class, [C]; tiny for one without images."""
-        return (self.class_weight / self.weight).clamp(min=1e-12)
-
 
 @dataclass
 class Problem:
@@ -105,9 +100,8 @@ class Problem:
         """All rows on every rank. A collective. Raises UserError on all ranks alike if memory does not suffice."""
         return self._all_rows(on_all=True)
 
-    @functools.cached_property
     def everything_on_main(self) -> Part:
-        """The same on rank 0 alone; without rows on the others."""
+        """The same on rank 0 alone; without rows on the others. It is not kept."""
         return self.__dict__.get("everything") or self._all_rows(on_all=False)
 
     def _all_rows(self, *, on_all: bool) -> Part:
@@ -147,5 +141,5 @@ def open_problem(
     standard = Standard(mean, deviation)
     rows = raw.standardized(standard)
     if not rows.load_own():
-        raise UserError(f"{TOO_LITTLE_MEMORY} for its share of the features: use a linear head, or more ranks")
+        raise UserError(f"{TOO_LITTLE_MEMORY} for its share of the features: use a linear head, or more nodes")
     return Problem(rows, standard, counts, smoothing, offsets, seed)

@@ -128,7 +128,8 @@ class Rows:
         def load() -> None:
             self._kept = {number: self.block(number) for number in own}
 
-        if self._unless_out_of_memory(load, sum(len(self.blocks[number]) for number in own)):
+        count = sum(len(self.blocks[number]) for number in own)
+        if self._unless_out_of_memory(load, count, info.launch.local_world_size):
             return True
         self._kept = {}
         return False
@@ -151,7 +152,8 @@ class Rows:
                 first = last
             found.append(Part(features[:first], targets[:first], weights[:first]))
 
-        return found[0] if self._unless_out_of_memory(load, count) else None
+        loading = info.launch.local_world_size if on_all else 1
+        return found[0] if self._unless_out_of_memory(load, count, loading) else None
 
     def _empty(self, count: int) -> Part:
         """Room for so many images."""
@@ -163,17 +165,22 @@ class Rows:
             torch.empty(count, dtype=torch.float64, device=device),
         )
 
-    def _unless_out_of_memory(self, load: Callable[[], None], count: int) -> bool:
-        """Whether no rank runs out of memory in `load`, which reads `count` images.
+    def _unless_out_of_memory(self, load: Callable[[], None], count: int, loading: int) -> bool:
+        """Whether no rank runs out of memory in `load`.
 
         On a CPU the system would end a process that takes more than there is, so the size is compared before.
+
+        Args:
+            count: images that this rank reads.
+            loading: ranks of a node that read as many.
         """
-        info = self.group.info
-        needed, free = 4 * count * self.width, available_memory() / info.launch.local_world_size
-        failed = info.device.type == "cpu" and needed > free
+        info, failed = self.group.info, False
+        if info.device.type == "cpu":
+            too_many = 4 * count * self.width > available_memory() / loading
+            if max_over_ranks(info, float(too_many)):
+                return False
         try:
-            if not failed:
-                load()
+            load()
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise

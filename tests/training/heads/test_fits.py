@@ -196,14 +196,22 @@ def test_the_choice_is_by_the_metric_and_one_candidate_can_be_fitted_again(tmp_p
 
 
 @pytest.mark.parametrize("width", [12, 300])
-def test_a_class_without_images_is_not_predicted(tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize("case", ["last", "first", "one class", "weight 0"])
+def test_a_class_without_images_is_not_predicted(tmp_path: Path, width: int, case: str) -> None:
     features, targets = images(40, width)
-    found = open_problem(Rows(group(), dataset(tmp_path, features, targets)), CLASSES + 1)
+    empty = 0 if case in ("first", "one class") else CLASSES
+    targets = np.ones_like(targets) if case == "one class" else targets + (case == "first")
+    if case == "weight 0":
+        targets[::7] = empty
+    rows = Rows(group(), dataset(tmp_path, features, targets), lambda targets, _: (targets != empty).double())
+    found = open_problem(rows, CLASSES + 1)
     others = found.standard.apply(images(400, width, seed=5)[0])
     for kind in (*FITTED_HEADS, *COMPARED_HEADS):
+        if case == "one class" and kind in ("logistic", "ridge", "mlp"):
+            continue
         logits = fit(kind, found).logits(others)
         assert logits.isfinite().all()
-        assert not (logits.argmax(2) == CLASSES).any() or kind == "mlp", kind
+        assert not (logits.argmax(2) == empty).any() or kind == "mlp", kind
 
 
 @pytest.mark.parametrize("classes", [3, 300])
