@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from distil_tl.cli.selection_table import Live, result_table
+from distil_tl.cli.selection_table import Live, effect_table, headline, result_table
 from distil_tl.selection.cells import Cell, Grid, Result
+from distil_tl.selection.outcome import Outcome
 from distil_tl.utils.log import logger
 
 
@@ -66,3 +70,30 @@ def test_on_a_terminal_each_table_replaces_the_one_before(
     assert "0.5000" in second
     assert "1/2 done, now second" in second
     assert rest == ""
+
+
+def outcome(metric: str, kinds: tuple[str, ...]) -> Outcome:
+    """Results of two cells, the second one better, and of its kinds of heads the first one."""
+    grid = Grid(cells(), metric, heads=kinds)
+    for number, cell in enumerate(grid.cells):
+        for place, kind in enumerate(kinds):
+            top1 = 0.5 + 0.2 * number - 0.1 * place
+            grid.results.append(replace(result(cell, top1), kind=kind))
+    index: Any = SimpleNamespace(as_dict=lambda: {"train": range(90), "val": range(100)})
+    return Outcome(grid, index, {}, {}, "cpu", 1, no_estimate="none")
+
+
+def test_what_heads_add_is_printed() -> None:
+    lines = [line.split() for line in effect_table(outcome("top1", ("linear", "ridge"))).splitlines()]
+    assert lines[0][-4:] == ["compared", "with", "pairs", "top-1"]
+    assert lines[2] == ["ridge", "linear", "2", "-0.1000"]
+    assert effect_table(outcome("top1", ("linear",))) == "", "two backbones alone"
+
+
+@pytest.mark.parametrize(("metric", "wrong"), [("top1", "too high"), ("loss", "too low")])
+def test_the_best_of_several_is_chosen_by_its_figure(metric: str, wrong: str) -> None:
+    lines = headline(outcome(metric, ("knn", "ridge")))
+    assert any(f"so it is rather {wrong}; no other figure: none" in line for line in lines)
+    place = next(i for i, line in enumerate(lines) if line.startswith("best.yaml begins with"))
+    assert "ridge head" in lines[place]
+    assert place < len(lines) - 2, "before what it is expected to have"
