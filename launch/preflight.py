@@ -34,12 +34,12 @@ def submission_problems(config: Config, slurm: SlurmConfig, cluster: str) -> lis
     """All problems that can be known before a job starts."""
     problems = list(slurm.problems())
     world_size = slurm.world_size if not problems else 1
-    problems += configuration.problems(_without_device(config) if cluster == "slurm" else config, world_size)
+    problems += configuration.problems(without_device(config) if cluster == "slurm" else config, world_size)
     problems += _cluster_problems(config, slurm, cluster)
     return [*problems, *_weights_problems(config, slurm, cluster)]
 
 
-def _without_device(config: Config) -> Config:
+def without_device(config: Config) -> Config:
     """The configuration without what only a compute node can check: device, backend, and a compiler."""
     device, backend = config.distributed.device, config.distributed.backend
     distributed = dataclasses.replace(

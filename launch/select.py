@@ -13,15 +13,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from distil_tl.cli.select import add_options, default_folder, help_of_keys, options_of, read, seconds_of
+from distil_tl.config import problems
 from distil_tl.selection.config import GridConfig
-from distil_tl.utils.args import to_yaml
+from distil_tl.utils.args import refuse, to_yaml
 from distil_tl.utils.command import run_command
 from distil_tl.utils.errors import UserError
 from distil_tl.utils.log import setup_console
 from launch.args import add_job_options, argument_parser, ids_only, print_line, read_slurm, split_slurm
 from launch.job import Selection
 from launch.one_job import CONFIG, How, Job, refuse_used, submit_job
-from launch.preflight import check_submission
+from launch.preflight import check_submission, without_device
 
 ELSEWHERE = "name another folder with --out"
 
@@ -56,9 +57,9 @@ def submit(args: Sequence[str], out: Path | None, budget: str | None, how: How) 
     if "%" in str(folder):
         raise UserError(f"--out {folder} contains %, which Slurm replaces in file names; {ELSEWHERE}")
     from distil_tl.cli.selection_checks import (  # imports torch
+        example_of_best,
         find_models,
         prefetch_command,
-        refuse_later_stages,
         refuse_none_usable,
         without_models,
     )
@@ -67,7 +68,8 @@ def submit(args: Sequence[str], out: Path | None, budget: str | None, how: How) 
     check_submission(without_models(config), slurm, how.cluster)
     found = find_models(grid, config)
     refuse_none_usable(found)
-    refuse_later_stages(config, unresolved, found.usable[0])
+    later = example_of_best(config, unresolved, found.usable[0])
+    refuse(list(problems(without_device(later) if how.cluster == "slurm" else later, 1)))
     if found.missing:
         print_line(f"the weights of these are not here, and they will be left out:\n{prefetch_command(found.missing)}")
     refuse_used(folder, how, ELSEWHERE)

@@ -13,14 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from distil_tl.auto_settings import settle_auto, settle_views
 from distil_tl.cli.selection_checks import (
+    example_of_best,
     named_models,
     prefetch_command,
-    refuse_later_stages,
     refuse_none_usable,
     without_models,
 )
 from distil_tl.cli.selection_table import SHOWN_ROWS, Live, effect_table, headline, result_table
-from distil_tl.config import Config, check
+from distil_tl.config import Config, check, problems
 from distil_tl.data.splits import Splits, copy_to_local_disk, open_splits
 from distil_tl.distributed.launch_env import read_launch
 from distil_tl.distributed.preemption import Agreement, AllRanksStopError, Request, StopSignal
@@ -50,7 +50,7 @@ from distil_tl.selection.pruning import prune
 from distil_tl.training.config import rank_by
 from distil_tl.training.features import FeaturesNeededError
 from distil_tl.training.precision import set_rounding
-from distil_tl.utils.args import plain
+from distil_tl.utils.args import plain, refuse
 from distil_tl.utils.errors import PreemptedError, UserError, listed
 from distil_tl.utils.files import write_atomic, write_json, writing
 from distil_tl.utils.job_outcome import SAVED, note
@@ -81,7 +81,7 @@ def select(grid: GridConfig, config: Config, unresolved: DictConfig, out: Path, 
         refuse_none_usable(found)
         on_rank_zero(
             info, "checking best.yaml",
-            lambda: refuse_later_stages(config, unresolved, found.usable[0], info.world_size),
+            lambda: refuse(list(problems(example_of_best(config, unresolved, found.usable[0]), info.world_size))),
         )  # fmt: skip
         splits = open_splits(info, config.data)
         common = _common(info, config, checked, model, splits, settles_crop=not grid.crops)

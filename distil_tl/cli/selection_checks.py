@@ -10,13 +10,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from distil_tl.config import Config, load, problems
+from distil_tl.config import Config, load
 from distil_tl.models.config import ModelConfig
 from distil_tl.selection.best_config import RESOLVED_WEIGHTS, best_config, to_text
 from distil_tl.selection.candidates import Found, expand, locate
 from distil_tl.selection.cells import Cell, Result
 from distil_tl.selection.config import GridConfig, head_stage
-from distil_tl.utils.args import plain, refuse
+from distil_tl.utils.args import plain
 from distil_tl.utils.errors import UserError, listed
 
 
@@ -58,13 +58,8 @@ def refuse_none_usable(found: Found) -> None:
     )
 
 
-def refuse_later_stages(config: Config, unresolved: DictConfig, model: ModelConfig, world_size: int = 1) -> None:
-    """Raises UserError with the problems of best.yaml that do not depend on what is chosen.
-
-    Args:
-        model: one of the candidates.
-        world_size: 1 if that is checked elsewhere.
-    """
+def example_of_best(config: Config, unresolved: DictConfig, model: ModelConfig) -> Config:
+    """The configuration in best.yaml if `model` were chosen, so that later stages can be checked before any work."""
     cell = Cell(model.name, model.weights, 224, "squash", 0, 0)
     result = Result(cell, "", 1, {"lr": 1e-3, "weight_decay": 0.0}, [], "fp32", 1, None, 0.0)
     head = head_stage(config.stages, config.data.augment)
@@ -72,8 +67,7 @@ def refuse_later_stages(config: Config, unresolved: DictConfig, model: ModelConf
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "best.yaml"
         path.write_text(to_text(tree, ""), encoding="utf-8")
-        later = replace(load([str(path)])[0], run_dir=None)
-    refuse(list(problems(later, world_size)))
+        return replace(load([str(path)])[0], run_dir=None)  # one that is not used, and depends on the model
 
 
 def prefetch_command(missing: Collection[str]) -> str:

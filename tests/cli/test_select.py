@@ -533,6 +533,13 @@ def test_a_backbone_without_the_groups_of_a_later_stage_is_left_out(folder: Path
     assert "stages.full.unfreeze names blocks.1" in found["left_out"][f"{SMALLEST} 32 px"]
 
 
+def test_images_in_the_current_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run of best.yaml has a name of its own, which is no question before."""
+    monkeypatch.chdir(folder)
+    args = arguments(Path(), tmp_path / "out", f"candidates={SMALLEST}", "sizes=32")
+    assert select(args) == 0
+
+
 def test_a_folder_in_use_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "cells").mkdir()
     Attempt(tmp_path, LOCK).begin(0)

@@ -65,6 +65,11 @@ def test_a_dry_run_writes_nothing(slurm: FakeSlurm, capsys: pytest.CaptureFixtur
     assert not list(Path().iterdir())
 
 
+def test_a_login_node_needs_no_gpu(slurm: FakeSlurm) -> None:
+    more = ["distributed.device=cuda", "slurm.gpus_per_node=2", "compile=all"]
+    assert main([*(arg for arg in GIVEN if "gpus" not in arg and "device" not in arg), *more, "--dry-run"]) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [
@@ -73,6 +78,7 @@ def test_a_dry_run_writes_nothing(slurm: FakeSlurm, capsys: pytest.CaptureFixtur
         (["--budget", "1"], "10m"),
         (["--out", "a%j"], "contains %"),
         (["data.global_batch_size=9"], "divided"),
+        (["stages.full.search.lr=[0.1,0.2]"], "stages.full.search"),
     ],
 )
 def test_what_can_not_work_is_not_submitted(
