@@ -163,7 +163,8 @@ def test_a_selection_is_requeued_and_resumes(partition: Partition, inputs: Input
     (tmp_path / "hooks/sitecustomize.py").write_text(WAITS.format(go=str(tmp_path / "go")))
     out = tmp_path / "found"
     grid = ["candidates=shufflenet_v2_x0_5", "sizes=[32,40]", "crops=[weights,squash]", "stages.head.epochs=1"]
-    args = [*inputs.small[:3], *grid, "model.weights=none", "stages.head.search.lr=[0.1,0.01]"]
+    small = [arg for arg in inputs.small[:3] if not arg.startswith("data.image_size=")]
+    args = [*small, *grid, "model.weights=none", "stages.head.search.lr=[0.1,0.01]"]
     slurm = {"partition": partition.name, "nodes": 2, "gpus_per_node": 1, "cpus_per_task": 1, "time": 10}
     options = [f"slurm.{key}={value}" for key, value in slurm.items()]
     setup = f"slurm.setup=[export PYTHONPATH={tmp_path}/hooks]"
