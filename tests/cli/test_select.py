@@ -23,7 +23,7 @@ from distil_tl.cli.selection import _Selection
 from distil_tl.models.transfer import build
 from distil_tl.rundir import lock
 from distil_tl.rundir.lock import Attempt
-from distil_tl.selection import cell_search, costs, pruning
+from distil_tl.selection import cell_search, cells, costs, pruning
 from distil_tl.selection.cell_search import CellSearch
 from distil_tl.selection.cells import Cell
 from distil_tl.selection.config import HEADS
@@ -403,6 +403,19 @@ def test_a_head_that_is_only_compared_leaves_best_yaml_to_the_linear_search(fold
     assert "as a knn head is only compared" in (tmp_path / "out" / "select.html").read_text()
     head = yaml.safe_load((tmp_path / "out" / "best.yaml").read_text())["stages"]["head"]
     assert head["search"]["lr"] == [0.1, 0.003]
+
+
+def test_the_figure_to_expect_is_of_what_best_yaml_begins_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(folder, tmp_path / "out", f"candidates={SMALLEST}", "sizes=32", "heads=[ridge,lda]")
+    assert select(args) == 0
+    best = content(tmp_path / "out")["best"]["head"]
+    (other,) = {"ridge", "lda"} - {best}
+    monkeypatch.setattr(cells, "STARTABLE", (other,))
+    assert select(args) == 0
+    estimates = sorted(path.name.split(".")[1] for path in (tmp_path / "out" / "cells").glob("*.estimate.json"))
+    assert estimates == sorted([f"{best}2", f"{other}2"]), "the second one is of the head that can be trained"
 
 
 def test_images_of_test_give_the_estimate(tmp_path: Path) -> None:
