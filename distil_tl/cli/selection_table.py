@@ -7,7 +7,7 @@ import shutil
 import sys
 from types import TracebackType
 
-from distil_tl.report.text import METRIC_NAMES, chosen_by_it, settings_of
+from distil_tl.report.text import chosen_by_it, metric_name, settings_of
 from distil_tl.selection.cells import Cell, Grid, Result, near_best, startable
 from distil_tl.selection.config import STARTABLE
 from distil_tl.selection.outcome import Outcome, effects
@@ -72,7 +72,7 @@ class Live:
 
 
 def _figure(grid: Grid, result: Result) -> str:
-    return f"{METRIC_NAMES.get(grid.metric, grid.metric)} {result.value(grid.metric):.4f}"
+    return f"{metric_name(grid.metric)} {result.value(grid.metric):.4f}"
 
 
 def result_table(grid: Grid, rows: int | None = None) -> str:
@@ -93,14 +93,14 @@ def result_table(grid: Grid, rows: int | None = None) -> str:
             ]
         )  # fmt: skip
     crop = "crop, read-out" if any(result.cell.other_readout for result in ranked) else "crop"
-    shown = f"{METRIC_NAMES.get(metric, metric)} on val"
+    shown = f"{metric_name(metric)} on val"
     header = ["backbone", "px", crop, shown, "95 %", "", "M params", "GMACs", "images/s", "head", "seconds"]
     return table(lines, header)
 
 
 def effect_table(outcome: Outcome) -> str:
     """What sizes, crops, read-outs and heads add to the first one, in the mean; empty if there is one of each."""
-    metric = METRIC_NAMES.get(outcome.grid.metric, outcome.grid.metric)
+    metric = metric_name(outcome.grid.metric)
     rows = [
         [f"{each['value']}{' px' if each['key'] == 'image_size' else ''}", str(each["compared_with"]),
          str(each["pairs"]), f"{each['mean']:+.4f}"]
@@ -113,7 +113,7 @@ def headline(outcome: Outcome) -> list[str]:
     """The result in sentences."""
     grid = outcome.grid
     ranked = grid.ranked()
-    best, metric = ranked[0], METRIC_NAMES.get(grid.metric, grid.metric)
+    best, metric = ranked[0], metric_name(grid.metric)
     rows = "cells" if len(grid.heads) == 1 else "rows"
     near = f"; within its 95 % interval (*): {len(near_best(ranked, grid.metric))} of {len(ranked)} {rows}"
     lines = [

@@ -62,7 +62,7 @@ def path_table(heads: object, chosen: dict[str, Any], metric: str) -> Markup:
         ]
         for head in found
     ]
-    names = [f"Val {text.METRIC_NAMES.get(each, each)}" for each in shown]
+    names = [f"Val {text.metric_name(each)}" for each in shown]
     return table(["Setting", *names], rows, label="Settings of the head")
 
 
@@ -96,7 +96,6 @@ def _heat_map(cells: Cells, chosen: tuple[float | None, float | None], metric: s
         return _best_heads(cells, metric)
     scores = [value for value in cells.values() if value is not None] or [0.0]
     span = (max(scores), min(scores)) if metric == "loss" else (min(scores), max(scores))
-    name = text.METRIC_NAMES.get(metric, metric)
     columns, height = len(decays) * WIDTH, TOP + len(rates) * HEIGHT + 4
     width = LEFT + max(columns + 8, columns // 2 + 44)  # with one column the title is wider
     best = f"{text.tick(chosen[0] or 0)} with weight decay {text.tick(chosen[1] or 0)}"
@@ -105,8 +104,8 @@ def _heat_map(cells: Cells, chosen: tuple[float | None, float | None], metric: s
         h("title", "Head search"),
         h(
             "desc",
-            f"{name[0].upper()}{name[1:]} on val; rows are learning rates, columns weight decays. Chosen: learning "
-            f"rate {best}.",
+            f"{text.capitalized(text.metric_name(metric))} on val; rows are learning rates, columns weight decays. "
+            f"Chosen: learning rate {best}.",
         ),
         h("text", "lr", x=LEFT - 8, y=32, class_="tick y"),
         h("text", "weight decay", x=LEFT + len(decays) * WIDTH / 2, y=14, class_="tick x"),
@@ -145,7 +144,7 @@ def _cell(head: _Head, metric: str, span: tuple[float, float], row: int, column:
     share = 0.0 if value is None else ((value - span[0]) / ((span[1] - span[0]) or 1.0)) ** 2
     shown = text.MISSING if value is None else f"{value:.3g}" if metric == "loss" else f"{value * 100:.1f}"
     rate, decay = map(text.tick, head.settings)
-    title = f"lr {rate}, weight decay {decay}: {text.METRIC_NAMES.get(metric, metric)} {text.figure(metric, value)}"
+    title = f"lr {rate}, weight decay {decay}: {text.metric_name(metric)} {text.figure(metric, value)}"
     square = h(
         "rect",
         h("title", title),
@@ -163,5 +162,5 @@ def _best_heads(cells: Cells, metric: str) -> Markup:
     rows: Sequence[Sequence[Child]] = [
         [text.tick(rate), text.tick(decay), text.figure(metric, value)] for value, (rate, decay) in scored[:LISTED]
     ]
-    name = f"Val {text.METRIC_NAMES.get(metric, metric)}"
+    name = f"Val {text.metric_name(metric)}"
     return table(["Learning rate", "Weight decay", name], rows, label=f"The best {LISTED} of {len(cells)} heads")

@@ -14,7 +14,7 @@ from distil_tl.report.page import document, section
 from distil_tl.report.scatter import Dot, Plane, scatter
 from distil_tl.report.svg import Scale, fit_scale
 from distil_tl.report.tables import table
-from distil_tl.report.text import chosen_by_it, number
+from distil_tl.report.text import chosen_by_it, metric_name, number
 
 Content = dict[str, Any]
 
@@ -33,17 +33,17 @@ def render_selection(content: Content, name: str, best_yaml: str) -> Markup:
 def _body(content: Content, name: str, best_yaml: str) -> Markup:
     metric, is_map = str(content["metric"]), "lr" in content["best"]
     images = ", ".join(f"{split} {count:,}" for split, count in content["images"].items())
-    facts = [f"{len(content['classes'])} classes", images, f"chosen by {_named(metric)} on val", content["device"]]
+    facts = [f"{len(content['classes'])} classes", images, f"chosen by {metric_name(metric)} on val", content["device"]]
     return h(
         "main",
         h("header", h("div", h("h1", name), class_="name"), h("p", " \u00b7 ".join(facts), class_="facts")),
         _cards(content),
-        section(f"{_titled_metric(metric)} and cost", _COST, cost_plane(content)),
+        section(f"{text.capitalized(metric_name(metric))} and cost", _COST, cost_plane(content)),
         section("What sizes, crops, read-outs and heads add", _LESS[metric == "loss"] + _EFFECTS, _effects(content)),
         section("All results", _ROWS, _rows(content)),
         section(
             "Settings of the best head",
-            f"{_named(metric)} on val. {_MARK[is_map]} was chosen.",
+            f"{metric_name(metric)} on val. {_MARK[is_map]} was chosen.",
             _heads(content),
             wide=True,
         ),
@@ -73,15 +73,6 @@ _PRUNED = (
     "How well a linear model on features of some images of train explains their labels, without training one. It is "
     "cheap and rough: it is often wrong about backbones of similar scores, so the best may be among those pruned."
 )
-
-
-def _named(metric: str) -> str:
-    return text.METRIC_NAMES.get(metric, metric)
-
-
-def _titled_metric(metric: str) -> str:
-    name = _named(metric)
-    return f"{name[0].upper()}{name[1:]}"
 
 
 def _shown(metric: str, value: object) -> str:
@@ -140,7 +131,7 @@ def _cards(content: Content) -> Markup:
         ("best", best["model"], f"{_settings(best)}{_with_head(best)}"),
         expected,
         (
-            f"{_named(metric)} on val",
+            f"{metric_name(metric)} on val",
             _shown(metric, best[metric]),
             f"{_between(metric, best)}; {chosen_by_it(candidates, metric)}",
         ),
@@ -178,7 +169,7 @@ def cost_plane(content: Content) -> Child:
     costs = [row["gmacs"] for row in rows]
     return scatter(
         Plane(
-            title=f"{_named(metric)} on val",
+            title=f"{metric_name(metric)} on val",
             describe=f"{len(rows)} rows; the best is {_titled(content['best'])}.",
             dots=dots,
             x=Scale(min(costs) / 1.3, max(costs) * 1.3, log=True),
@@ -195,7 +186,8 @@ def cost_plane(content: Content) -> Child:
 def _rows(content: Content) -> Markup:
     metric = content["metric"]
     head = [
-        "Backbone", "Size, crop", f"{_named(metric)} on val, 95 %", "Parameters, GMACs", "Images/s", "Head", "Time",
+        "Backbone", "Size, crop", f"{metric_name(metric)} on val, 95 %", "Parameters, GMACs", "Images/s", "Head",
+        "Time",
     ]  # fmt: skip
     star = h("span", "*", class_="tag", title="within the interval of the best")
     lines: list[Sequence[Child]] = [

@@ -12,6 +12,16 @@ METRIC_NAMES = {"top1": "top-1", "top5": "top-5", "macro_f1": "macro-F1", "balan
 SPACE = "\u202f"  # narrow no-break space, between a number and its unit
 
 
+def metric_name(metric: str) -> str:
+    """The metric as it is written in sentences."""
+    return METRIC_NAMES.get(metric, metric)
+
+
+def capitalized(words: str) -> str:
+    """With a capital at the beginning; the rest stays, unlike with `str.capitalize`."""
+    return words[:1].upper() + words[1:]
+
+
 def number(value: object) -> float | None:
     """`value` as a finite float, or None for anything else: files of failed runs contain null and NaN.
 

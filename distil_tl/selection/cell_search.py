@@ -16,7 +16,7 @@ from distil_tl.distributed.collectives import gather_objects
 from distil_tl.distributed.preemption import Agreement
 from distil_tl.distributed.process_group import DistInfo
 from distil_tl.models.transfer import TransferModel, build
-from distil_tl.report.text import METRIC_NAMES, settings_of
+from distil_tl.report.text import metric_name, settings_of
 from distil_tl.rundir.state import StageRecord
 from distil_tl.selection.cells import SHARES, Cell, Result, metric_interval
 from distil_tl.selection.common import Common
@@ -86,7 +86,7 @@ class CellSearch:
             seconds, settings = time.monotonic() - began, settings_of(chosen)
             logger.info(
                 "%s head: %d tried in %.1f s, %s %.4f on val%s", kind, len(chosen["heads"]), seconds,
-                METRIC_NAMES.get(metric, metric), chosen[metric], f" with {settings}" if settings else "",
+                metric_name(metric), chosen[metric], f" with {settings}" if settings else "",
             )  # fmt: skip
             keep(self._result(cell, found, kind, chosen, seconds))
             began = time.monotonic()

@@ -22,7 +22,7 @@ from distil_tl.utils.log import printable
 
 CELLS = "cells"  # folder of the results of cells, also of earlier grids
 LOCK = "lock.json"  # the process that uses the folder
-# Versions of what a file has, increased where it is computed differently. The first one is not in its name.
+# Versions of what a file has, which are in its name: increased where it is computed differently.
 VERSIONS = dict.fromkeys(("logistic", "ridge", "lda", "prototypes", "cosine", "knn", "mlp", "logme"), 2)
 
 
@@ -200,7 +200,7 @@ def save_cell(folder: Path, result: Result) -> None:
 
 def _file(cell: Cell, kind: str, what: str = "") -> str:
     """The name of a file of a cell. Linear heads are not named in it: earlier versions had no others."""
-    parts = [] if kind == "linear" else [kind if VERSIONS[kind] == 1 else f"{kind}{VERSIONS[kind]}"]
+    parts = [] if kind == "linear" else [f"{kind}{VERSIONS[kind]}"]
     return ".".join([cell.digest, *parts, *([what] if what else []), "json"])
 
 

@@ -28,9 +28,10 @@ def in_top_five(logits: Tensor, targets: Tensor) -> Tensor:
         targets: int64 [...].
     """
     own = logits.gather(-1, targets[..., None])
-    before = torch.arange(logits.shape[-1], device=logits.device) < targets[..., None]
-    ahead = ((logits > own) | ((logits == own) & before)).sum(dim=-1)
-    return (ahead < 5) & ~own[..., 0].isnan()
+    ahead = logits == own  # in place, as there may be many heads
+    ahead &= torch.arange(logits.shape[-1], device=logits.device) < targets[..., None]
+    ahead |= logits > own
+    return (ahead.sum(dim=-1) < 5) & ~own[..., 0].isnan()
 
 
 class ClassificationMetrics:
